@@ -1,0 +1,31 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+export OMP_NUM_THREADS ?= 1
+export MKL_NUM_THREADS ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test check setup benchmarks clean
+
+# Set-up runs again when the pins or the package's own metadata change.
+$(VENV)/.installed: constraints.txt pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .[test]
+	touch $@
+
+setup: $(VENV)/.installed
+
+demo: setup
+	$(BIN)/bruno-ray organism
+	$(BIN)/bruno-ray run --behaviour organism --auto-select
+
+test: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

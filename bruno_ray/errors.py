@@ -1,0 +1,46 @@
+"""Everything that can go wrong and that a user can do something about.
+
+    BrunoError
+    |-- SettingsError     a value in the config file, environment or command line makes no sense
+    |-- PromptError       a prompt set is missing, empty, one-sided, overlapping or lacks a column
+    |-- ModelError        a model cannot be loaded, is not a chat model or has an unknown architecture
+    |-- StudyError        the study's storage cannot be reached or holds another study
+    |-- WorkerError       workers died more often than the run tolerates
+    |-- TrialError        one trial cannot be scored (NaN in its logits); the study goes on
+    `-- OutputError       a run directory or model folder cannot be written or read
+
+Every message is one line and ends with what to do next. The command line prints it and exits
+with code 2; anything that is not a ``BrunoError`` is a defect and keeps its traceback.
+"""
+
+
+class BrunoError(Exception):
+    """Base of all errors that the command line turns into one line and exit code 2."""
+
+
+class SettingsError(BrunoError):
+    """Raised while settings are read, before anything is loaded."""
+
+
+class PromptError(BrunoError):
+    """Raised while prompt sets are loaded and checked, before a model is loaded."""
+
+
+class ModelError(BrunoError):
+    """Raised while a model is loaded or its modules are looked up."""
+
+
+class StudyError(BrunoError):
+    """Raised when a study cannot be opened, continued or taken over."""
+
+
+class WorkerError(BrunoError):
+    """Raised when no worker is left, or a batch of trials has lost its worker twice."""
+
+
+class TrialError(BrunoError):
+    """Raised for one trial whose scores are not numbers; recorded as a failed trial."""
+
+
+class OutputError(BrunoError):
+    """Raised before anything is written where it must not be, or when a run cannot be read."""
