@@ -1,0 +1,24 @@
+"""Settings of the whole suite: offline, one thread per process, nothing read from the user's environment."""
+
+import os
+
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["HF_DATASETS_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
+for variable in [name for name in os.environ if name.startswith("BRUNO_") and name != "BRUNO_CACHE"]:
+    del os.environ[variable]
+
+import pytest
+
+pytest_plugins = ["tests.organism_fixture"]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_torch_thread() -> None:
+    """Two spinning thread pools on two cores are ten times slower than one thread each."""
+    import torch
+
+    torch.set_num_threads(1)
