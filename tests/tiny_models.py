@@ -179,7 +179,9 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
                 parameter.add_(0.1 * noise)
 
 
-def build(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object) -> PreTrainedModel:
+def build(
+    family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object
+) -> PreTrainedModel:
     """One random model in eval mode; `changes` are set on its (text) config first."""
     config = FAMILIES[family]()
     for key, value in changes.items():
