@@ -9,6 +9,7 @@ heretic's search, scoring or editing is touched.
 CONFIG_FOLDER holds heretic's ``config.toml``.
 """
 
+import contextlib
 import json
 import os
 import sys
@@ -53,10 +54,8 @@ def main() -> None:
     record: dict = {}
     heretic_main.prompt_select = select
     heretic_main.prompt_path = lambda message: str(model_out)
-    try:
+    with contextlib.suppress(Finished):
         heretic_main.run()
-    except Finished:
-        pass
 
     import optuna
     from optuna.storages import JournalStorage
