@@ -1,0 +1,56 @@
+"""TPE whose random numbers belong to the trial, not to the process.
+
+Optuna's samplers draw from one stream per process: a resumed study replays the stream from its start and asks for
+the same points again, and two processes with one seed duplicate each other. Here each trial's draws come from
+(seed, trial number) and, while parameters are sampled one by one, from the parameter's name as well. So trial
+number i gets the same parameters in any process that sees the same history, even when its predecessor died
+half-way through sampling it.
+"""
+
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from optuna.distributions import BaseDistribution
+from optuna.samplers import TPESampler
+from optuna.study import Study
+from optuna.trial import FrozenTrial
+
+EI_CANDIDATES = 64
+"""Points drawn from the good-trials density, of which the one with the highest expected improvement is kept.
+A trial of 10 parameters takes 7 ms to sample with 24 candidates, 14 ms with 128 (60 finished trials, one core)."""
+
+
+class NumberedTPESampler(TPESampler):
+    """Multivariate TPE with constant liar; see the module's docstring for what differs."""
+
+    def __init__(self, n_startup_trials: int, seed: int):
+        super().__init__(
+            multivariate=True,
+            constant_liar=True,
+            n_startup_trials=n_startup_trials,
+            n_ei_candidates=EI_CANDIDATES,
+            seed=seed,
+        )
+        self._study_seed = seed
+
+    def reseed_rng(self) -> None:
+        """Optuna calls this in worker processes to tell streams apart; ours are told apart by trial number."""
+
+    def sample_relative(
+        self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        self._reseed([self._study_seed, trial.number])
+        return super().sample_relative(study, trial, search_space)
+
+    def sample_independent(
+        self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        self._reseed([self._study_seed, trial.number, zlib.crc32(param_name.encode())])
+        return super().sample_independent(study, trial, param_name, param_distribution)
+
+    def _reseed(self, key: Sequence[int]) -> None:
+        state = np.random.SeedSequence(key).generate_state(8)
+        self._rng.rng.seed(state)
+        self._random_sampler._rng.rng.seed(state)

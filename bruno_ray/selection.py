@@ -1,0 +1,188 @@
+"""What came out of a study: its trials as plain records, the Pareto front, and one pick from it.
+
+No torch and no Ray: ``bruno-ray front`` reads a study that another process is still writing.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, TrialState
+from rich.table import Table
+
+from bruno_ray.errors import SettingsError, StudyError
+
+BEHAVIOUR = "behaviour_rate"
+KL = "kl_divergence"
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """One trial as the study's storage has it."""
+
+    number: int
+    state: str
+    """COMPLETE, FAIL or RUNNING."""
+
+    edit: dict[str, Any] | None
+    """``Edit.to_dict()``; None when the driver died before it was stored."""
+
+    values: dict[str, float]
+    """Every metric the scorers gave, objectives included; empty unless COMPLETE."""
+
+    counts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """Metric -> (cases, prompts) for metrics that are rates."""
+
+    seconds: float | None = None
+    """Share of its batch's evaluation time."""
+
+    worker: str | None = None
+    error: str | None = None
+    """Why a FAIL trial has no scores."""
+
+    params: dict[str, Any] = field(default_factory=dict)
+
+
+def load_trials(study: optuna.Study) -> list[TrialRecord]:
+    """All trials by number. The study may be running: in-flight trials come out as RUNNING."""
+    return [record(trial) for trial in study.get_trials(deepcopy=False)]
+
+
+def record(trial: FrozenTrial) -> TrialRecord:
+    result = trial.user_attrs.get("result") or {}
+    complete = trial.state == TrialState.COMPLETE
+    return TrialRecord(
+        number=trial.number,
+        state=trial.state.name,
+        edit=trial.user_attrs.get("edit"),
+        values=dict(result.get("values", {})) if complete else {},
+        counts={name: (pair[0], pair[1]) for name, pair in result.get("counts", {}).items()} if complete else {},
+        seconds=result.get("seconds"),
+        worker=result.get("worker"),
+        error=None if complete else result.get("error"),
+        params=dict(trial.params),
+    )
+
+
+def pareto_front(trials: Sequence[TrialRecord], objectives: Sequence[str]) -> list[TrialRecord]:
+    """COMPLETE trials that no other trial beats on every objective, sorted by the objectives in their order.
+
+    All objectives are minimised. Trials with equal values are all kept, as ``study.best_trials`` does.
+    """
+    complete = [trial for trial in trials if trial.state == "COMPLETE"]
+    points = [tuple(trial.values[name] for name in objectives) for trial in complete]
+    distinct = set(points)
+    best = {mine for mine in distinct if not any(_dominates(other, mine) for other in distinct)}
+    front = [trial for trial, point in zip(complete, points) if point in best]
+    return sorted(front, key=lambda trial: (*(trial.values[name] for name in objectives), trial.number))
+
+
+def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
+    return a != b and all(x <= y for x, y in zip(a, b))
+
+
+def auto_select(trials: Sequence[TrialRecord], max_kl: float, objectives: Sequence[str] = ()) -> TrialRecord:
+    """The trial with the lowest behaviour rate among those whose mean KL is at most ``max_kl`` nats.
+
+    Ties go to the lower value of the other objectives in their order, then of the remaining metrics
+    (incoherence and the like) by name, then to the lower KL and the lower number.
+
+    Raises:
+        StudyError: no trial is complete, or none is under the bound (the message has the lowest KL there is).
+        SettingsError: the study did not measure behaviour rate and KL.
+    """
+    complete = [trial for trial in trials if trial.state == "COMPLETE"]
+    if not complete:
+        raise StudyError("the study has no completed trial to select from: run it first")
+    for name in (BEHAVIOUR, KL):
+        if name not in complete[0].values:
+            raise SettingsError(
+                f"automatic selection needs the metric {name}: add it to scoring.scorers or pick a trial"
+            )
+    under = [trial for trial in complete if trial.values[KL] <= max_kl]
+    if not under:
+        lowest = min(complete, key=lambda trial: trial.values[KL])
+        raise StudyError(
+            f"no trial has a KL divergence of at most {max_kl:g}: the lowest is {lowest.values[KL]:.4g} (trial"
+            f" {lowest.number}); raise selection.max_kl, run more trials, or pick a trial by its number"
+        )
+
+    others = [name for name in objectives if name not in (BEHAVIOUR, KL)]
+    others += sorted(
+        name for name in under[0].values if name not in (BEHAVIOUR, *others) and not name.startswith("kl_")
+    )
+    missing = float("inf")
+
+    def rank(trial: TrialRecord) -> tuple[float, ...]:
+        rest = (trial.values.get(name, missing) for name in others)
+        return (trial.values[BEHAVIOUR], *rest, trial.values[KL], trial.number)
+
+    return min(under, key=rank)
+
+
+def find_trial(trials: Sequence[TrialRecord], number: int) -> TrialRecord:
+    """The COMPLETE trial with that number. Raises StudyError otherwise."""
+    for trial in trials:
+        if trial.number == number:
+            if trial.state != "COMPLETE":
+                raise StudyError(f"trial {number} is {trial.state}, not COMPLETE: pick one from the front")
+            return trial
+    raise StudyError(f"the study has no trial {number}: its numbers go from 0 to {len(trials) - 1}")
+
+
+# ----- tables -----
+
+
+def metric_text(trial: TrialRecord, name: str) -> str:
+    """A rate as the raw count it is (3/100), any other metric with four significant digits."""
+    if name in trial.counts:
+        cases, total = trial.counts[name]
+        return f"{cases}/{total}"
+    value = trial.values.get(name)
+    return "-" if value is None else f"{value:.4g}"
+
+
+def describe_edit(edit: dict[str, Any] | None) -> str:
+    """One short phrase: direction and, per component, peak strength @ layer."""
+    if edit is None:
+        return "-"
+    index = edit["direction_index"]
+    direction = "per layer" if index is None else f"layer {index:.1f}"
+    kernels = ", ".join(
+        f"{component} {max(kernel['max_weight'], 0.0):.2f}@{kernel['max_weight_position']:.1f}"
+        for component, kernel in edit["components"].items()
+    )
+    return f"{edit['direction_set']} {direction}; {kernels}"
+
+
+def table_columns(trials: Sequence[TrialRecord], objectives: Sequence[str]) -> list[str]:
+    """Objectives first, then what else was counted or measured as a mean."""
+    measured = {name: None for trial in trials for name in trial.values}
+    extra = [name for name in measured if name not in objectives and not name.startswith(("kl_median", "kl_p95"))]
+    return [*objectives, *extra]
+
+
+def front_table(trials: Sequence[TrialRecord], objectives: Sequence[str], title: str = "Pareto front") -> Table:
+    """Rich table of the given trials in the given order."""
+    columns = table_columns(trials, objectives)
+    table = Table(title=title, title_justify="left")
+    table.add_column("trial", justify="right")
+    for name in columns:
+        table.add_column(name.replace("_", " "), justify="right")
+    table.add_column("edit", overflow="fold")
+    for trial in trials:
+        table.add_row(str(trial.number), *(metric_text(trial, name) for name in columns), describe_edit(trial.edit))
+    return table
+
+
+def front_lines(trials: Sequence[TrialRecord], objectives: Sequence[str]) -> list[str]:
+    """The same table as aligned plain text, for logs."""
+    columns = table_columns(trials, objectives)
+    rows = [["trial", *columns, "edit"]]
+    rows += [
+        [str(trial.number), *(metric_text(trial, name) for name in columns), describe_edit(trial.edit)]
+        for trial in trials
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
+    return ["  ".join([*(cell.rjust(width) for cell, width in zip(row, widths)), row[-1]]) for row in rows]

@@ -1,0 +1,126 @@
+"""The search space: what can be sampled, and that trial number i is the same in every process."""
+
+import optuna
+import pytest
+
+from bruno_ray.errors import SettingsError
+from bruno_ray.sampler import NumberedTPESampler
+from bruno_ray.search_space import edit_from_params, search_space, suggest
+from bruno_ray.settings import SearchSettings
+
+SETS = ("difference_in_means@0", "difference_in_means@1")
+COMPONENTS = ("attention", "mlp")
+LAYERS = 11
+
+
+def make_study(seed: int = 0, n_startup_trials: int = 5) -> optuna.Study:
+    return optuna.create_study(directions=["minimize", "minimize"], sampler=NumberedTPESampler(n_startup_trials, seed))
+
+
+def ask(study: optuna.Study):
+    trial = study.ask()
+    return trial, suggest(trial, SearchSettings(), SETS, LAYERS, COMPONENTS)
+
+
+def tell(study: optuna.Study, number: int) -> None:
+    params = study.trials[number].params
+    study.tell(number, [round(1.5 - params["mlp.max_weight"], 1), params["attention.max_weight"] ** 2])
+
+
+def test_sampled_edits_stay_in_their_ranges_in_layers():
+    study = make_study()
+    scopes, sets, heights = set(), set(), []
+    for _ in range(60):
+        trial, edit = ask(study)
+        tell(study, trial.number)
+        assert 4.0 <= trial.params["direction_index"] <= 9.0  # sampled even when it is ignored
+        assert edit.direction_index in (None, trial.params["direction_index"])
+        for component in COMPONENTS:
+            kernel = edit.components[component]
+            assert 6.0 <= kernel.max_weight_position <= 10.0
+            assert 0.0 <= kernel.min_weight <= 1.0
+            assert 1.0 <= kernel.min_weight_distance <= 6.0
+        assert 0.8 <= edit.components["attention"].max_weight <= 1.5
+        heights.append(edit.components["mlp"].max_weight)
+        scopes.add(edit.direction_index is None)
+        sets.add(edit.direction_set)
+    assert scopes == {True, False}
+    assert sets == set(SETS)
+    assert min(heights) < 0 < max(heights) <= 1.5
+
+
+def test_every_trial_has_the_same_parameters():
+    """Multivariate TPE ignores what is not sampled in all trials."""
+    study = make_study()
+    for _ in range(20):
+        trial, _ = ask(study)
+        tell(study, trial.number)
+    names = {tuple(trial.params) for trial in study.trials}
+    assert len(names) == 1
+    assert set(names.pop()) == set(search_space(SearchSettings(), SETS, LAYERS, COMPONENTS))
+
+
+def test_a_choice_with_one_option_is_no_parameter():
+    settings = SearchSettings(direction_scopes=("per_layer",))
+    space = search_space(settings, SETS[:1], LAYERS, ("mlp",))
+    assert "direction_scope" not in space and "direction_set" not in space
+    params = {name: distribution.low for name, distribution in space.items()}
+    edit = edit_from_params(params, settings, SETS[:1])
+    assert edit.direction_set == SETS[0] and edit.direction_index is None
+    assert list(edit.components) == ["mlp"]
+
+
+def test_a_model_of_one_layer_has_a_space():
+    space = search_space(SearchSettings(), SETS, 1, COMPONENTS)
+    assert space["mlp.min_weight_distance"].single()
+    trial = make_study().ask()
+    assert suggest(trial, SearchSettings(), SETS, 1, COMPONENTS).components["mlp"].min_weight_distance == 1.0
+
+
+def test_a_component_without_ranges_is_named():
+    with pytest.raises(SettingsError, match="router"):
+        search_space(SearchSettings(), SETS, LAYERS, ("attention", "router"))
+
+
+@pytest.mark.parametrize("cut", [3, 9])
+def test_a_new_process_samples_what_the_old_one_would_have(cut, tmp_path):
+    """Before and after the random start-up trials; Optuna's own sampler repeats its first draws here."""
+
+    def run(study: optuna.Study, until: int) -> None:
+        while len(study.trials) < until:
+            tell(study, ask(study)[0].number)
+
+    whole = make_study()
+    run(whole, 12)
+
+    first = make_study()
+    run(first, cut)
+    second = make_study()
+    second.add_trials(first.trials)
+    run(second, 12)
+
+    expected = [trial.params for trial in whole.trials]
+    assert [trial.params for trial in second.trials] == expected
+    assert len({tuple(params.values()) for params in expected}) == 12
+
+
+@pytest.mark.parametrize("n_startup_trials", [100, 3])
+def test_a_trial_whose_sampling_was_cut_short_gets_the_rest_of_its_own_parameters(n_startup_trials):
+    whole = make_study(n_startup_trials=n_startup_trials)
+    cut = make_study(n_startup_trials=n_startup_trials)
+    for study in (whole, cut):
+        for _ in range(6):
+            tell(study, ask(study)[0].number)
+    expected = ask(whole)[0].params
+
+    trial = cut.ask()
+    trial.suggest_categorical("direction_scope", SearchSettings().direction_scopes)
+    trial.suggest_float("direction_index", 4.0, 9.0)
+    again = optuna.Trial(cut, trial._trial_id)
+    cut.sampler = NumberedTPESampler(n_startup_trials, 0)
+    suggest(again, SearchSettings(), SETS, LAYERS, COMPONENTS)
+    assert cut.trials[6].params == expected
+
+
+def test_seeds_differ():
+    assert ask(make_study(seed=0))[0].params != ask(make_study(seed=1))[0].params

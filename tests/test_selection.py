@@ -1,0 +1,84 @@
+"""Pareto front and automatic choice, against Optuna's own front and by hand."""
+
+import random
+
+import optuna
+import pytest
+from optuna.trial import TrialState, create_trial
+
+from bruno_ray.errors import SettingsError, StudyError
+from bruno_ray.selection import TrialRecord, auto_select, find_trial, front_lines, load_trials, pareto_front
+
+OBJECTIVES = ("behaviour_rate", "kl_divergence")
+
+
+def trial(number: int, rate: float, kl: float, **more: float) -> TrialRecord:
+    values = {"behaviour_rate": rate, "kl_divergence": kl, **more}
+    edit = {
+        "components": {"mlp": {"max_weight": 1.0, "max_weight_position": 3.0}},
+        "direction_set": "difference_in_means@0",
+        "direction_index": None,
+    }
+    return TrialRecord(number, "COMPLETE", edit, values, counts={"behaviour_rate": (round(rate * 100), 100)})
+
+
+@pytest.mark.parametrize("n_objectives", [1, 2, 3])
+@pytest.mark.parametrize("seed", range(4))
+def test_front_agrees_with_optuna_with_ties_and_failures(seed, n_objectives):
+    generator = random.Random(seed)
+    names = [f"metric_{i}" for i in range(n_objectives)]
+    study = optuna.create_study(directions=["minimize"] * n_objectives)
+    for _ in range(40):
+        if generator.random() < 0.1:
+            study.add_trial(create_trial(state=TrialState.FAIL, user_attrs={"result": {"error": "NaN"}}))
+            continue
+        values = [generator.randint(0, 5) / 5 for _ in names]
+        attrs = {"result": {"values": dict(zip(names, values)), "counts": {}}}
+        study.add_trial(create_trial(values=values, user_attrs=attrs))
+    front = pareto_front(load_trials(study), names)
+    assert sorted(t.number for t in front) == sorted(t.number for t in study.best_trials)
+    points = [tuple(t.values.values()) for t in front]
+    assert points == sorted(points)
+
+
+def test_auto_select_takes_the_lowest_rate_under_the_bound():
+    trials = [trial(0, 0.5, 0.01), trial(1, 0.1, 0.09), trial(2, 0.0, 0.2), trial(3, 0.2, 0.02)]
+    assert auto_select(trials, max_kl=0.1).number == 1
+    assert auto_select(trials, max_kl=0.2).number == 2
+    assert auto_select(trials, max_kl=0.01).number == 0  # the bound itself is allowed
+
+
+def test_auto_select_breaks_ties_by_the_other_metrics_then_kl():
+    trials = [
+        trial(0, 0.0, 0.01, incoherence=0.5),
+        trial(1, 0.0, 0.05, incoherence=0.1),
+        trial(2, 0.0, 0.04, incoherence=0.1),
+        trial(3, 0.0, 0.04, incoherence=0.1),
+    ]
+    assert auto_select(trials, max_kl=0.1).number == 2
+
+
+def test_auto_select_says_what_the_lowest_kl_is():
+    with pytest.raises(StudyError, match=r"lowest is 0\.3 \(trial 1\)"):
+        auto_select([trial(0, 0.0, 0.5), trial(1, 0.4, 0.3)], max_kl=0.1)
+
+
+def test_auto_select_needs_trials_and_its_metrics():
+    with pytest.raises(StudyError, match="no completed trial"):
+        auto_select([TrialRecord(0, "FAIL", None, {})], max_kl=0.1)
+    with pytest.raises(SettingsError, match="kl_divergence"):
+        auto_select([TrialRecord(0, "COMPLETE", None, {"behaviour_rate": 0.0})], max_kl=0.1)
+
+
+def test_find_trial_refuses_what_has_no_result():
+    trials = [trial(0, 0.1, 0.1), TrialRecord(1, "FAIL", None, {})]
+    assert find_trial(trials, 0).number == 0
+    with pytest.raises(StudyError, match="FAIL"):
+        find_trial(trials, 1)
+    with pytest.raises(StudyError, match="no trial 7"):
+        find_trial(trials, 7)
+
+
+def test_the_table_shows_counts_as_they_are():
+    lines = front_lines([trial(4, 0.03, 0.0123456)], OBJECTIVES)
+    assert "3/100" in lines[1] and "0.01235" in lines[1] and "0.03" not in lines[1].split("edit")[0].split("3/100")[0]
