@@ -8,14 +8,29 @@ read and merged is in ``settings_sources.py``. An unknown key is an error at eve
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Range = tuple[float, float]
+
+def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] > bounds[1]:
+        raise ValueError(f"a range is written low, high; swap the bounds or repeat one to fix the value: {bounds}")
+    return bounds
+
+
+Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
 
 class ModelSettings(Section):
