@@ -1,0 +1,229 @@
+"""Planted directions and subspaces are found; options do what their names say; degenerate input is harmless."""
+
+import pytest
+import torch
+
+from bruno_ray.directions import METHODS, build_bank, mean, project_out, winsorize
+from bruno_ray.directions.basis import orthonormalise
+from bruno_ray.directions.difference_in_means import difference_in_means
+from bruno_ray.directions.subspace import subspace
+from bruno_ray.errors import ModelError, PromptError, SettingsError
+
+N, L, D = 60, 4, 48
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def unit(seed: int, n_points: int = L) -> torch.Tensor:
+    return torch.nn.functional.normalize(noise(n_points, D, seed=seed), dim=-1)
+
+
+def planted(shift: float = 4.0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Target and baseline residuals (N, L, D) that differ by `shift` along a direction (L, D) of each point."""
+    direction_LD = unit(seed=1)
+    common_LD = 10 * unit(seed=2)
+    target = common_LD + shift * direction_LD + 0.3 * noise(N, L, D, seed=3)
+    baseline = common_LD + 0.3 * noise(N, L, D, seed=4)
+    return target, baseline, direction_LD
+
+
+def planted_subspace(content: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Targets vary in 3 directions (L, 3, D) that baselines do not know; both vary in 6 directions of content."""
+    n_prompts = 300
+    bases = torch.linalg.qr(noise(L, D, 9, seed=1))[0].mT
+    behaviour_L3D, content_L6D = bases[:, :3], bases[:, 3:]
+
+    def side(seed: int) -> torch.Tensor:
+        coordinates = content * noise(n_prompts, L, 6, seed=seed)
+        return torch.einsum("nlk,lkd->nld", coordinates, content_L6D) + 0.3 * noise(n_prompts, L, D, seed=seed + 1)
+
+    behaviour = torch.tensor([4.0, 0.0, 0.0]) + torch.tensor([0.3, 2.0, 1.5]) * noise(n_prompts, L, 3, seed=9)
+    return side(5) + torch.einsum("nlk,lkd->nld", behaviour, behaviour_L3D), side(7), behaviour_L3D
+
+
+def captured(found_LRD: torch.Tensor, planted_LRD: torch.Tensor) -> torch.Tensor:
+    """Share of each planted direction that lies in the span of the found ones, (L, R)."""
+    return torch.einsum("lrd,lpd->lpr", found_LRD, planted_LRD).square().sum(dim=-1)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_finds_a_planted_direction_and_obeys_the_contract(name):
+    target, baseline, direction_LD = planted()
+    for rank in (1, 3):
+        found = METHODS[name](target, baseline, rank)
+        assert found.dtype == torch.float32
+        assert found.shape[0] == L and found.shape[1] <= rank and found.shape[2] == D
+        torch.testing.assert_close(found @ found.mT, torch.eye(found.shape[1]).expand(L, -1, -1), atol=1e-5, rtol=0)
+        assert (found[:, 0] * direction_LD).sum(dim=-1).min() > 0.98  # towards the target, not away
+
+
+def test_float64_means_keep_a_direction_under_a_large_common_component():
+    # The direction is far below one float32 step of a running sum of numbers like 4000.
+    direction = torch.nn.functional.normalize(noise(1, D, seed=1), dim=-1)
+    common = 4000.0 + noise(1, D, seed=2)
+    baseline = common + 0.01 * noise(4000, 1, D, seed=3)
+    target = baseline + 0.01 * direction
+    exact = (target.double() - baseline.double()).mean(dim=0)
+    exact = exact / exact.norm(dim=-1, keepdim=True)
+
+    found = difference_in_means(target, baseline)[:, 0].double()
+    sequential = torch.zeros(2, 1, D)
+    for i in range(len(target)):
+        sequential += torch.stack([target[i], baseline[i]])
+    single = torch.nn.functional.normalize((sequential[0] - sequential[1]).double(), dim=-1)
+
+    assert (found * exact).sum() > 0.999999
+    assert (single * exact).sum() < 0.9
+
+
+def test_the_subspace_begins_with_the_difference_in_means():
+    target, baseline, _ = planted_subspace(content=1.0)
+    torch.testing.assert_close(subspace(target, baseline, 4)[:, :1], difference_in_means(target, baseline))
+
+
+@pytest.mark.parametrize("content", [0.0, 1.0, 2.0])
+def test_a_planted_subspace_is_found_among_shared_content(content):
+    target, baseline, behaviour_L3D = planted_subspace(content)
+    assert captured(subspace(target, baseline, 3), behaviour_L3D).min() > 0.9
+    one = captured(difference_in_means(target, baseline), behaviour_L3D)
+    assert one[:, 1:].max() < 0.1  # one direction cannot
+
+
+def test_contrast_finds_what_principal_directions_of_the_target_miss():
+    target, baseline, behaviour_L3D = planted_subspace(content=3.0)
+    centred = (target - baseline.mean(dim=0)).transpose(0, 1)
+    principal = torch.linalg.svd(centred, full_matrices=False)[2][:, :3]
+    assert captured(subspace(target, baseline, 3), behaviour_L3D)[:, 1:].min() > 0.85
+    assert captured(principal, behaviour_L3D)[:, 1:].max() < 0.3
+
+
+def test_the_scale_of_residuals_does_not_matter():
+    target, baseline, _ = planted_subspace(content=1.0)
+    torch.testing.assert_close(
+        subspace(1e-4 * target, 1e-4 * baseline, 3), subspace(target, baseline, 3), atol=1e-4, rtol=0
+    )
+
+
+def test_projected_directions_are_orthogonal_to_the_baseline_mean_and_to_each_other():
+    target, baseline, _ = planted_subspace(content=1.0)
+    target, baseline = target + 5, baseline + 5
+    plain = build_bank(target[:, None], baseline[:, None], ["subspace"], rank=3, projected=False)["subspace@0"]
+    projected = build_bank(target[:, None], baseline[:, None], ["subspace"], rank=3, projected=True)["subspace@0"]
+    mean_LD = torch.nn.functional.normalize(mean(baseline).float(), dim=-1)
+    assert torch.einsum("lrd,ld->lr", plain, mean_LD).abs().max() > 0.02
+    assert torch.einsum("lrd,ld->lr", projected, mean_LD).abs().max() < 1e-6
+    torch.testing.assert_close(projected @ projected.mT, torch.eye(3).expand(L, -1, -1), atol=1e-5, rtol=0)
+    # the first is the normalised remainder of the first, not a rotation of it
+    remainder = plain[:, 0] - (plain[:, 0] * mean_LD).sum(dim=-1, keepdim=True) * mean_LD
+    torch.testing.assert_close(projected[:, 0], torch.nn.functional.normalize(remainder, dim=-1), atol=1e-5, rtol=0)
+
+
+def test_a_direction_parallel_to_the_mean_projects_to_zero():
+    mean_LD = unit(seed=1)
+    assert not project_out(-mean_LD[:, None], 3 * mean_LD).any()
+
+
+def test_winsorize_clamps_each_vector_to_its_own_quantile():
+    residuals = noise(5, L, 101, seed=1)
+    residuals[0, 0, 7], residuals[1, 2, 9] = 1000.0, -50.0
+    clamped = winsorize(residuals, 0.9)
+    sorted_magnitudes = residuals.abs().sort(dim=-1).values
+    assert torch.allclose(clamped.abs().amax(dim=-1), sorted_magnitudes[..., 90])  # element 0.9 * 100 of each
+    assert clamped[0, 0, 7] > 0 and clamped[1, 2, 9] < 0
+    inside = residuals.abs() <= sorted_magnitudes[..., 90:91]
+    assert torch.equal(clamped[inside], residuals[inside])
+    assert winsorize(residuals, 1.0) is residuals
+
+
+def test_winsorize_is_the_same_in_pieces(monkeypatch):
+    residuals = noise(7, L, 20, seed=1)
+    whole = winsorize(residuals, 0.95)
+    monkeypatch.setattr("bruno_ray.directions.QUANTILE_LIMIT", 1)
+    assert torch.equal(winsorize(residuals, 0.95), whole)
+
+
+def test_winsorize_rescues_a_direction_from_one_massive_coordinate():
+    target, baseline, direction_LD = planted()
+    target[::7, :, 5] += 3000.0  # in some prompts only
+    found = {
+        quantile: build_bank(target[:, None], baseline[:, None], projected=False, winsorize_quantile=quantile)
+        for quantile in (1.0, 0.95)
+    }
+    overlap = {q: (bank["difference_in_means@0"][:, 0] * direction_LD).sum(dim=-1) for q, bank in found.items()}
+    assert overlap[1.0].abs().max() < 0.5
+    assert overlap[0.95].min() > 0.8
+
+
+def test_the_bank_has_every_method_at_every_position():
+    target, baseline, direction_LD = planted()
+    flat = noise(N, L, D, seed=8)
+    bank = build_bank(
+        torch.stack([flat, target], dim=1),
+        torch.stack([flat.flip(0) + 0.1 * noise(N, L, D, seed=6), baseline], dim=1),
+        ["difference_in_means", "subspace"],
+        positions=[0, 1],
+        rank=2,
+        projected=False,
+    )
+    assert {name: tuple(rows.shape) for name, rows in bank.items()} == {
+        "difference_in_means@0": (L, 1, D),
+        "subspace@0": (L, 2, D),
+        "difference_in_means@1": (L, 1, D),
+        "subspace@1": (L, 2, D),
+    }
+    assert (bank["difference_in_means@1"][:, 0] * direction_LD).sum(dim=-1).min() > 0.98
+    assert (bank["difference_in_means@0"][:, 0] * direction_LD).sum(dim=-1).max() < 0.7
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("projected", [True, False])
+def test_a_point_where_all_prompts_agree_is_zero_and_nothing_is_nan(method, projected):
+    target, baseline, _ = planted()
+    target[:, 0] = baseline[:, 0] = noise(D, seed=5)  # the embedding of the last token
+    bank = build_bank(target[:, None], baseline[:, None], [method], rank=3, projected=projected)
+    directions = bank[f"{method}@0"]
+    assert torch.isfinite(directions).all()
+    assert not directions[0].any()
+    assert (directions[1:, 0].norm(dim=-1) - 1).abs().max() < 1e-5
+
+
+def test_more_directions_than_prompts_determine_are_zero_rows():
+    target, baseline, _ = planted()
+    directions = subspace(target[:3], baseline[:1], 6)
+    lengths = directions.norm(dim=-1)
+    assert torch.isfinite(directions).all()
+    assert (lengths[:, :3] - 1).abs().max() < 1e-5  # the difference, and two differences among three targets
+    assert not lengths[:, 3:].any()
+
+
+def test_one_prompt_a_side_still_has_a_difference():
+    target, baseline, direction_LD = planted()
+    directions = subspace(target[:1], baseline[:1], 3)
+    assert (directions[:, 0] * direction_LD).sum(dim=-1).min() > 0.7
+    assert not directions[:, 1:].any()
+
+
+def test_orthonormalise_keeps_order_and_signs_and_drops_dependent_rows():
+    first, second = noise(2, 1, D, seed=1).double()
+    basis = orthonormalise(torch.stack([-first, -2 * first, second], dim=1))
+    torch.testing.assert_close(basis[0, 0], -first[0] / first.norm())
+    assert not basis[0, 1].any()
+    assert basis[0, 2] @ second[0] > 0 and abs(basis[0, 2] @ first[0]) < 1e-12
+
+
+def test_what_cannot_work_says_what_to_do():
+    target, baseline, _ = planted()
+    target, baseline = target[:, None], baseline[:, None]
+    with pytest.raises(SettingsError, match="choose from difference_in_means, subspace"):
+        build_bank(target, baseline, ["pca"])
+    with pytest.raises(SettingsError, match=r"raise residuals\.answer_tokens"):
+        build_bank(target, baseline, positions=[1])
+    with pytest.raises(PromptError, match="no baseline prompts"):
+        build_bank(target, baseline[:0])
+    with pytest.raises(PromptError, match="same residuals at every layer"):
+        build_bank(target, target)
+    target[3, 0, 2, 1] = float("nan")
+    with pytest.raises(ModelError, match="target prompts are not finite"):
+        build_bank(target, baseline)
