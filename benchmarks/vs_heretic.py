@@ -183,8 +183,6 @@ def table(results: dict[int, tuple[Result, Result]], settings: argparse.Namespac
     ratio = statistics.median(theirs.seconds_per_trial / ours.seconds_per_trial for theirs, ours in results.values())
     gain = statistics.median(ours.hypervolume - theirs.hypervolume for theirs, ours in results.values())
     facts = statistics.median(o.truth.restricted_right - h.truth.restricted_right for h, o in results.values())
-        ours.truth.restricted_right - theirs.truth.restricted_right for theirs, ours in results.values()
-    )
     lines += ["", f"Median over seeds: {ratio:.1f}x less time per trial, hypervolume {gain:+.4f}, facts {facts:+g}."]
     return "\n".join(lines)
 
