@@ -51,6 +51,14 @@ _LINEAR_ATTENTION = {
     "linear_num_value_heads": 4,
 }
 _QWEN3_5_VISION = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": HIDDEN}
+_GEMMA4 = {
+    "hidden_size_per_layer_input": 8,
+    "vocab_size_per_layer_input": VOCAB_SIZE,
+    "global_head_dim": 8,
+    "num_global_key_value_heads": 2,
+    "sliding_window": 16,
+    "num_kv_shared_layers": 0,
+}
 _GEMMA = {"query_pre_attn_scalar": 8, "sliding_window": 16}
 
 
@@ -113,16 +121,32 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "llama": lambda: _text("llama"),
     "mistral": lambda: _text("mistral"),
     "qwen2": lambda: _text("qwen2", without=("head_dim",)),
+    "ministral3": lambda: _text("ministral3"),
     "qwen3": lambda: _text("qwen3"),
+    "gemma": lambda: _text("gemma"),
     "gemma2": lambda: _text("gemma2", **_GEMMA),
     "gemma3_text": lambda: _text("gemma3_text", **_GEMMA),
     "gemma3": _gemma3_multimodal,
+    # a dense MLP and a mixture of experts side by side, and a third write per layer
+    "gemma4_text": lambda: _text(
+        "gemma4_text",
+        **_GEMMA4,
+        enable_moe_block=True,
+        num_experts=4,
+        top_k_experts=2,
+        moe_intermediate_size=24,
+    ),
     "phi3": lambda: _text("phi3", without=("head_dim",)),
     "olmo2": lambda: _text("olmo2", without=("head_dim",)),
+    "olmo3": lambda: _text("olmo3", without=("head_dim",), sliding_window=16),
+    "smollm3": lambda: _text("smollm3", without=("head_dim",)),
+    "cohere2": lambda: _text("cohere2", without=("head_dim",), sliding_window=16),
+    "glm4": lambda: _text("glm4"),
     "granite": lambda: _text("granite", without=("head_dim",), residual_multiplier=0.5),
     "gpt2": _gpt2,
     "gpt_neox": lambda: _text("gpt_neox", without=("head_dim", "num_key_value_heads")),
     "mixtral": lambda: _text("mixtral", num_local_experts=4, num_experts_per_tok=2),
+    "olmoe": lambda: _text("olmoe", without=("head_dim",), num_experts=4, num_experts_per_tok=2),
     "qwen2_moe": lambda: _text(
         "qwen2_moe", without=("head_dim",), **_MOE, num_experts=4, shared_expert_intermediate_size=24
     ),
@@ -142,7 +166,17 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     "granitemoe": lambda: _text(
         "granitemoe", without=("head_dim",), num_local_experts=4, num_experts_per_tok=2, residual_multiplier=0.5
     ),
-    # the first layer is dense; multi-head latent attention
+    # the first layer is dense
+    "glm4_moe": lambda: _text(
+        "glm4_moe",
+        **_MOE,
+        n_routed_experts=4,
+        n_shared_experts=1,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+    ),
+    # the same with multi-head latent attention
     "deepseek_v3": lambda: _text(
         "deepseek_v3",
         without=("head_dim",),
