@@ -160,7 +160,8 @@ class ComponentRange(Section):
     the last layer's index."""
 
     max_weight: Range = (0.8, 1.5)
-    """Ablation strength at the peak; 1 removes the whole component along the direction. Values sampled below 0 count as 0."""
+    """Ablation strength at the peak; 1 removes the whole component along the direction. Values sampled below 0 count
+    as 0."""
 
     max_weight_position: Range = (0.6, 1.0)
     """Layer of the peak."""
@@ -291,9 +292,10 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _agree(self) -> "Settings":
-        if max(self.directions.positions, default=0) > self.residuals.answer_tokens:
+        position = max(self.directions.positions, default=0)
+        if position > self.residuals.answer_tokens:
             raise ValueError(
-                f"directions.positions asks for answer token {max(self.directions.positions)} but residuals.answer_tokens"
-                f" is {self.residuals.answer_tokens}: raise residuals.answer_tokens"
+                f"directions.positions asks for answer token {position} but residuals.answer_tokens is"
+                f" {self.residuals.answer_tokens}; raise residuals.answer_tokens to {position}"
             )
         return self

@@ -333,7 +333,8 @@ def preset_layer(behaviour: str, label: str = "behaviour") -> Layer:
     path = Path(behaviour) if is_file else PRESETS / f"{behaviour}.toml"
     if not is_file and not path.is_file():
         close = difflib.get_close_matches(behaviour, preset_names(), 1, 0.6)
-        hint = f"did you mean {close[0]!r}?" if close else f"there are {', '.join(preset_names())}; or give a .toml file"
+        others = f"there are {', '.join(preset_names())}; or give a .toml file"
+        hint = f"did you mean {close[0]!r}?" if close else others
         raise SettingsError(f"{label}: no preset named {behaviour!r}; {hint}")
     layer = flatten(read_toml(path, "preset"), f"preset {behaviour}")
     if "behaviour" in layer:
