@@ -1,0 +1,215 @@
+"""The engine against transformers' own generate and against plain forward passes, on random models of every family."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bruno_ray.ablation import AblationParameters, Edit
+from bruno_ray.generation import Engine
+from bruno_ray.live import bake
+from bruno_ray.models import LoadedModel, load_model
+from bruno_ray.settings import ModelSettings
+from tests import tiny_models
+
+FAMILIES = sorted(tiny_models.FAMILIES)
+LENGTHS = (5, 23, 9, 14, 2, 30, 11)
+N = 12
+KERNEL = AblationParameters(max_weight=1.0, max_weight_position=2.0, min_weight=0.5, min_weight_distance=2.0)
+# Letters end an answer, so that rows leave at different steps.
+END_IDS = [258, *range(40)]
+
+
+def prompts() -> list[list[int]]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 256, (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+def load(folder: Path, family: str) -> LoadedModel:
+    loaded = load_model(ModelSettings(id=str(tiny_models.write(folder, family)), dtypes=("float32",)))
+    loaded.generation_config.eos_token_id = END_IDS
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    return load(tmp_path_factory.mktemp("llama"), "llama")
+
+
+def bank(loaded: LoadedModel, rank: int = 1) -> dict[str, torch.Tensor]:
+    shape = (loaded.architecture.n_layers + 1, loaded.architecture.d_model, rank)
+    directions = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    return {"random": torch.linalg.qr(directions).Q.transpose(1, 2).contiguous()}
+
+
+def edits(loaded: LoadedModel) -> list[Edit]:
+    """Different strengths, scopes and norm modes."""
+    components = loaded.architecture.components
+    half = AblationParameters(0.6, 1.0, 0.0, 1.5)
+    return [
+        Edit({name: KERNEL for name in components}, "random", None, "full"),
+        Edit({name: KERNEL for name in components}, "random", 1.3, "none"),
+        Edit({components[-1]: half}, "random", 0.5, "pre"),
+    ]
+
+
+def by_generate(model: torch.nn.Module, ids: list[int]) -> tuple[tuple[int, ...], bool]:
+    """Tokens and whether an end was reached, from transformers, one prompt alone and unpadded."""
+    output = model.generate(
+        torch.tensor([ids]),
+        attention_mask=torch.ones(1, len(ids), dtype=torch.long),
+        max_new_tokens=N,
+        do_sample=False,
+        eos_token_id=END_IDS,
+        pad_token_id=256,
+    )[0, len(ids) :].tolist()
+    ended = output[-1] in END_IDS
+    return tuple(output[:-1] if ended else output), ended
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_as_transformers_does(family: str, tmp_path: Path) -> None:
+    """A padded batch with leaving rows equals generate() on each prompt; logits equal a plain forward pass."""
+    loaded = load(tmp_path, family)
+    engine = Engine(loaded)
+    expected = [by_generate(loaded.model, ids) for ids in prompts()]
+    for attempt in ("without drafts", "with drafts"):
+        responses = engine.generate(prompts(), [None], N)[0]
+        assert [(r.token_ids, r.ended) for r in responses] == expected, attempt
+    assert len({len(r.token_ids) for r in responses}) > 2, "the rows should end at different steps"
+
+    with torch.no_grad():
+        alone = torch.stack([loaded.model(torch.tensor([ids])).logits[0, -1] for ids in prompts()])
+    torch.testing.assert_close(engine.next_logits(prompts(), [None])[0], alone, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe", "qwen3_5_text"])
+def test_edits_in_one_batch_as_one_by_one_and_as_baked(family: str, tmp_path: Path) -> None:
+    loaded = load(tmp_path, family)
+    engine = Engine(loaded)
+    resolved = engine.editor.resolve_all(edits(loaded), bank(loaded))
+    together = engine.generate(prompts(), [None, *resolved], N)
+    logits = engine.next_logits(prompts(), [None, *resolved])
+    for k, edit in enumerate([None, *resolved]):
+        fresh = Engine(loaded)
+        assert fresh.generate(prompts(), [edit], N)[0] == together[k]
+        torch.testing.assert_close(fresh.next_logits(prompts(), [edit])[0], logits[k], rtol=2e-3, atol=2e-3)
+        fresh.editor.close()
+    assert together[0] != together[1], "an edit of strength 1 should change a random model"
+    engine.editor.close()
+    bake(loaded.architecture, resolved[0])
+    assert [(r.token_ids, r.ended) for r in together[1]] == [by_generate(loaded.model, ids) for ids in prompts()]
+
+
+def test_small_budgets_change_nothing(llama: LoadedModel) -> None:
+    whole, cut = Engine(llama), Engine(llama, row_tokens=40)
+    resolved = whole.editor.resolve_all(edits(llama), bank(llama))
+    assert whole.generate(prompts(), resolved, N) == cut.generate(prompts(), resolved, N)
+    torch.testing.assert_close(whole.next_logits(prompts(), resolved), cut.next_logits(prompts(), resolved))
+
+
+def test_running_out_of_memory_halves_the_batch(llama: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = Engine(llama)
+    expected = engine.generate(prompts(), [None, None], N)
+    forward, refused = llama.model.forward, []
+
+    def small_memory(input_ids: torch.Tensor, **kwargs: object) -> object:
+        if len(input_ids) > 4:
+            refused.append(len(input_ids))
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(llama.model, "forward", small_memory)
+    small = Engine(llama)
+    assert small.generate(prompts(), [None, None], N) == expected
+    assert refused == [14, 7, 7]
+
+
+def test_decided_rows_leave_and_history_does_not_matter(llama: LoadedModel) -> None:
+    """The answer is cut at the first length at which the verdict is asked for and True, drafted or not."""
+
+    def decide(text: str) -> bool:
+        return len(text) >= 6
+
+    full = Engine(llama).generate(prompts(), [None], N)[0]
+    fresh, practised = Engine(llama), Engine(llama)
+    practised.generate(prompts(), [None], N)
+    tokenizer = llama.tokenizer
+    for engine in (fresh, practised):
+        for whole, response in zip(full, engine.generate(prompts(), [None], N, decide)[0]):
+            asked = [n for n in range(1, len(whole.token_ids) + 1) if n <= 4 or n % 4 == 0]
+            found = [n for n in asked if decide(tokenizer.decode(whole.token_ids[:n], skip_special_tokens=True))]
+            if found:
+                assert response.decided and not response.ended
+                assert response.token_ids == whole.token_ids[: found[0]]
+            else:
+                assert response == whole
+    assert any(r.decided for r in fresh.generate(prompts(), [None], N, decide)[0])
+
+
+def test_drafts_save_forward_passes(llama: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward, calls = llama.model.forward, []
+    monkeypatch.setattr(llama.model, "forward", lambda **kwargs: calls.append(1) or forward(**kwargs))
+    engine = Engine(llama)
+    first = engine.generate(prompts(), [None], N)
+    without = len(calls)
+    assert engine.generate(prompts(), [None], N) == first
+    assert len(calls) - without < without / 2
+
+
+def test_one_broken_edit_leaves_the_others_alone(llama: LoadedModel) -> None:
+    engine = Engine(llama)
+    broken, good = engine.editor.resolve_all(edits(llama)[:2], bank(llama))
+    for factors in broken.factors:
+        if factors is not None:
+            factors.scale.fill_(float("nan"))
+    answers = engine.generate(prompts(), [good, broken, None], N)
+    assert answers[0] == engine.generate(prompts(), [good], N)[0]
+    assert answers[2] == engine.generate(prompts(), [None], N)[0]
+    assert all(not r.finite and r.token_ids == () for r in answers[1])
+    assert all(r.finite for r in answers[0])
+    logits = engine.next_logits(prompts(), [good, broken])
+    assert logits[0].isfinite().all() and not logits[1].isfinite().any()
+
+
+def test_likelihoods_as_a_plain_forward_pass(llama: LoadedModel) -> None:
+    engine = Engine(llama)
+    (edit,) = engine.editor.resolve_all(edits(llama)[:1], bank(llama))
+    continuations = [
+        [list(range(60, 60 + n)) for n in (3, 0, 7, 1, 12, 2, 5)],
+        [list(range(90, 90 + n)) for n in (1, 4, 0, 2, 2, 9, 3)],
+    ]
+    found = engine.token_logprobs(prompts(), continuations, [None, edit])
+    for k, applied in enumerate([None, edit]):
+        for ids, tail, logprobs in zip(prompts(), continuations[k], found[k]):
+            assert len(logprobs) == len(tail)
+            if not tail:
+                continue
+            engine.editor.set([applied], [0])
+            with torch.no_grad():
+                logits = llama.model(torch.tensor([ids + tail])).logits[0]
+            engine.editor.clear()
+            expected = logits.log_softmax(-1)[len(ids) - 1 : -1].gather(-1, torch.tensor(tail)[:, None])[:, 0]
+            torch.testing.assert_close(logprobs, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_streaming_equals_generating(llama: LoadedModel) -> None:
+    engine = Engine(llama)
+    (edit,) = engine.editor.resolve_all(edits(llama)[:1], bank(llama))
+    for ids, response in zip(prompts(), engine.generate(prompts(), [edit], N)[0]):
+        streamed = "".join(engine.stream(ids, edit, N))
+        # Bytes that do not make up a character are held back until they do.
+        assert response.text.startswith(streamed)
+        assert response.text[len(streamed) :].strip("\ufffd") == "" or "\ufffd" in response.text
+
+
+def test_nucleus_sampling_stays_in_the_nucleus(llama: LoadedModel) -> None:
+    engine = Engine(llama)
+    ids = prompts()[0]
+    best = engine.next_logits([ids], [None])[0, 0].argmax()
+    torch.manual_seed(0)
+    greedy = next(engine.stream(ids, None, 1), "")
+    assert next(engine.stream(ids, None, 1, temperature=5.0, top_p=1e-6), "") == greedy
+    assert llama.tokenizer.decode([int(best)]).startswith(greedy)
+    drawn = {next(engine.stream(ids, None, 1, temperature=5.0), "") for _ in range(20)}
+    assert len(drawn) > 1
