@@ -38,7 +38,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Slice:
-    """`name[start:stop]`: a split and which of its rows. Bounds count rows, or are percentages; negative from the end."""
+    """`name[start:stop]`: a split and which of its rows. Bounds are row numbers or percentages; - is from the end."""
 
     split: str
     start: str = ""
@@ -57,11 +57,8 @@ class Slice:
     def _bound(text: str, default: int, n: int) -> int:
         if not text:
             return default
-        if text.endswith("%"):
-            bound = round(n * float(text[:-1]) / 100)
-        else:
-            bound = int(text)
-        return max(0, min(n, bound + n if bound < 0 or text.startswith("-") else bound))
+        bound = round(n * float(text[:-1]) / 100) if text.endswith("%") else int(text)
+        return max(0, min(n, bound + n if text.startswith("-") else bound))
 
 
 _SLICE = re.compile(r"\s*([\w.\-]*)\s*(?:\[\s*(-?\d+(?:\.\d+)?%?)?\s*:\s*(-?\d+(?:\.\d+)?%?)?\s*\])?\s*")
