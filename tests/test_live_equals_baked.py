@@ -330,3 +330,29 @@ def test_full_keeps_the_row_norms_of_the_stored_weights(family: str) -> None:
     for before, edited in zip(architecture.writers, after.writers):
         norms = [torch.cat(list(w.weights()), dim=1).norm(dim=1) for w in (before, edited)]
         torch.testing.assert_close(norms[1], norms[0], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("index", [0.7, None])
+@pytest.mark.parametrize("mode", ["none", "pre"])
+def test_baked_weights_are_what_heretic_publishes(mode: str, index: float | None) -> None:
+    """none: W - lambda v (v^T W), pre: W - lambda (rho * v) (v^T What); the direction of layer index i is point i + 1,
+    a float index interpolates linearly and normalises; lambda falls linearly from the peak, 0 beyond the edge."""
+    bank = make_bank(tiny_models.LAYERS)
+    edit = Edit({"attention": KERNEL, "mlp": NARROW}, "b", index, mode)
+    original = find_architecture(tiny_models.build("llama"))
+    edited = find_architecture(baked("llama", edit, bank))
+    points = bank["b"][:, 0]
+    for before, after in zip(original.writers, edited.writers):
+        kernel = edit.components[before.component]
+        distance = abs(before.layer - kernel.max_weight_position)
+        share = 1 - (1 - kernel.min_weight) * distance / kernel.min_weight_distance
+        strength = kernel.max_weight * share if distance <= kernel.min_weight_distance else 0.0
+        v = points[before.layer + 1] if index is None else 0.3 * points[1] + 0.7 * points[2]
+        v = v / v.norm()
+        weight = before.matrices[0].read()
+        rho = weight.norm(dim=1)
+        if mode == "none":
+            expected = weight - strength * torch.outer(v, v @ weight)
+        else:
+            expected = weight - strength * torch.outer(rho * v, v @ (weight / rho[:, None]))
+        torch.testing.assert_close(after.matrices[0].read(), expected, rtol=1e-5, atol=1e-5)
