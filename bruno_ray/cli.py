@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn, get_args, get_origin
 
 from bruno_ray import __version__, settings_sources
-from bruno_ray.errors import BrunoError, OutputError, SettingsError
+from bruno_ray.errors import BrunoError, SettingsError
 from bruno_ray.settings_sources import ALIASES, FIELDS, FLAGS, Loaded
 from bruno_ray.show_config import as_table, as_text, as_toml, documentation, toml_value
 
@@ -31,7 +31,7 @@ RESUMABLE = (
     "selection.",
     "output.max_shard_size",
 )
-"""Settings a resumed run may change: where and how fast it runs, never what it computes."""
+"""Settings a resumed run may change: where and how it runs, not what a trial's parameters score."""
 
 DATA_SET_GROUP = re.compile(r"prompts\.(target|baseline)\.(train|validation|test)\.")
 DATA_SET_HELP = "SIDE is target or baseline, PART is train, validation or test; one of the six data sets is shown."
@@ -264,24 +264,15 @@ def load_settings(arguments: argparse.Namespace, model_needed: bool = True) -> L
     return loaded
 
 
-def find_run(text: str) -> Path:
-    """A run directory by path, or by name below `output.directory`.
+def find_run(reference: str, with_trial: bool = False) -> tuple[Path, int | None]:
+    """The folder of RUN or RUN:TRIAL: a path, or a name below `output.directory`; OutputError if there is none."""
+    from bruno_ray.artifacts import RunDirectory
 
-    Raises OutputError if there is none, naming the runs there are.
-    """
     directory = settings_sources.load().settings.output.directory
-    for path in (Path(text), directory / text):
-        if (path / "run.json").is_file():
-            return path
-    runs = sorted(path.parent.name for path in directory.glob("*/run.json"))
-    there = f"there are {', '.join(runs[:10])}" if runs else f"there are none in {directory}"
-    raise OutputError(f"no run at {text!r}; {there}")
-
-
-def split_trial(text: str) -> tuple[str, int | None]:
-    """`RUN:TRIAL` taken apart; the trial is None if it is not there."""
-    match = re.fullmatch(r"(.+):(\d+)", text)
-    return (match[1], int(match[2])) if match else (text, None)
+    if with_trial:
+        run, trial = RunDirectory.find_trial(reference, directory)
+        return run.path, trial
+    return RunDirectory.find(reference, directory).path, None
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -297,26 +288,25 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _resume(arguments: argparse.Namespace) -> None:
     layer = settings_sources.flag_layer(arguments.settings_flags, arguments.flags)
-    run = find_run(arguments.run)
+    run, _ = find_run(arguments.run)
     from bruno_ray import pipeline
 
     print(pipeline.resume(run, total=arguments.trials, more=arguments.more, overrides=layer))
 
 
 def _front(arguments: argparse.Namespace) -> None:
-    run = find_run(arguments.run)
+    run, _ = find_run(arguments.run)
     from bruno_ray import pipeline
 
     pipeline.front(run, all_trials=arguments.all)
 
 
 def _save(arguments: argparse.Namespace) -> None:
-    name, trial = split_trial(arguments.run)
+    run, trial = find_run(arguments.run, with_trial=True)
     if trial is not None and (arguments.trial is not None or arguments.auto):
         raise SettingsError("command line: the trial is given twice; leave out :TRIAL, --trial or --auto")
     if arguments.private and not arguments.upload:
         raise SettingsError("command line: --private says how to upload; add --upload REPO")
-    run = find_run(name)
     from bruno_ray import pipeline
 
     trial = arguments.trial if trial is None else trial
@@ -334,15 +324,14 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 
 def _report(arguments: argparse.Namespace) -> None:
-    run = find_run(arguments.run)
+    run, _ = find_run(arguments.run)
     from bruno_ray import pipeline
 
     print(pipeline.report(run))
 
 
 def _chat(arguments: argparse.Namespace) -> None:
-    name, trial = split_trial(arguments.run)
-    run = find_run(name)
+    run, trial = find_run(arguments.run, with_trial=True)
     from bruno_ray import pipeline
 
     pipeline.chat(
