@@ -163,10 +163,10 @@ def dequantized_copy(quantized: LoadedModel, plain: LoadedModel) -> nn.Module:
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
 def test_live_on_a_4bit_base_equals_baked_dequantized(family: str, tmp_path: Path) -> None:
     """Exact for `none`, which reads no weight; `pre` and `full` use the dequantised weights and agree as well."""
-    folder = tiny_models.write(tmp_path / "model", family)
+    folder = tiny_models.write(tmp_path / "model", family, **tiny_models.FOR_4BIT)
     base = load(folder, "bnb_4bit")
     assert all(writer.matrices[0].quantized for writer in base.architecture.writers if writer.component == "attention")
-    bank, inputs = make_bank(base.architecture.n_layers), batch(3)
+    bank, inputs = make_bank(base.architecture.n_layers, base.architecture.d_model), batch(3)
     plain = logits(base.model, inputs)
     editor = LiveEditor(base.architecture)
     for edit in EDITS[:3]:
@@ -182,8 +182,8 @@ def test_live_on_a_4bit_base_equals_baked_dequantized(family: str, tmp_path: Pat
 
 @pytest.mark.parametrize("quantization", ["bnb_4bit", "bnb_8bit"])
 def test_a_quantized_model_is_not_baked(quantization: str, tmp_path: Path) -> None:
-    base = load(tiny_models.write(tmp_path / "model"), quantization)
-    bank, inputs = make_bank(base.architecture.n_layers), batch(2)
+    base = load(tiny_models.write(tmp_path / "model", **tiny_models.FOR_4BIT), quantization)
+    bank, inputs = make_bank(base.architecture.n_layers, base.architecture.d_model), batch(2)
     before = logits(base.model, inputs)
     with pytest.raises(ModelError, match="full precision"):
         bake(base.architecture, EDITS[0], bank)

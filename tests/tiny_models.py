@@ -195,6 +195,8 @@ FAMILIES: dict[str, Callable[[], PretrainedConfig]] = {
     ),
 }
 MULTIMODAL = ("gemma3", "qwen3_5_moe")
+FOR_4BIT = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "moe_intermediate_size": 64}
+"""Changes to a config after which bitsandbytes' 4-bit kernel for CPUs works: it needs inputs in multiples of 64."""
 
 
 def randomize(model: torch.nn.Module, seed: int = 0) -> None:
@@ -216,10 +218,12 @@ def randomize(model: torch.nn.Module, seed: int = 0) -> None:
 def build(
     family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object
 ) -> PreTrainedModel:
-    """One random model in eval mode; `changes` are set on its (text) config first."""
+    """One random model in eval mode; `changes` are set on its (text) config first, such as ``hidden_size=64``."""
     config = FAMILIES[family]()
+    text = config.get_text_config()
     for key, value in changes.items():
-        setattr(config.get_text_config(), key, value)
+        if hasattr(text, key):  # names differ between families: not every one has a head_dim
+            setattr(text, key, value)
     auto_class = AutoModelForImageTextToText if family in MULTIMODAL else AutoModelForCausalLM
     torch.manual_seed(seed)
     model = auto_class.from_config(config, attn_implementation="eager")
@@ -241,8 +245,10 @@ def build_tokenizer(chat_template: str | None = CHAT_TEMPLATE) -> PreTrainedToke
     return wrapped
 
 
-def write(folder: Path, family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+def write(
+    folder: Path, family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes: object
+) -> Path:
     """Save a tiny model and its tokenizer the way a hub repository holds them."""
-    build(family, seed, dtype).save_pretrained(folder)
+    build(family, seed, dtype, **changes).save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
     return folder
