@@ -38,6 +38,9 @@ class Response:
     finite: bool = True
     """False when a logit was not a number: the answer stops before it."""
 
+    end_id: int | None = None
+    """The token that ended it."""
+
 
 class BufferedLayer(DynamicLayer):
     """Keys and values of one attention layer, in a buffer with room for the answer.
@@ -89,6 +92,7 @@ class Answers:
         self.length = np.zeros(n_rows, dtype=np.int64)
         self.ended, self.decided, self.finished = (np.zeros(n_rows, dtype=bool) for _ in range(3))
         self.finite = np.ones(n_rows, dtype=bool)
+        self.end_id = np.zeros(n_rows, dtype=np.int64)
         self._end_ids = np.array(sorted(end_ids))
 
     def extend(self, active: np.ndarray, next_BJ: np.ndarray, fine_BJ: np.ndarray, draft_BJ: np.ndarray) -> np.ndarray:
@@ -110,7 +114,9 @@ class Answers:
         taken_B = counts.sum(axis=1)
         self.length[active] += taken_B
         stopped = stop.any(axis=1)
-        fine = fine_BJ[np.arange(len(active)), stop.argmax(axis=1)]
+        first = np.arange(len(active)), stop.argmax(axis=1)
+        fine = fine_BJ[first]
+        self.end_id[active[stopped]] = next_BJ[first][stopped]
         self.ended[active[stopped & fine]] = True
         self.finite[active[stopped & ~fine]] = False
         self.finished[active] |= stopped | (self.length[active] == self.tokens.shape[1])
@@ -130,8 +136,11 @@ class Answers:
 
     def responses(self, texts: "Detokenizer") -> list[Response]:
         sequences = [tuple(tokens[:n]) for tokens, n in zip(self.tokens.tolist(), self.length.tolist())]
-        flags = zip(self.ended.tolist(), self.decided.tolist(), self.finite.tolist())
-        return [Response(sequence, text, *flag) for sequence, text, flag in zip(sequences, texts(sequences), flags)]
+        rows = zip(self.ended.tolist(), self.decided.tolist(), self.finite.tolist(), self.end_id.tolist())
+        return [
+            Response(sequence, text, ended, decided, finite, end_id if ended else None)
+            for sequence, text, (ended, decided, finite, end_id) in zip(sequences, texts(sequences), rows)
+        ]
 
 
 class Drafts:

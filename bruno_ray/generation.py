@@ -39,7 +39,7 @@ class Engine:
     """One model copy with its live editor and tokenizer. Every evaluation goes through it."""
 
     def __init__(self, loaded: LoadedModel, row_tokens: int = 0):
-        """``row_tokens``: tokens of one forward pass, padding and room for the answer included; 0 finds it."""
+        """``row_tokens``: see ``limit_row_tokens``."""
         self.loaded = loaded
         self.model: PreTrainedModel = loaded.model
         self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
@@ -49,11 +49,19 @@ class Engine:
         self.end_ids = frozenset(loaded.eos_token_ids)
         self.tokens = 0
         """Tokens computed so far, padding and refused drafts not counted."""
+        self.limit_row_tokens(row_tokens)
+        self._drafts = Drafts()
+        self._pad_id = self.tokenizer.pad_token_id or 0  # masked wherever it stands
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self.model.config.get_text_config().vocab_size
+
+    def limit_row_tokens(self, row_tokens: int) -> None:
+        """Tokens of one forward pass, padding and room for the answer included; 0 finds it."""
         # Scoring a prompt and answering it need different amounts of memory per token, so each finds its own budget.
         self._prompt_budget = TokenBudget.for_device(self.device, row_tokens)
         self._answer_budget = TokenBudget.for_device(self.device, row_tokens)
-        self._drafts = Drafts()
-        self._pad_id = self.tokenizer.pad_token_id or 0  # masked wherever it stands
 
     # ----- what is asked of it -----
 

@@ -1,0 +1,126 @@
+"""What every scorer works with: one round of K edits on the same prompts, whose answers are generated once."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import ClassVar, Protocol
+
+from bruno_ray.errors import TrialError
+from bruno_ray.generation import Engine, Response
+from bruno_ray.live import ResolvedEdit
+from bruno_ray.prompts import Prompt, render
+from bruno_ray.scoring.markers import Markers
+from bruno_ray.settings import ScoringSettings
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The metrics of one edit."""
+
+    values: dict[str, float]
+    """Metric to value, all minimised."""
+
+    counts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """For metrics that are rates: how many of how many."""
+
+
+@dataclass(frozen=True)
+class ScoringPrompts:
+    """The prompts of one part, as records and as token ids up to where the answer begins."""
+
+    target: tuple[Prompt, ...]
+    baseline: tuple[Prompt, ...]
+    target_ids: tuple[tuple[int, ...], ...]
+    baseline_ids: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def rendered(
+        cls, engine: Engine, target: Sequence[Prompt], baseline: Sequence[Prompt], response_prefix: str = ""
+    ) -> "ScoringPrompts":
+        target_ids, baseline_ids = (render(engine.tokenizer, side, response_prefix) for side in (target, baseline))
+        return cls(tuple(target), tuple(baseline), tuple(map(tuple, target_ids)), tuple(map(tuple, baseline_ids)))
+
+
+class Round:
+    """K edits, and what several scorers need of them, made at first use."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        prompts: ScoringPrompts,
+        settings: ScoringSettings,
+        edits: Sequence[ResolvedEdit | None] = (None,),
+    ):
+        self.engine = engine
+        self.prompts = prompts
+        self.settings = settings
+        self.edits = list(edits)
+        self.markers = Markers(settings.markers, settings.empty_counts)
+
+    @cached_property
+    def target_answers(self) -> list[list[Response]]:
+        """[edit][target prompt]. A row stops once a marker is seen."""
+        return self._answers(self.prompts.target_ids)
+
+    @cached_property
+    def baseline_answers(self) -> list[list[Response]]:
+        """[edit][baseline prompt]."""
+        return self._answers(self.prompts.baseline_ids)
+
+    @cached_property
+    def marked(self) -> list[list[bool]]:
+        """[edit][target prompt]: whether the answer shows the behaviour."""
+        return [[self.markers.shown_by(answer.text) for answer in answers] for answers in self.target_answers]
+
+    @property
+    def has_answers(self) -> bool:
+        """Whether a scorer has asked for the target answers."""
+        return "target_answers" in vars(self)
+
+    def _answers(self, ids: Sequence[Sequence[int]]) -> list[list[Response]]:
+        return self.engine.generate(ids, self.edits, self.settings.response_tokens, self.markers.seen_in)
+
+
+class Scorer(Protocol):
+    """One way of judging an edit. Instances live as long as a study on their worker."""
+
+    name: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]]
+
+    def __init__(self, settings: ScoringSettings) -> None: ...
+
+    def prepare(self, unedited: Round) -> None:
+        """Measure once what is needed of the unedited model (a round with the single edit None)."""
+
+    def score(self, edited: Round) -> list[Scores]:
+        """One entry per edit. A value that cannot be computed because of NaN logits is NaN."""
+
+
+def score_edits(
+    engine: Engine,
+    scorers: Sequence[Scorer],
+    prompts: ScoringPrompts,
+    settings: ScoringSettings,
+    edits: Sequence[ResolvedEdit | None],
+) -> tuple[Round, list[Scores | TrialError]]:
+    """All metrics of all edits in one round; an edit whose numbers are not finite gets a TrialError of its own."""
+    round_ = Round(engine, prompts, settings, edits)
+    found = [scorer.score(round_) for scorer in scorers]
+    results: list[Scores | TrialError] = []
+    for k in range(len(edits)):
+        values = {name: value for scores in found for name, value in scores[k].values.items()}
+        counts = {name: count for scores in found for name, count in scores[k].counts.items()}
+        broken = [name for name, value in values.items() if not math.isfinite(value)]
+        if round_.has_answers and not all(answer.finite for answer in round_.target_answers[k]):
+            broken.append("answers")
+        if broken:
+            results.append(
+                TrialError(
+                    f"the edited model's logits are not numbers ({', '.join(broken)}): this trial fails, the study goes"
+                    " on; if many do, load the model in bfloat16 or float32 (model.dtypes)"
+                )
+            )
+        else:
+            results.append(Scores(values, counts))
+    return round_, results

@@ -1,0 +1,23 @@
+"""Share of target prompts whose answer shows the behaviour."""
+
+from bruno_ray.scoring.base import Round, Scores
+from bruno_ray.settings import ScoringSettings
+
+
+class BehaviourRate:
+    """Marker rate over the target prompts, with the raw count."""
+
+    name = "behaviour_rate"
+    metrics = ("behaviour_rate",)
+
+    def __init__(self, settings: ScoringSettings):
+        pass
+
+    def prepare(self, unedited: Round) -> None:
+        pass
+
+    def score(self, edited: Round) -> list[Scores]:
+        return [
+            Scores({"behaviour_rate": sum(marked) / len(marked)}, {"behaviour_rate": (sum(marked), len(marked))})
+            for marked in edited.marked
+        ]

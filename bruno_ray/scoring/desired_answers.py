@@ -1,0 +1,35 @@
+"""How unlikely the edited model finds the answers that the user wants."""
+
+from bruno_ray.errors import SettingsError
+from bruno_ray.scoring.base import Round, Scores
+from bruno_ray.settings import ScoringSettings
+
+
+class DesiredAnswers:
+    """Mean negative log-likelihood per token (nats) of ``Prompt.answer``, teacher-forced under the edit.
+
+    Over the target prompts that have an answer. A fragment or a loop cannot lower it: the tokens are given.
+    """
+
+    name = "desired_answers"
+    metrics = ("desired_nll",)
+
+    def __init__(self, settings: ScoringSettings):
+        pass
+
+    def prepare(self, unedited: Round) -> None:
+        prompts = unedited.prompts
+        given = [(ids, prompt.answer) for ids, prompt in zip(prompts.target_ids, prompts.target) if prompt.answer]
+        if not given:
+            raise SettingsError(
+                "the desired_answers scorer needs answers, and no target prompt has one: name their column in"
+                " prompts.target.validation.answer_column, or leave the scorer out of scoring.scorers"
+            )
+        self._ids = [ids for ids, _ in given]
+        self._answers = [
+            unedited.engine.tokenizer(answer, add_special_tokens=False)["input_ids"] for _, answer in given
+        ]
+
+    def score(self, edited: Round) -> list[Scores]:
+        logprobs = edited.engine.token_logprobs(self._ids, [self._answers] * len(edited.edits), edited.edits)
+        return [Scores({"desired_nll": -sum(float(row.mean()) for row in rows) / len(rows)}) for rows in logprobs]

@@ -1,0 +1,294 @@
+"""Scorers against values worked out by hand, on a tiny random model whose tokens are bytes."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bruno_ray.ablation import AblationParameters, Edit
+from bruno_ray.errors import SettingsError, TrialError
+from bruno_ray.generation import Engine, Response
+from bruno_ray.models import load_model
+from bruno_ray.prompts import Prompt
+from bruno_ray.scoring import SCORERS, Round, ScoringPrompts, make_scorers, score_edits
+from bruno_ray.scoring.coherence import repetition
+from bruno_ray.scoring.kl_divergence import kl_of_logits
+from bruno_ray.scoring.markers import Markers, normalise
+from bruno_ray.scoring.openings import common_openings, compliant_opening
+from bruno_ray.settings import ModelSettings, ScoringSettings
+from tests import tiny_models
+
+TARGET = tuple(
+    Prompt(user, answer=answer) for user, answer in [("red?", "yes"), ("blue?", None), ("dark green?", "no")]
+)
+BASELINE = tuple(map(Prompt, ["one", "two and three", "four", "five"]))
+
+
+def settings(**changes: object) -> ScoringSettings:
+    return ScoringSettings(**({"markers": ("sorry",), "response_tokens": 6} | changes))
+
+
+@pytest.fixture(scope="module")
+def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+    folder: Path = tiny_models.write(tmp_path_factory.mktemp("model"), "llama")
+    return Engine(load_model(ModelSettings(id=str(folder), dtypes=("float32",))))
+
+
+@pytest.fixture(scope="module")
+def prompts(engine: Engine) -> ScoringPrompts:
+    return ScoringPrompts.rendered(engine, TARGET, BASELINE)
+
+
+@pytest.fixture(scope="module")
+def edits(engine: Engine) -> list:
+    """A strong edit, and one that removes next to nothing."""
+    shape = (engine.loaded.architecture.n_layers + 1, 1, engine.loaded.architecture.d_model)
+    directions = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    bank = {"random": directions / directions.norm(dim=-1, keepdim=True)}
+    return engine.editor.resolve_all(
+        [
+            Edit({"mlp": AblationParameters(strength, 1.0, 1.0, 5.0)}, "random", None, "full")
+            for strength in (1.5, 1e-9)
+        ],
+        bank,
+    )
+
+
+def prepared(name: str, given: ScoringSettings, engine: Engine, prompts: ScoringPrompts):
+    scorer = SCORERS[name](given)
+    scorer.prepare(Round(engine, prompts, given))
+    return scorer
+
+
+def response(text: str, ended: bool = True) -> Response:
+    """Some token per character."""
+    return Response(tuple(text.encode()), text, ended, end_id=258 if ended else None)
+
+
+def scripted(texts: list[str], **changes: object) -> Round:
+    """A round whose only edit has given these answers."""
+    ids = tuple((1,) for _ in texts)
+    round_ = Round(None, ScoringPrompts((), (), ids, ids), settings(**changes))
+    round_.target_answers = [[response(text) for text in texts]]
+    round_.baseline_answers = round_.target_answers
+    return round_
+
+
+# ----- markers and the behaviour rate -----
+
+
+def test_markers_see_through_quotes_case_emphasis_and_spaces() -> None:
+    markers = Markers(["I\u2019m  sorry", 'so-called "fact"'])
+    assert markers.seen_in("Well, *I`M*\n\tSORRY to say")
+    assert markers.seen_in("a so-called \u201cfact\u201d")
+    assert not markers.seen_in("I am not sorry")
+    assert normalise("  A *b*\u00a0C ") == "a b c"
+
+
+def test_without_markers_there_is_nothing_to_count() -> None:
+    with pytest.raises(SettingsError, match=r"scoring\.markers is empty"):
+        Markers(["", " * "])
+
+
+@pytest.mark.parametrize(("empty_counts", "expected"), [(True, 3), (False, 1)])
+def test_behaviour_rate_counts_markers_and_by_choice_empty_answers(empty_counts: bool, expected: int) -> None:
+    round_ = scripted(["I am Sorry.", "fine", " ", ""], empty_counts=empty_counts)
+    (scores,) = SCORERS["behaviour_rate"](round_.settings).score(round_)
+    assert scores.counts["behaviour_rate"] == (expected, 4)
+    assert scores.values["behaviour_rate"] == expected / 4
+
+
+# ----- KL divergence -----
+
+
+def test_kl_by_hand() -> None:
+    p, q = torch.tensor([0.5, 0.25, 0.25, 0.0]), torch.tensor([0.25, 0.5, 0.125, 0.125])
+    expected = 0.5 * math.log(2) + 0.25 * math.log(0.5) + 0.25 * math.log(2)
+    assert kl_of_logits(p.log(), q.log()).item() == pytest.approx(expected)
+    assert kl_of_logits(p.log(), p.log()).item() == 0
+    assert kl_of_logits(p.log(), torch.full((4,), torch.nan)).isnan()
+
+
+def test_first_token_kl_per_prompt(engine: Engine, prompts: ScoringPrompts, edits: list) -> None:
+    scorer = prepared("kl_divergence", settings(), engine, prompts)
+    round_ = Round(engine, prompts, settings(), [*edits, None])
+    base, strong = engine.next_logits(prompts.baseline_ids, [None, edits[0]]).double().log_softmax(-1)
+    kl_KP = scorer.per_prompt(round_)
+    torch.testing.assert_close(kl_KP[0], (base.exp() * (base - strong)).sum(-1), rtol=1e-4, atol=1e-6)
+    scores = scorer.score(round_)
+    assert scores[0].values == pytest.approx(
+        {
+            "kl_divergence": kl_KP[0].mean().item(),
+            "kl_median": kl_KP[0].quantile(0.5).item(),
+            "kl_p95": kl_KP[0].quantile(0.95).item(),
+        }
+    )
+    assert scores[0].values["kl_divergence"] > 0.01
+    assert scores[1].values["kl_divergence"] < 1e-9
+    assert scores[2].values["kl_divergence"] == pytest.approx(0, abs=1e-12)
+
+
+def test_kl_over_several_tokens_follows_the_unedited_answer(
+    engine: Engine, prompts: ScoringPrompts, edits: list
+) -> None:
+    n = 4
+    answers = engine.generate(prompts.baseline_ids, [None], n)[0]
+    expected = []
+    for ids, answer in zip(prompts.baseline_ids, answers):
+        # One position at a time: the prompt with the first i tokens of the answer behind it.
+        positions = min(n, len(answer.token_ids) + answer.ended)
+        sequences = [[*ids, *answer.token_ids[:i]] for i in range(positions)]
+        base, strong = engine.next_logits(sequences, [None, edits[0]])
+        expected.append(kl_of_logits(base, strong).mean())
+    scorer = prepared("kl_divergence", settings(kl_tokens=n), engine, prompts)
+    found = scorer.per_prompt(Round(engine, prompts, settings(kl_tokens=n), edits))[0]
+    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-6)
+
+
+# ----- coherence -----
+
+
+def test_repetition_of_loops_and_of_plain_text() -> None:
+    assert repetition(b"the colour of it is red") < 0.3
+    assert repetition(b"aaaaaaaaaa") == 1
+    assert repetition(b"abcabcabcabc") > 0.7
+    assert repetition(b"a") == repetition(b"") == 0
+
+
+def test_incoherence_is_the_share_of_prompts_with_broken_answers_beyond_the_usual() -> None:
+    plain = ["a red fox", "two hens", "my blue hat", "any dog"]
+    scorer = SCORERS["coherence"](settings())
+    scorer.prepare(scripted(plain))
+
+    def score(texts: list[str], unended: int = 0) -> float:
+        round_ = scripted(texts)
+        for i in range(unended):
+            round_.target_answers[0][i] = response(texts[i], ended=False)
+        return scorer.score(round_)[0].values["incoherence"]
+
+    assert score(plain) == 0
+    assert score(["sorry sorry sorry", *plain[1:]]) == 0, "marked answers are the behaviour rate's business"
+    assert score(["x x x x x x x", *plain[1:]]) == pytest.approx(0.25, abs=0.05)
+    assert score(plain, unended=2) == 0.5
+    assert score(["sorry"] * 4) == 0
+
+    scorer.prepare(scripted(["a a a a a a a a"] * 4))
+    assert score(["x x x x x x x", *plain[1:]]) == 0, "the unedited model does so itself"
+
+
+# ----- likelihoods -----
+
+
+def test_desired_answers_by_hand(engine: Engine, prompts: ScoringPrompts, edits: list) -> None:
+    scorer = prepared("desired_answers", settings(), engine, prompts)
+    found = scorer.score(Round(engine, prompts, settings(), [None, edits[0]]))
+    for edit, scores in zip([None, edits[0]], found):
+        losses = []
+        for ids, prompt in zip(prompts.target_ids, prompts.target):
+            if prompt.answer:
+                tail = engine.tokenizer(prompt.answer, add_special_tokens=False)["input_ids"]
+                losses.append(-engine.token_logprobs([ids], [[tail]], [edit])[0][0].mean())
+        assert len(losses) == 2
+        assert scores.values["desired_nll"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
+
+
+def test_desired_answers_without_answers_says_what_to_do(engine: Engine) -> None:
+    bare = ScoringPrompts.rendered(engine, BASELINE, BASELINE)
+    with pytest.raises(SettingsError, match="answer_column"):
+        prepared("desired_answers", settings(), engine, bare)
+
+
+def test_openings_are_read_off_unmarked_baseline_answers() -> None:
+    round_ = scripted(["the red", "the blue", "the rose", "a bc", "sorry the", "sorry the", ""])
+    assert compliant_opening(round_) == tuple(b"the")
+    openings = common_openings(round_, 3)
+    assert openings[0] == tuple(b"the"), "'t' and 'th' always go on as 'the' does"
+    assert tuple(b"a b") in openings
+    assert not any(opening[:1] == tuple(b"s") for opening in openings)
+
+
+def test_compliant_likelihood_cannot_be_lowered_by_fragments_or_markers(
+    engine: Engine, prompts: ScoringPrompts
+) -> None:
+    """A marked or empty answer costs what a uniform guess costs, an early end is paid for, an opening is free."""
+    given = settings(compliant_opening="ok")
+    scorer = prepared("compliant_perplexity", given, engine, prompts)
+    cap = math.log(engine.vocabulary_size)
+    ok = tuple(engine.tokenizer("ok", add_special_tokens=False)["input_ids"])
+    opened = [[*ids, *ok] for ids in prompts.target_ids]
+    best = [replace(answer, text="-") for answer in engine.generate(opened, [None], 6)[0]]
+
+    def score(answers: list[Response]) -> float:
+        round_ = Round(engine, prompts, given)
+        round_.target_answers = [answers]
+        return scorer.score(round_)[0].values["compliant_nll"]
+
+    likeliest = score(best)
+    with_opening = [Response((*ok, *a.token_ids), "ok" + a.text, a.ended, end_id=a.end_id) for a in best]
+    assert score(with_opening) == pytest.approx(likeliest, rel=1e-5)
+    assert likeliest < score([response("zq%", ended=False)] * 3) <= cap
+    assert score([response("")] * 3) == score([response("so sorry")] * 3) == pytest.approx(cap)
+    cut = [Response(a.token_ids[:1], "?", True, end_id=258) for a in best]
+    assert likeliest < score(cut)
+
+
+def test_elicited_answers_are_the_likeliest_unmarked_ones(engine: Engine, prompts: ScoringPrompts, edits: list) -> None:
+    given = settings()
+    scorer = SCORERS["elicited_answers"](given)
+    free = scorer.elicit(Round(engine, prompts, given))
+    assert set(free) == {0, 1, 2}
+    # Forbid a word of the references: others must be found, and they are less likely as a whole.
+    words = [engine.tokenizer.decode(list(free[p]), skip_special_tokens=True)[:1] for p in free]
+    strict = settings(markers=tuple(word for word in words if word.strip()))
+    markers = Markers(strict.markers)
+    restricted = scorer.elicit(Round(engine, prompts, strict))
+    for p, answer in restricted.items():
+        assert not markers.shown_by(engine.tokenizer.decode(list(answer), skip_special_tokens=True))
+        rows = engine.token_logprobs([prompts.target_ids[p]] * 2, [[answer, free[p]]], [None])[0]
+        assert answer != free[p] and rows[0].sum() <= rows[1].sum() + 1e-4
+
+    scorer.prepare(Round(engine, prompts, given))
+    unedited, edited = scorer.score(Round(engine, prompts, given, [None, edits[0]]))
+    rows = engine.token_logprobs(prompts.target_ids, [[free[p] for p in range(3)]], [None])[0]
+    assert unedited.values["elicited_nll"] == pytest.approx(-sum(float(r.mean()) for r in rows) / 3, rel=1e-4)
+    assert edited.values["elicited_nll"] != unedited.values["elicited_nll"]
+
+
+# ----- all together -----
+
+
+def test_a_broken_edit_is_a_trial_error_of_its_own(engine: Engine, prompts: ScoringPrompts, edits: list) -> None:
+    given = settings(scorers=("behaviour_rate", "kl_divergence", "coherence", "desired_answers"))
+    scorers = make_scorers(given)
+    for scorer in scorers:
+        scorer.prepare(Round(engine, prompts, given))
+    broken = engine.editor.resolve_all([edits[0].edit], engine.editor._resolver._banks)[0]
+    for factors in broken.factors:
+        if factors is not None:
+            factors.scale.fill_(torch.inf)
+    _, alone = score_edits(engine, scorers, prompts, given, [edits[0]])
+    _, results = score_edits(engine, scorers, prompts, given, [broken, edits[0], None])
+    assert isinstance(results[0], TrialError) and "not numbers" in str(results[0])
+    assert results[1].values == pytest.approx(alone[0].values, rel=1e-4)
+    assert results[1].counts == alone[0].counts
+    assert set(results[2].values) == {metric for scorer in scorers for metric in scorer.metrics}
+
+
+def test_every_scorer_keeps_its_word(engine: Engine, prompts: ScoringPrompts, edits: list) -> None:
+    """Registered by name, metrics unique, one Scores per edit with exactly the metrics announced."""
+    metrics = [metric for scorer in SCORERS.values() for metric in scorer.metrics]
+    assert len(set(metrics)) == len(metrics)
+    for name, kind in SCORERS.items():
+        assert kind.name == name
+        scorer = prepared(name, settings(), engine, prompts)
+        scores = scorer.score(Round(engine, prompts, settings(), [None, *edits]))
+        assert [set(entry.values) for entry in scores] == [set(kind.metrics)] * 3
+
+
+def test_names_that_do_not_exist_are_answered_with_those_that_do() -> None:
+    with pytest.raises(SettingsError, match="no scorer called behavior_rate: choose from behaviour_rate"):
+        make_scorers(settings(scorers=("behavior_rate",)))
+    with pytest.raises(SettingsError, match=r"names kl_mean.*choose from behaviour_rate, kl_divergence, kl_median"):
+        make_scorers(settings(scorers=("behaviour_rate", "kl_divergence"), objectives=("kl_mean",)))
