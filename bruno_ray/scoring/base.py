@@ -56,7 +56,11 @@ class Round:
         self.prompts = prompts
         self.settings = settings
         self.edits = list(edits)
-        self.markers = Markers(settings.markers, settings.empty_counts)
+
+    @cached_property
+    def markers(self) -> Markers:
+        """Raises SettingsError if there are none; scorers that look at no answers need none."""
+        return Markers(self.settings.markers, self.settings.empty_counts)
 
     @cached_property
     def target_answers(self) -> list[list[Response]]:
