@@ -32,6 +32,9 @@ HEARTBEAT_S = 2.0
 LOSSES_IN_A_ROW = 3
 """A worker that dies this many times without finishing a call in between is not started again."""
 
+LANES_START_S = 15.0
+"""Longest time that lanes wait for each other at the start."""
+
 ATTEMPTS = 2
 """How many workers a call may lose before it counts as failed."""
 
@@ -91,6 +94,10 @@ class WorkerActor:
         }
 
 
+class NoWorkerLeft(WorkerError):
+    """Every worker has been given up: the call did not fail, there is nobody to run it."""
+
+
 class Slot:
     """One place in the pool, filled by one actor after another."""
 
@@ -99,6 +106,7 @@ class Slot:
         self.losses_in_a_row = 0
         self.actor: Any = None
         self.lost = asyncio.Event()
+        self.reason = ""
 
     @property
     def name(self) -> str:
@@ -125,6 +133,8 @@ class PoolBroker:
         self._first = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
         self._cancelled = asyncio.Event()
+        self._lanes_missing = 0
+        self._lanes_here = asyncio.Event()
 
     async def open(self) -> None:
         self._tasks = [asyncio.create_task(self._keep(slot)) for slot in self._slots]
@@ -152,8 +162,32 @@ class PoolBroker:
         return await self._run(lambda actor: actor.call.options(num_returns=2).remote(method, *context, *args))
 
     async def evaluate(self, edits: list[dict[str, Any]]) -> tuple[str, list[Any]]:
-        """``evaluate(context, edits)`` on the next idle worker, as ``run`` does."""
-        return await self._run(lambda actor: actor.evaluate.options(num_returns=2).remote(self._context[0], edits))
+        """``evaluate(context, edits)`` on the next idle worker, as ``run`` does; NoWorkerLeft when there is none."""
+        try:
+            return await self._run(lambda actor: actor.evaluate.options(num_returns=2).remote(self._context[0], edits))
+        except BrunoError as error:
+            if error is self._failure:
+                raise NoWorkerLeft(f"no worker is left ({error}): see to that, then resume the run") from error
+            raise
+
+    async def expect_lanes(self, number: int) -> None:
+        self._lanes_missing = number
+        self._lanes_here = asyncio.Event()
+
+    async def lane_started(self) -> None:
+        self._lanes_missing -= 1
+        if self._lanes_missing <= 0:
+            self._lanes_here.set()
+
+    async def lanes_started(self) -> None:
+        """Returns once all expected lanes have started (or have had time enough).
+
+        A lane must not finish its first batch before: Tune would give its process to the next lane, throw away
+        the process that was being started for that one, and go on like this for as long as a batch is faster than
+        the start of a process.
+        """
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._lanes_here.wait(), LANES_START_S)
 
     async def cancel(self) -> None:
         """Calls that wait or run now return WorkerError at once; workers finish what they are at."""
@@ -188,7 +222,8 @@ class PoolBroker:
             except RayTaskError:
                 pass  # the method raised: the caller will see it when it gets the value
             except RayError as error:
-                losses.append(f"{slot.name} ({_reason(error)})")
+                slot.reason = _reason(error)
+                losses.append(f"{slot.name} ({slot.reason})")
                 slot.state.state = LOST
                 slot.lost.set()
                 continue
@@ -197,7 +232,7 @@ class PoolBroker:
             slot.state.state = IDLE
             self._deal()
             return slot.name, [value]
-        raise WorkerError(f"lost {' and '.join(losses)} while running it: check the workers' memory and logs")
+        raise WorkerError(f"it lost {' and then '.join(losses)}: look at the memory and logs of the workers")
 
     async def _lease(self, first: bool) -> Slot:
         """The next idle worker, marked busy. A call that has lost a worker goes before those that have not."""
@@ -246,7 +281,7 @@ class PoolBroker:
                 self._first.set()
                 self._deal()
                 await self._watch(slot)
-                reason = "lost during a call"
+                reason = slot.reason
             except RayTaskError as error:  # its constructor raised, and would again
                 cause = error.cause
                 self._give_up(slot, cause if isinstance(cause, BrunoError) else WorkerError(_reason(error)))
@@ -284,12 +319,11 @@ class PoolBroker:
 
 
 def _reason(error: BaseException) -> str:
-    """The telling line of a Ray error: the cause's own text, or the first line that is not boilerplate."""
+    """What Ray says of a lost worker, without its list of common causes; of a raised error, its own text."""
     cause = getattr(error, "cause", None)
     if isinstance(cause, BaseException):
-        return f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next(
-        (line for line in lines if "exit" in line.lower() or "node" in line.lower()),
-        lines[0] if lines else type(error).__name__,
-    )[:200]
+        return f"{type(cause).__name__}: {cause}"
+    text = " ".join(str(error).split())
+    for marker in ("Worker exit detail: ", "The actor died because "):
+        text = text.split(marker)[-1]
+    return text.split(" Some common causes")[0][:200].rstrip(". ") or type(error).__name__

@@ -9,12 +9,14 @@ with ray_session(settings.ray), WorkerPool(ModelWorker, (settings.model, threads
 import logging
 import math
 import os
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import Any
 
 import ray
 from ray import cloudpickle
+from ray._private.ray_logging import stdout_deduplicator
 from ray.exceptions import GetTimeoutError, ObjectLostError, OwnerDiedError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -40,6 +42,9 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's warning about GPUs of 0-GPU actors
+    # Ray prints a paragraph to stdout for each dead worker; the pool says it in a line. (RAY_DEDUP_LOGS_SKIP_REGEX
+    # would do the same, but is read when ray is imported.)
+    stdout_deduplicator.skip_re = re.compile("A worker died or was killed|The node with node id")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     address = settings.address or os.environ.get("RAY_ADDRESS")
     if address and address != "local":

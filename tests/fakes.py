@@ -73,18 +73,23 @@ class FakeWorker:
 
     def evaluate(self, context: object, edits: list[Edit]) -> list[FakeOutcome]:
         number = self._count("batches")
-        if number == self.die_at:
+        if self.die_at and number == self.die_at:
             (self.folder / "doomed").write_text(repr(edits[0]))
         self._die_if_told(repr(edits[0]))
         time.sleep(self.seconds)
         outcomes = [FakeOutcome(FakeScores(fake_scores(edit), {"behaviour_rate": (1, 100)})) for edit in edits]
-        if number == self.nan_at:
+        if self.nan_at and number == self.nan_at:
             outcomes[0] = FakeOutcome(FakeScores({"behaviour_rate": 0.5, "kl_divergence": float("nan")}))
         return outcomes
 
     def _die_if_told(self, what: str) -> None:
         doomed = self.folder / "doomed"
-        if doomed.exists() and doomed.read_text() == what and self._count("deaths", only_read=True) < self.deaths:
+        if (
+            self.folder != Path()
+            and doomed.exists()
+            and doomed.read_text() == what
+            and self._count("deaths", only_read=True) < self.deaths
+        ):
             self._count("deaths")
             os._exit(1)
 

@@ -1,0 +1,306 @@
+"""The searcher between Tune and Optuna: one Tune trial is a batch of K Optuna trials.
+
+The Optuna study is the record; Tune only schedules. Three rules keep it so.
+
+* Results are stored with their trial as soon as they arrive, and trials that a dead driver left RUNNING are
+  adopted: those with results are told, the others are evaluated again under their own numbers and parameters.
+* Batch n is sampled when batch n - lanes is told and not before, in that order, whatever order batches come back
+  in. What the sampler knows then depends on the schedule alone, not on timing, so a study that was killed and
+  resumed samples what it would have sampled. Only when a worker would otherwise stand idle, because another is
+  slow or lost, is the order given up.
+* A trial whose scores are not finite, or whose batch has lost its worker twice, FAILs alone and is replaced by a
+  new trial; too many of those end the study.
+"""
+
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import optuna
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from bruno_ray.ablation import Edit
+from bruno_ray.errors import BrunoError, StudyError, WorkerError
+from bruno_ray.storage import batched
+
+logger = logging.getLogger(__name__)
+
+FEWEST_FAILURES = 10
+FAILURE_SHARE = 0.25
+"""A driver gives up after max(10, a quarter of the target) failed trials of its own."""
+
+
+@dataclass
+class Batch:
+    """Trials that are evaluated together."""
+
+    number: int
+    edits: dict[int, Edit]
+    """By trial number."""
+
+    results: dict[int, dict[str, Any]] = field(default_factory=dict)
+    """By trial number: what goes into the trial's user attribute ``result``."""
+
+    lanes_lost: int = 0
+
+    @property
+    def missing(self) -> list[int]:
+        return [number for number in self.edits if number not in self.results]
+
+
+class BatchOptunaSearch(OptunaSearch):
+    """Asks and tells K Optuna trials per Tune trial. Lives in the driver; Tune calls it from one thread."""
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        sampler: BaseSampler,
+        suggest: Callable[[optuna.Trial], Edit],
+        objectives: Sequence[str],
+        target: int,
+        batch_size: int,
+        lanes: int,
+        workers: int,
+        on_batch: Callable[[Batch], None] = lambda batch: None,
+    ):
+        """
+        Args:
+            study: opened by ``storage.open_study``; its RUNNING trials are adopted.
+            suggest: samples one edit.
+            objectives: metric names in the order of the study's directions; all minimised.
+            target: COMPLETE trials to reach.
+            lanes: batches asked and not yet told, at most.
+            workers: fewer unfinished batches than this leave a worker idle.
+            on_batch: called with every batch that has come back.
+        """
+        super().__init__(
+            space=suggest,
+            metric=list(objectives),
+            mode=["min"] * len(objectives),
+            sampler=sampler,
+            study_name=study.study_name,
+            storage=study._storage,
+        )
+        self.study: optuna.Study = self._ot_study
+        self.suggest_edit = suggest
+        self.objectives = list(objectives)
+        self.target = target
+        self.batch_size = batch_size
+        self.lanes = lanes
+        self.workers = workers
+        self.on_batch = on_batch
+
+        self.stopping = False
+        """Set to ask for no new trials and let those under way finish."""
+
+        self.cancelled = False
+        """Set to ignore whatever still comes back; its trials stay RUNNING and are adopted next time."""
+
+        self.failure: BrunoError | None = None
+        """Why the search has ended early."""
+
+        self.complete = 0
+        self.failed = 0
+        """FAIL trials of this driver."""
+
+        self._order: deque[Batch] = deque()  # asked and not yet told, by number
+        self._to_run: deque[Batch] = deque()  # not in a lane yet
+        self._flying: dict[str, Batch] = {}  # by Tune's trial id
+        self._next_number = 0
+        self._last_error = ""
+        self._traceback_logged = False
+        self._adopt()
+
+    # ----- what Tune calls -----
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next batch as a Tune config; None while there is nothing to do yet; FINISHED at the end."""
+        batch = self._next_batch()
+        if batch is not None:
+            self._flying[trial_id] = batch
+            return {"edits": [batch.edits[number].to_dict() for number in batch.missing]}
+        over = self.stopping or self.failure is not None or not self._order
+        return Searcher.FINISHED if over else None
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        batch = self._flying.pop(trial_id, None)
+        if batch is None or self.cancelled:
+            return
+        if result and "stop" in result:
+            self.failure = WorkerError(result["stop"])
+            return
+        if error or not result or not ("outcomes" in result or "error" in result):
+            batch.lanes_lost += 1
+            if batch.lanes_lost < 2:
+                self._to_run.appendleft(batch)
+                return
+            result = {"error": "its scheduling process died twice: is the driver's machine out of memory?"}
+        self._store(batch, result)
+        self.on_batch(batch)
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Nothing is pruned half-way."""
+
+    def save_to_dir(self, checkpoint_dir: str, session_str: str = "default") -> None:
+        """Tune's snapshots are not the record and are never restored."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}
+
+    # ----- the schedule -----
+
+    @property
+    def running(self) -> int:
+        """Trials without results yet."""
+        return sum(len(batch.missing) for batch in self._order)
+
+    @property
+    def finished(self) -> bool:
+        return self.complete >= self.target
+
+    def settle(self) -> None:
+        """Tell every result that has arrived. Called when Tune has returned."""
+        self._tell_finished()
+
+    def _next_batch(self) -> Batch | None:
+        if self.stopping or self.failure is not None:
+            self._tell_finished()
+            return None
+        if not self._to_run:
+            self._ask_if_due()
+        return self._to_run.popleft() if self._to_run else None
+
+    def _ask_if_due(self) -> None:
+        wanted = self.target - self.complete - sum(len(batch.edits) for batch in self._order)
+        if wanted <= 0:
+            self._tell_finished()  # no more sampling depends on the order, unless failures make room again
+            wanted = self.target - self.complete - sum(len(batch.edits) for batch in self._order)
+            if wanted <= 0 or self.failure is not None:
+                return
+        while len(self._order) >= self.lanes and not self._order[0].missing:
+            self._tell(self._order.popleft())
+        if len(self._order) >= self.lanes:
+            unfinished = sum(bool(batch.missing) for batch in self._order)
+            if unfinished >= self.workers:
+                return
+            self._tell_finished()
+        if self.failure is None:
+            self._ask(min(self.batch_size, wanted))
+
+    def _ask(self, size: int) -> None:
+        number = self._next_number
+        with batched(self.study._storage):
+            edits = dict(self._sample(self.study.ask(), number, size) for _ in range(size))
+        self._next_number += 1
+        self._enqueue(Batch(number, edits))
+
+    def _sample(self, trial: optuna.Trial, batch_number: int, batch_size: int) -> tuple[int, Edit]:
+        trial.set_user_attr("batch", [batch_number, batch_size])
+        edit = self.suggest_edit(trial)
+        trial.set_user_attr("edit", edit.to_dict())
+        return trial.number, edit
+
+    def _enqueue(self, batch: Batch) -> None:
+        self._order.append(batch)
+        if batch.missing:
+            self._to_run.append(batch)
+
+    def _adopt(self) -> None:
+        """Take over what an earlier driver left RUNNING, batch by batch."""
+        trials = self.study.get_trials(deepcopy=False)
+        self.complete = sum(trial.state == TrialState.COMPLETE for trial in trials)
+        batches: dict[int, list[FrozenTrial]] = {}
+        sizes: dict[int, int] = {}  # trials the batch was meant to have
+        for trial in trials:
+            last = max(sizes, default=-1)
+            if "batch" in trial.user_attrs:
+                number, sizes[number] = trial.user_attrs["batch"]
+            elif sizes and len(batches[last]) < sizes[last]:  # died before it was said which batch it is for
+                number = last
+            else:
+                number, sizes[last + 1] = last + 1, self.batch_size
+            batches.setdefault(number, []).append(trial)
+        for number in sorted(batches):
+            running = [trial for trial in batches[number] if trial.state == TrialState.RUNNING]
+            if running:
+                unasked = sizes[number] - len(batches[number]) if number == max(batches) else 0
+                self._enqueue(self._adopted_batch(number, running, sizes[number], unasked))
+        self._next_number = max(batches, default=-1) + 1
+        if self._order:
+            logger.info("adopting %d trials that were under way", sum(len(batch.edits) for batch in self._order))
+
+    def _adopted_batch(self, number: int, running: list[FrozenTrial], size: int, unasked: int) -> Batch:
+        """Trials that had no edit yet get one under their own number; trials not asked yet are asked."""
+        batch = Batch(number, {})
+        for trial in running:
+            if "edit" in trial.user_attrs:
+                batch.edits[trial.number] = Edit.from_dict(trial.user_attrs["edit"])
+                if "result" in trial.user_attrs:
+                    batch.results[trial.number] = trial.user_attrs["result"]
+            else:
+                batch.edits.update([self._sample(optuna.Trial(self.study, trial._trial_id), number, size)])
+        batch.edits.update(self._sample(self.study.ask(), number, size) for _ in range(unasked))
+        return batch
+
+    # ----- results -----
+
+    def _store(self, batch: Batch, result: dict[str, Any]) -> None:
+        """Turn a lane's result into one result per trial, and put them into the study's storage."""
+        missing = batch.missing
+        if "error" in result:
+            if "traceback" in result and not self._traceback_logged:
+                logger.error("a batch of trials failed:\n%s", result["traceback"])
+                self._traceback_logged = True
+            outcomes: list[dict[str, Any]] = [{"error": result["error"]}] * len(missing)
+        else:
+            outcomes = result["outcomes"]
+        for number, outcome in zip(missing, outcomes, strict=True):
+            batch.results[number] = {**self._trial_result(outcome), "worker": result.get("worker")}
+        with batched(self.study._storage):
+            for number in missing:
+                trial_id = self.study._storage.get_trial_id_from_study_id_trial_number(self.study._study_id, number)
+                self.study._storage.set_trial_user_attr(trial_id, "result", batch.results[number])
+
+    def _trial_result(self, outcome: dict[str, Any]) -> dict[str, Any]:
+        scores = outcome.get("scores")
+        seconds = {"seconds": outcome["seconds"]} if outcome.get("seconds") is not None else {}
+        if outcome.get("error") or scores is None:
+            return {"error": outcome.get("error") or "no scores", **seconds}
+        values = {name: float(value) for name, value in scores["values"].items()}
+        bad = [name for name in self.objectives if not math.isfinite(values.get(name, math.nan))]
+        if bad:
+            return {"error": f"{bad[0]} is {values.get(bad[0], 'missing')}", **seconds}
+        return {
+            "values": {name: value for name, value in values.items() if math.isfinite(value)},
+            "counts": {name: list(pair) for name, pair in scores["counts"].items()},
+            **seconds,
+        }
+
+    def _tell_finished(self) -> None:
+        done = [batch for batch in self._order if not batch.missing]
+        self._order = deque(batch for batch in self._order if batch.missing)
+        for batch in done:
+            self._tell(batch)
+
+    def _tell(self, batch: Batch) -> None:
+        with batched(self.study._storage):
+            for number in sorted(batch.results):
+                result = batch.results[number]
+                if "error" in result:
+                    self.study.tell(number, state=TrialState.FAIL)
+                    self.failed += 1
+                    self._last_error = f"trial {number}: {result['error']}"
+                    logger.warning("trial %d failed: %s", number, result["error"])
+                else:
+                    self.study.tell(number, [result["values"][name] for name in self.objectives])
+                    self.complete += 1
+        if self.failed > max(FEWEST_FAILURES, FAILURE_SHARE * self.target):
+            self.failure = StudyError(
+                f"{self.failed} trials failed, the last one with: {self._last_error}; see to that, then resume the run"
+            )
