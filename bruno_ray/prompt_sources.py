@@ -86,6 +86,8 @@ def read_rows(settings: DatasetSettings, limit: int) -> list[Row]:
     """
     splits = parse_split(settings.split)
     records, columns, place = _open(settings, splits, limit)
+    if not columns:
+        return []
     column = _pick_column(settings.column, columns, place)
     if settings.answer_column is not None:
         _pick_column(settings.answer_column, columns, place)
@@ -155,10 +157,10 @@ def _cut(records: Sequence[Any], part: Slice) -> Sequence[Any]:
 
 
 def _organism(recipe: str | None, side: str, splits: list[Slice], place: str) -> Records:
-    from bruno_ray import organism
-
     if side not in ("target", "baseline"):
         raise PromptError(f"{place}: the organism has the sides target and baseline; write organism:target")
+    from bruno_ray import organism
+
     folder = organism.build(recipe or "standard")
     records: list[dict[str, Any]] = []
     for part in splits:

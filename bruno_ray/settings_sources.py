@@ -308,7 +308,7 @@ def flag_layer(argv: Sequence[str], flags: Mapping[str, str] = FLAGS) -> Layer:
             if isinstance(value, list) and isinstance(earlier.value, list):
                 value = earlier.value + value  # a repeated list flag adds to the list
             else:
-                raise SettingsError(f"{flag}: given twice, with different values; leave one out")
+                raise SettingsError(f"{flag}: {earlier.label} is given too, with another value; leave one out")
         layer[key] = Given(value, "command line", flag)
     return layer
 
