@@ -176,8 +176,8 @@ def directions_for(edit: Edit, bank: DirectionBank) -> Float[Tensor, "L r d"]:
 
 
 def row_norms(weights: Iterable[Float[Tensor, "d in"]]) -> Float[Tensor, " d"]:
-    """Row norms rho of the concatenated weights, float32; the squares are summed over weights in float64."""
-    squares = [torch.linalg.vector_norm(weight, dim=1).double().cpu().square() for weight in weights]
+    """Row norms rho of the concatenated weights, float32 on the CPU; squares are summed over weights in float64."""
+    squares = [torch.linalg.vector_norm(weight, dim=1).cpu().double().square() for weight in weights]
     return torch.stack(squares).sum(0).sqrt().float()
 
 
@@ -199,7 +199,10 @@ def factors_from(
     rho: Float[Tensor, " d"] | None = None,
     response: Float[Tensor, "r d"] | None = None,
 ) -> Factors:
-    """Closed form from what is known about the weight: ``rho`` for `pre`, also H^T (``responses``) for `full`."""
+    """Closed form from what is known about the weight: ``rho`` for `pre`, also H^T (``responses``) for `full`.
+
+    All on one device that has float64.
+    """
     if norm_mode == "none":
         return Factors(strength * directions, directions)
     assert rho is not None
@@ -222,9 +225,11 @@ def factors(
     norm_mode: NormMode,
 ) -> Factors:
     """Factors of one edit of one map; several weights are the blocks of one concatenated map."""
-    rho = row_norms(weights).to(directions.device) if norm_mode != "none" else None
-    response = responses(weights, rho, directions) if norm_mode == "full" and rho is not None else None
-    return factors_from(directions, strength, norm_mode, rho, response)
+    rho = row_norms(weights) if norm_mode != "none" else None
+    response = None
+    if norm_mode == "full" and rho is not None:
+        response = responses(weights, rho, directions.to(weights[0].device)).cpu()
+    return factors_from(directions.cpu(), strength, norm_mode, rho, response).to(directions.device)
 
 
 def apply_to_weight(weight: Float[Tensor, "d in"], factors: Factors) -> Float[Tensor, "d in"]:

@@ -29,7 +29,8 @@ from bruno_ray.ablation import (
     responses,
     row_norms,
 )
-from bruno_ray.architectures import Architecture, Writer
+from bruno_ray.architectures import Architecture
+from bruno_ray.writers import Writer
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class ResolvedEdit:
 
 
 class Resolver:
-    """Works edits out against one model's weights, remembering what a weight had to be read for.
+    """Works edits out against one model's weights, remembering (on the CPU) what a weight had to be read for.
 
     Row norms are kept per writer. For `full` edits H (see ``ablation``) is kept per writer and bank point, so after
     the first few edits of a study no weight is read again. Kept values assume that neither the weights nor a bank
@@ -71,12 +72,12 @@ class Resolver:
                     factors[k].append(None)
                     continue
                 name, mix = edit.direction_set, layers[k][writer.layer]
-                directions = mix.of([bank[name][point].float() for point in mix.points]).to(writer.device)
+                directions = mix.of([bank[name][point].float().cpu() for point in mix.points])
                 response = None
                 if edit.norm_mode == "full":
                     response = mix.of([self._responses[name, point, i] for point in mix.points])
-                rho = self._rho.get(i)
-                factors[k].append(factors_from(directions, strengths[k], edit.norm_mode, rho, response))
+                found = factors_from(directions, strengths[k], edit.norm_mode, self._rho.get(i), response)
+                factors[k].append(found.to(writer.device))
         return [ResolvedEdit(edit, tuple(of_edit)) for edit, of_edit in zip(edits, factors)]
 
     @torch.no_grad()
@@ -85,7 +86,7 @@ class Resolver:
     ) -> None:
         """Fill what these edits need of writer i: rho for `pre`, H at their bank points as well for `full`."""
         if i not in self._rho and any(edit.norm_mode != "none" for edit in edits):
-            self._rho[i] = row_norms(writer.weights()).to(writer.device)
+            self._rho[i] = row_norms(writer.weights())
         wanted = {
             (edit.direction_set, point, i)
             for edit, points in zip(edits, points_of_edit)
@@ -94,8 +95,8 @@ class Resolver:
         }
         missing = sorted(wanted - self._responses.keys())
         if missing:
-            rows = [self._banks[name][point].float() for name, point, _ in missing]
-            found = responses(writer.weights(), self._rho[i], torch.cat(rows).to(writer.device))
+            rows = [self._banks[name][point].float().cpu() for name, point, _ in missing]
+            found = responses(writer.weights(), self._rho[i], torch.cat(rows).to(writer.device)).cpu()
             self._responses.update(zip(missing, found.split([len(row) for row in rows])))
 
 

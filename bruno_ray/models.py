@@ -8,7 +8,6 @@ without gradients, its generation config neutral (greedy, no penalties); what th
 ``generation_config`` for saving.
 """
 
-import errno
 import hashlib
 import logging
 from collections.abc import Iterator
@@ -18,16 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import (
-    GatedRepoError,
-    HFValidationError,
-    HTTPError,
-    LocalEntryNotFoundError,
-    OfflineModeIsEnabled,
-    RepositoryNotFoundError,
-    RevisionNotFoundError,
-)
-from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -45,6 +34,7 @@ from transformers import (
 
 from bruno_ray.architectures import Architecture, find_architecture
 from bruno_ray.errors import ModelError
+from bruno_ray.model_errors import explained, first_line, is_out_of_memory
 from bruno_ray.settings import ModelSettings
 
 log = logging.getLogger(__name__)
@@ -98,7 +88,7 @@ def load_model(settings: ModelSettings, *, full_precision: bool = False) -> Load
         multimodal = is_multimodal(config)
         processor = _load_processor(source, common) if multimodal else None
     except Exception as error:
-        raise _explained(error, settings) from error
+        raise explained(error, settings) from error
     _prepare_tokenizer(tokenizer, processor, settings)
     if full_precision:
         settings = settings.model_copy(update={"dtypes": ("auto",), "quantization": "none", "device_map": "cpu"})
@@ -166,13 +156,13 @@ def _load_weights(
             raise
         except Exception as error:
             # Dtypes fail in many ways (kernels that lack one, overflow, memory); what no dtype mends is raised at once.
-            if _is_out_of_memory(error):
+            if is_out_of_memory(error):
                 too_big = dtype.itemsize
                 failures[name] = "out of memory"
             elif isinstance(error, (RuntimeError, FloatingPointError, NotImplementedError)):
-                failures[name] = _first_line(error)
+                failures[name] = first_line(error)
             else:
-                raise _explained(error, settings) from error
+                raise explained(error, settings) from error
             log.warning("%s cannot run in %s: %s", settings.id, name, failures[name])
         finally:
             model = None
@@ -249,15 +239,6 @@ def _max_memory(settings: ModelSettings) -> dict[int | str, str] | None:
     return {int(key) if key.isdigit() else key: value for key, value in settings.max_memory.items()}
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error)
-    return (isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)) or (
-        isinstance(error, ValueError) and ("offload" in text or "don't have enough GPU RAM" in text)
-    )
-
-
 # ----- tokenizer and processor -----
 
 
@@ -273,7 +254,7 @@ def _load_processor(source: str, common: dict[str, Any]) -> ProcessorMixin | Non
     try:
         processor = AutoProcessor.from_pretrained(source, **common)
     except (OSError, ValueError, ImportError) as error:
-        log.warning("the processor of %s cannot be loaded and will not be saved: %s", source, _first_line(error))
+        log.warning("the processor of %s cannot be loaded and will not be saved: %s", source, first_line(error))
         return None
     return processor if isinstance(processor, ProcessorMixin) else None
 
@@ -349,66 +330,3 @@ def _input_device(architecture: Architecture) -> torch.device:
     if device.type == "meta":  # offloaded: accelerate moves inputs from the CPU
         return torch.device("cpu")
     return device
-
-
-# ----- errors -----
-
-
-def _explained(error: Exception, settings: ModelSettings) -> ModelError:
-    """One line for what went wrong; the original is kept as its cause.
-
-    transformers wraps hub errors in OSError, so the whole chain of causes is searched. Subclasses come before their
-    parents: a gated repository is a RepositoryNotFoundError too.
-    """
-    name = settings.id
-    if isinstance(error, ModelError):
-        return error
-    chain = list(_causes(error))
-
-    def any_is(*kinds: type[BaseException]) -> bool:
-        return any(isinstance(link, kinds) for link in chain)
-
-    if any_is(GatedRepoError):
-        return ModelError(
-            f"{name} is gated: accept its licence on its hub page, then log in with `hf auth login` or set HF_TOKEN"
-        )
-    if any_is(RevisionNotFoundError):
-        return ModelError(f"{name} has no revision {settings.revision!r}: check model.revision on the hub")
-    if any_is(RepositoryNotFoundError, HFValidationError):
-        return ModelError(
-            f"no such model: {name}. Check the spelling; for a private one log in with `hf auth login` or set HF_TOKEN"
-        )
-    if any(isinstance(link, OSError) and link.errno == errno.ENOSPC for link in chain):
-        return ModelError(f"no space left on the disk for {name}: free some, or point HF_HOME at a bigger one")
-    if any_is(OfflineModeIsEnabled, LocalEntryNotFoundError, HTTPError, ConnectionError):
-        return ModelError(
-            f"{name} is not in the local cache and the hub cannot be reached: check the network and HF_HUB_OFFLINE,"
-            " or give a folder"
-        )
-    if any_is(SafetensorError):
-        return ModelError(f"the weights of {name} are damaged ({_first_line(error)}): download them again")
-    if isinstance(error, ValueError) and "trust_remote_code" in str(error):
-        return ModelError(
-            f"{name} comes with Python code of its own: read it, and if you trust it set model.trust_remote_code"
-        )
-    if any(_is_out_of_memory(link) for link in chain):
-        return ModelError(f"not enough memory for {name}: use model.quantization bnb_4bit, or raise model.max_memory")
-    if any_is(ImportError):
-        return ModelError(f"{name} needs a package that is not installed ({_first_line(error)}): install it")
-    if any_is(OSError, ValueError, KeyError, RuntimeError):
-        return ModelError(f"{name} cannot be loaded: {_first_line(error)}. Check the id or the files of the model")
-    raise error
-
-
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    seen: set[int] = set()
-    link: BaseException | None = error
-    while link is not None and id(link) not in seen:
-        seen.add(id(link))
-        yield link
-        link = link.__cause__ or link.__context__
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200].rstrip('.')}" if lines else type(error).__name__

@@ -161,3 +161,31 @@ def test_a_known_family_with_other_blocks_is_refused() -> None:
     model.model.layers[1].mlp = nn.Sequential(nn.Linear(32, 48), nn.Linear(48, 32))
     with pytest.raises(ModelError, match=r"layer 1 .* no mlp .*mlp\.1\.weight \(32, 48\)"):
         find_architecture(model)
+
+
+def test_weights_that_cannot_be_read_say_so() -> None:
+    model = tiny_models.build("llama")
+    architecture = find_architecture(model)
+    matrix = architecture.writers[0].matrices[0]
+    matrix.module.weight = nn.Parameter(matrix.module.weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+    assert matrix.quantized
+    with pytest.raises(ModelError, match=r"float8_e4m3fn.*norm_mode none"):
+        matrix.read()
+
+
+def test_experts_in_another_format_are_refused() -> None:
+    model = tiny_models.build("mixtral")
+    experts = model.model.layers[0].mlp.experts
+    packed = experts.down_proj.detach().flatten(1)
+    del experts.down_proj
+    experts.down_proj = packed
+    with pytest.raises(ModelError, match="no 3-D tensor down_proj"):
+        find_architecture(model)
+
+
+def test_reading_an_offloaded_weight_says_so() -> None:
+    model = tiny_models.build("llama")
+    architecture = find_architecture(model)
+    model.to("meta")
+    with pytest.raises(ModelError, match="offloaded"):
+        architecture.writers[0].matrices[0].read()

@@ -7,52 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from bruno_ray.ablation import AblationParameters, DirectionBank, Edit
-from bruno_ray.architectures import Matrix, find_architecture
+from bruno_ray.architectures import find_architecture
 from bruno_ray.errors import ModelError
 from bruno_ray.live import LiveEditor, Resolver, bake
 from bruno_ray.models import LoadedModel, load_model
 from bruno_ray.settings import ModelSettings
+from bruno_ray.writers import Matrix
 from tests import tiny_models
-
-KERNEL = AblationParameters(max_weight=1.2, max_weight_position=1.4, min_weight=0.3, min_weight_distance=2.0)
-NARROW = AblationParameters(max_weight=1.0, max_weight_position=1.0, min_weight=0.5, min_weight_distance=0.5)
-EDITS = [
-    Edit({"attention": KERNEL, "mlp": KERNEL}, "a", 0.5, "none"),
-    Edit({"attention": KERNEL, "mlp": NARROW}, "b", None, "pre"),
-    Edit({"attention": NARROW, "mlp": KERNEL}, "a", 1.3, "full"),
-    Edit({"mlp": KERNEL}, "b", None, "full"),
-]
-MODES = ("none", "pre", "full")
-
-
-def make_bank(n_layers: int, d_model: int = tiny_models.HIDDEN, seed: int = 1) -> DirectionBank:
-    """Two direction sets of different rank."""
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.linalg.qr(torch.randn(n_layers + 1, d_model, rank, generator=generator))[0]
-        .transpose(1, 2)
-        .contiguous()
-        for name, rank in (("a", 2), ("b", 1))
-    }
-
-
-def batch(rows: int, seed: int = 0, length: int = 9) -> dict[str, Tensor]:
-    """Left-padded prompts of different lengths."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, 256, (rows, length), generator=generator)
-    mask = torch.ones_like(ids)
-    for row in range(rows):
-        mask[row, : row % 3] = 0
-    return {"input_ids": torch.where(mask == 1, ids, 256), "attention_mask": mask}
-
-
-@torch.no_grad()
-def logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    return model(**inputs, use_cache=False).logits[:, -4:].float()
-
-
-def difference(found: Tensor, expected: Tensor) -> float:
-    return ((found - expected).abs().max() / expected.abs().max()).item()
+from tests.live_helpers import EDITS, KERNEL, NARROW, batch, dequantized_copy, difference, logits, make_bank
 
 
 def baked(family: str, edit: Edit, bank: DirectionBank, **options: object) -> nn.Module:
@@ -149,17 +111,6 @@ def load(folder: Path, quantization: str) -> LoadedModel:
     return load_model(ModelSettings(id=str(folder), dtypes=("float32",), quantization=quantization, device_map="cpu"))
 
 
-def dequantized_copy(quantized: LoadedModel, plain: LoadedModel) -> nn.Module:
-    """The full-precision model with every quantised weight replaced by what it stands for."""
-    for name, module in quantized.model.named_modules():
-        if hasattr(module, "weight") and type(module).__name__ == "Linear4bit":
-            weight = Matrix(module, "weight", name, module.out_features).read()
-            target = plain.model.get_submodule(name)
-            with torch.no_grad():
-                target.weight.copy_(weight if isinstance(target, nn.Linear) else weight.T)
-    return plain.model
-
-
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
 def test_live_on_a_4bit_base_equals_baked_dequantized(family: str, tmp_path: Path) -> None:
     """Exact for `none`, which reads no weight; `pre` and `full` use the dequantised weights and agree as well."""
@@ -173,7 +124,7 @@ def test_live_on_a_4bit_base_equals_baked_dequantized(family: str, tmp_path: Pat
         editor.set([editor.resolve(edit, bank)], [0, 0, 0])
         live = logits(base.model, inputs)
         editor.clear()
-        reference = dequantized_copy(base, load(folder, "none"))
+        reference = dequantized_copy(base.model, load(folder, "none").model)
         assert difference(logits(reference, inputs), plain) < 1e-4
         bake(find_architecture(reference), edit, bank)
         assert difference(live, logits(reference, inputs)) < 1e-4

@@ -151,7 +151,7 @@ def test_falls_back_to_a_dtype_with_finite_logits(
         load(folder, dtypes=("float16",))
 
 
-def test_full_precision_ignores_quantization_and_the_wished_dtype(llama: Path, tmp_path: Path) -> None:
+def test_full_precision_ignores_quantization_and_the_wished_dtype(tmp_path: Path) -> None:
     """What is saved must be in the dtype the base is stored in, however it was computed with."""
     folder = tiny_models.write(tmp_path / "m", dtype=torch.bfloat16)
     settings = ModelSettings(id=str(folder), dtypes=("float32",), quantization="bnb_4bit")

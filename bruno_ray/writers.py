@@ -1,0 +1,129 @@
+"""Weights that write to the residual stream, however they are stored: plain, transposed, fused, quantised."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from bruno_ray.errors import ModelError
+
+READABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """One weight tensor, or one expert's slice of a fused one, seen as (d_model, in)."""
+
+    module: nn.Module
+    parameter: str
+    name: str
+    d_model: int
+    index: int | None = None
+    transposed: bool = False
+
+    @property
+    def quantized(self) -> bool:
+        """Whether the stored tensor is not the weight itself (bitsandbytes, float8 with scales and the like)."""
+        stored = self._tensor()
+        return stored.dtype not in READABLE_DTYPES or getattr(stored, "quant_state", None) is not None
+
+    @property
+    def device(self) -> torch.device:
+        return self._tensor().device
+
+    def numel(self) -> int:
+        """Parameters, however many of them a byte holds."""
+        if self.quantized and isinstance(self.module, nn.Linear):
+            return self.d_model * self.module.in_features
+        whole = self._tensor()
+        return whole.numel() if self.index is None else whole[self.index].numel()
+
+    def read(self) -> Float[Tensor, "d_model in"]:
+        """The weight in float32, dequantised if need be. Do not write into it: it may be a view of the model."""
+        weight = self._dequantized() if self.quantized else self._tensor().detach()
+        if weight.is_meta:
+            raise ModelError(
+                f"{self.name} is offloaded and cannot be read: raise model.max_memory, quantise the model,"
+                " or use search.norm_mode none"
+            )
+        return self._oriented(weight).float()
+
+    def check_writable(self) -> None:
+        """Raises ModelError where an edited weight cannot be stored."""
+        if self.quantized:
+            raise ModelError(
+                f"{self.name} is quantised and cannot hold an edited weight:"
+                " load the model in full precision to save it"
+            )
+        if self._tensor().is_meta:
+            raise ModelError(f"{self.name} is offloaded and cannot be written: load the model on one device to save it")
+
+    @torch.no_grad()
+    def write(self, weight: Float[Tensor, "d_model in"]) -> None:
+        """Cast into the stored tensor, in place."""
+        self.check_writable()
+        self._oriented(self._tensor().detach()).copy_(weight)
+
+    def _tensor(self) -> Tensor:
+        return getattr(self.module, self.parameter)
+
+    def _oriented(self, weight: Tensor) -> Tensor:
+        weight = weight if self.index is None else weight[self.index]
+        return weight.T if self.transposed else weight
+
+    def _dequantized(self) -> Tensor:
+        stored = self._tensor()
+        if type(stored).__name__ in ("Params4bit", "Int8Params"):
+            from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # imports bitsandbytes
+
+            return dequantize_bnb_weight(stored, getattr(self.module, "state", None))
+        raise ModelError(
+            f"{self.name} is stored as {stored.dtype} in a {type(self.module).__name__}, which cannot be read:"
+            " use search.norm_mode none, or an unquantised copy of the model"
+        )
+
+
+@dataclass(frozen=True)
+class Writer:
+    """Matrices whose outputs are summed into one write to the residual stream, and the module to hook for it."""
+
+    name: str
+    layer: int
+    component: str
+    module: nn.Module
+    """Its output, or the first item of it, is (B, T, d_model) or flattened (B*T, d_model)."""
+
+    matrices: list[Matrix]
+    bias: Float[Tensor, " d_model"] | None
+    """What the module adds to the output after the linear map; excluded from the edit."""
+
+    def weights(self) -> "Weights":
+        return Weights(self.matrices)
+
+    def read_bias(self) -> Float[Tensor, " d_model"] | None:
+        """The bias in float32. Raises ModelError if it is offloaded."""
+        if self.bias is None:
+            return None
+        if self.bias.is_meta:
+            raise ModelError(f"{self.name}.bias is offloaded and cannot be read: raise model.max_memory")
+        return self.bias.detach().float()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie; the CPU for offloaded ones."""
+        device = self.matrices[0].device
+        return torch.device("cpu") if device.type == "meta" else device
+
+
+class Weights:
+    """The matrices as a sequence that reads one tensor at a time: a block's experts never sit in memory in float32."""
+
+    def __init__(self, matrices: list[Matrix]) -> None:
+        self._matrices = matrices
+
+    def __len__(self) -> int:
+        return len(self._matrices)
+
+    def __getitem__(self, i: int) -> Float[Tensor, "d_model in"]:
+        return self._matrices[i].read()
