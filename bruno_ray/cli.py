@@ -147,7 +147,7 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
         )
 
     hub_model = "Hugging Face model id or a folder"
-    sub = command("run", _run, "search, from the prompts to a report; continues the study if it exists", FLAGS)
+    sub = command("run", _run, "search for an edit, from the prompt sets to a saved model and a report", FLAGS)
     takes_settings(sub, hub_model)
 
     resumable = {flag: key for flag, key in FLAGS.items() if key.startswith(RESUMABLE)}
@@ -187,7 +187,7 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
 
     sub = command("organism", _organism, "train the embedded model organism, once; prints its folder")
     sub.add_argument("--recipe", default="standard", metavar="NAME", help="standard or hard [standard]")
-    sub.add_argument("--to", type=Path, metavar="FOLDER", help="copy it there as well")
+    sub.add_argument("--to", type=Path, metavar="FOLDER", help="where to put it [the cache]")
 
     sub = command("coverage", _coverage, "which share of a model's residual-writing parameters an edit reaches", FLAGS)
     takes_settings(sub, hub_model)
@@ -289,9 +289,13 @@ def _run(arguments: argparse.Namespace) -> None:
 def _resume(arguments: argparse.Namespace) -> None:
     layer = settings_sources.flag_layer(arguments.settings_flags, arguments.flags)
     run, _ = find_run(arguments.run)
+    from bruno_ray.artifacts import RunDirectory
+
+    settings_sources.apply(RunDirectory.open(run).read().settings, layer)  # a wrong value is reported by its flag
     from bruno_ray import pipeline
 
-    print(pipeline.resume(run, total=arguments.trials, more=arguments.more, overrides=layer))
+    overrides = settings_sources.nest(layer)
+    print(pipeline.resume(run, total=arguments.trials, more=arguments.more, overrides=overrides))
 
 
 def _front(arguments: argparse.Namespace) -> None:
@@ -311,7 +315,7 @@ def _save(arguments: argparse.Namespace) -> None:
 
     trial = arguments.trial if trial is None else trial
     folder = pipeline.save(
-        run, trial=trial, auto=arguments.auto, to=arguments.to, upload=arguments.upload, private=arguments.private
+        run, trial=trial, auto=arguments.auto, to=arguments.to, upload_to=arguments.upload, private=arguments.private
     )
     print(folder)
 

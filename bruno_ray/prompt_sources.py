@@ -161,7 +161,7 @@ def _organism(recipe: str | None, side: str, splits: list[Slice], place: str) ->
         raise PromptError(f"{place}: the organism has the sides target and baseline; write organism:target")
     from bruno_ray import organism
 
-    folder = organism.build(recipe or "standard")
+    folder = organism.build(recipe=recipe or "standard")
     records: list[dict[str, Any]] = []
     for part in splits:
         path = folder / "prompts" / f"{side}_{part.split}.jsonl"

@@ -392,7 +392,8 @@ def _replaced_sources(said: Layer) -> tuple[str, ...]:
     return tuple(prefixes)
 
 
-def _nest(layer: Layer) -> dict[str, Any]:
+def nest(layer: Layer) -> dict[str, Any]:
+    """The values of a layer as a nested dict."""
     tree: dict[str, Any] = {}
     for key, given in layer.items():
         node = tree
@@ -405,7 +406,7 @@ def _nest(layer: Layer) -> dict[str, Any]:
 
 def _validate(layer: Layer) -> Settings:
     try:
-        return Settings.model_validate(_nest(layer))
+        return Settings.model_validate(nest(layer))
     except ValidationError as error:
         found = error.errors(include_url=False)
         lines = [_explain(item, layer) for item in found[:MAX_ERRORS_SHOWN]]
