@@ -49,18 +49,18 @@ class TokenBudget:
     _grown: bool = False
 
     @classmethod
-    def for_device(cls, device: torch.device | str, tokens: int = 0) -> "TokenBudget":
+    def for_device(cls, device: torch.device | str, tokens: int = 0, cpu_tokens: int = CPU_TOKENS) -> "TokenBudget":
         """The budget a setting of `tokens` means; 0 finds it.
 
-        On a CPU the default is a constant: batch size would otherwise depend on the machine's load, and with it the
-        last bits of every result.
+        On a CPU the default is a constant, `cpu_tokens`: batch size would otherwise depend on the machine's load, and
+        with it the last bits of every result.
         """
         device = torch.device(device)
         if tokens > 0:
             return cls(tokens, device=device)
         if device.type == "cuda":
             return cls(GPU_START_TOKENS, growing=True, device=device)
-        return cls(CPU_TOKENS, device=device)
+        return cls(cpu_tokens, device=device)
 
     def observe(self, tokens: int, seconds: float) -> None:
         """Learn from a batch that fitted: double the budget, keep it, or take the last doubling back."""
