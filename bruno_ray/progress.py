@@ -139,7 +139,6 @@ class LogView:
 
     def __exit__(self, *_: Any) -> None:
         snapshot = self._source()
-        logger.info("%s", status_line(snapshot))
         if snapshot.front:
             logger.info("Pareto front:")
             for line in front_lines(snapshot.front, snapshot.objectives):
