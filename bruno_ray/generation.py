@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.cache_utils import DynamicLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from bruno_ray.batching import TokenBudget, map_batches, pad_left
 from bruno_ray.decoding import Answers, BufferedLayer, Detokenizer, Drafts, Response, TokenIds
@@ -30,6 +30,7 @@ from bruno_ray.models import LoadedModel
 Edits = Sequence[ResolvedEdit | None]
 Decide = Callable[[str], bool]
 
+CPU_ANSWER_TOKENS = 8192  # of an answer's tokens all but the prompt's come one per step and row: a step needs many rows
 LEAVING_SHARE = 0.2  # finished rows stay until they are this share of the batch: taking them out copies the cache
 DRAFT_TOKENS = 8  # most tokens proposed at a time
 DRAFT_LOGITS_BYTES = 2**28  # a draft is cut so that the logits at all of its tokens stay below this
@@ -61,6 +62,8 @@ class Engine:
         """Tokens of one forward pass, padding and room for the answer included; 0 finds it."""
         # Scoring a prompt and answering it need different amounts of memory per token, so each finds its own budget.
         self._prompt_budget = TokenBudget.for_device(self.device, row_tokens)
+        if not row_tokens and self.device.type == "cpu":
+            row_tokens = CPU_ANSWER_TOKENS
         self._answer_budget = TokenBudget.for_device(self.device, row_tokens)
 
     # ----- what is asked of it -----
@@ -112,7 +115,7 @@ class Engine:
         forward = self._scoring(sequences, range(len(rows)), edits, [k for k, _ in rows], longest + 1)
         for batch, logits_BNV in map_batches(forward, [len(s) for s in sequences], self._prompt_budget):
             target_BN = torch.tensor([[0] * (longest - len(tails[row])) + tails[row] for row in batch])
-            for row, target_N, logits_NV in zip(batch, target_BN.to(self.device), logits_BNV):
+            for row, target_N, logits_NV in zip(batch, target_BN.to(logits_BNV.device), logits_BNV):
                 n = len(tails[row])
                 logprobs_NV = logits_NV[-n - 1 : -1].float().log_softmax(-1)
                 k, p = rows[row]
@@ -151,7 +154,7 @@ class Engine:
         top_p: float = 1.0,
     ) -> Iterator[str]:
         """Pieces of one answer as they are made. Temperature 0 is greedy."""
-        cache = self._cache(len(ids) + max_new_tokens)
+        cache = self._cache(len(ids), max_new_tokens)
         input_ids = torch.tensor([list(ids)], device=self.device)
         written: list[int] = []
         shown = ""
@@ -202,7 +205,7 @@ class Engine:
         inputs = pad_left(prompts, self._pad_id, self.device)
         ids_BJ, mask_BC, positions_BJ = inputs.input_ids, inputs.attention_mask, inputs.position_ids
         self.tokens += int(mask_BC.sum())
-        cache = self._cache(mask_BC.shape[1] + max_new_tokens + DRAFT_TOKENS)
+        cache = self._cache(mask_BC.shape[1], max_new_tokens)
         drafts = self._drafts.open(prompts, max_new_tokens) if self._can_draft(cache) else None
         answers = Answers(len(prompts), max_new_tokens, self.end_ids)
         active = np.arange(len(prompts))  # which of the prompts the rows of the batch still are
@@ -211,8 +214,8 @@ class Engine:
             logits_BJV = self._forward(ids_BJ, mask_BC, positions_BJ, cache, draft_BJ.shape[1] + 1)
             # The largest logit is not a number if any of them is not, and infinite if any is.
             best_BJ, next_BJ = logits_BJV.max(dim=-1)
-            next_host_BJ = next_BJ.cpu().numpy()
-            taken_B = answers.extend(active, next_host_BJ, torch.isfinite(best_BJ).cpu().numpy(), draft_BJ)
+            next_BJ = next_BJ.to(self.device)  # a model spread over devices gives its logits on the last one
+            taken_B = answers.extend(active, next_BJ.cpu().numpy(), torch.isfinite(best_BJ).cpu().numpy(), draft_BJ)
             self.tokens += int(taken_B.sum())
             if decide is not None:
                 answers.decide(active, taken_B, lambda rows: self._verdicts(rows, decide))
@@ -275,13 +278,21 @@ class Engine:
         else:
             self.editor.clear()
 
-    def _cache(self, capacity: int) -> DynamicCache:
-        """The model's own kind of cache, with buffers in its plain attention layers.
+    def _cache(self, n_prompt: int, n_new: int) -> DynamicCache:
+        """The model's own kind of cache, with buffers in its attention layers.
 
-        Sliding-window and linear-attention layers stay as they are: they do not grow.
+        Layers with linear attention stay as they are, they do not grow; so do sliding windows, unless the window is
+        so wide that nothing can leave it, whatever is drafted.
         """
+
+        def is_plain(layer: object) -> bool:
+            if type(layer) is DynamicSlidingWindowLayer:
+                return n_prompt + n_new * (1 + DRAFT_TOKENS) <= layer.sliding_window
+            return type(layer) is DynamicLayer
+
         cache = DynamicCache(config=self.model.config)
-        cache.layers = [BufferedLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+        room = n_prompt + n_new + DRAFT_TOKENS
+        cache.layers = [BufferedLayer(room) if is_plain(layer) else layer for layer in cache.layers]
         return cache
 
     def _can_draft(self, cache: DynamicCache) -> bool:

@@ -83,6 +83,20 @@ def test_every_family_as_transformers_does(family: str, tmp_path: Path) -> None:
     torch.testing.assert_close(engine.next_logits(prompts(), [None])[0], alone, rtol=2e-3, atol=2e-3)
 
 
+@pytest.mark.parametrize("window", [200, 60])
+def test_windows_wide_and_narrow(window: int, tmp_path: Path) -> None:
+    """A window that nothing can leave counts as plain attention, with drafts; a narrower one does not."""
+    tiny_models.build("gemma3_text", sliding_window=window).save_pretrained(tmp_path)
+    tiny_models.build_tokenizer().save_pretrained(tmp_path)
+    loaded = load_model(ModelSettings(id=str(tmp_path), dtypes=("float32",)))
+    loaded.generation_config.eos_token_id = END_IDS
+    engine = Engine(loaded)
+    expected = [by_generate(loaded.model, ids) for ids in prompts()]
+    for _ in range(2):
+        assert [(r.token_ids, r.ended) for r in engine.generate(prompts(), [None], N)[0]] == expected
+    assert engine._can_draft(engine._cache(30, N)) == (window == 200)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe", "qwen3_5_text"])
 def test_edits_in_one_batch_as_one_by_one_and_as_baked(family: str, tmp_path: Path) -> None:
     loaded = load(tmp_path, family)
