@@ -1,4 +1,4 @@
-"""The command line. Parses arguments and calls one function of `bruno_ray.pipeline`, imported only then.
+"""The command line. Parses arguments and calls one function of `pipeline` or `commands`, imported only then.
 
 Settings appear as flags generated from settings.py, so that a setting has its flag, documentation and default the
 moment it is written there. Every BrunoError becomes one line and exit code 2; Ctrl-C exits with 130.
@@ -300,9 +300,9 @@ def _resume(arguments: argparse.Namespace) -> None:
 
 def _front(arguments: argparse.Namespace) -> None:
     run, _ = find_run(arguments.run)
-    from bruno_ray import pipeline
+    from bruno_ray import commands
 
-    pipeline.front(run, all_trials=arguments.all)
+    commands.front(run, all_trials=arguments.all)
 
 
 def _save(arguments: argparse.Namespace) -> None:
@@ -311,10 +311,10 @@ def _save(arguments: argparse.Namespace) -> None:
         raise SettingsError("command line: the trial is given twice; leave out :TRIAL, --trial or --auto")
     if arguments.private and not arguments.upload:
         raise SettingsError("command line: --private says how to upload; add --upload REPO")
-    from bruno_ray import pipeline
+    from bruno_ray import commands
 
     trial = arguments.trial if trial is None else trial
-    folder = pipeline.save(
+    folder = commands.save(
         run, trial=trial, auto=arguments.auto, to=arguments.to, upload_to=arguments.upload, private=arguments.private
     )
     print(folder)
@@ -322,23 +322,23 @@ def _save(arguments: argparse.Namespace) -> None:
 
 def _evaluate(arguments: argparse.Namespace) -> None:
     loaded = load_settings(arguments)
-    from bruno_ray import pipeline
+    from bruno_ray import commands
 
-    pipeline.evaluate(loaded.settings, base=arguments.base)
+    commands.evaluate(loaded.settings, base=arguments.base)
 
 
 def _report(arguments: argparse.Namespace) -> None:
     run, _ = find_run(arguments.run)
-    from bruno_ray import pipeline
+    from bruno_ray import commands
 
-    print(pipeline.report(run))
+    print(commands.report(run))
 
 
 def _chat(arguments: argparse.Namespace) -> None:
     run, trial = find_run(arguments.run, with_trial=True)
-    from bruno_ray import pipeline
+    from bruno_ray import commands
 
-    pipeline.chat(
+    commands.chat(
         run,
         trial=trial,
         unedited=arguments.unedited,
@@ -350,16 +350,16 @@ def _chat(arguments: argparse.Namespace) -> None:
 
 
 def _organism(arguments: argparse.Namespace) -> None:
-    from bruno_ray import pipeline
+    from bruno_ray import commands
 
-    print(pipeline.organism(arguments.recipe, arguments.to))
+    print(commands.organism(arguments.recipe, arguments.to))
 
 
 def _coverage(arguments: argparse.Namespace) -> None:
     loaded = load_settings(arguments)
-    from bruno_ray import pipeline
+    from bruno_ray import commands
 
-    pipeline.coverage(loaded.settings)
+    commands.coverage(loaded.settings)
 
 
 def _show_config(arguments: argparse.Namespace) -> None:

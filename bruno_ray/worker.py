@@ -4,6 +4,7 @@
 small picklable values, never live tensors on a device.
 """
 
+import gc
 import logging
 import time
 from collections.abc import Sequence
@@ -165,6 +166,27 @@ class ModelWorker:
                 )
             )
         return outcomes
+
+    def measure_other(self, context: EvaluationContext, model: ModelSettings) -> Scores:
+        """Scores of another model against this worker's own, which is dropped for it: only one is in memory at a time.
+
+        Afterwards this worker is of no further use. Scorers that ask the unedited model about the edited one's
+        answers are left out. Raises ModelError, or TrialError if the other model's scores are not numbers.
+        """
+        prepared = self._prepare(context)
+        scorers = [scorer for scorer in prepared.scorers if not scorer.needs_unedited]
+        self._contexts.clear()
+        self.engine.editor.close()
+        del self.engine, self.loaded
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        engine = Engine(load_model(model))
+        engine.limit_row_tokens(context.scoring.row_tokens)
+        _, (scores,) = score_edits(engine, scorers, prepared.prompts, context.scoring, [None])
+        if isinstance(scores, TrialError):
+            raise scores
+        return scores
 
     def answers(
         self,

@@ -30,13 +30,13 @@ def run_directory(empty_directory: Path) -> Path:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
-    """What commands ask of the pipeline, bound to the real signatures and not carried out."""
-    from bruno_ray import pipeline
+    """What the command line calls, bound to the real signatures and not carried out."""
+    from bruno_ray import commands, pipeline
 
     recorded: list[tuple[str, dict[str, Any]]] = []
 
-    def recorder(name: str) -> Any:
-        signature = inspect.signature(getattr(pipeline, name))
+    def recorder(module: Any, name: str) -> Any:
+        signature = inspect.signature(getattr(module, name))
 
         def record(*args: Any, **kwargs: Any) -> Path:
             bound = signature.bind(*args, **kwargs)
@@ -45,8 +45,10 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
 
         return record
 
-    for name in ("run", "resume", "front", "save", "evaluate", "report", "chat", "organism", "coverage"):
-        monkeypatch.setattr(pipeline, name, recorder(name))
+    for name in ("run", "resume"):
+        monkeypatch.setattr(pipeline, name, recorder(pipeline, name))
+    for name in ("front", "save", "evaluate", "report", "chat", "organism", "coverage"):
+        monkeypatch.setattr(commands, name, recorder(commands, name))
     return recorded
 
 

@@ -91,6 +91,8 @@ class Scorer(Protocol):
 
     name: ClassVar[str]
     metrics: ClassVar[tuple[str, ...]]
+    needs_unedited: ClassVar[bool]
+    """Whether ``score`` asks the unedited model, which must then be in memory beside the edited one."""
 
     def __init__(self, settings: ScoringSettings) -> None: ...
 

@@ -8,6 +8,7 @@ class BehaviourRate:
     """Marker rate over the target prompts, with the raw count."""
 
     name = "behaviour_rate"
+    needs_unedited = False
     metrics = ("behaviour_rate",)
 
     def __init__(self, settings: ScoringSettings):

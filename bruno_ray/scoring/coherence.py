@@ -23,6 +23,7 @@ class Coherence:
     """
 
     name = "coherence"
+    needs_unedited = False
     metrics = ("incoherence",)
 
     def __init__(self, settings: ScoringSettings):

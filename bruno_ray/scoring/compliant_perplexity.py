@@ -19,6 +19,7 @@ class CompliantPerplexity:
     """
 
     name = "compliant_perplexity"
+    needs_unedited = True
     metrics = ("compliant_nll",)
 
     def __init__(self, settings: ScoringSettings):

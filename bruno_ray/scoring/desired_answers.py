@@ -12,6 +12,7 @@ class DesiredAnswers:
     """
 
     name = "desired_answers"
+    needs_unedited = False
     metrics = ("desired_nll",)
 
     def __init__(self, settings: ScoringSettings):

@@ -26,6 +26,7 @@ class ElicitedAnswers:
     """
 
     name = "elicited_answers"
+    needs_unedited = False
     metrics = ("elicited_nll",)
 
     def __init__(self, settings: ScoringSettings):

@@ -19,6 +19,7 @@ class KLDivergence:
     """
 
     name = "kl_divergence"
+    needs_unedited = False
     metrics = ("kl_divergence", "kl_median", "kl_p95")
 
     def __init__(self, settings: ScoringSettings):

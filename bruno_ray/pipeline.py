@@ -1,0 +1,74 @@
+"""The story of a run, from two prompt sets to a proven, saved model.
+
+    prompts -> residuals -> directions -> trials -> Pareto front -> one trial -> saved model, measured again -> report
+
+Each step is a function of ``stages.py`` or of the module that is named after it; what can be done with a run
+afterwards is in ``commands.py``.
+"""
+
+from pathlib import Path
+
+from bruno_ray import report
+from bruno_ray.artifacts import RunDirectory, refuse_existing
+from bruno_ray.finishing import choose, score_selected, study_of, trials_of, write_model
+from bruno_ray.pool import ray_session
+from bruno_ray.prompts import load_prompts
+from bruno_ray.settings import Settings
+from bruno_ray.settings_sources import Layer, apply
+from bruno_ray.stages import (
+    describe_model,
+    evaluation_context,
+    find_directions,
+    find_model,
+    find_response_prefix,
+    open_run,
+    score_unedited,
+    timed,
+    with_name,
+    worker_pool,
+)
+from bruno_ray.study import run_study, study_fingerprint
+
+
+def run(settings: Settings) -> Path:
+    """A new run; returns its directory. Raises OutputError if there is one of that name."""
+    settings = with_name(find_model(settings))
+    path = settings.output.directory / str(settings.study.name)
+    refuse_existing(path)
+    return search(settings, path)
+
+
+def resume(path: Path, total: int | None = None, more: int | None = None, overrides: Layer | None = None) -> Path:
+    """Go on with a run: trials under way when it stopped are evaluated, then new ones until the target."""
+    settings = apply(RunDirectory.open(path).read().settings, overrides or {})
+    if more is not None:
+        total = sum(trial.state == "COMPLETE" for trial in trials_of(path, settings)) + more
+    if total is not None:
+        settings = settings.model_copy(update={"study": settings.study.model_copy(update={"n_trials": total})})
+    return search(settings, path)
+
+
+def search(settings: Settings, path: Path) -> Path:
+    """The run itself. Every step finds what an earlier, interrupted run has left and goes on from there."""
+    prompts = load_prompts(settings)
+    with ray_session(settings.ray), worker_pool(settings) as pool:
+        pool.wait_ready()
+        info = describe_model(settings, pool)
+        run = open_run(settings, path, info, prompts)
+        with timed(run, "response_prefix"):
+            prefix = find_response_prefix(settings, prompts, pool)
+            run.update(response_prefix=prefix)
+        with timed(run, "directions"):
+            bank = find_directions(settings, run, info, prompts, prefix, pool)
+        with timed(run, "unedited"):
+            validation = evaluation_context(settings, prompts, "validation", bank, prefix)
+            score_unedited(run, "validation", validation, pool)
+        with timed(run, "study"):
+            run_study(settings, pool, validation, info, path, study_fingerprint(settings, info, prompts.fingerprint))
+        if choose(run, auto=settings.selection.auto):
+            with timed(run, "test"):
+                score_selected(run, evaluation_context(settings, prompts, "test", bank, prefix), pool)
+    if run.read().selected is not None:
+        write_model(run, prompts)
+    report.write_report(run, study_of(path, settings))
+    return path
