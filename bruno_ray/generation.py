@@ -32,6 +32,7 @@ Decide = Callable[[str], bool]
 
 CPU_ANSWER_TOKENS = 8192  # of an answer's tokens all but the prompt's come one per step and row: a step needs many rows
 LEAVING_SHARE = 0.2  # finished rows stay until they are this share of the batch: taking them out copies the cache
+SHARED_TOKENS = 512  # a common beginning is read apart, in a forward pass of its own, if that spares so many
 DRAFT_TOKENS = 8  # most tokens proposed at a time
 DRAFT_LOGITS_BYTES = 2**28  # a draft is cut so that the logits at all of its tokens stay below this
 
@@ -133,9 +134,9 @@ class Engine:
         rows = [(k, p) for p in range(len(ids)) for k in range(len(edits))]
 
         def answer(batch: list[int]) -> Answers:
-            self._set(edits, [rows[row][0] for row in batch])
+            prompts, edit_of_row = [ids[rows[row][1]] for row in batch], [rows[row][0] for row in batch]
             try:
-                return self._answers([ids[rows[row][1]] for row in batch], max_new_tokens, decide)
+                return self._answers(prompts, edits, edit_of_row, max_new_tokens, decide)
             finally:
                 self.editor.clear()
 
@@ -190,28 +191,63 @@ class Engine:
         """A function from row indices to the logits at their last ``positions`` tokens."""
 
         def forward(batch: list[int]) -> Tensor:
-            self._set(edits, [edit_of_row[row] for row in batch])
             try:
-                inputs = pad_left([sequences[sequence_of_row[row]] for row in batch], self._pad_id, self.device)
-                self.tokens += int(inputs.attention_mask.sum())
-                return self._forward(inputs.input_ids, inputs.attention_mask, inputs.position_ids, None, positions)
+                rows = [sequences[sequence_of_row[row]] for row in batch]
+                return self._read(rows, edits, [edit_of_row[row] for row in batch], positions)[0]
             finally:
                 self.editor.clear()
 
         return forward
 
-    def _answers(self, prompts: list[TokenIds], max_new_tokens: int, decide: Decide | None) -> Answers:
-        """Greedy decoding of one batch, whose edits are set."""
-        inputs = pad_left(prompts, self._pad_id, self.device)
-        ids_BJ, mask_BC, positions_BJ = inputs.input_ids, inputs.attention_mask, inputs.position_ids
-        self.tokens += int(mask_BC.sum())
-        cache = self._cache(mask_BC.shape[1], max_new_tokens)
-        drafts = self._drafts.open(prompts, max_new_tokens) if self._can_draft(cache) else None
+    def _read(
+        self, sequences: Sequence[TokenIds], edits: Edits, edit_of_row: list[int], keep: int, n_new: int = 0
+    ) -> tuple[Float[Tensor, "B N V"], Int[Tensor, "B T"], Int[Tensor, "B 1"], DynamicCache]:
+        """Read whole sequences, each under its edit, which stays set.
+
+        Returns the logits at their last ``keep`` tokens, the mask, the last position, and the cache, with room for
+        ``n_new`` tokens. What all sequences begin with (a system prompt) is read once per edit.
+        """
+        cache = self._cache(max(map(len, sequences)), n_new)
+        shared = self._shared_length(sequences, edit_of_row, keep) if self._is_masked(cache) else 0
+        if shared:
+            used = sorted(set(edit_of_row))
+            self._set(edits, used)
+            ids_KJ = torch.tensor([list(sequences[0][:shared])] * len(used), device=self.device)
+            positions_KJ = torch.arange(shared, device=self.device).expand_as(ids_KJ)
+            self._forward(ids_KJ, torch.ones_like(ids_KJ), positions_KJ, cache, 1)
+            cache.reorder_cache(torch.tensor([used.index(edit) for edit in edit_of_row], device=self.device))
+            self.tokens += ids_KJ.numel()
+        self._set(edits, edit_of_row)
+        rest = pad_left([sequence[shared:] for sequence in sequences], self._pad_id, self.device)
+        self.tokens += int(rest.attention_mask.sum())
+        mask_BT = torch.nn.functional.pad(rest.attention_mask, (shared, 0), value=1)
+        positions_BJ = rest.position_ids + shared
+        logits_BNV = self._forward(rest.input_ids, mask_BT, positions_BJ, cache if shared or n_new else None, keep)
+        return logits_BNV, mask_BT, positions_BJ[:, -1:], cache
+
+    def _shared_length(self, sequences: Sequence[TokenIds], edit_of_row: list[int], keep: int) -> int:
+        """Length of the common beginning, if reading it once per edit spares enough."""
+        first, last = min(sequences), max(sequences)
+        limit = min(map(len, sequences)) - keep
+        shared = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b or i == limit), max(0, limit))
+        spared = shared * (len(sequences) - len(set(edit_of_row)))
+        return shared if spared >= SHARED_TOKENS else 0
+
+    def _answers(
+        self,
+        prompts: list[TokenIds],
+        edits: Edits,
+        edit_of_row: list[int],
+        max_new_tokens: int,
+        decide: Decide | None,
+    ) -> Answers:
+        """Greedy decoding of one batch."""
+        logits_BJV, mask_BC, position_B1, cache = self._read(prompts, edits, edit_of_row, 1, max_new_tokens)
+        drafts = self._drafts.open(prompts, max_new_tokens) if self._is_masked(cache) else None
         answers = Answers(len(prompts), max_new_tokens, self.end_ids)
         active = np.arange(len(prompts))  # which of the prompts the rows of the batch still are
         draft_BJ = np.empty((len(prompts), 0), dtype=np.int64)
         while True:
-            logits_BJV = self._forward(ids_BJ, mask_BC, positions_BJ, cache, draft_BJ.shape[1] + 1)
             # The largest logit is not a number if any of them is not, and infinite if any is.
             best_BJ, next_BJ = logits_BJV.max(dim=-1)
             next_BJ = next_BJ.to(self.device)  # a model spread over devices gives its logits on the last one
@@ -230,9 +266,7 @@ class Engine:
                 ).to(self.device)
             last_B = torch.from_numpy(np.maximum(taken_B - 1, 0)).to(self.device)[:, None]
             pending_B1 = next_BJ.gather(1, last_B)
-            # The prompt's last position, or that of the last token of a draft that stays.
-            first = positions_BJ.shape[1] - draft_BJ.shape[1] - 1
-            position_B1 = positions_BJ.gather(1, last_B + first) + 1
+            position_B1 = position_B1 + last_B + 1
             if running_B.mean() <= 1 - LEAVING_SHARE:
                 keep = torch.from_numpy(np.flatnonzero(running_B)).to(self.device)
                 cache.reorder_cache(keep)
@@ -247,6 +281,7 @@ class Engine:
             ids_BJ = torch.cat([pending_B1, draft], dim=1)
             positions_BJ = position_B1 + torch.arange(ids_BJ.shape[1], device=self.device)
             mask_BC = torch.cat([mask_BC, mask_BC.new_ones(ids_BJ.shape)], dim=1)
+            logits_BJV = self._forward(ids_BJ, mask_BC, positions_BJ, cache, ids_BJ.shape[1])
         if drafts is not None:
             drafts.close(answers)
         return answers
@@ -295,10 +330,13 @@ class Engine:
         cache.layers = [BufferedLayer(room) if is_plain(layer) else layer for layer in cache.layers]
         return cache
 
-    def _can_draft(self, cache: DynamicCache) -> bool:
-        """Refused drafts leave holes in the cache. A mask hides them from plain attention only."""
-        masked = getattr(self.model.config.get_text_config(), "_attn_implementation", None) in ("sdpa", "eager")
-        return masked and all(isinstance(layer, BufferedLayer) for layer in cache.layers)
+    def _is_masked(self, cache: DynamicCache) -> bool:
+        """Whether a mask hides parts of the cache: padding behind a shared beginning, refused drafts.
+
+        So it is in plain attention; a sliding window counts hidden tokens as well, and a recurrent state takes them in.
+        """
+        by_mask = getattr(self.model.config.get_text_config(), "_attn_implementation", None) in ("sdpa", "eager")
+        return by_mask and all(isinstance(layer, BufferedLayer) for layer in cache.layers)
 
     def _draft_limit(self, n_rows: int, logits_BJV: Tensor) -> int:
         fitting = DRAFT_LOGITS_BYTES // (n_rows * logits_BJV.shape[-1] * logits_BJV.element_size())

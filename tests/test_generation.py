@@ -94,7 +94,7 @@ def test_windows_wide_and_narrow(window: int, tmp_path: Path) -> None:
     expected = [by_generate(loaded.model, ids) for ids in prompts()]
     for _ in range(2):
         assert [(r.token_ids, r.ended) for r in engine.generate(prompts(), [None], N)[0]] == expected
-    assert engine._can_draft(engine._cache(30, N)) == (window == 200)
+    assert engine._is_masked(engine._cache(30, N)) == (window == 200)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe", "qwen3_5_text"])
@@ -120,6 +120,38 @@ def test_small_budgets_change_nothing(llama: LoadedModel) -> None:
     resolved = whole.editor.resolve_all(edits(llama), bank(llama))
     assert whole.generate(prompts(), resolved, N) == cut.generate(prompts(), resolved, N)
     torch.testing.assert_close(whole.next_logits(prompts(), resolved), cut.next_logits(prompts(), resolved))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "deepseek_v3", "gemma2", "qwen3_next"])
+def test_a_common_beginning_is_read_once_per_edit(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the cache allows it; the numbers are the same everywhere."""
+    loaded = load(tmp_path, family)
+    engine = Engine(loaded)
+    resolved = [None, *engine.editor.resolve_all(edits(loaded), bank(loaded))]
+    beginning = prompts()[5]
+    ids = [beginning + rest for rest in prompts()]
+    tails = [[[7, 8, 9][: 1 + p % 3] for p in range(len(ids))]] * len(resolved)
+
+    def results() -> tuple:
+        start = engine.tokens
+        answers = engine.generate(ids, resolved, N)
+        logits = engine.next_logits(ids, resolved)
+        logprobs = engine.token_logprobs(ids, tails, resolved)
+        return answers, logits, torch.cat([row for rows in logprobs for row in rows]), engine.tokens - start
+
+    monkeypatch.setattr("bruno_ray.generation.SHARED_TOKENS", 10**9)
+    answers, logits, logprobs, tokens = results()
+    monkeypatch.setattr("bruno_ray.generation.SHARED_TOKENS", 1)
+    fresh = Engine(loaded)
+    fresh.editor, engine = engine.editor, fresh
+    shared_answers, shared_logits, shared_logprobs, fewer_tokens = results()
+    assert shared_answers == answers
+    torch.testing.assert_close(shared_logits, logits, rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(shared_logprobs, logprobs, rtol=2e-3, atol=2e-3)
+    if family in ("llama", "gpt2", "deepseek_v3"):
+        assert fewer_tokens < 0.7 * tokens
+    else:
+        assert fewer_tokens == tokens
 
 
 def test_running_out_of_memory_halves_the_batch(llama: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
