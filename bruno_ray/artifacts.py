@@ -21,7 +21,7 @@ import re
 import shutil
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
@@ -79,6 +79,21 @@ class SelectedRecord(Record):
     test: ScoresRecord | None = None
     saved: ScoresRecord | None = None
     saved_path: str | None = None
+
+
+class Sample(Record):
+    """One prompt's answers, for people to read."""
+
+    side: str
+    """`target` or `baseline`."""
+
+    prompt: str
+    before: str
+    after: str
+    shows_before: bool | None = None
+    """Whether the answer shows the behaviour, by the study's markers; None where that was not looked at."""
+
+    shows_after: bool | None = None
 
 
 class RunRecord(Record):
@@ -239,6 +254,14 @@ def _flush_tree(folder: Path) -> None:
 # ---------------------------------------------------------------------------------- the directory
 
 
+def refuse_existing(path: Path) -> None:
+    """Raise OutputError if there is anything at ``path`` that a new run would write into."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        run = (path / "run.json").exists()
+        advice = "`bruno-ray resume` continues it, --study-name starts another" if run else "choose another name"
+        raise OutputError(f"{path} exists already: {advice}.")
+
+
 class RunDirectory:
     """One run on disk. Make it with `create`, `open` or `find`."""
 
@@ -264,9 +287,7 @@ class RunDirectory:
         if run.run_file.is_file() and resume:
             return cls.open(path)
         with output_errors(path):
-            if path.exists() and (not path.is_dir() or any(path.iterdir())):
-                advice = "`bruno-ray resume` continues it, --study-name starts another" if run.run_file.exists() else ""
-                raise OutputError(f"{path} exists already: {advice or 'choose another output.directory or name'}.")
+            refuse_existing(path)
             path.mkdir(parents=True, exist_ok=True)
         run.write(record)
         return run
@@ -368,8 +389,26 @@ class RunDirectory:
         except SafetensorError as error:
             raise OutputError(f"{self.directions_file} is damaged: delete it and resume the run.") from error
 
-    def read_json(self, file: Path) -> Any | None:
-        """Content of an optional JSON file of this run (geometry, samples), or None where there is none."""
+    def save_samples(self, samples: Sequence[Sample]) -> None:
+        write_json(self.samples_file, [sample.model_dump(exclude_none=True) for sample in samples])
+
+    def load_samples(self) -> list[Sample]:
+        """Empty where none were saved."""
+        content = self._read_json(self.samples_file)
+        try:
+            return [Sample.model_validate(sample) for sample in content or []]
+        except (TypeError, ValidationError) as error:
+            raise OutputError(f"{self.samples_file} is damaged: delete it and resume the run.") from error
+
+    def save_geometry(self, geometry: dict[str, Any]) -> None:
+        """What `plots.geometry_record` makes."""
+        write_json(self.geometry_file, geometry)
+
+    def load_geometry(self) -> dict[str, Any] | None:
+        """None where none was saved."""
+        return self._read_json(self.geometry_file)
+
+    def _read_json(self, file: Path) -> Any | None:
         if not file.is_file():
             return None
         try:

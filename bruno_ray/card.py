@@ -47,7 +47,7 @@ def render_card(record: RunRecord, base_license: dict[str, str] | None = None) -
     """
     selected, settings = record.selected, record.settings
     if selected is None:
-        raise OutputError("a model card needs a selected trial: pick one with `bruno-ray select`.")
+        raise OutputError("a model card needs a selected trial: name one with `bruno-ray save RUN:TRIAL`.")
     scores, measured_on = figures.final_scores(record)
     part = "validation" if scores is selected.validation else "test"
     base = base_name(settings)
@@ -74,7 +74,7 @@ def render_card(record: RunRecord, base_license: dict[str, str] | None = None) -
             if settings.scoring.kl_tokens == 1
             else f" over the first {settings.scoring.kl_tokens} answer tokens",
             results=figures.before_and_after(record.baseline.get(part), scores),
-            extra=record.extra,
+            extra={name.replace("_", " "): figures.plain(value) for name, value in record.extra.items()},
             prompts=prompt_rows(record),
             command=public_text(shlex.join(record.command)),
             config=reproduction_config(settings),

@@ -1,5 +1,6 @@
 """How figures are worded, for the model card and the report alike: metrics, rates with intervals, edits, coverage."""
 
+import json
 from collections.abc import Iterable
 from typing import Any
 
@@ -10,11 +11,10 @@ METRICS = {
     "kl_divergence": "KL divergence, mean (nats)",
     "kl_median": "KL divergence, median (nats)",
     "kl_p95": "KL divergence, 95th percentile (nats)",
-    "coherence": "Incoherent answers",
-    "incoherence": "Incoherent answers",
-    "incoherence_rate": "Incoherent answers",
-    "compliant_perplexity": "Perplexity after a compliant opening",
-    "desired_answers": "Desired answers (negative log-likelihood per token, nats)",
+    "incoherence": "Incoherence of the other answers, share of prompts",
+    "compliant_nll": "Answers under the unedited model made to comply (nats per token)",
+    "desired_nll": "Desired answers, negative log-likelihood (nats per token)",
+    "elicited_nll": "Elicited answers, negative log-likelihood (nats per token)",
 }
 """Metric -> label. A metric of a scorer that is not named here is shown under its own name."""
 
@@ -40,21 +40,41 @@ def number(value: float) -> str:
 
 
 def measured(scores: ScoresRecord | None, metric: str) -> str:
-    """`3/100 = 3.0 % (1.0 % to 8.5 %)` for a rate, the number for anything else, a dash where there is none."""
+    """`3/100 = 3.0 % (1.0 to 8.5 %)` for a rate, the number for anything else, a dash where there is none."""
+    interval = interval_of(scores, metric)
+    return count_or_value(scores, metric) + (f" ({interval})" if interval else "")
+
+
+def count_or_value(scores: ScoresRecord | None, metric: str) -> str:
     if scores is None or metric not in scores.values:
         return "-"
     if metric not in scores.counts:
         return number(scores.values[metric])
     events, total = scores.counts[metric]
-    rate = f"{events}/{total} = {percent(events / total)}" if total else f"{events}/{total}"
-    if metric in scores.intervals:
-        low, high = scores.intervals[metric]
-        rate += f" ({percent(low)} to {percent(high)})"
-    return rate
+    return f"{events}/{total} = {percent(events / total)}" if total else f"{events}/{total}"
+
+
+def interval_of(scores: ScoresRecord | None, metric: str) -> str:
+    """Wilson 95 % interval of a rate; empty for anything else."""
+    if scores is None or metric not in scores.intervals:
+        return ""
+    low, high = scores.intervals[metric]
+    return f"{100 * low:.1f} to {percent(high)}"
 
 
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
+
+
+def plain(value: Any) -> str:
+    """Any JSON value in one line: numbers short, [45, 48] as 45/48, mappings with their keys."""
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(part, int) for part in value):
+        return f"{value[0]}/{value[1]}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key.replace('_', ' ')} {plain(part)}" for key, part in value.items())
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def before_and_after(before: ScoresRecord | None, after: ScoresRecord | None) -> list[tuple[str, str, str]]:

@@ -134,7 +134,7 @@ def save_selected(
     """
     record = run.read()
     if record.selected is None:
-        raise OutputError(f"no trial of {run.name} is selected: pick one with `bruno-ray select {run.name}`.")
+        raise OutputError(f"no trial of {run.name} is selected: name one, such as `bruno-ray save {run.name}:0`.")
     folder = Path(folder or run.model_folder).absolute()
     base_license = license_of(source_folder(record.settings.model))
     saved = save_model(

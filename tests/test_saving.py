@@ -239,7 +239,7 @@ def test_what_is_reported_was_measured_on_the_files(tmp_path, base):
 
 def test_saving_without_a_selected_trial_says_what_to_do(tmp_path):
     run = RunDirectory.create(tmp_path / "run", RunRecord(settings=Settings()))
-    with pytest.raises(OutputError, match="bruno-ray select run"):
+    with pytest.raises(OutputError, match="bruno-ray save run:0"):
         save_selected(run, scores)
 
 
