@@ -6,6 +6,7 @@ import subprocess
 from html.parser import HTMLParser
 
 import pytest
+from plotly.offline import get_plotlyjs
 
 from bruno_ray import plots
 from bruno_ray.errors import OutputError
@@ -25,7 +26,7 @@ class Page(HTMLParser):
         self.scripts = 0
         self.ids: set[str] = set()
         self.text: list[str] = []
-        self.feed(html)
+        self.feed(html.replace(get_plotlyjs(), ""))  # its megabytes would take most of the time
         self.close()
 
     def handle_starttag(self, tag, attrs):
@@ -63,7 +64,7 @@ def test_report_is_well_formed_and_loads_nothing(finished, page):
     assert page.loads == ["data:,"]
     styles = "".join(re.findall(r"<style>(.*?)</style>", html, re.S))
     assert "@import" not in styles and "url(" not in styles
-    assert html.count("* plotly.js v") == 1, "plotly.js must be inlined once"
+    assert html.count(get_plotlyjs()) == 1
 
 
 def test_figures_are_those_of_run_json(finished, page):
@@ -97,23 +98,16 @@ def test_no_path_of_this_machine_is_in_it(finished):
     assert str(finished.run.path) not in render_report(finished.run, finished.study)
 
 
-@pytest.mark.parametrize("n_trials", [0, 1, 3, 12])
-@pytest.mark.parametrize(
-    "objectives",
-    [
-        ("behaviour_rate",),
-        ("behaviour_rate", "kl_divergence"),
-        ("behaviour_rate", "kl_divergence", "incoherence"),
-        ("behaviour_rate", "kl_divergence", "incoherence", "kl_p95"),
-    ],
-    ids=len,
-)
-def test_any_number_of_objectives_and_trials(tmp_path, objectives, n_trials):
-    finished = finished_run.make(tmp_path / "run", objectives, n_trials, saved=False)
+FOUR = ("behaviour_rate", "kl_divergence", "incoherence", "kl_p95")
+
+
+@pytest.mark.parametrize(("n_objectives", "n_trials"), [(2, 0), (1, 1), (3, 1), (1, 9), (2, 3), (3, 9), (4, 3)])
+def test_any_number_of_objectives_and_trials(tmp_path, n_objectives, n_trials):
+    finished = finished_run.make(tmp_path / "run", FOUR[:n_objectives], n_trials, saved=False)
     page = Page(render_report(finished.run, finished.study))
     assert page.open == []
     assert ("Importances need at least 8 completed trials." in page.text) == (n_trials < plots.FEWEST_FOR_IMPORTANCE)
-    assert ("A front needs two objectives." in page.text) == (len(objectives) == 1)
+    assert ("A front needs two objectives." in page.text) == (n_objectives == 1)
     assert any("No trial has been selected yet." in text for text in page.text) == (n_trials == 0)
 
 
