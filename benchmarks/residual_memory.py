@@ -188,7 +188,7 @@ def table(runs: dict[str, list[dict[str, float]]], difference: float, arguments:
         f" d_model {D_MODEL}, MLP {MLP}, vocabulary {VOCABULARY}, float32; {PROMPTS} prompts of {TOKENS} tokens."
         f" Median (lowest to highest) of {arguments.repetitions} runs, each in its own process; memory is the peak"
         f" {memory_unit} above the loaded model; small batches are"
-        f" {CPU_TOKENS // TOKENS} prompts. Largest difference between the residuals: {difference:.0e} of the largest"
+        f" {CPU_TOKENS // TOKENS} prompts. Largest difference between the residuals: {difference:.1g} of the largest"
         " value.",
         "",
         f"| | peak memory, MiB | times less | {clock}, s | times faster |",
