@@ -76,7 +76,7 @@ def render_card(record: RunRecord, base_license: dict[str, str] | None = None) -
             results=figures.before_and_after(record.baseline.get(part), scores),
             extra={name.replace("_", " "): figures.plain(value) for name, value in record.extra.items()},
             prompts=prompt_rows(record),
-            command=public_text(shlex.join(record.command)),
+            command=public_command(record.command),
             config=reproduction_config(settings),
             seeds=", ".join(f"{name} {seed}" for name, seed in record.seeds.items()) or f"study {settings.study.seed}",
             hashes=", ".join(f"{name} `{public_text(value)}`" for name, value in record.hashes.items()) or "none",
@@ -172,8 +172,16 @@ def is_hub_id(name: str) -> bool:
 
 
 def public_path(name: str) -> str:
-    """A hub id as it is; of a path on this machine only the last part."""
-    return Path(name).name if _is_local(name) else name
+    """A hub id as it is; of a path on this machine only the last part that says something."""
+    if not _is_local(name):
+        return name
+    path = Path(name)
+    return path.parent.name if path.name == "model" and path.parent.name else path.name
+
+
+def public_command(command: list[str]) -> str:
+    """A command line without the folders of this machine."""
+    return public_text(shlex.join([*(Path(word).name for word in command[:1]), *command[1:]]))
 
 
 def public_text(text: str) -> str:
@@ -191,4 +199,4 @@ def _publishable(value: Any) -> Any:
         return {k: _publishable(v) for k, v in value.items() if v is not None}
     if isinstance(value, list):
         return [_publishable(v) for v in value if v is not None]
-    return Path(value).name if isinstance(value, str) and value.startswith(("/", "~")) else value
+    return public_path(value) if isinstance(value, str) and value.startswith(("/", "~")) else value

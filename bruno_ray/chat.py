@@ -88,19 +88,27 @@ class Chat:
             self.turns.append((user, said))
 
 
-def chat_loop(chat: Chat, name: str = "", source: TextIO | None = None, console: Console | None = None) -> None:
-    """Read lines until `/exit` or the end of the input. Ctrl-C stops an answer; where none is under way, it leaves.
+def chat_loop(
+    engine: Engine,
+    edit: ResolvedEdit | None,
+    *,
+    system_prompt: str | None = None,
+    response_prefix: str = "",
+    edited: bool = True,
+    max_tokens: int = 1024,
+    temperature: float = 0.7,
+    top_p: float = 0.95,
+) -> None:
+    """Talk on standard input and output until `/exit` or the end of the input; see `Chat` for the options."""
+    chat = Chat(engine, edit, system_prompt, response_prefix, max_tokens, temperature, top_p, edited)
+    converse(chat, sys.stdin, Console(highlight=False, soft_wrap=True))
 
-    Args:
-        name: what the edited model is called at the top, such as `RUN:TRIAL`.
-        source: where lines come from; standard input when not given.
-        console: where answers go; standard output when not given.
-    """
-    source = source or sys.stdin
-    console = console or Console(highlight=False, soft_wrap=True)
+
+def converse(chat: Chat, source: TextIO, console: Console) -> None:
+    """The loop itself. Ctrl-C stops an answer; where none is under way, it leaves."""
     at_terminal = source is sys.stdin and source.isatty()
     if at_terminal:
-        console.print(f"[bold]{name or 'chat'}[/bold]  [dim]/help lists what else can be typed[/dim]")
+        console.print("[dim]/help lists what else can be typed[/dim]")
     while True:
         try:
             line = _read_line(source, console, at_terminal)

@@ -96,7 +96,7 @@ def render_report(run: RunDirectory, study: optuna.Study) -> str:
             prompts=card.prompt_rows(record),
             response_prefix=record.response_prefix,
             config=card.reproduction_config(settings),
-            command=" ".join(record.command),
+            command=card.public_command(record.command),
             facts={
                 "Versions": record.versions,
                 "Fingerprints": record.hashes,

@@ -81,9 +81,10 @@ def test_nothing_of_this_machine_is_published(tmp_path):
             ),
         }
     )
-    record = record.model_copy(update={"settings": settings, "command": ["bruno-ray", "run", private]})
+    record = record.model_copy(update={"settings": settings, "command": ["/opt/env/bin/bruno-ray", "run", private]})
     text = render_card(record)
     assert str(Path.home()) not in text and "prompts.jsonl" in text
+    assert "/opt/env" not in text and "`bruno-ray run ~/secret" in text
     assert "base_model" not in ModelCard(text).data.to_dict()
     assert "secret" not in reproduction_config(settings)
 

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from bruno_ray.ablation import AblationParameters, Edit
-from bruno_ray.chat import Chat, chat_loop
+from bruno_ray.chat import Chat, chat_loop, converse
 from bruno_ray.generation import Engine
 from bruno_ray.models import load_model
 from bruno_ray.settings import ModelSettings
@@ -33,7 +33,7 @@ def chat(engine) -> Chat:
 def talk(chat: Chat, *lines: str) -> str:
     out = io.StringIO()
     source = io.StringIO("".join(f"{line}\n" for line in lines))
-    chat_loop(chat, "run:3", source, Console(file=out, highlight=False, soft_wrap=True))
+    converse(chat, source, Console(file=out, highlight=False, soft_wrap=True))
     return out.getvalue()
 
 
@@ -123,3 +123,10 @@ def test_sampling_varies_and_greedy_does_not(engine):
         return {"".join(Chat.reply(chat, "hi")) for _ in range(3) if not chat.turns.clear()}
 
     assert len(answers(0.0)) == 1 and len(answers(1.5)) > 1
+
+
+def test_chat_loop_reads_standard_input(chat, monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
+    unedited = greedy(chat, "hi", None)
+    chat_loop(chat.engine, chat.edit, edited=False, max_tokens=8, temperature=0.0)
+    assert capsys.readouterr().out == f"unedited> {unedited}\n"
