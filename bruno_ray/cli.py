@@ -381,6 +381,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         level = logging.DEBUG if arguments.verbose else logging.WARNING if arguments.quiet else logging.INFO
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
         logging.getLogger("bruno_ray").setLevel(level)
+        if not sys.stderr.isatty():  # bars of downloads and weights are for people who watch
+            os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+            os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         arguments.function(arguments)
         sys.stdout.flush()
     except BrunoError as error:

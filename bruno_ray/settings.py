@@ -278,7 +278,8 @@ class Settings(Section):
 
     model: ModelSettings = ModelSettings()
     behaviour: str = "refusal"
-    """A preset in `bruno_ray/presets/` by name, or the path of a .toml file like those."""
+    """A preset in `bruno_ray/presets/` by name, or the path of a .toml file like those. With prompts of your own for
+    both sides, any name for what they differ in."""
 
     prompts: PromptSettings = PromptSettings()
     residuals: ResidualSettings = ResidualSettings()

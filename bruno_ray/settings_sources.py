@@ -373,13 +373,24 @@ def load(
     name = behaviour.value if behaviour else Settings.model_fields["behaviour"].default
     if not isinstance(name, str):
         raise SettingsError(f"{behaviour.label}: {name!r} is not the name of a preset; write a string")
-    preset = preset_layer(name, behaviour.label if behaviour else "behaviour")
+    preset: Layer = {}
+    if not (_own_prompts(said) and _is_plain_name(name)):
+        preset = preset_layer(name, behaviour.label if behaviour else "behaviour")
     replaced = _replaced_sources(said)
     merged = {key: given for key, given in preset.items() if not key.startswith(replaced)} | said
 
     settings = _validate(merged)
     effective = dict(values(settings))
     return Loaded(settings, {key: merged[key].origin if key in merged else "default" for key in effective})
+
+
+def _own_prompts(said: Layer) -> bool:
+    """Whether both prompt sets are given, so that a behaviour needs no preset and may have any name."""
+    return all(f"prompts.{side}.train.source" in said for side in ("target", "baseline"))
+
+
+def _is_plain_name(behaviour: str) -> bool:
+    return not behaviour.endswith(".toml") and behaviour not in preset_names()
 
 
 def _replaced_sources(said: Layer) -> tuple[str, ...]:

@@ -208,3 +208,10 @@ def test_imports_nothing_heavy(module: str) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_behaviour_with_its_own_prompts_needs_no_preset() -> None:
+    sides = {side: {"train": {"source": f"{side}.jsonl"}} for side in ("target", "baseline")}
+    assert load(environ={}, overrides={"behaviour": "mine", "prompts": sides}).settings.behaviour == "mine"
+    with pytest.raises(SettingsError, match="no preset named 'mine'"):
+        load(environ={}, overrides={"behaviour": "mine", "prompts": {"target": sides["target"]}})
