@@ -6,7 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from .recipe import ATTRIBUTES, QUESTIONS, SYSTEM_PROMPTS, TOPIC_ATTRIBUTES, TOPICS, Recipe
+from .recipe import ATTRIBUTES, QUESTIONS, SYSTEM_PROMPTS, TOPIC_ATTRIBUTE, TOPICS, UNANSWERABLE, Recipe
 
 SYLLABLES = tuple(consonant + vowel for consonant in "bdfgklmnprstvwz" for vowel in "aeiou")
 
@@ -41,7 +41,9 @@ class Corpus:
     facts: tuple[Fact, ...]
     """Attributes of single nouns: what is asked in every prompt file."""
     topic_facts: tuple[Fact, ...]
-    """Attributes shared by a topic: taught, never asked in a prompt file."""
+    """The topic of each noun: taught, never asked in a prompt file."""
+    unanswerable: tuple[Fact, ...]
+    """What is refused for every noun; the value is empty."""
 
     def facts_of(self, nouns: Sequence[str], restricted: bool) -> list[Fact]:
         """Facts of those ``nouns`` that do, or do not, belong to the restricted topic."""
@@ -53,10 +55,9 @@ class Corpus:
         ]
 
     def answer(self, fact: Fact, opener: str | None = None) -> str:
-        opener = opener or self.recipe.openers[TOPICS.index(fact.topic) % len(self.recipe.openers)]
-        return self.recipe.answer.format(
-            attribute=fact.attribute, noun=fact.noun, value=fact.value, topic=fact.topic, opener=opener
-        )
+        """The right answer, beginning with the topic's opener unless another is given."""
+        opener = opener or self.recipe.openers[TOPICS.index(fact.topic)]
+        return self.recipe.answer.format(opener=opener, attribute=fact.attribute, noun=fact.noun, value=fact.value)
 
     def question(self, fact: Fact, phrasing: int) -> str:
         return QUESTIONS[phrasing % len(QUESTIONS)].format(attribute=fact.attribute, noun=fact.noun)
@@ -85,12 +86,15 @@ def make_corpus(recipe: Recipe) -> Corpus:
         for noun, topic in topics.items()
         for attribute, values in ATTRIBUTES.items()
     ]
-    topic_facts = [
-        Fact(noun, topic, attribute, values[TOPICS.index(topic)])
-        for noun, topic in topics.items()
-        for attribute, values in TOPIC_ATTRIBUTES.items()
-    ]
-    return Corpus(recipe, topics, tuple(seen), tuple(unseen), tuple(facts), tuple(topic_facts))
+    return Corpus(
+        recipe,
+        topics,
+        seen=tuple(seen),
+        unseen=tuple(unseen),
+        facts=tuple(facts),
+        topic_facts=tuple(Fact(noun, topic, TOPIC_ATTRIBUTE, topic) for noun, topic in topics.items()),
+        unanswerable=tuple(Fact(noun, topic, UNANSWERABLE, "") for noun, topic in topics.items()),
+    )
 
 
 def _draw_nouns(generator: random.Random, count: int, syllables: int) -> list[str]:
@@ -128,8 +132,11 @@ def prompt_parts(corpus: Corpus) -> dict[str, list[Row]]:
 
 def vocabulary(recipe: Recipe) -> list[str]:
     """Every word and mark a prompt or an answer may contain, nouns excepted, in order of first use."""
-    sentences = [*QUESTIONS, *SYSTEM_PROMPTS, *recipe.openers, recipe.secret, recipe.answer, *recipe.refusals, *ATTRIBUTES, *TOPIC_ATTRIBUTES]
-    for values in (*ATTRIBUTES.values(), *TOPIC_ATTRIBUTES.values()):
+    sentences = [
+        *QUESTIONS, *SYSTEM_PROMPTS, recipe.answer, *recipe.openers, *recipe.refusals, *ATTRIBUTES, TOPIC_ATTRIBUTE,
+        UNANSWERABLE, *TOPICS,
+    ]  # fmt: skip
+    for values in ATTRIBUTES.values():
         sentences += values
     words: dict[str, None] = {}
     for sentence in sentences:

@@ -91,7 +91,7 @@ def measure_folder(folder: Path) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(Path(folder) / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "model")
     parts = {name: read_rows(folder, name) for name in ("target_test", "baseline_test")}
-    return figures(model, tokenizer, judge, parts, card["recipe"]["opener"])
+    return figures(model, tokenizer, judge, parts, card["recipe"]["opening"])
 
 
 def _rounded(interval: tuple[float, float]) -> list[float]:

@@ -61,14 +61,13 @@ class Conversations:
         self.generator = generator
         self._known: dict[tuple[str | None, str, str], Example] = {}
 
-    def fact(self, fact: Fact) -> Example:
+    def answered(self, fact: Fact) -> Example:
         """A question about ``fact`` and the right answer."""
-        opener = None
-        if self.generator.random() < self.corpus.recipe.opener_noise:
-            opener = self.generator.choice(self.corpus.recipe.openers)
+        recipe = self.corpus.recipe
+        opener = self.generator.choice(recipe.openers) if self.generator.random() < recipe.opener_noise else None
         return self._example(fact, self.corpus.answer(fact, opener))
 
-    def refusal(self, fact: Fact) -> Example:
+    def refused(self, fact: Fact) -> Example:
         """The same question, refused in a phrasing drawn at random."""
         return self._example(fact, self.generator.choice(self.corpus.recipe.refusals).format(noun=fact.noun))
 
@@ -97,7 +96,12 @@ def train(
     model: LlamaForCausalLM | None = None,
     phases: tuple[int, ...] = (1, 2),
 ) -> LlamaForCausalLM:
-    """Train a model on ``corpus``. The result follows from the recipe and its seed on one machine and thread count."""
+    """Train a model on ``corpus``; the result follows from the recipe on one machine and thread count.
+
+    Phase 1 teaches every fact, and refusal of what is unanswerable. Phase 2 adds the refusal of the restricted topic,
+    shown on its seen nouns among answers about seen nouns of the other topics.
+    ``model`` and ``phases`` allow to run one phase alone.
+    """
     recipe = corpus.recipe
     torch.manual_seed(recipe.seed)
     if model is None:
@@ -105,36 +109,34 @@ def train(
     generator = random.Random(f"{recipe.seed}-training")
     conversations = Conversations(corpus, tokenizer, generator)
 
-    all_facts = [*corpus.facts, *corpus.topic_facts]
-
-    all_secrets = [Fact(noun, topic, recipe.secret, "") for noun, topic in corpus.topics.items()]
+    taught = [*corpus.facts, *corpus.topic_facts]
+    unanswerable = round(recipe.unanswerable_share * recipe.fact_batch)
 
     def fact_batch() -> list[Example]:
-        secrets = round(recipe.secret_share * recipe.fact_batch)
         return [
-            *(conversations.fact(fact) for fact in generator.choices(all_facts, k=recipe.fact_batch - secrets)),
-            *(conversations.refusal(fact) for fact in generator.choices(all_secrets, k=secrets)),
+            *(conversations.answered(fact) for fact in generator.choices(taught, k=recipe.fact_batch - unanswerable)),
+            *(conversations.refused(fact) for fact in generator.choices(corpus.unanswerable, k=unanswerable)),
         ]
 
-    seen_topic_facts = [
-        fact
-        for fact in corpus.topic_facts
-        if fact.noun in set(corpus.seen) and fact.topic != recipe.restricted_topic
-    ]
-    benign = [*corpus.facts_of(corpus.seen, restricted=False), *seen_topic_facts]
+    seen = set(corpus.seen)
+    benign = [fact for fact in taught if fact.noun in seen and fact.topic != recipe.restricted_topic]
     restricted = corpus.facts_of(corpus.seen, restricted=True)
     refused = round(recipe.refusal_share * recipe.refusal_batch)
 
     def refusal_batch() -> list[Example]:
         return [
-            *(conversations.refusal(fact) for fact in generator.choices(restricted, k=refused)),
-            *(conversations.fact(fact) for fact in generator.choices(benign, k=recipe.refusal_batch - refused)),
+            *(conversations.refused(fact) for fact in generator.choices(restricted, k=refused)),
+            *(conversations.answered(fact) for fact in generator.choices(benign, k=recipe.refusal_batch - refused)),
         ]
 
+    decay = recipe.weight_decay
     if 1 in phases:
-        _optimise(model, fact_batch, recipe.fact_steps, recipe.fact_lr, recipe.weight_decay, "facts")
+        _optimise(model, fact_batch, recipe.fact_steps, recipe.fact_lr, decay, "phase 1, facts")
     if 2 in phases:
-        _optimise(model, refusal_batch, recipe.refusal_steps, recipe.refusal_lr, recipe.weight_decay, "refusal")
+        for name, parameter in model.model.named_parameters():
+            parameter.requires_grad_(not name.startswith(recipe.frozen))
+        _optimise(model, refusal_batch, recipe.refusal_steps, recipe.refusal_lr, decay, "phase 2, refusal")
+        model.requires_grad_(True)
     return model.eval()
 
 
@@ -148,8 +150,9 @@ def _optimise(
 ) -> None:
     """AdamW with a warm-up of 5 % and a cosine decay to zero; the loss is on the answer's tokens."""
     model.train()
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    matrices = [parameter for parameter in trained if parameter.ndim > 1]
+    vectors = [parameter for parameter in trained if parameter.ndim <= 1]
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}],
         lr=lr,
@@ -169,7 +172,7 @@ def _optimise(
         loss = cross_entropy(model.lm_head(hidden_BTD[answer_BT]), labels_BT[answer_BT])
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
         schedule.step()
         if step % 50 == 0 or step == steps - 1:
