@@ -59,7 +59,7 @@ def render_card(record: RunRecord, base_license: dict[str, str] | None = None) -
             title=f"{base.rpartition('/')[2]} with {behaviour_name(settings)} ablated",
             base=base,
             behaviour=behaviour_name(settings),
-            dtype=record.model.get("dtype", "the base model's dtype"),
+            searched_in=searched_in(record),
             direction=figures.direction_phrase(selected.edit),
             direction_options=direction_options(settings),
             edit=selected.edit,
@@ -142,6 +142,12 @@ def sources(settings: Settings) -> list[tuple[str, str, Any]]:
         for part in PromptSet.model_fields
         if getattr(getattr(settings.prompts, side), part) is not None
     ]
+
+
+def searched_in(record: RunRecord) -> str:
+    """Precision of the base model during the search."""
+    dtype, quantization = record.model.get("dtype", "an unknown dtype"), record.settings.model.quantization
+    return dtype if quantization == "none" else f"{quantization} ({dtype})"
 
 
 def direction_options(settings: Settings) -> str:
