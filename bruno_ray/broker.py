@@ -32,6 +32,9 @@ HEARTBEAT_S = 2.0
 LOSSES_IN_A_ROW = 3
 """A worker that dies this many times without finishing a call in between is not started again."""
 
+LANE_PAUSE_S = 1.0
+"""Longest time that a lane without a batch waits before the study is asked again."""
+
 LANES_START_S = 15.0
 """Longest time that lanes wait for each other at the start."""
 
@@ -68,9 +71,9 @@ class WorkerActor:
         factory, args = cloudpickle.loads(payload)
         self._worker = factory(*args)
 
-    def call(self, method: str, *args: Any) -> tuple[None, Any]:
+    def call(self, method: str, arguments: bytes, *context: Any) -> tuple[None, Any]:
         """(None, result): with two returns the broker can await the first and pass the second on unopened."""
-        return None, getattr(self._worker, method)(*args)
+        return None, getattr(self._worker, method)(*context, *cloudpickle.loads(arguments))
 
     def evaluate(self, context: Any, edits: list[dict[str, Any]]) -> tuple[None, list[dict[str, Any]]]:
         """Like ``call``, with edits and outcomes as plain dicts."""
@@ -135,6 +138,7 @@ class PoolBroker:
         self._cancelled = asyncio.Event()
         self._lanes_missing = 0
         self._lanes_here = asyncio.Event()
+        self._came_back = asyncio.Event()
 
     async def open(self) -> None:
         self._tasks = [asyncio.create_task(self._keep(slot)) for slot in self._slots]
@@ -152,14 +156,14 @@ class PoolBroker:
         """``context`` is a list with one object reference, which is thus kept and not opened."""
         self._context = context
 
-    async def run(self, method: str, args: tuple[Any, ...], with_context: bool = False) -> tuple[str, list[Any]]:
-        """Call a method on the next idle worker.
+    async def run(self, method: str, arguments: bytes, with_context: bool = False) -> tuple[str, list[Any]]:
+        """Call a method on the next idle worker; ``arguments`` is a cloudpickled tuple, opened in the worker.
 
         Returns the worker's name and a list with the reference to the result; getting that raises what the method
         raised. Raises WorkerError when the call has lost its worker twice or no worker is left.
         """
         context = self._context if with_context else []
-        return await self._run(lambda actor: actor.call.options(num_returns=2).remote(method, *context, *args))
+        return await self._run(lambda actor: actor.call.options(num_returns=2).remote(method, arguments, *context))
 
     async def evaluate(self, edits: list[dict[str, Any]]) -> tuple[str, list[Any]]:
         """``evaluate(context, edits)`` on the next idle worker, as ``run`` does; NoWorkerLeft when there is none."""
@@ -188,6 +192,11 @@ class PoolBroker:
         """
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._lanes_here.wait(), LANES_START_S)
+
+    async def pause(self) -> None:
+        """Returns when the next call comes back, or after a while."""
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._came_back.wait(), LANE_PAUSE_S)
 
     async def cancel(self) -> None:
         """Calls that wait or run now return WorkerError at once; workers finish what they are at."""
@@ -231,6 +240,8 @@ class PoolBroker:
             slot.state.calls += 1
             slot.state.state = IDLE
             self._deal()
+            self._came_back.set()
+            self._came_back = asyncio.Event()
             return slot.name, [value]
         raise WorkerError(f"it lost {' and then '.join(losses)}: look at the memory and logs of the workers")
 

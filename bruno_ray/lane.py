@@ -20,8 +20,7 @@ class BatchLane(tune.Trainable):
 
     def setup(self, config: dict[str, Any], broker: Any = None) -> None:
         self._broker = broker
-        self._broker.lane_started.remote()
-        self._waited = False
+        self._first = True
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         return True
@@ -30,12 +29,18 @@ class BatchLane(tune.Trainable):
         """``worker`` and ``outcomes`` (one dict per edit), or ``error`` for the whole batch, or ``stop``: the pool
         has no worker left and the batch was not evaluated.
 
-        An error is a result, not a crash: the study records it per trial and goes on.
+        An error is a result, not a crash: the study records it per trial and goes on. With no edits the lane only
+        waits a while: Tune ends the process of a lane that has nothing to do, and starting one takes seconds.
         """
+        if not self.config["edits"]:
+            ray.get(self._broker.pause.remote())
+            return {"done": True, "paused": True}
+        if self._first:
+            self._broker.lane_started.remote()
         result = self._evaluate()
-        if not self._waited:
+        if self._first:
             ray.get(self._broker.lanes_started.remote())
-            self._waited = True
+            self._first = False
         return {"done": True, **result}
 
     def _evaluate(self) -> dict[str, Any]:

@@ -189,7 +189,7 @@ class WorkerPool:
         ray.kill(self.broker)
 
     def _submit(self, method: str, args: tuple[Any, ...], with_context: bool = False) -> Any:
-        return self.broker.run.remote(method, args, with_context)
+        return self.broker.run.remote(method, cloudpickle.dumps(args), with_context)
 
     def _fetch(self, reply: Any, method: str, args: tuple[Any, ...], with_context: bool = False) -> Any:
         _, (value,) = self._ask(reply)

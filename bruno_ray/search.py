@@ -111,7 +111,7 @@ class BatchOptunaSearch(OptunaSearch):
 
         self._order: deque[Batch] = deque()  # asked and not yet told, by number
         self._to_run: deque[Batch] = deque()  # not in a lane yet
-        self._flying: dict[str, Batch] = {}  # by Tune's trial id
+        self._flying: dict[str, Batch | None] = {}  # by Tune's trial id; None is a lane that waits
         self._next_number = 0
         self._last_error = ""
         self._traceback_logged = False
@@ -120,13 +120,17 @@ class BatchOptunaSearch(OptunaSearch):
     # ----- what Tune calls -----
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next batch as a Tune config; None while there is nothing to do yet; FINISHED at the end."""
+        """The next batch as a Tune config; no edits while one lane must wait for others; FINISHED at the end."""
         batch = self._next_batch()
         if batch is not None:
             self._flying[trial_id] = batch
             return {"edits": [batch.edits[number].to_dict() for number in batch.missing]}
-        over = self.stopping or self.failure is not None or not self._order
-        return Searcher.FINISHED if over else None
+        if self.stopping or self.failure is not None or not self._order:
+            return Searcher.FINISHED
+        if self._wanted() > 0 and len(self._flying) < self.lanes:
+            self._flying[trial_id] = None
+            return {"edits": []}
+        return None
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         batch = self._flying.pop(trial_id, None)
@@ -174,15 +178,17 @@ class BatchOptunaSearch(OptunaSearch):
             return None
         if not self._to_run:
             self._ask_if_due()
-        return self._to_run.popleft() if self._to_run else None
+        return self._to_run.popleft() if self._to_run and len(self._flying) < self.lanes else None
+
+    def _wanted(self) -> int:
+        """Trials still to be asked if all that are under way succeed."""
+        return self.target - self.complete - sum(len(batch.edits) for batch in self._order)
 
     def _ask_if_due(self) -> None:
-        wanted = self.target - self.complete - sum(len(batch.edits) for batch in self._order)
-        if wanted <= 0:
+        if self._wanted() <= 0:
             self._tell_finished()  # no more sampling depends on the order, unless failures make room again
-            wanted = self.target - self.complete - sum(len(batch.edits) for batch in self._order)
-            if wanted <= 0 or self.failure is not None:
-                return
+        if self._wanted() <= 0 or self.failure is not None or len(self._flying) >= self.lanes:
+            return
         while len(self._order) >= self.lanes and not self._order[0].missing:
             self._tell(self._order.popleft())
         if len(self._order) >= self.lanes:
@@ -190,8 +196,8 @@ class BatchOptunaSearch(OptunaSearch):
             if unfinished >= self.workers:
                 return
             self._tell_finished()
-        if self.failure is None:
-            self._ask(min(self.batch_size, wanted))
+        if self._wanted() > 0 and self.failure is None:
+            self._ask(min(self.batch_size, self._wanted()))
 
     def _ask(self, size: int) -> None:
         number = self._next_number
@@ -279,6 +285,7 @@ class BatchOptunaSearch(OptunaSearch):
         return {
             "values": {name: value for name, value in values.items() if math.isfinite(value)},
             "counts": {name: list(pair) for name, pair in scores["counts"].items()},
+            "samples": [list(pair) for pair in outcome.get("samples", ())],
             **seconds,
         }
 

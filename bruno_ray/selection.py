@@ -43,6 +43,9 @@ class TrialRecord:
 
     params: dict[str, Any] = field(default_factory=dict)
 
+    samples: tuple[tuple[str, str], ...] = ()
+    """(user's message, answer) of a few target prompts."""
+
 
 def load_trials(study: optuna.Study) -> list[TrialRecord]:
     """All trials by number. The study may be running: in-flight trials come out as RUNNING."""
@@ -62,6 +65,7 @@ def record(trial: FrozenTrial) -> TrialRecord:
         worker=result.get("worker"),
         error=None if complete else result.get("error"),
         params=dict(trial.params),
+        samples=tuple((pair[0], pair[1]) for pair in result.get("samples", ())),
     )
 
 

@@ -49,7 +49,6 @@ TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a batch reports outcomes, not the searcher's metrics
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000",  # seconds between snapshots that nobody reads
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
-    "TUNE_FORCE_TRIAL_CLEANUP_S": "1",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Tune's would drop the batches under way at the first Ctrl-C

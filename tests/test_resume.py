@@ -53,6 +53,9 @@ class Driver:
             config = self.search.suggest(f"t{self._id}")
             if config is None or config == "FINISHED":
                 return
+            if not config["edits"]:  # the lane is to wait
+                self.search.on_trial_complete(f"t{self._id}", {"paused": True})
+                return
             self.flying.append((f"t{self._id}", config["edits"]))
 
     def finish(self, index: int = 0) -> None:

@@ -1,0 +1,136 @@
+"""What Tune costs: batches of no-op trials through Tune's lanes, against a plain loop over the same pool.
+
+    python -m benchmarks.tune_overhead [--batches 40]
+
+Both use the same searcher (Optuna, the journal, the order of telling), broker and worker, so the difference is
+Tune's. A batch's time is that from the first batch back to the last, divided by the batches between; the time to
+the first batch back is given apart. The sampler is in its random phase; how long TPE takes is in ``sampler.py``.
+"""
+
+import argparse
+import logging
+import math
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import optuna
+import ray
+
+from benchmarks.results import write_section
+from bruno_ray import search_space
+from bruno_ray.pool import WorkerPool, ray_session
+from bruno_ray.sampler import NumberedTPESampler
+from bruno_ray.scoring import Scores
+from bruno_ray.search import Batch, BatchOptunaSearch
+from bruno_ray.settings import RaySettings, SearchSettings
+from bruno_ray.storage import open_study
+from bruno_ray.study import lanes_for, schedule
+from bruno_ray.worker import TrialOutcome
+
+OBJECTIVES = ("behaviour_rate", "kl_divergence")
+SETTINGS = RaySettings(workers=1, cpus_per_worker=0.5, gpus_per_worker=0, object_store_memory=100 * 1024**2)
+SECONDS = (0.0, 1.0)
+"""How long a batch takes in the worker: nothing, and what a small model takes."""
+
+
+class SleepingWorker:
+    """Gives the same scores for every edit, after a pause."""
+
+    def __init__(self, seconds: float):
+        self.seconds = seconds
+
+    def evaluate(self, context: object, edits: list) -> list[TrialOutcome]:
+        time.sleep(self.seconds)
+        return [TrialOutcome(Scores({"behaviour_rate": 0.5, "kl_divergence": 0.1})) for _ in edits]
+
+
+def make_search(study: optuna.Study, batch_size: int, batches: int, on_batch: Callable[[Batch], None]):
+    return BatchOptunaSearch(
+        study,
+        NumberedTPESampler(n_startup_trials=10**9, seed=0),
+        lambda trial: search_space.suggest(trial, SearchSettings(), ("a", "b"), 32, ("attention", "mlp")),
+        OBJECTIVES,
+        target=batch_size * batches,
+        batch_size=batch_size,
+        lanes=lanes_for(SETTINGS.workers),
+        workers=SETTINGS.workers,
+        on_batch=on_batch,
+    )
+
+
+def plain_loop(search: BatchOptunaSearch, pool: WorkerPool) -> None:
+    """Suggest, submit to the broker, ``ray.wait``, complete: what Tune does, without Tune."""
+    flying: dict[ray.ObjectRef, str] = {}
+    number = 0
+    while True:
+        while isinstance(config := search.suggest(str(number)), dict):
+            if not config["edits"]:  # wait for what is flying
+                search.on_trial_complete(str(number), {"paused": True})
+                break
+            flying[pool.broker.evaluate.remote(config["edits"])] = str(number)
+            number += 1
+        if not flying:
+            return
+        (done, *_), _ = ray.wait(list(flying))
+        worker, (value,) = ray.get(done)
+        search.on_trial_complete(flying.pop(done), {"worker": worker, "outcomes": ray.get(value)})
+
+
+def measure(run: Callable, pool: WorkerPool | None, batch_size: int, batches: int) -> tuple[float, float]:
+    """(seconds to the first batch back, seconds per further batch)."""
+    times: list[float] = []
+    with tempfile.TemporaryDirectory() as folder, open_study("s", None, Path(folder), OBJECTIVES, {}) as study:
+        search = make_search(study, batch_size, batches, lambda batch: times.append(time.perf_counter()))
+        start = time.perf_counter()
+        run(search, pool)
+        assert search.complete == batch_size * batches
+    return times[0] - start, (times[-1] - times[0]) / (batches - 1)
+
+
+def without_ray(search: BatchOptunaSearch, pool: None) -> None:
+    scores = {"scores": {"values": {"behaviour_rate": 0.5, "kl_divergence": 0.1}, "counts": {}}}
+    number = 0
+    while isinstance(config := search.suggest(str(number)), dict):
+        search.on_trial_complete(str(number), {"outcomes": [scores] * len(config["edits"])})
+        number += 1
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--batches", type=int, default=40)
+    batches = parser.parse_args().batches
+    logging.getLogger("bruno_ray").setLevel(logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    rows = []
+    with ray_session(SETTINGS):
+        for seconds in SECONDS:
+            n = batches if seconds == 0 else max(5, math.ceil(batches / 4))
+            with WorkerPool(SleepingWorker, (seconds,), SETTINGS) as pool:
+                pool.wait_ready()
+                pool.set_context(SimpleNamespace(bank={}))
+                for size in (1, 8, 16):
+                    _, alone = measure(without_ray, None, size, n)
+                    _, loop = measure(plain_loop, pool, size, n)
+                    first, tune = measure(schedule, pool, size, n)
+                    over = tune - seconds
+                    rows.append(
+                        f"| {seconds:g} | {size} | {1000 * alone:.0f} | {1000 * (loop - seconds):.0f} |"
+                        f" {1000 * over:.0f} | {1000 * over / size:.1f} | {first - seconds:.1f} |"
+                    )
+                    print(rows[-1], flush=True)
+    head = (
+        "| s per batch in the worker | trials per batch | ask + tell + journal, ms | plain loop, ms over | Tune, ms"
+        " over | Tune, ms over per trial | Tune, s to the first batch |\n|---|---|---|---|---|---|---|"
+    )
+    write_section(
+        "tune_overhead",
+        "## Overhead of Tune (`python -m benchmarks.tune_overhead`)\n\nTime per batch beyond what the worker sleeps,"
+        " one worker, two lanes; one process each for driver, broker, worker and lanes.\n\n" + "\n".join([head, *rows]),
+    )
+
+
+if __name__ == "__main__":
+    main()
