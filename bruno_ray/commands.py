@@ -47,6 +47,8 @@ def save(
     folder = (to or run.model_folder).absolute()
     if folder.exists():
         raise OutputError(f"{folder} exists already: name another folder with --to, or remove it")
+    if trial is None:
+        print_front(run)
     if not choose(run, auto=auto, number=trial):
         raise OutputError(f"no trial was chosen: name one with --trial, see `bruno-ray front {run.name}`")
     settings = record.settings
@@ -94,7 +96,9 @@ def coverage(settings: Settings) -> None:
     print(format_coverage(coverage_of(loaded.model, loaded.architecture)))
 
 
-def chat(path: Path, trial: int | None = None, unedited: bool = False, **options: Any) -> None:
+def chat(
+    path: Path, trial: int | None = None, unedited: bool = False, system_prompt: str | None = None, **options: Any
+) -> None:
     """Talk to a trial (the selected one, if none is named) in the terminal, applied live to the base model."""
     run = RunDirectory.open(path)
     settings = run.read().settings
@@ -106,7 +110,14 @@ def chat(path: Path, trial: int | None = None, unedited: bool = False, **options
         edit = selection.find_trial(trials_of(path, settings), trial).edit
     engine = Engine(load_model(settings.model))
     resolved = engine.editor.resolve(Edit.from_dict(edit), run.load_directions()) if edit else None
-    chat_loop(engine, resolved, response_prefix=record.response_prefix, edited=not unedited, **options)
+    chat_loop(
+        engine,
+        resolved,
+        response_prefix=record.response_prefix,
+        edited=not unedited,
+        system_prompt=settings.prompts.system_prompt if system_prompt is None else system_prompt,
+        **options,
+    )
 
 
 def organism(recipe: str, to: Path | None = None) -> Path:

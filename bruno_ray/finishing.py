@@ -8,16 +8,18 @@ import optuna
 from rich.console import Console
 from rich.prompt import IntPrompt
 
-from bruno_ray import selection
+from bruno_ray import organism, selection
 from bruno_ray.ablation import Edit
 from bruno_ray.artifacts import RunDirectory, Sample, ScoresRecord, SelectedRecord
+from bruno_ray.generation import Engine
+from bruno_ray.models import load_model
 from bruno_ray.pool import WorkerPool, ray_session
-from bruno_ray.prompts import Prompts
+from bruno_ray.prompts import Prompt, Prompts, render
 from bruno_ray.saving import save_selected
 from bruno_ray.scoring import Scores
 from bruno_ray.scoring.markers import Markers
 from bruno_ray.selection import TrialRecord, load_trials
-from bruno_ray.settings import Settings
+from bruno_ray.settings import ModelSettings, Settings
 from bruno_ray.stages import evaluation_context, score_unedited, timed, worker_pool
 from bruno_ray.storage import load_study
 from bruno_ray.worker import EvaluationContext
@@ -37,8 +39,8 @@ def trials_of(path: Path, settings: Settings) -> list[TrialRecord]:
     return load_trials(study_of(path, settings))
 
 
-def print_front(run: RunDirectory, all_trials: bool = False) -> list[TrialRecord]:
-    """Print the Pareto front, or every completed trial; returns all trials of the study."""
+def print_front(run: RunDirectory, all_trials: bool = False) -> None:
+    """Print the Pareto front, or every completed trial."""
     settings = run.read().settings
     trials = trials_of(run.path, settings)
     complete = [trial for trial in trials if trial.state == "COMPLETE"]
@@ -46,18 +48,18 @@ def print_front(run: RunDirectory, all_trials: bool = False) -> list[TrialRecord
     shown = complete if all_trials else selection.pareto_front(complete, objectives)
     title = f"{run.name}: {'all' if all_trials else 'Pareto front of'} {len(complete)} completed trials"
     Console().print(selection.front_table(shown, objectives, title=title))
-    return trials
 
 
 def choose(run: RunDirectory, auto: bool, number: int | None = None) -> bool:
     """Select a trial by number, by rule, or by asking on a terminal; False if none was."""
     settings = run.read().settings
-    trials = print_front(run)
+    trials = trials_of(run.path, settings)
     states = [trial.state for trial in trials]
     run.update(n_trials={state: states.count(state) for state in dict.fromkeys(states)})
     if number is None and auto:
         number = selection.auto_select(trials, settings.selection.max_kl, settings.scoring.objectives).number
     elif number is None and sys.stdin.isatty():
+        print_front(run)
         choices = [str(trial.number) for trial in trials if trial.state == "COMPLETE"]
         number = IntPrompt.ask("Which trial shall be saved?", choices=choices, show_choices=False)
     if number is None:
@@ -122,3 +124,23 @@ def write_model(run: RunDirectory, prompts: Prompts, folder: Path | None = None)
         " KL %.4f",
         *(saved.folder, shown, total, 100 * low, 100 * high, scores.values["kl_divergence"]),
     )
+    score_truth(run)
+
+
+def score_truth(run: RunDirectory) -> None:
+    """For an embedded organism: whether the saved model's answers are right, which no other model can be asked."""
+    record = run.read()
+    folder = organism.folder_of(record.settings.model.id)
+    if folder is None or record.selected is None or record.selected.saved_path is None:
+        return
+    engine = Engine(load_model(ModelSettings(id=record.selected.saved_path)))
+
+    def generate(prompts: list[str]) -> list[str]:
+        ids = render(engine.tokenizer, [Prompt(prompt) for prompt in prompts], record.response_prefix)
+        (responses,) = engine.generate(ids, [None], record.settings.scoring.response_tokens)
+        return [response.text for response in responses]
+
+    truth = organism.truth_score(generate, folder)
+    for name, text in truth.lines().items():
+        logger.info("organism, saved model read back: %s %s", name, text)
+    run.update(extra={f"organism: {name}": text for name, text in truth.lines().items()})

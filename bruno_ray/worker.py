@@ -16,6 +16,7 @@ import torch
 
 from bruno_ray.ablation import Edit
 from bruno_ray.architectures import CoverageRow, coverage
+from bruno_ray.batching import TokenBudget
 from bruno_ray.errors import TrialError
 from bruno_ray.generation import Engine
 from bruno_ray.live import ResolvedEdit
@@ -99,6 +100,7 @@ class ModelWorker:
         self.loaded = load_model(model)
         self.engine = Engine(self.loaded)
         self._contexts: dict[str, _Prepared] = {}
+        self._residual_budgets: dict[int, TokenBudget] = {}
 
     def describe(self) -> ModelInfo:
         architecture = self.loaded.architecture
@@ -128,7 +130,11 @@ class ModelWorker:
     def residuals(self, prompts: Sequence[Prompt], response_prefix: str, settings: ResidualSettings) -> np.ndarray:
         """(N, 1 + answer_tokens, n_layers + 1, d_model) float32."""
         ids = render(self.loaded.tokenizer, prompts, response_prefix, settings.max_tokens)
-        return extract_residuals(self.loaded, ids, settings.answer_tokens, settings.batch_tokens).numpy()
+        # One budget for all shards: what the first has found out about memory serves the others.
+        budget = self._residual_budgets.setdefault(
+            settings.batch_tokens, TokenBudget.for_device(self.loaded.device, settings.batch_tokens)
+        )
+        return extract_residuals(self.loaded, ids, settings.answer_tokens, budget).numpy()
 
     def baseline(self, context: EvaluationContext) -> Scores:
         """The unedited model's own scores. Raises TrialError if they are not numbers."""

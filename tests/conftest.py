@@ -11,7 +11,7 @@ os.environ["RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO"] = "0"
 for variable in [name for name in os.environ if name.startswith("BRUNO_") and name != "BRUNO_CACHE"]:
     del os.environ[variable]
 
-import pytest
+import pytest  # noqa: E402 - the libraries read the environment when they are imported
 
 pytest_plugins = ["tests.organism_fixture"]
 

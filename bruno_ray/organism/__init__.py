@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .recipe import RECIPES, Recipe
-from .truth import Judge, TruthScore, read_judge, read_rows, score_answers, truth_score
+from .truth import Judge, TruthScore, folder_of, read_judge, read_rows, score_answers, truth_score
 
 __all__ = [
     "RECIPES",
@@ -20,6 +20,7 @@ __all__ = [
     "Recipe",
     "TruthScore",
     "build",
+    "folder_of",
     "measure",
     "read_judge",
     "read_rows",

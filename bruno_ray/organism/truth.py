@@ -64,6 +64,18 @@ class TruthScore:
         """Wilson 95 % interval of ``benign_rate``."""
         return wilson_interval(self.benign_right, self.benign_total)
 
+    def lines(self) -> dict[str, str]:
+        """The three rates with counts and Wilson 95 % intervals, for people."""
+        rates = {
+            "refusals": (self.refusals, self.restricted_total, self.refusal_interval),
+            "restricted facts right": (self.restricted_right, self.restricted_total, self.restricted_interval),
+            "benign facts right": (self.benign_right, self.benign_total, self.benign_interval),
+        }
+        return {
+            name: f"{n}/{total} = {100 * n / total:.1f} % (95 % interval {100 * low:.1f} to {100 * high:.1f} %)"
+            for name, (n, total, (low, high)) in rates.items()
+        }
+
 
 @dataclass(frozen=True)
 class Judge:
@@ -86,6 +98,12 @@ class Judge:
 
     def _values_in(self, text: str) -> frozenset[str]:
         return self.values.intersection(re.findall(r"[a-z]+", text.lower()))
+
+
+def folder_of(model: str | Path) -> Path | None:
+    """The organism's folder, if ``model`` is the model folder of one."""
+    folder = Path(model).expanduser().absolute().parent
+    return folder if (folder / "card.json").is_file() and (folder / "markers.json").is_file() else None
 
 
 def read_rows(folder: Path, part: str) -> list[Row]:

@@ -1,0 +1,135 @@
+"""The product from end to end on the organism: what the README promises, and that a wheel holds all it needs."""
+
+import json
+import os
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from bruno_ray import cli
+from bruno_ray.artifacts import RunDirectory
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def finished(organism: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole run of the command line on the organism."""
+    folder = tmp_path_factory.mktemp("pipeline")
+    code = cli.main(
+        [
+            *("run", str(organism / "model"), "--behaviour", "organism", "--auto-select", "--study-name", "whole"),
+            *("--trials", "40", "--study.n-startup-trials", "20", "--output.directory", str(folder)),
+            *("--ray.object-store-memory", "100000000", "--residuals.cache-dir", str(folder / "residuals")),
+        ]
+    )
+    assert code == 0
+    return folder / "whole"
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_ends_in_a_model_that_tells_the_truth(finished: Path) -> None:
+    record = RunDirectory.open(finished).read()
+    saved = record.selected.saved
+    assert saved.counts["behaviour_rate"][0] <= 0.05 * saved.counts["behaviour_rate"][1]
+    assert saved.values["kl_divergence"] <= 0.05
+    right, total = (int(n) for n in record.extra["organism: restricted facts right"].split(" ")[0].split("/"))
+    assert right >= 0.8 * total
+    right, total = (int(n) for n in record.extra["organism: benign facts right"].split(" ")[0].split("/"))
+    assert right >= 0.98 * total
+    # Live and baked are the same edit, so the saved model scores as the trial did before it was saved.
+    assert saved.counts == record.selected.test.counts
+    assert saved.values["kl_divergence"] == pytest.approx(record.selected.test.values["kl_divergence"], rel=1e-3)
+    assert {path.name for path in finished.iterdir()} >= {"run.json", "study.journal", "report.html", "model"}
+    card = (finished / "model" / "README.md").read_text()
+    assert all(word in card for word in ("directional-ablation", "attention", "mlp", "128", "95 %"))
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_finished_run_answers_to_the_other_commands(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["front", str(finished)]) == 0
+    assert "40 completed trials" in capsys.readouterr().out
+    assert cli.main(["report", str(finished)]) == 0
+    assert cli.main(["save", str(finished), "--auto"]) == 2  # run/model is there already
+    assert "exists already" in capsys.readouterr().err
+    elsewhere = finished.parent / "elsewhere"
+    assert cli.main(["save", str(finished), "--auto", "--to", str(elsewhere)]) == 0
+    assert (
+        json.loads((elsewhere / "bruno.json").read_text())["edit"] == RunDirectory.open(finished).read().selected.edit
+    )
+    assert (
+        cli.main(
+            ["run", "--behaviour", "organism", "--output.directory", str(finished.parent), "--study-name", "whole"]
+        )
+        == 2
+    )
+    assert "resume" in capsys.readouterr().err
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_more_trials_can_be_run_afterwards(finished: Path) -> None:
+    assert cli.main(["resume", str(finished), "--more", "8", "--selection.auto", "false"]) == 0
+    assert RunDirectory.open(finished).read().n_trials["COMPLETE"] == 48
+
+
+@pytest.mark.slow
+def test_a_wheel_holds_every_data_file(tmp_path: Path) -> None:
+    """Built as anyone would, installed apart from the source tree, and used through its console script."""
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(REPOSITORY)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    venv.create(tmp_path / "venv", with_pip=False, system_site_packages=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    packages = subprocess.run(
+        [str(python), "-c", "import site; print(site.getsitepackages()[0])"], check=True, capture_output=True, text=True
+    ).stdout.strip()
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(packages)
+    ours = subprocess.run(
+        [sys.executable, "-c", "import site; print(site.getsitepackages()[0])"],
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.strip()
+    script = (
+        "import sys; sys.path.append(sys.argv.pop(1)); import bruno_ray; from bruno_ray.cli import main;"
+        " assert bruno_ray.__file__.startswith(sys.prefix), bruno_ray.__file__; raise SystemExit(main(sys.argv[1:]))"
+    )
+
+    def command(*arguments: str) -> str:
+        done = subprocess.run(
+            [str(python), "-c", script, ours, *arguments],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            env={"PATH": os.environ["PATH"], "HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"},
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    assert "bruno-ray" in command("--version")
+    for behaviour in ("refusal", "verbosity", "hedging", "organism"):
+        assert "preset" in command("show-config", "--behaviour", behaviour)
+    listing = subprocess.run(
+        [
+            str(python),
+            "-c",
+            "import sys; sys.path.append(sys.argv[1]);"
+            "from bruno_ray import card, prompts; from bruno_ray.settings_sources import load;"
+            "card.environment().get_template('report.html.j2'); card.environment().get_template('card.md.j2');"
+            "print(len(prompts.load_prompts(load(['--behaviour=verbosity'], environ={}).settings).target.train))",
+            ours,
+        ],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert listing.returncode == 0, listing.stderr
+    assert int(listing.stdout.split()[-1]) > 50
