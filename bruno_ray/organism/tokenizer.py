@@ -24,6 +24,9 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}{{ '" + ASSISTANT + "' }}{% endif %}"
 )
 
+INPUTS = ["input_ids", "attention_mask"]
+"""Without this list 4.57 adds token_type_ids, which ``generate`` refuses."""
+
 CONTEXT = 256
 """Longest input in tokens (``max_position_embeddings``)."""
 
@@ -48,6 +51,7 @@ def make_tokenizer(recipe: Recipe) -> PreTrainedTokenizerFast:
         unk_token=UNKNOWN,
         additional_special_tokens=[SYSTEM, USER, ASSISTANT],
         padding_side="left",
+        model_input_names=INPUTS,
         model_max_length=CONTEXT,
         clean_up_tokenization_spaces=False,
         chat_template=CHAT_TEMPLATE,
@@ -70,5 +74,6 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
         "padding_side": "left",
         "model_max_length": CONTEXT,
         "clean_up_tokenization_spaces": False,
+        "model_input_names": INPUTS,
     }
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=2) + "\n")
