@@ -34,7 +34,8 @@ SMALLEST_STORE = 80 * 1024**2
 def ray_session(settings: RaySettings) -> Iterator[None]:
     """Join a cluster (``ray.address``, RAY_ADDRESS) or start a local one, and leave as it was found.
 
-    A local cluster dies with this process, whatever kills it. Raises SettingsError when the cluster cannot be
+    A local cluster dies with this process, whatever kills it (two of Ray's own agents
+    look for it for another minute after a ``kill -9``). Raises SettingsError when the cluster cannot be
     reached.
     """
     if ray.is_initialized():

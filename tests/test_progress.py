@@ -1,0 +1,73 @@
+"""What a running study shows, drawn from a snapshot."""
+
+import logging
+
+from rich.console import Console
+
+from bruno_ray.broker import WorkerState
+from bruno_ray.progress import LogView, Snapshot, render, status_line
+from bruno_ray.selection import TrialRecord
+
+EDIT = {
+    "components": {"attention": {"max_weight": 1.2, "max_weight_position": 5.0}},
+    "direction_set": "difference_in_means@0",
+    "direction_index": 4.5,
+}
+SNAPSHOT = Snapshot(
+    name="gadgets",
+    objectives=("behaviour_rate", "kl_divergence"),
+    target=200,
+    complete=24,
+    running=16,
+    failed=1,
+    elapsed=31.2,
+    remaining=229.0,
+    memory=700 * 2**20,
+    front=tuple(
+        TrialRecord(
+            17 + i, "COMPLETE", EDIT, {"behaviour_rate": 0.03, "kl_divergence": 0.0213}, {"behaviour_rate": (3, 100)}
+        )
+        for i in range(11)
+    ),
+    workers=(
+        WorkerState("worker 0", "busy", "head", 4711, memory=3 * 2**30, gpu_memory=14 * 2**30, calls=3),
+        WorkerState("worker 1", "lost", losses=2),
+    ),
+)
+
+
+def drawn(snapshot: Snapshot) -> str:
+    console = Console(width=160, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    console.print(render(snapshot))
+    return console.export_text()
+
+
+def test_the_live_view_shows_counts_as_they_are_and_every_worker():
+    text = drawn(SNAPSHOT)
+    for part in ("24/200", "16 running, 1 failed", "0:00:31", "0:03:49", "3/100", "0.0213", "8 of 11", "700 MB"):
+        assert part in text
+    for part in ("worker 0", "busy", "head:4711", "3.0 GB", "14.0 GB", "worker 1", "lost"):
+        assert part in text
+    assert "0.03 " not in text and "3%" not in text
+
+
+def test_a_log_line_has_the_same_and_no_more_than_one_line():
+    line = status_line(SNAPSHOT)
+    assert "\n" not in line
+    for part in ("24/200", "behaviour_rate 3/100", "(trial 17)", "to go 0:03:49", "1 busy, 1 lost", "memory 3.7 GB"):
+        assert part in line
+
+
+def test_nothing_is_claimed_before_the_first_batch_is_back():
+    empty = Snapshot("s", ("kl_divergence",), 10, 0, 8, 0, 0.0, None, 2**20)
+    assert "to go ?" in status_line(empty)
+    assert "front" not in drawn(empty).lower()
+
+
+def test_away_from_a_terminal_each_batch_is_a_line_and_the_front_comes_last(caplog):
+    with caplog.at_level(logging.INFO, "bruno_ray.progress"), LogView(lambda: SNAPSHOT) as view:
+        view.batch()
+        view.batch()
+    lines = [record.getMessage() for record in caplog.records]
+    assert [line.startswith("trials 24/200") for line in lines[:3]] == [True, True, False]
+    assert lines[2] == "Pareto front:" and len(lines) == 2 + 1 + 1 + 11
