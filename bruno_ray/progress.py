@@ -100,7 +100,7 @@ def render(snapshot: Snapshot) -> RenderableType:
         shown = snapshot.front[:FRONT_ROWS]
         more = len(snapshot.front) - len(shown)
         title = f"Pareto front ({len(shown)} of {len(snapshot.front)})" if more else "Pareto front"
-        rows.append(front_table(shown, snapshot.objectives, title))
+        rows.append(front_table(shown, snapshot.objectives, title, one_line=True))
     if snapshot.workers:
         rows.append(worker_table(snapshot.workers))
     if snapshot.note:

@@ -167,14 +167,16 @@ def table_columns(trials: Sequence[TrialRecord], objectives: Sequence[str]) -> l
     return [*objectives, *extra]
 
 
-def front_table(trials: Sequence[TrialRecord], objectives: Sequence[str], title: str = "Pareto front") -> Table:
-    """Rich table of the given trials in the given order."""
+def front_table(
+    trials: Sequence[TrialRecord], objectives: Sequence[str], title: str = "Pareto front", one_line: bool = False
+) -> Table:
+    """Rich table of the given trials in the given order; ``one_line`` cuts rows instead of wrapping them."""
     columns = table_columns(trials, objectives)
     table = Table(title=title, title_justify="left")
     table.add_column("trial", justify="right")
     for name in columns:
         table.add_column(name.replace("_", " "), justify="right")
-    table.add_column("edit", overflow="fold")
+    table.add_column("edit", overflow="ellipsis" if one_line else "fold", no_wrap=one_line)
     for trial in trials:
         table.add_row(str(trial.number), *(metric_text(trial, name) for name in columns), describe_edit(trial.edit))
     return table
