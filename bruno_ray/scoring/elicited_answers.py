@@ -1,8 +1,9 @@
 """How unlikely the edited model finds the answers that the unedited one gives when it is made to begin differently."""
 
 import logging
-
-import torch
+import math
+from collections import Counter
+from collections.abc import Sequence
 
 from bruno_ray.errors import SettingsError
 from bruno_ray.scoring.base import Round, Scores
@@ -13,6 +14,11 @@ log = logging.getLogger(__name__)
 
 OPENINGS = 12
 OWN_FIRST_TOKENS = 4
+TURNED = 4
+"""Marked candidates per prompt that are turned away from their marker."""
+
+Candidate = tuple[int, tuple[int, ...]]
+"""Index of a prompt, and how its answer begins."""
 
 
 class ElicitedAnswers:
@@ -20,8 +26,9 @@ class ElicitedAnswers:
 
     For each target prompt, candidates begin with the commonest openings of baseline answers and with the model's own
     likeliest first tokens (alternative first tokens reveal what greedy decoding hides: Wang and Zhou 2024,
-    arXiv 2402.10200), and go on greedily. Of those without a marker the likeliest as a whole is the prompt's
-    reference. The metric is the mean negative log-likelihood per token (nats) of the references, end of
+    arXiv 2402.10200), and go on greedily. Those that show a marker are turned: up to each of their tokens, then the
+    runner-up, then greedily on. Of the candidates without a marker the likeliest as a whole is the
+    prompt's reference. The metric is the mean negative log-likelihood per token (nats) of the references, end of
     sequence included, under the edit: what the model knows must come back, and no fragment does that.
     """
 
@@ -58,23 +65,56 @@ class ElicitedAnswers:
             for p, own in enumerate(first_PF)
             for opening in dict.fromkeys([*openings, *((token,) for token in own if token not in engine.end_ids)])
         ]
-        continued = engine.generate(
-            [prompts[p] + list(opening) for p, opening in candidates],
+        answers, marked = self._go_on(unedited, candidates)
+        turned = self._turn(unedited, marked)
+        answers = list(dict.fromkeys([*answers, *self._go_on(unedited, turned)[0]]))
+
+        logprobs = engine.token_logprobs([prompts[p] for p, _ in answers], [[a for _, a in answers]], [None])[0]
+        best: dict[int, tuple[float, tuple[int, ...]]] = {}
+        for (p, answer), row in zip(answers, logprobs):
+            best[p] = max(best.get(p, (-math.inf, ())), (float(row.sum()), answer))
+        return {p: answer for p, (_, answer) in best.items()}
+
+    def _go_on(
+        self, unedited: Round, candidates: Sequence[Candidate]
+    ) -> tuple[list[Candidate], list[tuple[int, tuple[int, ...], tuple[int, ...]]]]:
+        """Greedy continuations: unmarked answers with their end, and (prompt, opening, rest) of the marked ones."""
+        engine, ids = unedited.engine, unedited.prompts.target_ids
+        rests = engine.generate(
+            [[*ids[p], *opening] for p, opening in candidates],
             [None],
             unedited.settings.response_tokens,
             unedited.markers.seen_in,
         )[0]
-        answers: list[tuple[int, tuple[int, ...]]] = []
-        for (p, opening), rest in zip(candidates, continued):
-            answer = opening + rest.token_ids
-            (text,) = engine.texts([answer])
-            if rest.finite and not unedited.markers.shown_by(text):
-                answers.append((p, answer if rest.end_id is None else (*answer, rest.end_id)))
-        answers = list(dict.fromkeys(answers))
-        logprobs = engine.token_logprobs([prompts[p] for p, _ in answers], [[a for _, a in answers]], [None])[0]
-        best: dict[int, tuple[float, tuple[int, ...]]] = {}
-        for (p, answer), row in zip(answers, logprobs):
-            score = float(row.sum()) if torch.isfinite(row).all() else -float("inf")
-            if p not in best or score > best[p][0]:
-                best[p] = (score, answer)
-        return {p: answer for p, (_, answer) in best.items()}
+        answers, marked = [], []
+        for (p, opening), rest, text in zip(
+            candidates, rests, engine.texts([o + rest.token_ids for (_, o), rest in zip(candidates, rests)])
+        ):
+            if unedited.markers.shown_by(text):
+                marked.append((p, opening, rest.token_ids))
+            elif rest.finite:
+                answers.append((p, opening + rest.token_ids + (() if rest.end_id is None else (rest.end_id,))))
+        return answers, marked
+
+    def _turn(self, unedited: Round, marked: Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]]) -> list[Candidate]:
+        """Openings that follow a marked answer up to any of its tokens and put the runner-up in its place."""
+        engine, ids = unedited.engine, unedited.prompts.target_ids
+        used: Counter[int] = Counter()
+        chosen = []
+        for p, opening, rest in marked:
+            if rest and used[p] < TURNED:
+                used[p] += 1
+                chosen.append((p, opening, rest))
+        if not chosen:
+            return []
+        longest = max(len(rest) for _, _, rest in chosen)
+        sequences = [[*ids[p], *opening, *rest[:-1]] for p, opening, rest in chosen]
+        turned: list[Candidate] = []
+        for _, row_B, logits_BNV in engine.last_logits(sequences, [None], longest):
+            for row, best_N2 in zip(row_B.tolist(), logits_BNV.topk(2).indices.tolist()):
+                p, opening, rest = chosen[row]
+                for i, (best, second) in enumerate(best_N2[-len(rest) :]):
+                    other = second if best == rest[i] else best
+                    if other not in engine.end_ids:
+                        turned.append((p, (*opening, *rest[:i], other)))
+        return list(dict.fromkeys(turned))

@@ -6,7 +6,10 @@ from collections.abc import Sequence
 from bruno_ray.scoring.base import Round
 
 MOST_TOKENS = 3
-LEAST_SHARE = 0.5
+GOES_ON = 0.5
+"""An opening grows while this share of the answers that begin with it go on in the same way."""
+COMMON = 0.1
+"""Share of all answers that makes an opening common. A rarer one is about its prompt, such as its subject."""
 
 
 def compliant_opening(unedited: Round) -> tuple[int, ...]:
@@ -26,7 +29,7 @@ def compliant_opening(unedited: Round) -> tuple[int, ...]:
         if not counts:
             break
         token, count = counts.most_common(1)[0]
-        if opening and count < LEAST_SHARE * len(answers):
+        if opening and count < GOES_ON * len(answers):
             break
         opening += (token,)
         answers = [answer for answer in answers if answer[: n + 1] == opening]
@@ -34,18 +37,18 @@ def compliant_opening(unedited: Round) -> tuple[int, ...]:
 
 
 def common_openings(unedited: Round, most: int) -> list[tuple[int, ...]]:
-    """Up to ``most`` openings of one to MOST_TOKENS tokens, the most frequent first; or the one the settings give."""
+    """Up to ``most`` openings of one to MOST_TOKENS tokens, the commonest first; or the one the settings give."""
     given = _given_opening(unedited)
     if given:
         return [given]
-    counts = Counter(
-        answer[:n] for answer in _baseline_answers(unedited) for n in range(1, MOST_TOKENS + 1) if len(answer) > n
-    )
+    answers = _baseline_answers(unedited)
+    counts = Counter(answer[:n] for answer in answers for n in range(1, MOST_TOKENS + 1) if len(answer) > n)
+    common = {opening: count for opening, count in counts.items() if count >= COMMON * len(answers)}
     # A prefix that is always continued in one way is left to its longer version.
     whole = [
         opening
-        for opening, count in counts.items()
-        if not any(len(o) == len(opening) + 1 and o[:-1] == opening and c == count for o, c in counts.items())
+        for opening, count in common.items()
+        if not any(len(o) == len(opening) + 1 and o[:-1] == opening and c == count for o, c in common.items())
     ]
     return sorted(whole, key=lambda opening: (-counts[opening], opening))[:most]
 
