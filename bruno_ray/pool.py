@@ -94,6 +94,7 @@ class WorkerPool:
             "runtime_env": {
                 "env_vars": {
                     "OMP_NUM_THREADS": threads,
+                    "OMP_WAIT_POLICY": "PASSIVE",
                     "MKL_NUM_THREADS": threads,
                     "OPENBLAS_NUM_THREADS": threads,
                     "TOKENIZERS_PARALLELISM": "false",
