@@ -159,6 +159,7 @@ REASONS = {
     errno.EACCES: "no permission to write there: choose another output.directory",
     errno.EPERM: "no permission to write there: choose another output.directory",
     errno.EROFS: "the file system is read-only: choose another output.directory",
+    errno.ENOENT: "no folder can be made there: choose another output.directory",
     errno.ENOTDIR: "a part of the path is a file: choose another output.directory",
     errno.EEXIST: "it exists already: choose another name or remove it",
     errno.ENOTEMPTY: "it exists already: choose another name or remove it",
@@ -255,11 +256,17 @@ def _flush_tree(folder: Path) -> None:
 
 
 def refuse_existing(path: Path) -> None:
-    """Raise OutputError if there is anything at ``path`` that a new run would write into."""
+    """Raise OutputError if a new run would write into something at ``path``, or may not write there."""
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         run = (path / "run.json").exists()
         advice = "`bruno-ray resume` continues it, --study-name starts another" if run else "choose another name"
         raise OutputError(f"{path} exists already: {advice}.")
+    above = path.absolute()
+    while not above.exists():
+        above = above.parent
+    if not os.access(above, os.W_OK):
+        reason = errno.EROFS if os.statvfs(above).f_flag & os.ST_RDONLY else errno.EACCES
+        raise OutputError(f"Cannot write {path}: {REASONS[reason]}.")
 
 
 class RunDirectory:
