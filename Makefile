@@ -19,8 +19,10 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 setup: $(VENV)/.installed
 
 demo: setup
+	rm -rf runs/demo
 	$(BIN)/bruno-ray organism
-	$(BIN)/bruno-ray run --behaviour organism --auto-select
+	$(BIN)/bruno-ray run --behaviour organism --auto-select --study-name demo
+	@echo "The report is in $(CURDIR)/runs/demo/report.html, the saved model with its card in runs/demo/model"
 
 test: setup
 	$(BIN)/ruff check .
