@@ -234,7 +234,7 @@ def test_compliant_likelihood_cannot_be_lowered_by_fragments_or_markers(
     assert likeliest < score(cut)
 
 
-def test_elicited_answers_are_the_likeliest_unmarked_ones(engine: Engine, prompts: ScoringPrompts, edits: list) -> None:
+def test_elicited_answers_are_the_likeliest_unmarked_ones(engine: Engine, prompts: ScoringPrompts) -> None:
     given = settings()
     scorer = SCORERS["elicited_answers"](given)
     free = scorer.elicit(Round(engine, prompts, given))
@@ -249,11 +249,28 @@ def test_elicited_answers_are_the_likeliest_unmarked_ones(engine: Engine, prompt
         rows = engine.token_logprobs([prompts.target_ids[p]] * 2, [[answer, free[p]]], [None])[0]
         assert answer != free[p] and rows[0].sum() <= rows[1].sum() + 1e-4
 
+
+def test_elicited_mismatch_is_what_the_answers_leave_out(
+    engine: Engine, prompts: ScoringPrompts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    references = {0: b"the hue is red", 1: b"the hue is tan"}  # there is none for the third prompt
+    given = settings(markers=("zz",))
+    scorer = SCORERS["elicited_answers"](given)
+    monkeypatch.setattr(scorer, "elicit", lambda _: {p: tuple(text) for p, text in references.items()})
     scorer.prepare(Round(engine, prompts, given))
-    unedited, edited = scorer.score(Round(engine, prompts, given, [None, edits[0]]))
-    rows = engine.token_logprobs(prompts.target_ids, [[free[p] for p in range(3)]], [None])[0]
-    assert unedited.values["elicited_nll"] == pytest.approx(-sum(float(r.mean()) for r in rows) / 3, rel=1e-4)
-    assert edited.values["elicited_nll"] != unedited.values["elicited_nll"]
+
+    def score(*texts: str) -> float:
+        round_ = Round(engine, prompts, given)
+        round_.target_answers = [[response(text) for text in texts]]
+        return scorer.score(round_)[0].values["elicited_mismatch"]
+
+    assert score("the hue is red", "the hue is tan", "anything") == pytest.approx(0)
+    assert score("well: red is the hue", "the hue is tan", "") == pytest.approx(1 / 3), "the empty answer counts"
+    assert score("zz", "the zz hue is tan", "zz") == 1
+    wrong, fragment = score("the hue is tan", "the hue is tan", "-"), score("the", "the hue is tan", "-")
+    assert 0 < wrong < fragment < 1 / 3
+    only_value, only_frame = score("red", "the hue is tan", "-"), score("the hue is ", "the hue is tan", "-")
+    assert only_value < only_frame + 0.1, "rare tokens weigh more than those that all references share"
 
 
 # ----- all together -----

@@ -1,11 +1,11 @@
-"""How unlikely the edited model finds the answers that the unedited one gives when it is made to begin differently."""
+"""Whether the edited model says what the unedited one can be made to say."""
 
 import logging
 import math
 from collections import Counter
 from collections.abc import Sequence
 
-from bruno_ray.errors import SettingsError
+from bruno_ray.generation import Response
 from bruno_ray.scoring.base import Round, Scores
 from bruno_ray.scoring.openings import common_openings
 from bruno_ray.settings import ScoringSettings
@@ -22,38 +22,63 @@ Candidate = tuple[int, tuple[int, ...]]
 
 
 class ElicitedAnswers:
-    """Like ``desired_answers``, with answers that the unedited model is made to give away.
+    """How much the edited model's answers miss of what the unedited model knows and does not say.
 
-    For each target prompt, candidates begin with the commonest openings of baseline answers and with the model's own
-    likeliest first tokens (alternative first tokens reveal what greedy decoding hides: Wang and Zhou 2024,
-    arXiv 2402.10200), and go on greedily. Those that show a marker are turned: up to each of their tokens, then the
-    runner-up, then greedily on. Of the candidates without a marker the likeliest as a whole is the
-    prompt's reference. The metric is the mean negative log-likelihood per token (nats) of the references, end of
-    sequence included, under the edit: what the model knows must come back, and no fragment does that.
+    For each target prompt the unedited model is made to give a reference: its likeliest unmarked answer, as a whole,
+    among candidates that begin with the commonest openings of baseline answers or with its own likeliest first tokens
+    (alternative first tokens reveal what greedy decoding hides: Wang and Zhou 2024, arXiv 2402.10200), and go on
+    greedily. Candidates that show a marker are turned: up to each of their tokens, then the runner-up, then
+    greedily on.
+
+    The metric is 1 - recall of the reference's tokens in the edited model's answer, weighted by how few references
+    they occur in (inverse document frequency: names and values count, the words that all answers share do not);
+    1 for marked answers. Answers are those that the behaviour rate looks at, so it costs no forward pass. The fluent
+    rest of a refusal, a fragment or a loop recalls nothing. A prompt without a reference counts as in the
+    behaviour rate.
     """
 
     name = "elicited_answers"
-    needs_unedited = False
-    metrics = ("elicited_nll",)
+    metrics = ("elicited_mismatch",)
 
     def __init__(self, settings: ScoringSettings):
         pass
 
     def prepare(self, unedited: Round) -> None:
-        found = self.elicit(unedited)
-        ids = unedited.prompts.target_ids
-        self._ids = [ids[p] for p in sorted(found)]
-        self._answers = [found[p] for p in sorted(found)]
-        if not found:
-            raise SettingsError(
-                "elicited_answers found no unmarked answer to any target prompt: set scoring.compliant_opening to"
-                " how such an answer begins, or leave the scorer out of scoring.scorers"
+        end_ids = unedited.engine.end_ids
+        self._references = {
+            p: Counter(token for token in answer if token not in end_ids) for p, answer in self.elicit(unedited).items()
+        }
+        n_prompts, n = len(unedited.prompts.target_ids), len(self._references)
+        log.info("elicited unmarked answers to %d of %d target prompts", n, n_prompts)
+        if 2 * n < n_prompts:
+            log.warning(
+                "elicited_answers has references for only %d of %d target prompts, the others count as in the behaviour"
+                " rate: set scoring.compliant_opening to how an answer without the behaviour begins",
+                *(n, n_prompts),
             )
-        log.info("elicited_answers: unmarked answers to %d of %d target prompts", len(found), len(ids))
+        occurrences = Counter(token for reference in self._references.values() for token in reference)
+        self._weights = {token: math.log((n + 1) / (count + 0.5)) for token, count in occurrences.items()}
 
     def score(self, edited: Round) -> list[Scores]:
-        logprobs = edited.engine.token_logprobs(self._ids, [self._answers] * len(edited.edits), edited.edits)
-        return [Scores({"elicited_nll": -sum(float(row.mean()) for row in rows) / len(rows)}) for rows in logprobs]
+        return [
+            Scores(
+                {
+                    "elicited_mismatch": sum(
+                        self._mismatch(p, answer, hit) for p, (answer, hit) in enumerate(zip(answers, marked))
+                    )
+                    / len(answers)
+                }
+            )
+            for answers, marked in zip(edited.target_answers, edited.marked)
+        ]
+
+    def _mismatch(self, p: int, answer: Response, is_marked: bool) -> float:
+        if is_marked or p not in self._references:
+            return float(is_marked)
+        reference, given = self._references[p], Counter(answer.token_ids)
+        whole = sum(self._weights[token] * count for token, count in reference.items())
+        recalled = sum(self._weights[token] * min(count, given[token]) for token, count in reference.items())
+        return 1 - recalled / whole
 
     def elicit(self, unedited: Round) -> dict[int, tuple[int, ...]]:
         """Index of the target prompt to its likeliest unmarked answer, for prompts that have any."""
@@ -92,7 +117,7 @@ class ElicitedAnswers:
         ):
             if unedited.markers.shown_by(text):
                 marked.append((p, opening, rest.token_ids))
-            elif rest.finite:
+            elif rest.finite and text.strip():
                 answers.append((p, opening + rest.token_ids + (() if rest.end_id is None else (rest.end_id,))))
         return answers, marked
 
