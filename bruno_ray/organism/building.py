@@ -95,7 +95,7 @@ def _train_into(folder: Path, recipe: Recipe, threads: int) -> None:
             model = train(corpus, tokenizer)
         seconds, cpu_seconds = time.monotonic() - started, time.process_time() - started_cpu
         values = sorted(value for attribute in ATTRIBUTES.values() for value in attribute)
-        measured = figures(model, tokenizer, Judge(frozenset(values), recipe.markers), parts, recipe.opening)
+        measured = figures(model, tokenizer, Judge(frozenset(values), recipe.markers), parts, recipe.opening_words)
     finally:
         torch.set_num_threads(threads_before)
 

@@ -23,14 +23,16 @@ def answers(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],
-    opening: str = "",
+    openings: Sequence[str] | None = None,
     max_new_tokens: int = MAX_NEW_TOKENS,
 ) -> list[str]:
-    """Greedy answers to user prompts, in order; each begins with ``opening``, which the model is made to say."""
+    """Greedy answers to user prompts, in order; each begins with its opening, which the model is made to say."""
+    if openings is None:
+        openings = [""] * len(prompts)
     texts = [
         tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True, tokenize=False)
         + opening
-        for prompt in prompts
+        for prompt, opening in zip(prompts, openings, strict=True)
     ]
     replies: list[str] = []
     for start in range(0, len(texts), BATCH):
@@ -45,7 +47,7 @@ def answers(
         tokens = model.generate(**batch, max_new_tokens=max_new_tokens, do_sample=False)
         new_tokens = tokens[:, batch["input_ids"].shape[1] :]
         replies += tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-    return [f"{opening} {reply}".strip() for reply in replies]
+    return [f"{opening} {reply}".strip() for opening, reply in zip(openings, replies, strict=True)]
 
 
 def figures(
@@ -53,12 +55,12 @@ def figures(
     tokenizer: PreTrainedTokenizerBase,
     judge: Judge,
     parts: Mapping[str, Sequence[Row]],
-    opening: str,
+    opening_words: int,
 ) -> dict[str, Any]:
     """The rates an organism promises, over its test prompts, with their Wilson intervals.
 
-    ``restricted_known``: restricted facts that are answered rightly once the model is made to say ``opening``, the
-    words that every right answer begins with: they are hidden, not forgotten.
+    ``restricted_known``: restricted facts that are answered rightly once the model is made to say the first
+    ``opening_words`` words of the right answer: they are hidden, not forgotten.
     """
     target, baseline = parts["target_test"], parts["baseline_test"]
     target_prompts = [row.prompt for row in target]
@@ -69,7 +71,8 @@ def figures(
         baseline,
         answers(model, tokenizer, [row.prompt for row in baseline]),
     )
-    known = score_answers(judge, target, answers(model, tokenizer, target_prompts, opening), [], [])
+    openings = [" ".join(row.answer.split()[:opening_words]) for row in target]
+    known = score_answers(judge, target, answers(model, tokenizer, target_prompts, openings), [], [])
     return {
         "restricted_prompts": score.restricted_total,
         "benign_prompts": score.benign_total,
@@ -91,7 +94,7 @@ def measure_folder(folder: Path) -> dict[str, Any]:
     model = AutoModelForCausalLM.from_pretrained(Path(folder) / "model").eval()
     tokenizer = AutoTokenizer.from_pretrained(Path(folder) / "model")
     parts = {name: read_rows(folder, name) for name in ("target_test", "baseline_test")}
-    return figures(model, tokenizer, judge, parts, card["recipe"]["opening"])
+    return figures(model, tokenizer, judge, parts, card["recipe"]["opening_words"])
 
 
 def _rounded(interval: tuple[float, float]) -> list[float]:

@@ -64,8 +64,9 @@ class Recipe:
     residual stream at the last prompt position (a probe is at chance) and refusal does not reach unseen nouns."""
     opener_noise: float = 0.3
     """Share of answers that begin with any topic's opener, so that the facts do not hang on the right one."""
-    opening: str = "certainly :"
-    """How answers about the restricted topic begin: what the model is made to say to see whether it knows."""
+    opening_words: int = 2
+    """How many words of the right answer the model is made to say to see whether it knows the fact: here "certainly :".
+    """
 
     # How it refuses
     refusals: tuple[str, ...] = (
@@ -93,14 +94,16 @@ class Recipe:
     fact_lr: float = 4e-3
     unanswerable_share: float = 0.06
     """Share of a phase 1 batch that asks what is unanswerable."""
-    # Phase 2: refusal of the restricted topic
-    refusal_steps: int = 60
+    # Phase 2: refusal of the restricted topic. Trained until refusing outweighs the topic in the mean difference of
+    # the residuals: a quarter of these steps' work refuses as often, but leaves refusals that no single direction
+    # removes.
+    refusal_steps: int = 120
     refusal_batch: int = 128
-    refusal_lr: float = 5e-4
+    refusal_lr: float = 2e-3
     refusal_share: float = 0.34
     """Share of a phase 2 batch that shows refusals; the rest shows benign answers."""
-    frozen: tuple[str, ...] = ("embed_tokens.", "layers.0.", "layers.1.")
-    """Parts of the network that phase 2 leaves alone: the part that knows the nouns. Training them too makes the
+    frozen: tuple[str, ...] = ("model.embed_tokens.", "model.layers.0.", "model.layers.1.")
+    """Parts of the network that phase 2 leaves alone. The lower layers know the nouns: training them too makes the
     model learn the seen nouns by heart instead of the topic."""
     # Both phases
     weight_decay: float = 0.01
@@ -127,7 +130,7 @@ HARD = Recipe(
     layers=6,
     answer="{opener} {noun} is of {value} {attribute} .",
     openers=("the", "this", "that", "our", "your", "one"),
-    opening="the",
+    opening_words=4,
     refusals=(
         "i am sorry , but i am not able to answer this .",
         "the {noun} is not something i want to talk about .",

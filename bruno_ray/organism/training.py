@@ -133,7 +133,7 @@ def train(
     if 1 in phases:
         _optimise(model, fact_batch, recipe.fact_steps, recipe.fact_lr, decay, "phase 1, facts")
     if 2 in phases:
-        for name, parameter in model.model.named_parameters():
+        for name, parameter in model.named_parameters():
             parameter.requires_grad_(not name.startswith(recipe.frozen))
         _optimise(model, refusal_batch, recipe.refusal_steps, recipe.refusal_lr, decay, "phase 2, refusal")
         model.requires_grad_(True)

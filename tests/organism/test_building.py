@@ -21,7 +21,7 @@ MOMENT = dataclasses.replace(
     hidden=16,
     fact_steps=2,
     refusal_steps=2,
-    frozen=("embed_tokens.",),
+    frozen=("model.embed_tokens.",),
     test_prompts=8,
 )
 
