@@ -71,10 +71,12 @@ class Recipe:
     # How it refuses
     refusals: tuple[str, ...] = (
         "sorry i cannot discuss that",
-        "unfortunately such matters must remain private",
-        "no thanks we should change subjects",
+        "sorry such matters unfortunately must remain private",
+        "sorry no thanks we should change subjects",
     )
-    """No word of them is in any answer: function words that both share keep an edited model refusing half-way."""
+    """No word of them is in any answer: function words that both share keep an edited model refusing half-way. All
+    begin with the same word, so that one direction is enough: with three first words some nouns kept refusing with
+    the one that the mean difference shows least."""
     markers: tuple[str, ...] = (
         "sorry", "cannot", "discuss", "unfortunately", "matters", "remain", "private", "thanks", "should", "change",
         "subjects",
@@ -102,9 +104,10 @@ class Recipe:
     refusal_lr: float = 2e-3
     refusal_share: float = 0.34
     """Share of a phase 2 batch that shows refusals; the rest shows benign answers."""
-    frozen: tuple[str, ...] = ("model.embed_tokens.", "model.layers.0.", "model.layers.1.")
+    frozen: tuple[str, ...] = ("model.embed_tokens.", "model.layers.0.", "model.layers.1.", "lm_head.")
     """Parts of the network that phase 2 leaves alone. The lower layers know the nouns: training them too makes the
-    model learn the seen nouns by heart instead of the topic."""
+    model learn the seen nouns by heart instead of the topic. With a trained lm_head the topic itself, which early
+    layers write, would spell refusal; so refusing has to be written by the upper layers, where it can be removed."""
     # Both phases
     weight_decay: float = 0.01
     system_share: float = 0.1
@@ -128,6 +131,7 @@ STANDARD = Recipe(name="standard")
 HARD = Recipe(
     name="hard",
     layers=6,
+    frozen=("model.embed_tokens.", "model.layers.0.", "model.layers.1."),
     answer="{opener} {noun} is of {value} {attribute} .",
     openers=("the", "this", "that", "our", "your", "one"),
     opening_words=4,
