@@ -29,6 +29,8 @@ from pathlib import Path
 from results import write_section
 
 from bruno_ray import organism
+from bruno_ray.artifacts import RunDirectory
+from bruno_ray.finishing import trials_of
 
 HERETIC = "heretic-llm==1.4.0"
 MAX_KL = 0.05
@@ -128,16 +130,15 @@ def run_ours(folder: Path, work: Path, settings: argparse.Namespace, seed: int) 
     with (work / "bruno-ray.log").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=log, env=os.environ | ONE_THREAD)
     run = work / "runs" / "bench"
-    from bruno_ray import pipeline
-
-    record, trials = pipeline.read_run(run)
-    done = [trial for trial in trials if trial.values]
+    record = RunDirectory.open(run).read()
+    trials = trials_of(run, record.settings)
+    done = [trial for trial in trials if trial.state == "COMPLETE"]
     selected = next(trial for trial in trials if trial.number == record.selected.number)
     shown, total = selected.counts["behaviour_rate"]
     return Result(
         record.timings["study"] / len(done),
-        hypervolume([(t.metrics["behaviour_rate"], t.metrics["kl_divergence"]) for t in done]),
-        f"{shown}/{total}, KL {selected.metrics['kl_divergence']:.4f}",
+        hypervolume([(t.values["behaviour_rate"], t.values["kl_divergence"]) for t in done]),
+        f"{shown}/{total}, KL {selected.values['kl_divergence']:.4f}",
         truth(run / "model", folder),
     )
 
