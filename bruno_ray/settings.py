@@ -189,7 +189,7 @@ class SearchSettings(Section):
 
 class ScoringSettings(Section):
     scorers: tuple[str, ...] = ("behaviour_rate", "kl_divergence", "coherence")
-    """Names in `bruno_ray.scoring.SCORERS`."""
+    """Names in `bruno_ray.scoring.SCORERS`. Metrics that are no objective decide between equals in --auto-select."""
 
     objectives: tuple[str, ...] = ("behaviour_rate", "kl_divergence")
     """Metrics the study minimises, in this order."""

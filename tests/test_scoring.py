@@ -309,3 +309,9 @@ def test_names_that_do_not_exist_are_answered_with_those_that_do() -> None:
         make_scorers(settings(scorers=("behavior_rate",)))
     with pytest.raises(SettingsError, match=r"names kl_mean.*choose from behaviour_rate, kl_divergence, kl_median"):
         make_scorers(settings(scorers=("behaviour_rate", "kl_divergence"), objectives=("kl_mean",)))
+
+
+def test_every_scorer_says_what_it_needs() -> None:
+    for name, scorer in SCORERS.items():
+        assert scorer.name == name and scorer.metrics
+        assert scorer.needs_unedited in (True, False)

@@ -38,6 +38,7 @@ class ElicitedAnswers:
     """
 
     name = "elicited_answers"
+    needs_unedited = False
     metrics = ("elicited_mismatch",)
 
     def __init__(self, settings: ScoringSettings):
