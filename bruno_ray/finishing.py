@@ -102,6 +102,14 @@ def score_selected(run: RunDirectory, context: EvaluationContext, pool: WorkerPo
     run.save_samples(samples)
 
 
+def free_model_folder(run: RunDirectory) -> Path | None:
+    """`model/`, or a folder named by the trial where a resumed run has saved one before; None if that is there too."""
+    selected = run.read().selected
+    assert selected is not None
+    folders = (run.model_folder, run.path / f"model-{selected.number}")
+    return next((folder for folder in folders if not folder.exists()), None)
+
+
 def write_model(run: RunDirectory, prompts: Prompts, folder: Path | None = None) -> None:
     """Save the selected trial. What is reported of it is measured on the files, read back by a worker of its own."""
     record = run.read()

@@ -6,15 +6,17 @@ Each step is a function of ``stages.py`` or of the module that is named after it
 afterwards is in ``commands.py``.
 """
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from bruno_ray import report
 from bruno_ray.artifacts import RunDirectory, refuse_existing
-from bruno_ray.finishing import choose, score_selected, study_of, trials_of, write_model
+from bruno_ray.finishing import choose, free_model_folder, score_selected, study_of, trials_of, write_model
 from bruno_ray.pool import ray_session
 from bruno_ray.prompts import load_prompts
 from bruno_ray.settings import Settings
-from bruno_ray.settings_sources import Layer, apply
+from bruno_ray.settings_sources import apply, flatten
 from bruno_ray.stages import (
     describe_model,
     evaluation_context,
@@ -38,9 +40,11 @@ def run(settings: Settings) -> Path:
     return search(settings, path)
 
 
-def resume(path: Path, total: int | None = None, more: int | None = None, overrides: Layer | None = None) -> Path:
+def resume(
+    path: Path, total: int | None = None, more: int | None = None, overrides: Mapping[str, Any] | None = None
+) -> Path:
     """Go on with a run: trials under way when it stopped are evaluated, then new ones until the target."""
-    settings = apply(RunDirectory.open(path).read().settings, overrides or {})
+    settings = apply(RunDirectory.open(path).read().settings, flatten(overrides or {}, "overrides"))
     if more is not None:
         total = sum(trial.state == "COMPLETE" for trial in trials_of(path, settings)) + more
     if total is not None:
@@ -65,10 +69,11 @@ def search(settings: Settings, path: Path) -> Path:
             score_unedited(run, "validation", validation, pool)
         with timed(run, "study"):
             run_study(settings, pool, validation, info, path, study_fingerprint(settings, info, prompts.fingerprint))
-        if choose(run, auto=settings.selection.auto):
+        chosen = choose(run, auto=settings.selection.auto)
+        if chosen:
             with timed(run, "test"):
                 score_selected(run, evaluation_context(settings, prompts, "test", bank, prefix), pool)
-    if run.read().selected is not None:
-        write_model(run, prompts)
+    if chosen and (folder := free_model_folder(run)):
+        write_model(run, prompts, folder)
     report.write_report(run, study_of(path, settings))
     return path

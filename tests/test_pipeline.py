@@ -77,6 +77,12 @@ def test_a_finished_run_answers_to_the_other_commands(finished: Path, capsys: py
 def test_more_trials_can_be_run_afterwards(finished: Path) -> None:
     assert cli.main(["resume", str(finished), "--more", "8", "--selection.auto", "false"]) == 0
     assert RunDirectory.open(finished).read().n_trials["COMPLETE"] == 48
+    assert not list(finished.glob("model-*"))
+    assert (
+        cli.main(["resume", str(finished), "--more", "4", "--selection.auto", "true"]) == 0
+    )  # selects again, saves beside what was saved
+    selected = RunDirectory.open(finished).read().selected
+    assert Path(selected.saved_path).name == f"model-{selected.number}"
 
 
 @pytest.mark.slow
