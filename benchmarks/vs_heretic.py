@@ -30,6 +30,7 @@ from results import write_section
 
 from bruno_ray import organism
 from bruno_ray.artifacts import RunDirectory
+from bruno_ray.cache import cache_folder
 from bruno_ray.finishing import trials_of
 
 HERETIC = "heretic-llm==1.4.0"
@@ -50,8 +51,7 @@ class Result:
 
 def heretic_environment() -> Path:
     """Python of an environment with heretic, made on first use beside the other caches."""
-    cache = Path(os.environ.get("BRUNO_CACHE", Path.home() / ".cache" / "bruno-ray"))
-    folder = cache / "heretic-1.4.0"
+    folder = cache_folder("heretic-1.4.0")
     python = folder / "bin" / "python"
     if not (folder / "complete").exists():
         shutil.rmtree(folder, ignore_errors=True)

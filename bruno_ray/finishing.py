@@ -110,7 +110,7 @@ def free_model_folder(run: RunDirectory) -> Path | None:
     return next((folder for folder in folders if not folder.exists()), None)
 
 
-def write_model(run: RunDirectory, prompts: Prompts, folder: Path | None = None) -> None:
+def write_model(run: RunDirectory, prompts: Prompts, folder: Path) -> None:
     """Save the selected trial. What is reported of it is measured on the files, read back by a worker of its own."""
     record = run.read()
     settings = record.settings

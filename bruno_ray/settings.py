@@ -163,13 +163,13 @@ class ComponentRange(Section):
     """Ablation strength at the peak; 1 removes the whole component along the direction. Values sampled below 0 count
     as 0."""
 
-    max_weight_position: Range = (0.6, 1.0)
+    max_weight_position: Range = (0.0, 1.0)
     """Layer of the peak."""
 
     min_weight: Range = (0.0, 1.0)
     """Strength at the edge of the kernel, as a share of the peak."""
 
-    min_weight_distance: Range = (0.0, 0.6)
+    min_weight_distance: Range = (0.0, 1.5)
     """Distance from the peak to the edge, at least one layer; beyond it nothing is ablated."""
 
 
@@ -180,7 +180,7 @@ class SearchSettings(Section):
     direction_scopes: tuple[Literal["global", "per_layer"], ...] = ("global", "per_layer")
     """global: one direction, from a layer that is searched, for all layers; per_layer: each layer its own."""
 
-    direction_index: Range = (0.4, 0.9)
+    direction_index: Range = (0.2, 1.0)
     """Layer that the global direction is read at, as a fraction of the last layer's index."""
 
     attention: ComponentRange = ComponentRange()
@@ -188,7 +188,7 @@ class SearchSettings(Section):
 
 
 class ScoringSettings(Section):
-    scorers: tuple[str, ...] = ("behaviour_rate", "kl_divergence", "coherence")
+    scorers: tuple[str, ...] = ("behaviour_rate", "kl_divergence", "coherence", "elicited_answers")
     """Names in `bruno_ray.scoring.SCORERS`. Metrics that are no objective decide between equals in --auto-select."""
 
     objectives: tuple[str, ...] = ("behaviour_rate", "kl_divergence")

@@ -33,13 +33,13 @@ def test_sampled_edits_stay_in_their_ranges_in_layers():
     for _ in range(60):
         trial, edit = ask(study)
         tell(study, trial.number)
-        assert 4.0 <= trial.params["direction_index"] <= 9.0  # sampled even when it is ignored
+        assert 2.0 <= trial.params["direction_index"] <= 10.0  # sampled even when it is ignored
         assert edit.direction_index in (None, trial.params["direction_index"])
         for component in COMPONENTS:
             kernel = edit.components[component]
-            assert 6.0 <= kernel.max_weight_position <= 10.0
+            assert 0.0 <= kernel.max_weight_position <= 10.0
             assert 0.0 <= kernel.min_weight <= 1.0
-            assert 1.0 <= kernel.min_weight_distance <= 6.0
+            assert 1.0 <= kernel.min_weight_distance <= 15.0
         assert 0.8 <= edit.components["attention"].max_weight <= 1.5
         heights.append(edit.components["mlp"].max_weight)
         scopes.add(edit.direction_index is None)
@@ -115,7 +115,7 @@ def test_a_trial_whose_sampling_was_cut_short_gets_the_rest_of_its_own_parameter
 
     trial = cut.ask()
     trial.suggest_categorical("direction_scope", SearchSettings().direction_scopes)
-    trial.suggest_float("direction_index", 4.0, 9.0)
+    trial.suggest_float("direction_index", 2.0, 10.0)
     again = optuna.Trial(cut, trial._trial_id)
     cut.sampler = NumberedTPESampler(n_startup_trials, 0)
     suggest(again, SearchSettings(), SETS, LAYERS, COMPONENTS)
