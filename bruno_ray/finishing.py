@@ -11,6 +11,7 @@ from rich.prompt import IntPrompt
 from bruno_ray import organism, selection
 from bruno_ray.ablation import Edit
 from bruno_ray.artifacts import RunDirectory, Sample, ScoresRecord, SelectedRecord
+from bruno_ray.errors import TrialError
 from bruno_ray.generation import Engine
 from bruno_ray.models import load_model
 from bruno_ray.pool import WorkerPool, ray_session
@@ -73,14 +74,21 @@ def choose(run: RunDirectory, auto: bool, number: int | None = None) -> bool:
 
 
 def score_selected(run: RunDirectory, context: EvaluationContext, pool: WorkerPool) -> None:
-    """Test scores and sample answers of the selected trial, applied live."""
+    """Test scores and sample answers of the selected trial, applied live.
+
+    Raises TrialError if it has no scores there (a logit is not a number).
+    """
     selected = run.read().selected
     assert selected is not None
     edit = Edit.from_dict(selected.edit)
     score_unedited(run, "test", context, pool)
     (outcome,) = pool.call("evaluate", [edit], with_context=True)
-    if outcome.scores is not None:
-        run.update(selected=selected.model_copy(update={"test": ScoresRecord.of(outcome.scores)}))
+    if outcome.scores is None:
+        raise TrialError(
+            f"trial {selected.number} has no scores on the test prompts ({outcome.error}): choose another one with"
+            f" `bruno-ray save {run.name} --trial N`"
+        )
+    run.update(selected=selected.model_copy(update={"test": ScoresRecord.of(outcome.scores)}))
     markers = Markers(context.scoring.markers, context.scoring.empty_counts)
     samples = []
     for side in ("target", "baseline"):

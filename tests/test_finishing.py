@@ -1,0 +1,30 @@
+"""What follows the search when something is wrong with the trial that was picked."""
+
+from types import SimpleNamespace
+
+import pytest
+
+from bruno_ray.errors import TrialError
+from bruno_ray.finishing import score_selected
+from bruno_ray.worker import TrialOutcome
+from tests.finished_run import make, scores
+
+
+class BrokenOnTest:
+    """A pool whose workers find no number in the selected trial's logits."""
+
+    def set_context(self, context):
+        pass
+
+    def call(self, method, *args, with_context=False):
+        if method == "baseline":
+            return scores({"behaviour_rate": 1.0, "kl_divergence": 0.0})
+        assert method == "evaluate"
+        return [TrialOutcome(scores=None, error="logits are not numbers")]
+
+
+def test_a_selected_trial_without_test_scores_is_an_error_that_says_what_to_do(tmp_path):
+    run = make(tmp_path).run
+    number = run.read().selected.number
+    with pytest.raises(TrialError, match=rf"trial {number} .*not numbers.*--trial N"):
+        score_selected(run, SimpleNamespace(), BrokenOnTest())
