@@ -1,0 +1,113 @@
+"""Where each node of the cluster is found: a loopback alias and a block of ports, both functions of its index.
+
+Rented machines are containers behind NAT, all with the same private address, so a node is known by an alias in
+127.77.0.0/16 that every node can bind on its own loopback interface. Some of Ray's services listen on all
+interfaces, so a port may mean only one node: node ``i`` owns the ports
+
+    FIRST_PORT + i * block_size  ...  FIRST_PORT + (i + 1) * block_size - 1
+
+and the tunnels carry exactly those. All ports lie below 32768, where Linux begins to hand out ephemeral ports.
+The size of a block follows from ``max_cpus``, the most CPUs any node of the cluster offers to Ray, because Ray
+keeps up to two worker processes per CPU; a list that is too short leaves actors pending for ever without an error.
+The number of nodes that fit is therefore limited: 152 with the default of 48 CPUs, 37 with 256 (`max_nodes`).
+"""
+
+from dataclasses import dataclass
+
+from cluster.errors import ClusterSettingsError
+
+FIRST_PORT = 12000
+"""Start of node 0's block; above Ray's fixed ports and the usual services of machine images."""
+
+END_PORT = 32768
+"""First ephemeral port of Linux (net.ipv4.ip_local_port_range): a block that reaches it loses ports at random."""
+
+SPARE_WORKERS = 32
+"""Worker processes beyond two per CPU: drivers, job supervisors, the actors of Serve and of the study."""
+
+NAMED_PORTS = 8
+"""Ports at the start of a block that belong to services; two of them are unused."""
+
+GCS_PORT = 6379
+DASHBOARD_PORT = 8265
+CLIENT_PORT = 10001
+HEAD_PORTS = (GCS_PORT, DASHBOARD_PORT, CLIENT_PORT)
+"""Fixed ports of the head, beside its block: they keep Ray's documented defaults."""
+
+MAX_ALIASES = 254 * 254
+
+
+def block_size(max_cpus: int) -> int:
+    """Ports in one node's block."""
+    return NAMED_PORTS + 2 * max_cpus + SPARE_WORKERS
+
+
+def max_nodes(max_cpus: int) -> int:
+    """How many nodes, the head included, fit below `END_PORT` when no node has more than `max_cpus`."""
+    return min((END_PORT - FIRST_PORT) // block_size(max_cpus), MAX_ALIASES)
+
+
+@dataclass(frozen=True)
+class NodeAddress:
+    """Alias and ports of the node with `index`; the head is node 0.
+
+    Raises `ClusterSettingsError` where no such node fits.
+    """
+
+    index: int
+
+    max_cpus: int = 48
+    """The same on every node of the cluster (`ClusterSettings.max_cpus`), or blocks would overlap."""
+
+    def __post_init__(self) -> None:
+        if self.max_cpus < 1:
+            raise ClusterSettingsError(f"max_cpus is {self.max_cpus}; give the CPUs of the largest node, at least 1")
+        if not 0 <= self.index < max_nodes(self.max_cpus):
+            raise ClusterSettingsError(
+                f"node {self.index} does not fit: {max_nodes(self.max_cpus)} nodes of up to {self.max_cpus} CPUs have "
+                f"ports below {END_PORT}; lower max_workers, or provider.max_cpus if no node has that many"
+            )
+
+    @property
+    def alias(self) -> str:
+        """127.77.0.1 for the head, up to 127.77.0.254, then 127.77.1.1 and so on (never .0 nor .255)."""
+        return f"127.77.{self.index // 254}.{self.index % 254 + 1}"
+
+    @property
+    def first_port(self) -> int:
+        return FIRST_PORT + self.index * block_size(self.max_cpus)
+
+    @property
+    def node_manager_port(self) -> int:
+        return self.first_port
+
+    @property
+    def object_manager_port(self) -> int:
+        return self.first_port + 1
+
+    @property
+    def dashboard_agent_listen_port(self) -> int:
+        return self.first_port + 2
+
+    @property
+    def dashboard_agent_grpc_port(self) -> int:
+        return self.first_port + 3
+
+    @property
+    def runtime_env_agent_port(self) -> int:
+        return self.first_port + 4
+
+    @property
+    def metrics_export_port(self) -> int:
+        return self.first_port + 5
+
+    @property
+    def worker_ports(self) -> range:
+        """One port per worker process; the length is the cap on worker processes of the node."""
+        return range(self.first_port + NAMED_PORTS, self.first_port + block_size(self.max_cpus))
+
+    @property
+    def ports(self) -> tuple[int, ...]:
+        """Every port that the tunnels carry to this node."""
+        services = range(self.first_port, self.first_port + NAMED_PORTS - 2)
+        return (*(HEAD_PORTS if self.index == 0 else ()), *services, *self.worker_ports)

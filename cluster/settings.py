@@ -1,0 +1,212 @@
+"""The `provider:` section of cluster.yaml and the `node_config:` of each node type, validated.
+
+Ray hands both over as plain dicts: `ClusterSettings.from_provider` and `NodeSettings.model_validate` read them, an
+unknown key is an error. Prices are in US dollars, sizes in GB (10^9 bytes), waits in seconds unless the name says
+otherwise.
+"""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
+
+from cluster.errors import ClusterSettingsError
+
+RAY_KEYS = frozenset(
+    {"type", "module", "use_internal_ips", "use_external_head_ip", "disable_node_updaters"}
+    | {"disable_launch_config_check", "foreground_node_launch", "worker_liveness_check"}
+)
+"""Keys of the provider section that Ray itself reads; keys with a leading underscore are Ray's too."""
+
+CLUSTER_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
+"""The name is part of labels, folders and host-key aliases."""
+
+
+def checked_cluster_name(name: str) -> str:
+    if not CLUSTER_NAME.fullmatch(name):
+        raise ClusterSettingsError(
+            f"cluster_name {name!r}: use up to 40 lower-case letters, digits and inner hyphens, since it is part of labels"
+        )
+    return name
+
+
+def _expanded(path: Path) -> Path:
+    return path.expanduser()
+
+
+UserPath = Annotated[Path, AfterValidator(_expanded)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class BudgetSettings(Section):
+    max_price_per_hour: PositiveFloat = 5.0
+    """What all machines of the cluster together may cost per hour; no machine is rented that would pass it."""
+
+    max_total_cost: PositiveFloat = 50.0
+    """What the cluster may cost from its first machine on; when it is spent nothing more is rented."""
+
+
+class Requirements(Section):
+    """What a machine must be to be rented."""
+
+    gpu_names: tuple[str, ...] = ()
+    """Names as Vast.ai writes them, such as ["RTX 4090"]; empty for any."""
+
+    num_gpus: NonNegativeInt | None = None
+    """Exactly so many GPUs; None for any number, the head's choice."""
+
+    min_gpu_ram_gb: NonNegativeFloat = 0.0
+    """Memory of each GPU."""
+
+    min_cpus: PositiveInt = 1
+    """CPUs of the container, not of the host (`cpu_cores_effective`)."""
+
+    min_ram_gb: NonNegativeFloat = 0.0
+    min_reliability: float = Field(0.98, ge=0, le=1)
+    """The host's share of time up, as Vast.ai measures it (`reliability2`)."""
+
+    verified: bool = True
+    """Only hosts that Vast.ai has verified."""
+
+    max_price_per_hour: PositiveFloat | None = None
+    """Of one machine with its disk. For interruptible machines the cap of the bid."""
+
+    interruptible: bool = False
+    """Bid for the machine instead of renting it: cheaper, and gone when somebody bids more."""
+
+    bid_margin: NonNegativeFloat = 0.2
+    """How far above the lowest accepted bid to go, as a fraction of it."""
+
+    locations: tuple[str, ...] = ()
+    """Two-letter country codes such as ["DE", "NL"]; empty for any."""
+
+    min_cuda: NonNegativeFloat = 0.0
+    """The newest CUDA version that the host's driver supports must be at least this one."""
+
+    min_download_mbps: NonNegativeFloat = 200.0
+    """Models are downloaded once per machine; a slow line is paid for in GPU-hours."""
+
+
+class NodeSettings(Section):
+    """The `node_config:` of one node type."""
+
+    image: str = "vastai/pytorch:cuda-12.8.1-auto"
+    """Docker image. It needs bash, sshd and rsync, which Vast.ai's own images have."""
+
+    requirements: Requirements = Requirements()
+    disk_gb: PositiveFloat | None = None
+    """Disk to rent. Left out, it follows from the model's size: 2 x size + 20, at least 200 for 32B, 300 for 70B."""
+
+    model: str | None = None
+    """Model id on the hub, or a local folder, whose size decides about the disk; resolved by `ray up`."""
+
+    model_size_gb: PositiveFloat | None = None
+    """Size of the model where it cannot be looked up."""
+
+    onstart: str = ""
+    """Shell commands that run when the machine has booted, before anything else."""
+
+    @model_validator(mode="after")
+    def _one_source_of_the_disk(self) -> "NodeSettings":
+        if self.model and self.model_size_gb:
+            raise ValueError("give model or model_size_gb, not both")
+        return self
+
+    @classmethod
+    def from_config(cls, node_config: dict[str, Any]) -> "NodeSettings":
+        """Raises `ClusterSettingsError` naming the key."""
+        return _validated(cls, node_config, "node_config")
+
+
+class ClusterSettings(Section):
+    """The `provider:` section of cluster.yaml without the keys that are Ray's."""
+
+    vast_url: str = "https://console.vast.ai"
+    """Base URL of the API. The environment variable VAST_URL, read by `ray up`, comes before it."""
+
+    api_key_file: UserPath = Path("~/.bruno-ray/vast_api_key")
+    """File with the API key. The same path on laptop and head: mount a restricted key there for the head."""
+
+    state_folder: UserPath = Path("~/.bruno-ray/clusters")
+    """Holds a folder per cluster with its key pair, known hosts and ledger."""
+
+    budget: BudgetSettings = BudgetSettings()
+    mesh: Literal["star", "direct"] = "star"
+    """star: all traffic crosses the head. direct: workers also dial each other, which puts the key pair on them."""
+
+    max_cpus: PositiveInt = 48
+    """The most CPUs any node offers to Ray; decides how many nodes fit (cluster/addresses.py)."""
+
+    refresh_s: PositiveFloat = 3.0
+    """How long one listing of the instances answers all questions."""
+
+    boot_timeout_s: PositiveFloat = 900.0
+    """A machine that is not running so long after it was rented is destroyed, avoided and replaced."""
+
+    join_timeout_s: PositiveFloat = 900.0
+    """A running machine that has not been set up so long after it booted is destroyed, avoided and replaced."""
+
+    avoid_machine_s: PositiveFloat = 6 * 3600.0
+    """A machine that failed to boot or join is not rented again for so long."""
+
+    index_rest_s: PositiveFloat = 300.0
+    """An index, and with it alias and ports, is not given to another machine for so long."""
+
+    @classmethod
+    def from_provider(cls, provider: dict[str, Any]) -> "ClusterSettings":
+        """From the dict Ray hands over. Raises `ClusterSettingsError` naming the key."""
+        ours = {key: value for key, value in provider.items() if key not in RAY_KEYS and not key.startswith("_")}
+        return _validated(cls, ours, "provider")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _url_of_the_environment(cls, values: Any) -> Any:
+        url = os.environ.get("VAST_URL")
+        return {**values, "vast_url": url} if url else values
+
+    def folder(self, cluster_name: str) -> Path:
+        """The folder of one cluster, made on demand by whoever writes to it."""
+        return self.state_folder / checked_cluster_name(cluster_name)
+
+    def api_key(self) -> str:
+        """From the environment variable VAST_API_KEY or the key file; never logged, never an argument of a command.
+
+        Raises `ClusterSettingsError` if there is none.
+        """
+        if key := os.environ.get("VAST_API_KEY", "").strip():
+            return key
+        try:
+            key = self.api_key_file.read_text().strip()
+        except OSError as error:
+            raise ClusterSettingsError(
+                f"no Vast.ai API key: {self.api_key_file} cannot be read ({error.strerror}); "
+                "put the key there (chmod 600) or set VAST_API_KEY"
+            ) from error
+        if not key:
+            raise ClusterSettingsError(f"{self.api_key_file} is empty; put the Vast.ai API key there")
+        return key
+
+
+def _validated(model: type[Section], values: dict[str, Any], section: str) -> Any:
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join([section, *(str(part) for part in first["loc"])])
+        raise ClusterSettingsError(f"{where}: {first['msg']}; correct it in cluster.yaml") from error
