@@ -31,14 +31,14 @@ RAY_KEYS = frozenset(
 )
 """Keys of the provider section that Ray itself reads; keys with a leading underscore are Ray's too."""
 
-CLUSTER_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,38}[a-z0-9])?")
+CLUSTER_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,22}[a-z0-9])?")
 """The name is part of labels, folders and host-key aliases."""
 
 
 def checked_cluster_name(name: str) -> str:
     if not CLUSTER_NAME.fullmatch(name):
         raise ClusterSettingsError(
-            f"cluster_name {name!r}: use up to 40 lower-case letters, digits and inner hyphens, since it is part of labels"
+            f"cluster_name {name!r} is part of labels: use up to 24 lower-case letters, digits and inner hyphens"
         )
     return name
 
@@ -51,7 +51,9 @@ UserPath = Annotated[Path, AfterValidator(_expanded)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True
+    )
 
 
 class BudgetSettings(Section):
