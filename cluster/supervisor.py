@@ -1,0 +1,276 @@
+"""The process on the head that keeps the tunnels, apart from Ray and from whoever started it.
+
+    python -m cluster.supervisor start     a keeper in the background, which runs the supervisor and restarts it
+    python -m cluster.supervisor status    what the supervisor last wrote, as JSON
+    python -m cluster.supervisor stop      end both and all tunnels
+
+The supervisor asks the Vast.ai API, through the provider's own code, which machines the cluster has. An answer that
+cannot be had changes nothing. If the supervisor dies the ssh connections live on and the next one adopts them; if the
+keeper dies the supervisor starts another.
+"""
+
+import argparse
+import asyncio
+import dataclasses
+import fcntl
+import json
+import logging
+import logging.handlers
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import IO
+
+import yaml
+
+from cluster.errors import ClusterError, NodeError
+from cluster.mesh import Mesh, Node
+from cluster.ssh_master import Endpoint, SshIdentity
+
+logger = logging.getLogger(__name__)
+
+FOLDER = Path("~/.bruno-ray/mesh").expanduser()
+BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml").expanduser()
+"""Where `ray up` puts the cluster's configuration on the head, and where the key pair of the cluster is named."""
+
+ASK_S = 3.0
+"""Between two questions to the API."""
+STATUS_S = 1.0
+RESTART_S = 1.0
+START_TIMEOUT_S = 60.0
+ABSENCES = 2
+"""Successive answers that must lack a machine before its tunnel is closed."""
+
+Source = Callable[[], Sequence[Node]]
+"""Which nodes exist, the head among them. Raises `ClusterError` when that could not be asked."""
+
+
+class Supervisor:
+    """Asks ``source``, keeps ``mesh`` accordingly and writes ``folder/status.json``."""
+
+    def __init__(self, folder: Path, mesh: Mesh, source: Source) -> None:
+        self.folder = folder
+        self.mesh = mesh
+        self.source = source
+        self._nodes: dict[str, Node] = {}
+        self._absences: dict[str, int] = {}
+        self._asked: float | None = None
+        self._answered: float | None = None
+        self._api_error = ""
+
+    async def run(self, parent: int | None = None) -> None:
+        """Work until cancelled, or until ``parent`` is no longer the parent process."""
+        await self._remember()
+        asking = asyncio.create_task(self._ask_for_ever())
+        try:
+            while parent is None or os.getppid() == parent:
+                if asking.done():
+                    asking.result()
+                for error in self.mesh.failed():
+                    raise error
+                self._write_status()
+                await asyncio.sleep(STATUS_S)
+        finally:
+            asking.cancel()
+            await self.mesh.detach()
+
+    async def _ask_for_ever(self) -> None:
+        while True:
+            self._asked = time.time()
+            try:
+                nodes = await asyncio.to_thread(self.source)
+            except ClusterError as error:
+                if str(error) != self._api_error:
+                    logger.warning("which machines exist could not be asked: %s", error)
+                self._api_error = str(error)
+            else:
+                await self._take(nodes)
+            await asyncio.sleep(ASK_S)
+
+    async def _take(self, nodes: Sequence[Node]) -> None:
+        """Believe an answer, if it knows of this machine."""
+        if not any(node.index == 0 for node in nodes):
+            self._api_error = "the answer does not contain the head itself and was not believed"
+            logger.warning("API: %s", self._api_error)
+            return
+        self._api_error, self._answered = "", time.time()
+        listed = {node.id: node for node in nodes}
+        before = [dataclasses.asdict(node) for node in self._nodes.values()]
+        for name in list(self._nodes):
+            if name in listed:
+                self._absences.pop(name, None)
+                continue
+            self._absences[name] = self._absences.get(name, 0) + 1
+            if self._absences[name] >= ABSENCES:
+                del self._nodes[name], self._absences[name]
+        self._nodes.update(listed)
+        rows = [dataclasses.asdict(node) for node in self._nodes.values()]
+        if rows != before:
+            write_whole(self.folder / "nodes.json", rows)
+        await self.mesh.update(self._nodes.values())
+
+    async def _remember(self) -> None:
+        """Begin with the machines that the last supervisor knew, in case the API cannot be asked now."""
+        try:
+            rows = json.loads((self.folder / "nodes.json").read_text())
+        except FileNotFoundError:
+            return
+        for row in rows:
+            endpoints = tuple(Endpoint(**endpoint) for endpoint in row["endpoints"])
+            self._nodes[row["id"]] = Node(row["id"], row["index"], endpoints)
+        await self.mesh.update(self._nodes.values())
+
+    def _write_status(self) -> None:
+        status = {
+            "written": time.time(),
+            "pid": os.getpid(),
+            "api": {"asked": self._asked, "answered": self._answered, "error": self._api_error},
+            "nodes": {
+                name: {"index": link.node.index, **dataclasses.asdict(link.status)}
+                for name, link in sorted(self.mesh.links.items())
+            },
+        }
+        write_whole(self.folder / "status.json", status)
+
+
+def write_whole(path: Path, content: object) -> None:
+    """Write JSON so that a reader never sees half of it."""
+    fresh = path.with_suffix(".new")
+    fresh.write_text(json.dumps(content, indent=1))
+    fresh.replace(path)
+
+
+def provider_source(config_file: Path) -> tuple[Source, SshIdentity, int]:
+    """The source that asks the API as the provider does, from the configuration that `ray up` left on the head."""
+    from cluster.node_provider import VastNodeProvider
+
+    config = yaml.safe_load(config_file.read_text())
+    provider = VastNodeProvider(config["provider"], config["cluster_name"])
+    key = Path(config["auth"]["ssh_private_key"]).expanduser()
+    identity = SshIdentity(key, FOLDER / "known_hosts")
+    return provider.nodes_for_mesh, identity, provider.settings.max_cpus
+
+
+def run(config_file: Path, parent: int | None) -> None:
+    """Be the supervisor."""
+    FOLDER.mkdir(parents=True, exist_ok=True, mode=0o700)
+    source, identity, max_cpus = provider_source(config_file)
+    asyncio.run(Supervisor(FOLDER, Mesh(FOLDER, identity, max_cpus), source).run(parent))
+
+
+def keep(command: Sequence[str], folder: Path) -> None:
+    """Be the keeper: run ``command`` and run it again whenever it ends; one keeper per folder."""
+    lock = hold(folder)
+    if lock is None:
+        logger.info("another keeper is at work")
+        return
+    with lock:
+        while True:
+            started = time.monotonic()
+            child = subprocess.Popen([*command, "--parent", str(os.getpid())], stdin=subprocess.DEVNULL)
+            (folder / "supervisor.pid").write_text(str(child.pid))
+            status = child.wait()
+            logger.warning("the supervisor ended with %d after %.0f s", status, time.monotonic() - started)
+            time.sleep(RESTART_S)
+
+
+def hold(folder: Path) -> IO[str] | None:
+    """The lock of the keeper with our process id in it, or None when a living keeper holds it."""
+    lock = open(folder / "keeper.lock", "a+")  # noqa: SIM115 - held for the life of the process
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return lock
+
+
+def start(keeper: Sequence[str], folder: Path) -> None:
+    """Have a keeper in the background that runs the code of today; wait until its supervisor has reported.
+
+    Raises `NodeError` with the end of the log when it does not.
+    """
+    end(folder)
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    begun = time.time()
+    process = spawn(keeper, folder)
+    while time.time() < begun + START_TIMEOUT_S and process.poll() is None:
+        if read_status(folder).get("written", 0.0) > begun:
+            return
+        time.sleep(0.2)
+    log = (folder / "keeper.log").read_text(errors="replace")[-1500:]
+    raise NodeError(f"the supervisor did not report; look into {folder}/supervisor.log; the keeper said: {log}")
+
+
+def spawn(keeper: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
+    """Start a keeper that outlives us; what it and its supervisors write to standard error is kept."""
+    with open(folder / "keeper.log", "wb") as log:
+        return subprocess.Popen(keeper, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
+
+
+def end(folder: Path) -> None:
+    """End keeper and supervisor; the tunnels stay."""
+    for name in ("keeper.lock", "supervisor.pid"):  # the keeper first, or it would start another supervisor
+        try:
+            pid = int((folder / name).read_text())
+            command = Path(f"/proc/{pid}/cmdline").read_bytes()
+            if b"supervisor" in command:
+                os.kill(pid, signal.SIGKILL)
+        except (OSError, ValueError):
+            continue
+
+
+def read_status(folder: Path) -> dict:
+    """What the supervisor last wrote; empty before it wrote anything."""
+    try:
+        return json.loads((folder / "status.json").read_text())
+    except FileNotFoundError:
+        return {}
+
+
+def end_tunnels(folder: Path) -> None:
+    for socket in folder.glob("*.sock"):
+        subprocess.run(["ssh", "-S", str(socket), "-O", "exit", socket.stem], capture_output=True, timeout=20)
+
+
+def log_to(folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    handler = logging.handlers.RotatingFileHandler(folder / "supervisor.log", maxBytes=2_000_000, backupCount=2)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=[handler])
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("action", choices=["start", "status", "stop", "keep", "run"])
+    parser.add_argument("--config", type=Path, default=BOOTSTRAP_CONFIG, help="cluster configuration on the head")
+    parser.add_argument("--parent", type=int, help="process id of the keeper")
+    options = parser.parse_args()
+    program = [sys.executable, "-m", "cluster.supervisor"]
+    config = ["--config", str(options.config)]
+    if options.action == "start":
+        start([*program, "keep", *config], FOLDER)
+    elif options.action == "stop":
+        end(FOLDER)
+        end_tunnels(FOLDER)
+    elif options.action == "status":
+        sys.stdout.write(json.dumps(read_status(FOLDER), indent=1) + "\n")
+    elif options.action == "keep":
+        log_to(FOLDER)
+        keep([*program, "run", *config], FOLDER)
+    else:
+        log_to(FOLDER)
+        run(options.config, options.parent)
+        logger.warning("the keeper is gone; starting another")
+        spawn([*program, "keep", *config], FOLDER)
+
+
+if __name__ == "__main__":
+    main()

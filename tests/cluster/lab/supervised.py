@@ -1,0 +1,43 @@
+"""The supervisor as it runs on a head, with the list of machines in a file where the API would be.
+
+python -m tests.cluster.lab.supervised start|keep|run     reads ~/nodes.json; "unavailable" there is an outage
+"""
+
+import asyncio
+import json
+import sys
+from pathlib import Path
+
+from cluster import supervisor
+from cluster.errors import NodeError
+from cluster.mesh import Mesh, Node
+from cluster.ssh_master import Endpoint, SshIdentity
+
+MAX_CPUS = 2
+FOLDER = supervisor.FOLDER
+PROGRAM = [sys.executable, "-m", "tests.cluster.lab.supervised"]
+
+
+def nodes() -> list[Node]:
+    listed = json.loads(Path("~/nodes.json").expanduser().read_text())
+    if listed == "unavailable":
+        raise NodeError("the API does not answer")
+    return [Node(row["id"], row["index"], tuple(Endpoint(*pair) for pair in row["endpoints"])) for row in listed]
+
+
+def main() -> None:
+    action = sys.argv[1]
+    if action == "start":
+        supervisor.start([*PROGRAM, "keep", "supervisor"], FOLDER)
+    elif action == "keep":
+        supervisor.keep([*PROGRAM, "run", "supervisor"], FOLDER)
+    else:
+        supervisor.log_to(FOLDER)
+        supervisor.ASK_S = 0.3
+        mesh = Mesh(FOLDER, SshIdentity(Path("~/key").expanduser(), FOLDER / "known_hosts"), MAX_CPUS)
+        asyncio.run(supervisor.Supervisor(FOLDER, mesh, nodes).run(int(sys.argv[-1])))
+        supervisor.spawn([*PROGRAM, "keep", "supervisor"], FOLDER)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,264 @@
+"""The tunnels between real ssh servers behind NAT: everyone reaches everyone, and what happens when things break."""
+
+import json
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from cluster.addresses import NodeAddress
+from cluster.mesh import listeners
+from tests.cluster.conftest import KeyPair
+from tests.cluster.lab import Container, Lab
+from tests.cluster.lab.container import CHECKOUT
+from tests.cluster.lab.supervised import MAX_CPUS
+
+MESH = "root/.bruno-ray/mesh"
+
+
+class Network:
+    """A head with a supervisor and workers that answer on all their ports."""
+
+    def __init__(self, lab: Lab, key: KeyPair) -> None:
+        self.lab, self.key = lab, key
+        self.nodes: dict[int, Container] = {}
+
+    def add(self, index: int, gateway_ports: str = "clientspecified") -> Container:
+        self.nodes[index] = self.lab.add([self.key.public], gateway_ports)
+        log = "< /dev/null > /tmp/echo.log 2>&1 &"
+        self.shell(index, f"{self.python('tests.cluster.lab.echo', index, MAX_CPUS)} {log}")
+        wait_for(lambda: "ready" in self.nodes[index].read("/tmp/echo.log"), f"servers of node {index}")
+        return self.nodes[index]
+
+    def tell(self, **changes: object) -> None:
+        """What the list of machines says from now on."""
+        rows = [
+            {"id": container.name, "index": index, "endpoints": [[container.public_address, container.ssh_port]]}
+            for index, container in self.nodes.items()
+        ]
+        fresh = self.nodes[0].home / "nodes.new"
+        fresh.write_text(json.dumps(changes.get("instead", rows)))
+        fresh.replace(self.nodes[0].home / "nodes.json")
+
+    def start_supervisor(self) -> None:
+        (self.nodes[0].home / "key").write_text(self.key.private.read_text())
+        (self.nodes[0].home / "key").chmod(0o600)
+        self.shell(0, self.python("tests.cluster.lab.supervised", "start"))
+
+    def shell(self, index: int, command: str) -> str:
+        return self.lab.ssh(self.nodes[index], self.key.private, command)
+
+    def python(self, *words: object) -> str:
+        return f"cd {CHECKOUT}; {sys.executable} -m {shlex.join(str(word) for word in words)}"
+
+    def status(self) -> dict:
+        return json.loads(self.nodes[0].read(f"{MESH}/status.json"))
+
+    def link(self, index: int) -> dict:
+        return next((row for row in self.status()["nodes"].values() if row["index"] == index), {"state": "none"})
+
+    def wait_until_up(self, timeout: float = 20) -> None:
+        workers = set(self.nodes) - {0}
+
+        def up() -> bool:
+            links = {row["index"]: row for row in self.status()["nodes"].values()}
+            peers = {index: set(row["peers"]) for index, row in links.items() if row["state"] == "up"}
+            return peers == {index: workers - {index} for index in workers}
+
+        wait_for(up, "all links", timeout, self.status)
+
+    def answers(self, index: int) -> dict[int, list[str]]:
+        others = sorted(set(self.nodes) - {index})
+        said = json.loads(self.shell(index, self.python("tests.cluster.lab.echo", "ask", MAX_CPUS, *others)))
+        return {int(number): answers for number, answers in said.items()}
+
+    def check_everyone_reaches_everyone(self) -> None:
+        for index in self.nodes:
+            expected = {other: [f"node {other}"] * 3 for other in self.nodes if other != index}
+            assert self.answers(index) == expected, f"from node {index}"
+
+    def master(self, index: int) -> int:
+        """Process id, as the host sees it, of the head's ssh to a worker."""
+        name = f"bruno-ray-{self.nodes[index].name}"
+        found = [pid for pid in self.nodes[0].processes() if is_master(pid, name)]
+        assert len(found) == 1, found
+        return found[0]
+
+    def supervisor(self, action: str = "run") -> int:
+        found = [pid for pid in self.nodes[0].processes() if f"supervised {action} " in command_line(pid)]
+        assert len(found) == 1, found
+        return found[0]
+
+
+def command_line(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode()
+    except OSError:
+        return ""
+
+
+def is_master(pid: int, name: str) -> bool:
+    command = command_line(pid)
+    return command.startswith("ssh -M ") and f"HostKeyAlias={name} " in command
+
+
+def wait_for(
+    condition: Callable[[], bool], what: str, timeout: float = 20, detail: Callable[[], object] = lambda: ""
+) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not within {timeout} s: {what} {detail()}")
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="module")
+def network(lab: Lab, key: KeyPair) -> Iterator[Network]:
+    """Head, two workers whose sshd allows `-R` on an alias, and one whose sshd silently does not."""
+    network = Network(lab, key)
+    for index, gateway_ports in enumerate(["clientspecified", "clientspecified", "clientspecified", "no"]):
+        network.add(index, gateway_ports)
+    network.tell()
+    network.start_supervisor()
+    network.wait_until_up()
+    yield network
+
+
+@pytest.mark.cluster
+class TestStar:
+    def test_everyone_reaches_everyone_under_the_same_address(self, network: Network) -> None:
+        network.check_everyone_reaches_everyone()
+
+    def test_sshd_that_does_not_listen_on_an_alias_is_replaced_by_our_own(self, network: Network) -> None:
+        assert [network.link(index)["inner_sshd"] for index in (1, 2, 3)] == [False, False, True]
+        table = network.shell(3, "cat /proc/net/tcp")
+        wanted = {(address.alias, port) for address in map(address_of, (0, 1, 2)) for port in address.ports}
+        assert wanted <= listeners(table)
+        assert not {port for address, port in listeners(table) if address in ("0.0.0.0", "127.0.0.1")} - {22}
+
+    def test_machine_that_appears_is_connected_and_known_to_all_and_forgotten_when_it_goes(
+        self, network: Network
+    ) -> None:
+        network.add(4)
+        network.tell()
+        network.wait_until_up()
+        network.check_everyone_reaches_everyone()
+        network.lab.remove(network.nodes.pop(4))
+        network.tell()
+        network.wait_until_up()
+        assert network.link(4)["state"] == "none"
+        network.check_everyone_reaches_everyone()
+
+    def test_killed_connection_is_made_again_at_once(self, network: Network) -> None:
+        before = network.link(1)["connections"]
+        os.kill(network.master(1), signal.SIGKILL)
+        began = time.monotonic()
+        wait_for(lambda: network.link(1)["connections"] > before, "a new connection")
+        network.wait_until_up()
+        print(f"reconnected after {time.monotonic() - began:.1f} s (status is written every second)")
+        network.check_everyone_reaches_everyone()
+        assert network.link(2)["connections"] == 1
+
+    def test_supervisor_killed_breaks_no_tunnel_and_the_next_adopts_them(self, network: Network) -> None:
+        masters = [network.master(index) for index in (1, 2, 3)]
+        old = network.supervisor()
+        os.kill(old, signal.SIGKILL)
+        network.check_everyone_reaches_everyone()
+        began = time.monotonic()
+        wait_for(lambda: network.status()["written"] > time.time() - 1 and network.status()["pid"], "a new supervisor")
+        network.wait_until_up()
+        print(f"supervisor back after {time.monotonic() - began:.1f} s")
+        assert network.supervisor() != old
+        assert [network.master(index) for index in (1, 2, 3)] == masters
+        assert [network.link(index)["adopted"] for index in (1, 2, 3)] == [1, 1, 1]
+        assert [network.link(index)["inner_sshd"] for index in (1, 2, 3)] == [False, False, True]
+        network.check_everyone_reaches_everyone()
+
+    def test_killed_keeper_is_replaced_too(self, network: Network) -> None:
+        old = network.supervisor("keep")
+        before = network.status()["pid"]
+        os.kill(old, signal.SIGKILL)
+        wait_for(lambda: network.status()["pid"] != before, "a new supervisor")
+        assert network.supervisor("keep") != old
+        network.wait_until_up()
+
+    def test_api_outage_and_an_answer_without_the_head_change_nothing(self, network: Network) -> None:
+        masters = [network.master(index) for index in (1, 2, 3)]
+        for answer, error in (("unavailable", "does not answer"), ([], "does not contain the head")):
+            network.tell(instead=answer)
+            wait_for(lambda e=error: e in network.status()["api"]["error"], "the error in the status")
+            time.sleep(1.5)  # several answers
+            assert [network.master(index) for index in (1, 2, 3)] == masters
+        old = network.status()["pid"]
+        os.kill(network.supervisor(), signal.SIGKILL)  # a supervisor that starts meanwhile knows the machines
+        os.kill(network.master(2), signal.SIGKILL)  # and mends what breaks
+        wait_for(lambda: network.status()["pid"] != old, "a new supervisor")
+        network.wait_until_up()
+        network.check_everyone_reaches_everyone()
+        network.tell()
+        wait_for(lambda: network.status()["api"]["error"] == "", "the end of the outage")
+
+    def test_short_cut_breaks_no_connection_that_runs_through_the_tunnel(self, network: Network) -> None:
+        before = network.link(1)["connections"]
+        command = network.python("tests.cluster.lab.echo", "talk", MAX_CPUS, 1)
+        network.shell(2, f"{command} < /dev/null > /tmp/talk.log 2>&1 &")
+        wait_for(lambda: "talking" in network.nodes[2].read("/tmp/talk.log"), "a conversation from node 2 to node 1")
+        network.nodes[1].cut()
+        time.sleep(2)
+        network.nodes[1].mend()
+        wait_for(lambda: "done" in network.nodes[2].read("/tmp/talk.log"), "the end of the conversation")
+        assert network.link(1)["connections"] == before
+
+    @pytest.mark.slow
+    def test_long_cut_is_noticed_and_mended_although_the_other_side_never_heard_of_it(self, network: Network) -> None:
+        """The worker's sshd still holds the old listeners when the head comes back: they are evicted."""
+        for index in (1, 3):
+            network.nodes[index].cut()
+        time.sleep(20)
+        assert network.link(1)["state"] == "lost" and network.link(3)["state"] == "lost"
+        for index in (1, 3):
+            network.nodes[index].mend()
+        began = time.monotonic()
+        network.wait_until_up()
+        print(f"up {time.monotonic() - began:.1f} s after the cut")
+        network.check_everyone_reaches_everyone()
+
+    def test_host_key_that_changes_is_refused(self, network: Network) -> None:
+        known = network.nodes[0].home / ".bruno-ray/mesh/known_hosts"
+        text = known.read_text()
+        assert f"bruno-ray-{network.nodes[2].name} " in text
+        try:
+            other = (network.nodes[1].folder / "host_key.pub").read_text().split()[1]
+            lines = [line for line in text.splitlines() if not line.startswith(f"bruno-ray-{network.nodes[2].name} ")]
+            known.write_text("\n".join([*lines, f"bruno-ray-{network.nodes[2].name} ssh-ed25519 {other}", ""]))
+            os.kill(network.master(2), signal.SIGKILL)
+            wait_for(lambda: "ost key verification failed" in network.link(2).get("last_error", ""), "a refusal")
+        finally:
+            known.write_text(text)
+        network.wait_until_up()
+
+    def test_machine_that_never_answers_costs_the_others_nothing(self, network: Network) -> None:
+        rows = json.loads((network.nodes[0].home / "nodes.json").read_text())
+        network.tell(instead=[*rows, {"id": "dead", "index": 5, "endpoints": [["10.99.9.9", 22]]}])
+        wait_for(lambda: network.link(5)["state"] == "connecting" and bool(network.link(5)["last_error"]), "an attempt")
+        network.check_everyone_reaches_everyone()
+        network.tell()
+        wait_for(lambda: network.link(5)["state"] == "none", "the end of the dead machine's link")
+
+
+def address_of(index: int) -> NodeAddress:
+    return NodeAddress(index, MAX_CPUS)
+
+
+def test_listeners_are_read_from_the_kernels_table() -> None:
+    table = (
+        "  sl  local_address rem_address   st tx_queue rx_queue tr tm->when retrnsmt   uid  timeout inode\n"
+        "   0: 01004D7F:18EB 00000000:0000 0A 00000000:00000000 00:00000000 00000000     0        0 1 1\n"
+        "   1: 01004D7F:18EC 0200007F:1000 01 00000000:00000000 00:00000000 00000000     0        0 1 1\n"
+    )
+    assert listeners(table) == {("127.77.0.1", 6379)}
