@@ -1,9 +1,11 @@
 """The chat page, mounted in the application whose API it uses."""
 
+import re
+
 import gradio as gr
 from fastapi import FastAPI
 from fastapi.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve.ui.client import Api
 from serve.ui.page import HERE, Page
@@ -28,7 +30,6 @@ def mount(app: FastAPI, *, auth_required: bool) -> None:
 
     page = Page(Api(app), auth_required)
     page.blocks.queue(max_size=512, api_open=False)
-    script = (HERE / "page.js").read_text()
     gr.mount_gradio_app(
         app,
         page.blocks,
@@ -40,21 +41,67 @@ def mount(app: FastAPI, *, auth_required: bool) -> None:
         pwa=False,
         mcp_server=False,
         enable_monitoring=False,
-        theme=gr.themes.Default(),
+        theme=gr.themes.Default(
+            primary_hue="slate",
+            neutral_hue="slate",
+            font=["system-ui", "sans-serif"],  # the viewer's own: nothing is fetched
+            font_mono=["ui-monospace", "monospace"],
+        ),
         css=(HERE / "page.css").read_text(),
-        head=f'<link rel="icon" href="data:,"><script>{script}</script>',
     )
-    app.routes[-1].app = _WithoutUploads(app.routes[-1].app)
+    app.routes[-1].app = _Adapted(app.routes[-1].app, (HERE / "page.js").read_text())
 
 
-class _WithoutUploads:
-    """The page takes no files, and its upload route would let anyone fill the disk."""
+class _Adapted:
+    """Gradio's application with our script in its page, and without its uploads.
 
-    def __init__(self, app: ASGIApp):
+    The script must run before Gradio's own, which `mount_gradio_app(head=...)` does not do; the upload route would
+    let anyone fill the disk, and the page takes no files.
+    """
+
+    def __init__(self, app: ASGIApp, script: str):
         self._app = app
+        self._script = f'<link rel="icon" href="data:,"><script>{script}</script>'
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and "/gradio_api/upload" in scope["path"]:
+        path = scope["path"].removeprefix(scope.get("root_path", "")) if scope["type"] == "http" else None
+        if path is None:
+            await self._app(scope, receive, send)
+        elif path.startswith("/gradio_api/upload"):
             await Response(status_code=404)(scope, receive, send)
+        elif path in ("", "/"):
+            plain = [(name, value) for name, value in scope["headers"] if name != b"accept-encoding"]
+            await self._app({**scope, "headers": plain}, receive, _Page(send, self._script))
         else:
             await self._app(scope, receive, send)
+
+
+class _Page:
+    """Passes a response on; if it is HTML, with ``script`` in it and nothing that assumes a host or a prefix."""
+
+    def __init__(self, send: Send, script: str):
+        self._send = send
+        self._script = script
+        self._start: Message = {}
+        self._body = b""
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self._start = message
+            return
+        self._body += message.get("body", b"")
+        if message.get("more_body"):
+            return
+        headers = [pair for pair in self._start["headers"] if pair[0].lower() != b"content-length"]
+        if any(name.lower() == b"content-type" and b"text/html" in value for name, value in headers):
+            self._body = self._adapted(self._body.decode()).encode()
+        headers.append((b"content-length", str(len(self._body)).encode()))
+        await self._send({**self._start, "headers": headers})
+        await self._send({"type": "http.response.body", "body": self._body})
+
+    def _adapted(self, html: str) -> str:
+        html = html.replace('<link rel="manifest" href="/manifest.json" />', "")
+        html = re.sub(r'const root = "[^"]*";', "const root = window.gradio_config.root;", html, count=1)
+        before, configuration, after = html.partition("window.gradio_config = ")
+        value, end, after = after.partition("</script>")
+        return before + configuration + value + end + self._script + after

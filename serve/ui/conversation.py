@@ -1,7 +1,7 @@
 """What one side of the page remembers: its turns, as plain dicts that live in the browser's storage.
 
-A turn is ``{"user", "answer", "model", "finish", "error", "tokens", "seconds"}``. ``finish`` is None while the answer is
-being written; ``error`` is the one line of an answer that failed; ``tokens`` and ``seconds`` are of the answer.
+A turn is ``{"user", "answer", "model", "finish", "error", "tokens", "seconds"}``. ``finish`` is None while the answer
+is being written; ``error`` is the one line of an answer that failed; ``tokens`` and ``seconds`` are of the answer.
 """
 
 from collections.abc import Sequence

@@ -51,12 +51,21 @@
       : /\s/.test(character) ? " "
       : character.toLowerCase();
 
+  const BREAKS = new Set(["BR", "P", "LI", "UL", "OL", "PRE", "TR", "TD", "BLOCKQUOTE", "H1", "H2", "H3", "H4"]);
+
   // Ranges of every marker in the text under `element`, over the borders of its text nodes.
   const rangesIn = (element) => {
-    const walker = document.createTreeWalker(element, NodeFilter.SHOW_TEXT);
+    const walker = document.createTreeWalker(element, NodeFilter.SHOW_TEXT | NodeFilter.SHOW_ELEMENT);
     let text = "";
     const places = [];
     for (let node = walker.nextNode(); node; node = walker.nextNode()) {
+      if (node.nodeType === Node.ELEMENT_NODE) {
+        if (BREAKS.has(node.tagName) && text && !text.endsWith(" ")) {
+          text += " ";
+          places.push(places[places.length - 1]);
+        }
+        continue;
+      }
       [...node.data].reduce((offset, character) => {
         for (const one of plain(character)) {
           if (one === " " && text.endsWith(" ")) continue;

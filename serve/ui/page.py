@@ -47,7 +47,7 @@ class Side:
                 elem_id=f"chat-{name}",
                 elem_classes="answers",
             )
-            line = gr.HTML(elem_classes="caption", elem_id=f"caption-{name}")
+            line = gr.HTML(elem_classes="caption", elem_id=f"caption-{name}", padding=False)
         turns = gr.BrowserState([], storage_key=f"bruno-ray-turns-{name}", secret=STORAGE_SECRET)
         return cls(name, picker, chat, line, turns)
 
@@ -78,12 +78,12 @@ class Page:
     def _build(self) -> gr.Blocks:
         with gr.Blocks(title="bruno-ray", analytics_enabled=False, fill_width=True) as blocks:
             with gr.Row(elem_id="top"):
-                gr.HTML("<h1>bruno-ray</h1>", elem_id="title")
-                self.stats = gr.HTML(elem_id="stats", elem_classes="caption")
+                gr.HTML("<h1>bruno-ray</h1>", elem_id="title", padding=False)
+                self.stats = gr.HTML(elem_id="stats", elem_classes="caption", padding=False)
             self.key = gr.Textbox(
                 label="Key", type="password", visible=self.auth_required, elem_id="key", info="Kept for this tab only."
             )
-            self.problem = gr.HTML(elem_id="problem")
+            self.problem = gr.HTML(elem_id="problem", padding=False)
             with gr.Row():
                 self.left, self.right = Side.build("left"), Side.build("right")
             with gr.Row(elem_id="asking"):
@@ -118,9 +118,15 @@ class Page:
                     self.run = gr.Dropdown([], label="Run", elem_id="run", scale=3, interactive=True)
                     self.study = gr.HTML(elem_id="study-link")
                 self.front = gr.Dataframe(
-                    type="array", interactive=False, show_label=False, wrap=True, elem_id="front", max_height=360
+                    type="array",
+                    interactive=False,
+                    show_label=False,
+                    wrap=True,
+                    elem_id="front",
+                    max_height=360,
+                    buttons=[],
                 )
-                gr.HTML("A click on a row loads that trial on the right.", elem_classes="caption")
+                gr.HTML("A click on a row loads that trial on the right.", elem_classes="caption", padding=False)
             self.markers = gr.JSON(visible="hidden", elem_id="markers")
             self.choices = gr.BrowserState({}, storage_key="bruno-ray-choices", secret=STORAGE_SECRET)
             self._wire(blocks)
@@ -188,6 +194,8 @@ class Page:
         self.stop.click(self._stop, None, None, concurrency_limit=None, **QUIET)
         blocks.unload(self._stop)
         self.clear.click(self._clear, None, asking, **QUIET)
+        for side in (self.left, self.right):
+            side.chat.clear(lambda: ("", []), None, [side.caption, side.turns], **QUIET)
         self.export.click(
             None, [self.left.turns, self.right.turns, *self._sampling], js="bruno.exportConversations", **QUIET
         )
@@ -270,14 +278,15 @@ class Page:
     ) -> AsyncIterator[tuple[Any, ...]]:
         session = request.session_hash or ""
         try:
-            sampling = Sampling(system or "", temperature, top_p, int(max_tokens), int(seed) if (seed or "").strip() else None)
+            chosen_seed = int(seed) if (seed or "").strip() else None
+            sampling = Sampling(system or "", temperature, top_p, int(max_tokens), chosen_seed)
         except (TypeError, ValueError):
             turns = [*turns[:-1], {**turns[-1], "error": "max tokens and seed must be whole numbers"}]
             yield *draw(turns), turns
             return
-        async for turns in answer(self.api, self.streams, session, key, turns, sampling):
-            last = turns[-1]["finish"] or turns[-1]["error"]
-            yield *draw(turns), (turns if last else gr.skip())
+        async for now in answer(self.api, self.streams, session, key, turns, sampling):
+            ended = now[-1]["finish"] or now[-1]["error"]
+            yield *draw(now), (now if ended else gr.skip())
 
     def _stop(self, request: gr.Request) -> None:
         self.streams.stop(request.session_hash or "")
