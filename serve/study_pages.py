@@ -115,6 +115,7 @@ class StudyPages:
         if path == "dashboard" or path.startswith("dashboard/"):
             up = "../" * path.count("/")
             body = body.replace(b'src="/static/', f'src="{up}static/'.encode())
+            body = body.replace(b"<head>", b'<head><link rel="icon" href="data:,">')
         kept = {"content-type", "content-disposition", "content-security-policy"}
         return Response(body, status, {name: value for name, value in headers if name.lower() in kept})
 

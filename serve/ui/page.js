@@ -14,8 +14,8 @@
   };
 
   const keepKey = (value) => {
+    if (value !== sessionStorage.getItem(KEY)) openStudies(value);
     sessionStorage.setItem(KEY, value || "");
-    openStudies(value);
     return [];
   };
 

@@ -89,7 +89,7 @@ class Page:
             with gr.Row(elem_id="asking"):
                 self.prompt = gr.Textbox(
                     show_label=False,
-                    placeholder="Ask both. Enter sends, Shift+Enter makes a new line.",
+                    placeholder="Ask both models; Enter sends",
                     lines=1,
                     max_lines=12,
                     scale=8,
@@ -116,7 +116,7 @@ class Page:
             with gr.Accordion("Pareto front", open=True, elem_id="front-section"):
                 with gr.Row():
                     self.run = gr.Dropdown([], label="Run", elem_id="run", scale=3, interactive=True)
-                    self.study = gr.HTML(elem_id="study-link")
+                    self.study = gr.HTML(elem_id="study-link", min_width=200)
                 self.front = gr.Dataframe(
                     type="array",
                     interactive=False,
@@ -156,7 +156,7 @@ class Page:
         connected = entered.then(self._connect, **known, **QUIET)
         for step in (loaded, connected):
             step.then(None, self.markers, js="bruno.mark", **QUIET)
-        self.run.change(self._show_front, [self.key, self.run], [self.front, self.study, self.problem], **QUIET)
+        self.run.change(self._show_front, [self.key, self.run], [self.front, self.study], **QUIET)
         self.front.select(self._load_trial, self.front, self.right.picker, **QUIET).then(
             None, self._chosen, self.choices, js="bruno.choices", **QUIET
         )
@@ -231,13 +231,13 @@ class Page:
 
     async def _show_front(self, key: str, run: str | None) -> list[Any]:
         if not run:
-            return [gr.update(value=None), "", gr.skip()]
+            return [gr.update(value=None), ""]
         link = f'<a href="../study/{run}/" target="_blank" rel="noopener">All trials of this study</a>'
         try:
             front = await Front.fetch(self.api, key, run)
         except ApiError as error:
-            return [gr.update(value=None), "", _escaped(str(error))]
-        return [gr.update(value={"headers": front.headers, "data": front.rows}), link, ""]
+            return [gr.update(value=None), _escaped(str(error))]
+        return [gr.update(value={"headers": front.headers, "data": front.rows}), link]
 
     def _load_trial(self, table: list[list[Any]], event: gr.SelectData) -> str:
         row = event.row_value or table[event.index[0]]
