@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from cluster.addresses import NodeAddress
+from cluster.keys import host_key_alias
 from cluster.ssh_master import Endpoint, Forward, LinkError, ListenError, SshIdentity, SshMaster
 
 logger = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ class Link:
         self._here = here
         self._there = NodeAddress(node.index, max_cpus)
         self._max_cpus = max_cpus
-        self._master = SshMaster(folder / f"{node.id}.sock", identity, f"bruno-ray-{node.id}")
+        self._master = SshMaster(folder / f"{node.id}.sock", identity, host_key_alias(node.id))
         self._inner_sshd = False
         self._attempts = 0
 
@@ -239,7 +240,7 @@ class Mesh:
         """End connections that an earlier supervisor left to machines that exist no more."""
         for socket in self._folder.glob("*.sock"):
             if socket.stem not in workers and socket.stem not in self.links:
-                forgotten = SshMaster(socket, self._identity, f"bruno-ray-{socket.stem}")
+                forgotten = SshMaster(socket, self._identity, host_key_alias(socket.stem))
                 await forgotten.adopt()
                 await forgotten.close()
 

@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import KeyPair
+from tests.cluster.fake_vast.machines import MachineOrder
 from tests.cluster.lab import Container, Lab
 from tests.cluster.lab.container import CHECKOUT, INSIDE
+from tests.cluster.lab.machine import NamespaceMachine
 from tests.cluster.lab.namespaces import NETNS_FOLDER, namespaces_of, sweep
 
 pytestmark = pytest.mark.cluster
@@ -47,6 +49,17 @@ def test_container_has_the_capabilities_of_docker_and_its_own_file_system(
     lab.ssh(pair[0], key.private, "echo mine > /root/file; echo mine > /tmp/file")
     assert pair[0].read("/root/file") == "mine\n"
     assert not (pair[1].home / "file").exists()
+
+
+def test_container_is_told_what_docker_would_tell_it(lab: Lab, key: KeyPair) -> None:
+    order = MachineOrder(1, "image", 'echo "$COLOUR" > /root/told', {"COLOUR": "it's red"}, (key.public,))
+    machine = NamespaceMachine(lab)
+    machine.start(order)
+    assert machine.container is not None
+    said = lab.ssh(machine.container, key.private, 'cat /root/told; echo "session: $COLOUR"')
+    assert said.splitlines() == ["it's red", "session: "], "sessions do not inherit the container's environment"
+    machine.stop()
+    assert not machine.container.folder.exists()
 
 
 def test_container_shares_this_python_and_this_checkout(lab: Lab, pair: list[Container], key: KeyPair) -> None:

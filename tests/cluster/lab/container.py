@@ -1,11 +1,12 @@
 """One imitated rented machine: a container behind its own NAT router."""
 
 import logging
+import shlex
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tests.cluster.lab.namespaces import processes_in, remove_namespace, run
@@ -67,7 +68,15 @@ class Container:
     """``number`` is unique in its lab and decides the public address; it is no node index."""
 
     def __init__(
-        self, lab_name: str, folder: Path, wan: str, number: int, keys: Sequence[str], gateway_ports: str
+        self,
+        lab_name: str,
+        folder: Path,
+        wan: str,
+        number: int,
+        keys: Sequence[str],
+        gateway_ports: str,
+        env: Mapping[str, str],
+        onstart: str,
     ) -> None:
         self.name = f"c{number}"
         self.namespace = f"{lab_name}-n{number}"
@@ -78,6 +87,8 @@ class Container:
         self._wan = wan
         self._keys = keys
         self._gateway_ports = gateway_ports
+        self._env = env
+        self._onstart = onstart
         self._number = number
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -155,6 +166,9 @@ class Container:
         (self.folder / "tmp").chmod(0o1777)
         (self.folder / "hosts").write_text(f"127.0.0.1 localhost\n{INSIDE} {self.name}\n")
         (self.folder / "sshd_config").write_text(SSHD_CONFIG.format(gateway_ports=self._gateway_ports))
+        environment = [f"export {name}={shlex.quote(value)}\n" for name, value in self._env.items()]
+        (self.folder / "environment").write_text("".join(environment))
+        (self.folder / "onstart.sh").write_text(self._onstart + "\n")
         run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / "host_key"))
         (self.home / ".ssh").chmod(0o700)
         self.home.chmod(0o700)

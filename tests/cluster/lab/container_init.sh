@@ -27,7 +27,12 @@ mount --bind "$state/root" "$root/root"
 mount --bind "$state/tmp" "$root/tmp"
 mount --bind "$state/hosts" "$root/etc/hosts"
 for path in "$@"; do read_only "$path"; done
-cp "$state"/{sshd_config,host_key} "$root/run/lab/"
+cp "$state"/{sshd_config,host_key,environment,onstart.sh} "$root/run/lab/"
+cat > "$root/run/lab/boot.sh" << 'BOOT'
+. /run/lab/environment
+bash /run/lab/onstart.sh > /tmp/onstart.log 2>&1 < /dev/null
+exec /usr/sbin/sshd -D -e -f /run/lab/sshd_config
+BOOT
 mount -t proc proc "$root/proc"
 mount --rbind /sys "$root/sys"
 mount --rbind /dev "$root/dev"
@@ -37,4 +42,4 @@ pivot_root . old
 # The capabilities of a container that Docker starts without options: no NET_ADMIN, no SYS_ADMIN, no SYS_PTRACE.
 exec chroot . /bin/bash -c 'umount -l /old && rmdir /old && cd /root && exec setpriv --inh-caps=-all \
   --bounding-set=-all,+chown,+dac_override,+fowner,+fsetid,+kill,+setgid,+setuid,+setpcap,+net_bind_service,+net_raw,+sys_chroot,+mknod,+audit_write,+setfcap \
-  env -i HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin /usr/sbin/sshd -D -e -f /run/lab/sshd_config'
+  env -i HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin bash /run/lab/boot.sh'

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,12 +55,21 @@ class Lab:
         shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
 
-    def add(self, keys: Sequence[str], gateway_ports: str = "clientspecified") -> Container:
-        """Start a container that lets in the given public keys; numbers are never used twice in a lab."""
+    def add(
+        self,
+        keys: Sequence[str],
+        gateway_ports: str = "clientspecified",
+        env: Mapping[str, str] | None = None,
+        onstart: str = "",
+    ) -> Container:
+        """Start a container that lets in the given public keys; numbers are never used twice in a lab.
+
+        ``env`` is the environment of the container's first process, ``onstart`` shell commands it runs before sshd.
+        """
         with self._guard:
             number = self._next
             self._next += 1
-        container = Container(self.name, self.folder, self.wan, number, keys, gateway_ports)
+        container = Container(self.name, self.folder, self.wan, number, keys, gateway_ports, env or {}, onstart)
         self.containers[number] = container
         try:
             container.start()
