@@ -16,7 +16,8 @@ from torch import Tensor
 
 GREEDY_BELOW = 1e-5  # temperatures that would only overflow
 CANDIDATES = 512  # likeliest tokens that nearly always hold the nucleus: sorting the vocabulary is slow
-BLOCK = 64  # uniform numbers drawn at a time
+DRAWN = 64  # uniform numbers drawn at a time
+BLOCK = 256  # columns of a distribution that are added up at a time
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Uniforms:
 
     def __call__(self) -> float:
         if not self._drawn:
-            self._drawn = torch.rand(BLOCK, generator=self._generator, dtype=torch.float64).tolist()[::-1]
+            self._drawn = torch.rand(DRAWN, generator=self._generator, dtype=torch.float64).tolist()[::-1]
         return self._drawn.pop()
 
 
@@ -152,7 +153,19 @@ def token_logprobs(logits_NV: Float[Tensor, "N V"], ids_N: Int[Tensor, " N"], n_
 
 
 def _invert(weights_SC: Float[Tensor, "S C"], uniforms_S1: Float[Tensor, "S 1"]) -> Int[Tensor, " S"]:
-    """The first column at which the cumulative weight exceeds its share u of the total."""
-    cumulative_SC = weights_SC.double().cumsum(-1)
-    found_S1 = torch.searchsorted(cumulative_SC, uniforms_S1 * cumulative_SC[:, -1:], right=True)
-    return found_S1[:, 0].clamp(max=weights_SC.shape[-1] - 1)
+    """The first column at which the cumulative weight exceeds its share u of the total.
+
+    Found in two levels, first the block and then the column in it: sums are fast, a running sum of everything is not.
+    """
+    n_blocks = -(-weights_SC.shape[-1] // BLOCK)
+    padded_SC = torch.nn.functional.pad(weights_SC, (0, n_blocks * BLOCK - weights_SC.shape[-1]))
+    blocks_SNC = padded_SC.view(len(weights_SC), n_blocks, BLOCK)
+    until_SN = blocks_SNC.sum(-1, dtype=torch.float64).cumsum(-1)
+    target_S1 = uniforms_S1 * until_SN[:, -1:]
+    block_S1 = torch.searchsorted(until_SN, target_S1, right=True).clamp(max=n_blocks - 1)
+    inside_SC = blocks_SNC[torch.arange(len(weights_SC), device=weights_SC.device), block_S1[:, 0]].double()
+    before_S1 = until_SN.gather(-1, block_S1) - inside_SC.sum(-1, keepdim=True)
+    column_S1 = torch.searchsorted(inside_SC.cumsum(-1), target_S1 - before_S1, right=True)
+    # Rounding may point just behind the block, or behind its last column with any weight: that one is meant.
+    last_S1 = BLOCK - 1 - (inside_SC > 0).flip(-1).int().argmax(-1, keepdim=True)
+    return (block_S1 * BLOCK + torch.minimum(column_S1, last_S1))[:, 0]
