@@ -2,8 +2,8 @@
 
     python -m cluster.ray_start head|worker [MORE OPTIONS OF ray start]
 
-Which node this is comes in the environment, from the provider's command runner: BRUNO_RAY_NODE_INDEX and
-BRUNO_RAY_MAX_CPUS. Options for one machine, such as the size of its object store, may stand in
+Which node this is comes in the environment, from the provider's command runner: CLUSTER_NODE_INDEX and
+CLUSTER_MAX_CPUS. Options for one machine, such as the size of its object store, may stand in
 BRUNO_RAY_START_OPTIONS. Flags were tried with Ray 2.60.
 """
 
@@ -16,18 +16,16 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 from cluster.addresses import CLIENT_PORT, DASHBOARD_PORT, GCS_PORT, NodeAddress
 from cluster.errors import ClusterSettingsError, NodeError
 
 logger = logging.getLogger(__name__)
 
-INDEX_VARIABLE = "BRUNO_RAY_NODE_INDEX"
-MAX_CPUS_VARIABLE = "BRUNO_RAY_MAX_CPUS"
+INDEX_VARIABLE = "CLUSTER_NODE_INDEX"
+MAX_CPUS_VARIABLE = "CLUSTER_MAX_CPUS"
 OPTIONS_VARIABLE = "BRUNO_RAY_START_OPTIONS"
 
-AUTOSCALING_CONFIG = "~/ray_bootstrap_config.yaml"
 TUNNEL_TIMEOUT_S = 180.0
 """How long a worker waits for the supervisor to bring it the head's ports; then its start fails and the autoscaler
 replaces it."""
@@ -69,9 +67,6 @@ def command_line(here: NodeAddress, more: Sequence[str] = ()) -> list[str]:
         # machine's NAT no interface of it can be reached from outside, and it asks for the token.
         place = ["--head", f"--port={GCS_PORT}", f"--ray-client-server-port={CLIENT_PORT}"]
         place += ["--dashboard-host=0.0.0.0", f"--dashboard-port={DASHBOARD_PORT}"]
-        place += (
-            [f"--autoscaling-config={AUTOSCALING_CONFIG}"] if Path(AUTOSCALING_CONFIG).expanduser().exists() else []
-        )
     else:
         place = [f"--address={head.alias}:{GCS_PORT}"]
     return [
