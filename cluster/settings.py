@@ -170,6 +170,12 @@ class ClusterSettings(Section):
     index_rest_s: PositiveFloat = 300.0
     """An index, and with it alias and ports, is not given to another machine for so long."""
 
+    role: Literal["laptop", "head"] = "laptop"
+    """Who reads this; `ray up` sets it to head in the copy for the head, which then looks after the workers."""
+
+    public_key: str = ""
+    """The cluster's ssh public key; filled in by `ray up`."""
+
     @classmethod
     def from_provider(cls, provider: dict[str, Any]) -> "ClusterSettings":
         """From the dict Ray hands over. Raises `ClusterSettingsError` naming the key."""

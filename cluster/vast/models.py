@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
+from cluster.ssh_master import Endpoint
+
 
 def _text(value: Any) -> str:
     return "" if value is None else str(value).strip()
@@ -46,13 +48,6 @@ class State(Enum):
     """The host sends no heartbeat; it may come back."""
     STOPPED = "stopped"
     """Outbid, exited or stopped by hand: its disk is still billed."""
-
-
-class Endpoint(WireModel):
-    """Where an sshd answers."""
-
-    host: str
-    port: int
 
 
 class Offer(WireModel):
@@ -130,9 +125,9 @@ class Instance(WireModel):
         found = []
         for binding in self.ports.get("22/tcp", [])[:1]:
             if self.public_ipaddr and binding.get("HostPort"):
-                found.append(Endpoint(host=self.public_ipaddr, port=int(binding["HostPort"])))
+                found.append(Endpoint(self.public_ipaddr, int(binding["HostPort"])))
         if self.ssh_host and self.ssh_port:
-            found.append(Endpoint(host=self.ssh_host, port=self.ssh_port))
+            found.append(Endpoint(self.ssh_host, self.ssh_port))
         return tuple(found)
 
 

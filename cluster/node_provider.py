@@ -1,0 +1,382 @@
+"""Ray's node provider for Vast.ai: `provider.module: cluster.node_provider.VastNodeProvider`, `type: external`.
+
+Works under autoscaler v2 (which wraps it) and v1. Up to three processes have a provider: `ray up` or `ray down` on the
+laptop, the autoscaler on the head, and the tunnels' supervisor on the head, which only reads. They agree because
+everything about a node is written on its instance (cluster/tags.py). The head's autoscaler also looks after the
+workers (cluster/caretaker.py) and keeps the account of what is gone in its own label.
+"""
+
+import copy
+import logging
+import threading
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from filelock import FileLock, Timeout
+from ray.autoscaler.command_runner import CommandRunnerInterface
+from ray.autoscaler.node_launch_exception import NodeLaunchException
+from ray.autoscaler.node_provider import NodeProvider
+from ray.autoscaler.tags import (
+    NODE_KIND_HEAD,
+    TAG_RAY_CLUSTER_NAME,
+    TAG_RAY_NODE_KIND,
+    TAG_RAY_NODE_STATUS,
+    TAG_RAY_USER_NODE_TYPE,
+)
+
+from cluster.addresses import NodeAddress, max_nodes
+from cluster.bootstrap import bootstrapped
+from cluster.caretaker import Caretaker
+from cluster.clock import Clock, SystemClock
+from cluster.command_runner import VastCommandRunner
+from cluster.cost import ClusterCost, cluster_cost
+from cluster.errors import BudgetError, ClusterError, NodeError, NoOfferError
+from cluster.keys import ensure_key_pair, public_key
+from cluster.launch import Launcher, LaunchOrder
+from cluster.ledger import Ledger
+from cluster.listing import NodeList
+from cluster.mesh import Node
+from cluster.settings import ClusterSettings, NodeSettings, checked_cluster_name
+from cluster.ssh_master import Endpoint
+from cluster.tags import HASH_TAGS, LASTING_STATUSES, ClusterNode, Label
+from cluster.vast.client import VastClient
+from cluster.vast.errors import VastError, VastRefusedError
+from cluster.vast.models import State
+
+logger = logging.getLogger(__name__)
+
+REFUSAL_S = 30.0
+"""The autoscaler asks for the same node every few seconds; a refusal stands for so long without asking the market."""
+
+LAUNCH_LOCK_S = 180.0
+LABEL_DEADLINE_S = 6.0
+SPENT_STEP = 0.05
+"""Dollars by which the head's account may differ from its label."""
+
+
+class VastNodeProvider(NodeProvider):
+    """Every method may be called from any thread. Raises the cluster's errors where Ray has none of its own."""
+
+    def __init__(
+        self,
+        provider_config: dict[str, Any],
+        cluster_name: str,
+        *,
+        client: VastClient | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        super().__init__(provider_config, checked_cluster_name(cluster_name))
+        self.settings = ClusterSettings.from_provider(provider_config)
+        self.folder: Path = self.settings.folder(cluster_name)
+        self._clock = clock or SystemClock()
+        self._client = client or VastClient(self.settings.vast_url, self.settings.api_key(), clock=self._clock)
+        self._nodes = NodeList(self._client, cluster_name, self._clock, self.settings.refresh_s)
+        self._ledger = Ledger(self.folder, self._clock)
+        self._launcher = Launcher(self._client, self._nodes, self._ledger, self._clock, self.settings.budget)
+        self._caretaker = Caretaker(self.settings, self._ledger)
+        self._lock = threading.RLock()
+        self._launching = threading.RLock()
+        self._tending = threading.Lock()
+        self._tended_version = -1
+        self._tags: dict[str, dict[str, str]] = {}
+        """What this process set, on top of what the instances say."""
+        self._unwritten: set[str] = set()
+        """Nodes whose label does not yet say what we set."""
+        self._indices: dict[str, int] = {}
+        """Of the nodes known at the last look, to notice whose index is free again."""
+        self._own_head: str | None = None
+        self._refusals: dict[str, tuple[float, ClusterError]] = {}
+        self._tearing_down = False
+
+    # What exists.
+
+    def non_terminated_nodes(self, tag_filters: dict[str, str]) -> list[str]:
+        nodes = self._current()
+        return [name for name in nodes if _matches(self._tags_of(nodes[name]), tag_filters)]
+
+    def nodes_for_teardown(self, tag_filters: dict[str, str]) -> list[str]:
+        """As above, but never from memory: what `ray down` does not see goes on costing money."""
+        self._tearing_down = True
+        nodes = self._current(force=True)
+        return [name for name in nodes if _matches(self._tags_of(nodes[name]), tag_filters)]
+
+    def nodes_for_mesh(self) -> list[Node]:
+        """Index and addresses of all nodes for the tunnels' supervisor; changes nothing.
+
+        Raises `VastError` where the API could not be asked for longer than an outage is bridged.
+        """
+        return [
+            Node(name, node.label.index, node.instance.ssh_endpoints if _is_up(node) else ())
+            for name, node in self._nodes.nodes().items()
+        ]
+
+    def cluster_nodes(self, *, force: bool = False) -> list[ClusterNode]:
+        """All nodes with everything that the API says about them, for status displays."""
+        return list(self._nodes.nodes(force=force).values())
+
+    def cost(self) -> ClusterCost:
+        """What the cluster costs per hour and has cost so far."""
+        nodes = self._current().values()
+        labelled = max((node.label.spent for node in nodes if node.is_head), default=0.0)
+        return cluster_cost(nodes, self._clock.time(), max(labelled, self._ledger.ended_cost()))
+
+    def is_running(self, node_id: str) -> bool:
+        node = self._current().get(node_id)
+        return node is not None and _is_up(node)
+
+    def is_terminated(self, node_id: str) -> bool:
+        return node_id not in self._current()
+
+    def external_ip(self, node_id: str) -> str | None:
+        endpoints = self.ssh_endpoints(node_id)
+        return endpoints[0].host if endpoints else None
+
+    def internal_ip(self, node_id: str) -> str:
+        return self.address(node_id).alias
+
+    def address(self, node_id: str) -> NodeAddress:
+        """Alias and ports. Raises `NodeError` for a node that is gone."""
+        return NodeAddress(self._known(node_id).label.index, self.settings.max_cpus)
+
+    def ssh_endpoints(self, node_id: str) -> tuple[Endpoint, ...]:
+        """Where its sshd may answer, best first; empty while it boots and when it is gone."""
+        node = self._current().get(node_id)
+        return node.instance.ssh_endpoints if node is not None and _is_up(node) else ()
+
+    def get_node_id(self, ip_address: str, use_internal_ip: bool = False) -> str:
+        """Raises `ValueError`, as Ray expects. Machines of one host share an address; the oldest is meant then."""
+        for name in self._current():
+            if ip_address == (self.internal_ip(name) if use_internal_ip else self.external_ip(name)):
+                return name
+        raise ValueError(f"no node of cluster {self.cluster_name} has the address {ip_address}")
+
+    # Tags.
+
+    def node_tags(self, node_id: str) -> dict[str, str]:
+        node = self._current().get(node_id)
+        return {} if node is None else self._tags_of(node)
+
+    def set_node_tags(self, node_id: str, tags: dict[str, str]) -> None:
+        with self._lock:
+            self._tags.setdefault(node_id, {}).update(tags)
+            lasting = tags.get(TAG_RAY_NODE_STATUS) in LASTING_STATUSES or any(tag in tags for tag in HASH_TAGS)
+            if lasting:
+                self._unwritten.add(node_id)
+        node = self._current().get(node_id)
+        if lasting and node is not None:
+            self._write_label(node)
+
+    # Coming and going.
+
+    def create_node(self, node_config: dict[str, Any], tags: dict[str, str], count: int) -> dict[str, Any]:
+        """Rent `count` machines. Those that were rented before an error stay and are listed.
+
+        Raises a `ClusterError` for a head and Ray's `NodeLaunchException` for workers.
+        """
+        is_head = tags[TAG_RAY_NODE_KIND] == NODE_KIND_HEAD
+        created: dict[str, Any] = {}
+        try:
+            settings = NodeSettings.from_config(node_config)
+            for _ in range(count):
+                node = self._launch_locked(settings, tags)
+                created[node.id] = {}
+        except ClusterError as error:
+            if is_head:
+                raise
+            category = type(error).__name__.removesuffix("Error")
+            raise NodeLaunchException(category, f"{len(created)} of {count} rented: {error}", None) from error
+        return created
+
+    def terminate_node(self, node_id: str) -> dict[str, Any] | None:
+        """Destroy the machine. On the head a failure is tried again in the background, elsewhere it is an error.
+
+        Raises `NodeError` on the laptop when the machine could not be destroyed.
+        """
+        node = self._current().get(node_id)
+        if node is None:
+            logger.info("node %s is already gone, or not of this cluster", node_id)
+            return None
+        self._caretaker.terminated(node, self._tags_of(node).get(TAG_RAY_NODE_STATUS, ""))
+        if not self._nodes.doom(node_id, node.instance.dph_total) and self.settings.role == "laptop":
+            raise NodeError(
+                f"instance {node_id} could not be destroyed and costs {node.instance.dph_total:.3f} dollars per hour; "
+                "repeat the command, or destroy it in Vast.ai's console"
+            )
+        if self._tearing_down and not self._current():
+            self._ledger.begin_anew()
+        return None
+
+    def terminate_nodes(self, node_ids: list[str]) -> dict[str, Any] | None:
+        """Destroy all of them, and only then complain about the first that could not be."""
+        failed: NodeError | None = None
+        for node_id in node_ids:
+            try:
+                self.terminate_node(node_id)
+            except NodeError as error:
+                failed = failed or error
+        if failed is not None:
+            raise failed
+        return None
+
+    def safe_to_scale(self) -> bool:
+        """Autoscaler v1 does nothing while the API cannot be asked."""
+        return not self._nodes.is_stale
+
+    # Configuration and commands.
+
+    @staticmethod
+    def bootstrap_config(cluster_config: dict[str, Any]) -> dict[str, Any]:
+        return bootstrapped(cluster_config)
+
+    def prepare_for_head_node(self, cluster_config: dict[str, Any]) -> dict[str, Any]:
+        """The head's copy: it is told who it is, where the API is and which key to let in."""
+        config = copy.deepcopy(cluster_config)
+        provider = config["provider"]
+        provider.pop("_config_cache_path", None)
+        provider.update(role="head", vast_url=self.settings.vast_url, public_key=self._public_key())
+        return config
+
+    def get_command_runner(
+        self,
+        log_prefix: str,
+        node_id: str,
+        auth_config: dict[str, Any],
+        cluster_name: str,
+        process_runner: ModuleType,
+        use_internal_ip: bool,
+        docker_config: dict[str, Any] | None = None,
+    ) -> CommandRunnerInterface:
+        return VastCommandRunner(
+            log_prefix, node_id, self, auth_config, cluster_name, process_runner, use_internal_ip=use_internal_ip
+        )
+
+    # Inside.
+
+    def _current(self, *, force: bool = False) -> dict[str, ClusterNode]:
+        nodes = self._nodes.nodes(force=force)
+        if self._nodes.version != self._tended_version and self._tending.acquire(blocking=False):
+            try:
+                self._tended_version = self._nodes.version
+                self._tend(nodes)
+            finally:
+                self._tending.release()
+            nodes = self._nodes.nodes()
+        return nodes
+
+    def _tend(self, nodes: dict[str, ClusterNode]) -> None:
+        """What each change of the nodes asks for."""
+        self._ledger.observe(nodes.values())
+        with self._lock:
+            gone = {name: index for name, index in self._indices.items() if name not in nodes}
+            self._indices = {name: node.label.index for name, node in nodes.items()}
+            for name in gone:
+                self._tags.pop(name, None)
+            self._unwritten -= gone.keys()
+            unwritten = self._unwritten & nodes.keys()
+        for index in gone.values():
+            self._ledger.rest(index, self.settings.index_rest_s)
+        self._give_way(nodes)
+        for name in unwritten:
+            self._write_label(nodes[name])
+        if self.settings.role == "head":
+            self._look_after(nodes)
+
+    def _give_way(self, nodes: dict[str, ClusterNode]) -> None:
+        """Of two heads that were rented at the same time the older one stays."""
+        heads = [name for name, node in nodes.items() if node.is_head]
+        if self._own_head in heads and heads[0] != self._own_head:
+            own, self._own_head = self._own_head, None
+            self._nodes.doom(own, nodes[own].instance.dph_total)
+            raise NodeError(
+                f"another `ray up` rented head {heads[0]} at the same time, ours was given back; run it again"
+            )
+
+    def _look_after(self, nodes: dict[str, ClusterNode]) -> None:
+        workers = [
+            (node, self._tags_of(node).get(TAG_RAY_NODE_STATUS, "")) for node in nodes.values() if not node.is_head
+        ]
+        for node, reason in self._caretaker.unfit(workers, self._clock.time()):
+            logger.warning("destroying instance %s: %s", node.id, reason)
+            self._nodes.doom(node.id, node.instance.dph_total)
+        spent = self._ledger.ended_cost()
+        for node in nodes.values():
+            if node.is_head and spent > node.label.spent + SPENT_STEP:
+                self._write_label(node)
+
+    def _launch_locked(self, settings: NodeSettings, tags: dict[str, str]) -> ClusterNode:
+        """One launch at a time in this process, and on this machine."""
+        try:
+            with self._launching, FileLock(self.folder / "launch.lock", timeout=LAUNCH_LOCK_S):
+                return self._launch(settings, tags)
+        except Timeout as error:
+            raise NodeError(f"another process has been renting for {LAUNCH_LOCK_S:.0f} s; try again") from error
+
+    def _launch(self, settings: NodeSettings, tags: dict[str, str]) -> ClusterNode:
+        is_head = tags[TAG_RAY_NODE_KIND] == NODE_KIND_HEAD
+        node_type = tags.get(TAG_RAY_USER_NODE_TYPE, "")
+        until, refusal = self._refusals.get(node_type, (0.0, None))
+        if refusal is not None and self._clock.time() < until:
+            raise refusal
+        nodes = self._current(force=is_head)
+        if is_head and any(node.is_head for node in nodes.values()):
+            raise NodeError(f"cluster {self.cluster_name} has a head already, rented meanwhile; run the command again")
+        label = Label(self.cluster_name, tags[TAG_RAY_NODE_KIND], 0 if is_head else self._free_index(nodes))
+        order = LaunchOrder(settings, label, {**tags, TAG_RAY_CLUSTER_NAME: self.cluster_name}, self._public_key())
+        try:
+            node = self._launcher.launch(order, self.cost())
+        except (BudgetError, NoOfferError) as error:
+            logger.error("no machine for a node of type %s: %s", node_type or "?", error)
+            self._refusals[node_type] = (self._clock.time() + REFUSAL_S, error)
+            raise
+        if is_head:
+            self._own_head = node.id
+        return node
+
+    def _free_index(self, nodes: dict[str, ClusterNode]) -> int:
+        taken = {node.label.index for node in nodes.values()} | self._ledger.resting()
+        limit = max_nodes(self.settings.max_cpus)
+        for index in range(1, limit):
+            if index not in taken:
+                return index
+        raise NodeError(f"all {limit} addresses are taken or rested a while; lower max_workers or provider.max_cpus")
+
+    def _public_key(self) -> str:
+        return self.settings.public_key or public_key(ensure_key_pair(self.folder, self.cluster_name))
+
+    def _known(self, node_id: str) -> ClusterNode:
+        node = self._current().get(node_id)
+        if node is None:
+            raise NodeError(f"instance {node_id} does not exist (any more)")
+        return node
+
+    def _tags_of(self, node: ClusterNode) -> dict[str, str]:
+        with self._lock:
+            return {**node.tags, **self._tags.get(node.id, {})}
+
+    def _write_label(self, node: ClusterNode) -> None:
+        """Bring the label up to date. A failure is tried again with the next listing."""
+        label = node.labelled(self._tags_of(node), max(node.label.spent, self._ledger.ended_cost()))
+        try:
+            self._set_label(node.instance.id, label)
+        except VastError as error:
+            logger.warning("the label of instance %s could not be set yet: %s", node.id, error)
+        else:
+            with self._lock:
+                self._unwritten.discard(node.id)
+
+    def _set_label(self, instance_id: int, label: Label) -> None:
+        try:
+            self._client.set_label(instance_id, label.text(), LABEL_DEADLINE_S)
+        except VastRefusedError:
+            if not any(label.hashes):
+                raise
+            self._client.set_label(instance_id, label.text(with_hashes=False), LABEL_DEADLINE_S)
+
+
+def _is_up(node: ClusterNode) -> bool:
+    return node.instance.state is State.RUNNING and bool(node.instance.ssh_endpoints)
+
+
+def _matches(tags: dict[str, str], wanted: dict[str, str]) -> bool:
+    return all(tags.get(tag) == value for tag, value in wanted.items())

@@ -1,0 +1,155 @@
+"""How a node is written on its instance, so that laptop and head read the same from the API.
+
+Ray's tags at creation, the node's index and a mark of the launch are environment variables of the instance and never
+change. What changes is the label:
+
+    bruno-ray:CLUSTER:w3:up-to-date                      worker 3, set up
+    bruno-ray:CLUSTER:h0:up-to-date:12.34:HASH:HASH      the head, 12.34 dollars spent on machines that are gone
+
+The label alone decides whose an instance is. Hashes of Ray's runtime and file mounts come last and are left out where
+the API refuses so long a label (60 characters are known to work); they only save Ray from setting a node up again.
+"""
+
+import base64
+import binascii
+import json
+import re
+from dataclasses import dataclass, field, replace
+
+from ray.autoscaler.tags import (
+    NODE_KIND_HEAD,
+    NODE_KIND_WORKER,
+    STATUS_UNINITIALIZED,
+    STATUS_UP_TO_DATE,
+    STATUS_UPDATE_FAILED,
+    TAG_RAY_FILE_MOUNTS_CONTENTS,
+    TAG_RAY_NODE_KIND,
+    TAG_RAY_NODE_STATUS,
+    TAG_RAY_RUNTIME_CONFIG,
+)
+
+from cluster.vast.models import Instance
+
+PREFIX = "bruno-ray"
+INDEX_VARIABLE = "CLUSTER_NODE_INDEX"
+TAGS_VARIABLE = "CLUSTER_NODE_TAGS"
+LAUNCH_VARIABLE = "CLUSTER_LAUNCH"
+
+HASH_TAGS = (TAG_RAY_RUNTIME_CONFIG, TAG_RAY_FILE_MOUNTS_CONTENTS)
+LASTING_STATUSES = frozenset({STATUS_UP_TO_DATE, STATUS_UPDATE_FAILED})
+"""Others pass within minutes and concern only the process that sets the node up."""
+
+_LABEL = re.compile(rf"{PREFIX}:(?P<cluster>[a-z0-9-]+):(?P<kind>[hw])(?P<index>\d+)(?::(?P<rest>.*))?")
+_KINDS = {"h": NODE_KIND_HEAD, "w": NODE_KIND_WORKER}
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a node's label says."""
+
+    cluster: str
+    kind: str
+    index: int
+    status: str = STATUS_UNINITIALIZED
+    spent: float = 0.0
+    """Dollars for machines of the cluster that are gone; only the head's label carries it."""
+    hashes: tuple[str, ...] = field(default=("", ""))
+    """Values of `HASH_TAGS`, hexadecimal."""
+
+    def text(self, *, with_hashes: bool = True) -> str:
+        parts = [PREFIX, self.cluster, f"{self.kind[0]}{self.index}", self.status]
+        if self.spent or (with_hashes and any(self.hashes)):
+            parts.append(f"{self.spent:.2f}" if self.spent else "")
+        if with_hashes and any(self.hashes):
+            parts += [_packed(value) for value in self.hashes]
+        return ":".join(parts)
+
+    @classmethod
+    def parse(cls, text: str) -> "Label | None":
+        """None for a label of somebody else; parts that are cut off or damaged are taken as not there."""
+        match = _LABEL.fullmatch(text)
+        if match is None:
+            return None
+        status, spent, *hashes = [*(match["rest"] or "").split(":"), "", "", "", ""][:4]
+        return cls(
+            match["cluster"],
+            _KINDS[match["kind"]],
+            int(match["index"]),
+            status or STATUS_UNINITIALIZED,
+            float(spent) if re.fullmatch(r"\d+\.\d\d", spent) else 0.0,
+            tuple(_unpacked(value) for value in hashes),
+        )
+
+
+@dataclass(frozen=True)
+class ClusterNode:
+    """An instance that belongs to the cluster."""
+
+    instance: Instance
+    label: Label
+    creation_tags: dict[str, str]
+    launch: str
+    """Mark of the attempt that created it; empty when unknown."""
+
+    @property
+    def id(self) -> str:
+        return str(self.instance.id)
+
+    @property
+    def is_head(self) -> bool:
+        return self.label.kind == NODE_KIND_HEAD
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Ray's tags as the API knows them."""
+        tags = {**self.creation_tags, TAG_RAY_NODE_KIND: self.label.kind, TAG_RAY_NODE_STATUS: self.label.status}
+        return tags | {tag: value for tag, value in zip(HASH_TAGS, self.label.hashes, strict=True) if value}
+
+    def labelled(self, tags: dict[str, str], spent: float) -> Label:
+        """The label that says `tags`."""
+        status = tags.get(TAG_RAY_NODE_STATUS, "")
+        return replace(
+            self.label,
+            status=status if status in LASTING_STATUSES else self.label.status,
+            spent=spent if self.is_head else 0.0,
+            hashes=tuple(tags.get(tag, "") for tag in HASH_TAGS),
+        )
+
+
+def node_of(instance: Instance, cluster_name: str) -> ClusterNode | None:
+    """The node that `instance` is in this cluster, or None where its label does not say so."""
+    label = Label.parse(instance.label)
+    if label is None or label.cluster != cluster_name:
+        return None
+    env = instance.extra_env
+    return ClusterNode(instance, label, _decoded(env.get(TAGS_VARIABLE, "")), env.get(LAUNCH_VARIABLE, ""))
+
+
+def creation_env(index: int, tags: dict[str, str], launch: str) -> dict[str, str]:
+    """The environment variables that make `node_of` possible."""
+    encoded = base64.b64encode(json.dumps(tags, sort_keys=True).encode()).decode()
+    return {INDEX_VARIABLE: str(index), TAGS_VARIABLE: encoded, LAUNCH_VARIABLE: launch}
+
+
+def _decoded(text: str) -> dict[str, str]:
+    try:
+        tags = json.loads(base64.b64decode(text, validate=True))
+    except (binascii.Error, ValueError):
+        return {}
+    return {str(tag): str(value) for tag, value in tags.items()} if isinstance(tags, dict) else {}
+
+
+def _packed(hexadecimal: str) -> str:
+    """40 hexadecimal digits in 27 characters."""
+    if not re.fullmatch(r"([0-9a-f]{2})+", hexadecimal):
+        return ""
+    return base64.urlsafe_b64encode(bytes.fromhex(hexadecimal)).decode().rstrip("=")
+
+
+def _unpacked(text: str) -> str:
+    if len(text) != 27:  # a SHA-1; anything else was cut off
+        return ""
+    try:
+        return base64.urlsafe_b64decode(text + "=").hex()
+    except (binascii.Error, ValueError):
+        return ""

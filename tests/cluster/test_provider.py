@@ -1,0 +1,526 @@
+"""The node provider against the imitation: what Ray relies on, and that nothing is left billed by accident."""
+
+import threading
+from pathlib import Path
+
+import pytest
+from ray.autoscaler.node_launch_exception import NodeLaunchException
+from ray.autoscaler.tags import (
+    STATUS_UNINITIALIZED,
+    STATUS_UP_TO_DATE,
+    STATUS_UPDATE_FAILED,
+    STATUS_WAITING_FOR_SSH,
+    TAG_RAY_CLUSTER_NAME,
+    TAG_RAY_FILE_MOUNTS_CONTENTS,
+    TAG_RAY_LAUNCH_REQUEST,
+    TAG_RAY_NODE_KIND,
+    TAG_RAY_NODE_STATUS,
+    TAG_RAY_RUNTIME_CONFIG,
+)
+
+from cluster.errors import ClusterError, NodeError
+from cluster.node_provider import VastNodeProvider
+from cluster.settings import ClusterSettings
+from cluster.tags import Label
+from cluster.vast.errors import VastUnavailableError
+from tests.cluster.fake_vast.api import Fault
+from tests.cluster.fake_vast.cluster import NODE_CONFIG, PUBLIC_KEY, ImitatedCluster, head_tags, worker_tags
+
+READY = {TAG_RAY_NODE_STATUS: STATUS_UP_TO_DATE}
+WORKERS = {TAG_RAY_NODE_KIND: "worker"}
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> ImitatedCluster:
+    return ImitatedCluster.make(tmp_path)
+
+
+def billed(world: ImitatedCluster) -> set[str]:
+    return {str(instance.id) for instance in world.vast.billed()}
+
+
+def later(world: ImitatedCluster, seconds: float, *providers: VastNodeProvider, step: float = 5.0) -> None:
+    """Let time pass as the autoscaler does: every few seconds each provider is asked for its nodes."""
+    end = world.clock.time() + seconds
+    while world.clock.time() < end:
+        world.clock.sleep(step)
+        for provider in providers:
+            provider.non_terminated_nodes({})
+
+
+def create_worker(provider: VastNodeProvider, request: str = "request-1") -> str:
+    [node_id] = provider.create_node(NODE_CONFIG, worker_tags(request), 1)
+    return node_id
+
+
+def test_a_new_node_is_listed_with_its_tags_at_once_even_if_the_api_is_slow(tmp_path: Path) -> None:
+    world = ImitatedCluster.make(tmp_path, listing_lag_s=55.0)
+    provider = world.provider("laptop")
+    [head] = provider.create_node(NODE_CONFIG, head_tags(), 1)
+    assert provider.non_terminated_nodes(head_tags()) == [head]
+    for _ in range(20):  # `ray up` asks for 50 seconds
+        world.clock.sleep(5)
+        assert provider.non_terminated_nodes(head_tags()) == [head]
+    assert head in billed(world) and len(billed(world)) == 1
+
+
+def test_life_of_a_node_as_ray_sees_it(world: ImitatedCluster) -> None:
+    provider = world.provider()
+    node = create_worker(provider)
+    assert not provider.is_running(node) and not provider.is_terminated(node)
+    assert provider.external_ip(node) is None
+    assert provider.internal_ip(node) == "127.77.0.2"
+    later(world, 40, provider)
+    assert provider.is_running(node)
+    assert provider.external_ip(node) == world.vast.row(world.vast.instances[int(node)])["public_ipaddr"].strip()
+    assert provider.get_node_id("127.77.0.2", use_internal_ip=True) == node
+    assert provider.get_node_id(str(provider.external_ip(node))) == node
+    provider.terminate_node(node)
+    assert provider.is_terminated(node) and provider.non_terminated_nodes({}) == []
+    assert provider.node_tags(node) == {}
+    assert billed(world) == set()
+
+
+def test_tags_survive_the_process_and_are_the_same_everywhere(world: ImitatedCluster) -> None:
+    head, laptop = world.provider("head"), world.provider("laptop")
+    node = create_worker(head, "request-7")
+    hashes = {TAG_RAY_RUNTIME_CONFIG: "ab" * 20, TAG_RAY_FILE_MOUNTS_CONTENTS: "cd" * 20}
+    head.set_node_tags(node, {**READY, **hashes})
+    for reader in (head, laptop, world.provider("head")):
+        tags = reader.node_tags(node)
+        assert tags[TAG_RAY_NODE_STATUS] == STATUS_UP_TO_DATE
+        assert tags[TAG_RAY_LAUNCH_REQUEST] == "request-7"
+        assert tags[TAG_RAY_CLUSTER_NAME] == "demo"
+        assert {tag: tags[tag] for tag in hashes} == hashes
+        assert reader.non_terminated_nodes(WORKERS | READY) == [node]
+
+
+def test_a_status_of_the_moment_costs_no_call_and_a_lost_one_is_written_later(world: ImitatedCluster) -> None:
+    head = world.provider("head")
+    node = create_worker(head)
+    asked = len(world.api.requests)
+    head.set_node_tags(node, {TAG_RAY_NODE_STATUS: STATUS_WAITING_FOR_SSH})
+    assert head.node_tags(node)[TAG_RAY_NODE_STATUS] == STATUS_WAITING_FOR_SSH
+    assert len(world.api.requests) == asked
+    world.api.outage = Fault.SERVER_ERROR
+    head.set_node_tags(node, READY)
+    assert head.node_tags(node)[TAG_RAY_NODE_STATUS] == STATUS_UP_TO_DATE
+    world.api.outage = None
+    later(world, 30, head)
+    assert world.provider("laptop").node_tags(node)[TAG_RAY_NODE_STATUS] == STATUS_UP_TO_DATE
+
+
+def test_a_label_that_the_api_finds_too_long_still_carries_the_status(world: ImitatedCluster) -> None:
+    world.vast.max_label = 60
+    head = world.provider("head")
+    node = create_worker(head)
+    head.set_node_tags(node, {**READY, TAG_RAY_RUNTIME_CONFIG: "ab" * 20})
+    assert world.provider("laptop").node_tags(node)[TAG_RAY_NODE_STATUS] == STATUS_UP_TO_DATE
+    assert head.node_tags(node)[TAG_RAY_RUNTIME_CONFIG] == "ab" * 20
+
+
+def test_labels_fit_and_are_read_back() -> None:
+    longest = Label("a" * 24, "head", 0, STATUS_UP_TO_DATE, 1234.56)
+    assert len(longest.text()) <= 60
+    assert Label.parse(longest.text()) == longest
+    hashed = Label("demo", "worker", 17, STATUS_UP_TO_DATE, 0.0, ("ab" * 20, ""))
+    assert Label.parse(hashed.text()) == hashed
+    assert Label.parse(hashed.text()[:-5]) == Label("demo", "worker", 17, STATUS_UP_TO_DATE)
+    for foreign in ("", "bruno-ray", "bruno-ray:demo", "bruno-ray:demo:x1", "my bruno-ray:demo:w1", "ray:demo:w1"):
+        assert Label.parse(foreign) is None
+
+
+def test_instances_of_others_are_neither_seen_nor_touched(world: ImitatedCluster) -> None:
+    foreign = world.foreign_instance()
+    other_cluster = world.provider("laptop", "demo-two").create_node(NODE_CONFIG, head_tags(), 1)
+    provider = world.provider("laptop")
+    [own] = provider.create_node(NODE_CONFIG, head_tags(), 1)
+    assert provider.nodes_for_teardown({}) == [own]
+    for node_id in (str(foreign), *other_cluster, own):
+        provider.terminate_node(node_id)
+    assert billed(world) == {str(foreign), *other_cluster}
+
+
+def test_a_node_that_is_relabelled_is_let_go(world: ImitatedCluster) -> None:
+    provider = world.provider()
+    node = create_worker(provider)
+    world.vast.instances[int(node)].label = "kept for something else"
+    later(world, 10, provider)
+    assert provider.is_terminated(node)
+    provider.terminate_node(node)
+    assert billed(world) == {node}
+
+
+def test_one_listing_answers_for_all_nodes_and_every_page_counts(tmp_path: Path) -> None:
+    world = ImitatedCluster.make(tmp_path, offers=40)
+    provider = world.provider(max_cpus=16, budget={"max_price_per_hour": 100})
+    nodes = list(provider.create_node(NODE_CONFIG, worker_tags(), 30))
+    later(world, 60, provider)
+    world.clock.sleep(10)
+    asked = len(world.api.requests)
+    assert sorted(provider.non_terminated_nodes({})) == sorted(nodes)
+    assert all(provider.is_running(node) and provider.node_tags(node) for node in nodes)
+    assert len({provider.internal_ip(node) for node in nodes}) == 30
+    assert len(world.api.requests) - asked == 2, "30 instances are two pages"
+
+
+def test_an_index_rests_before_it_is_given_to_another_machine(world: ImitatedCluster) -> None:
+    provider = world.provider(index_rest_s=300)
+    first = create_worker(provider)
+    alias = provider.internal_ip(first)
+    provider.terminate_node(first)
+    second = create_worker(provider)
+    assert provider.internal_ip(second) != alias
+    restarted = world.provider(index_rest_s=300)
+    assert restarted.internal_ip(create_worker(restarted)) not in (alias, provider.internal_ip(second))
+    later(world, 400, provider)
+    assert provider.internal_ip(create_worker(provider)) == alias
+
+
+def test_nodes_for_the_mesh_have_direct_addresses_first_and_none_while_booting(world: ImitatedCluster) -> None:
+    head = world.provider("head")
+    [head_id] = world.provider("laptop").create_node(NODE_CONFIG, head_tags(), 1)
+    worker = create_worker(head)
+    supervisor = world.provider("head")
+    assert [(node.id, node.index, node.endpoints) for node in supervisor.nodes_for_mesh()] == [
+        (head_id, 0, ()),
+        (worker, 1, ()),
+    ]
+    world.clock.sleep(40)
+    for node in supervisor.nodes_for_mesh():
+        row = world.vast.row(world.vast.instances[int(node.id)])
+        assert [endpoint.host for endpoint in node.endpoints] == [row["public_ipaddr"].strip(), row["ssh_host"]]
+
+
+def test_the_cluster_key_gets_in_and_no_secret_is_shown(world: ImitatedCluster) -> None:
+    create_worker(world.provider())
+    [instance] = world.vast.billed()
+    assert PUBLIC_KEY in instance.onstart and instance.ssh_keys == [PUBLIC_KEY]
+    assert not any(name.startswith("-p") for name in instance.env), "no port is published"
+    assert "imitated-key" not in str(world.vast.row(instance))
+
+
+# Failures.
+
+
+def test_an_offer_taken_by_somebody_else_costs_the_next_one(world: ImitatedCluster) -> None:
+    world.api.faults.extend([None, None, Fault.TAKEN, Fault.TAKEN])
+    provider = world.provider()
+    provider.non_terminated_nodes({})
+    node = create_worker(provider)
+    assert billed(world) == {node}
+    assert world.vast.instances[int(node)].offer.id == 7_000_003
+
+
+def test_a_creation_that_fails_after_the_contract_leaves_nothing(world: ImitatedCluster) -> None:
+    provider = world.provider()
+    provider.non_terminated_nodes({})
+    world.api.faults.extend([None, Fault.FAILS_AFTER_CONTRACT])
+    node = create_worker(provider)
+    assert billed(world) == {node}
+    later(world, 120, provider)
+    assert billed(world) == {node}
+
+
+def test_a_contract_that_cannot_be_destroyed_yet_is_tried_until_it_is(world: ImitatedCluster) -> None:
+    provider = world.provider()
+    provider.non_terminated_nodes({})
+    world.api.faults.extend([None, Fault.FAILS_AFTER_CONTRACT, *[Fault.SERVER_ERROR] * 12])
+    with pytest.raises(NodeLaunchException, match="cannot be destroyed yet"):
+        create_worker(provider)
+    assert len(billed(world)) == 1
+    later(world, 60, provider)
+    assert billed(world) == set()
+
+
+@pytest.mark.parametrize("fault", [Fault.LOST_ANSWER, Fault.GARBAGE, Fault.NOTHING])
+def test_a_creation_whose_answer_is_lost_is_found_by_its_mark(world: ImitatedCluster, fault: Fault) -> None:
+    provider = world.provider()
+    provider.non_terminated_nodes({})
+    world.api.faults.extend([None, fault])
+    node = create_worker(provider)
+    assert billed(world) == {node}
+    later(world, 120, provider)
+    assert billed(world) == {node}
+
+
+def test_a_creation_whose_answer_is_lost_and_that_is_listed_late_is_destroyed(tmp_path: Path) -> None:
+    world = ImitatedCluster.make(tmp_path, listing_lag_s=40.0)
+    provider = world.provider()
+    provider.non_terminated_nodes({})
+    world.api.faults.extend([None, Fault.LOST_ANSWER])
+    with pytest.raises(NodeLaunchException, match="will be destroyed when it is listed"):
+        create_worker(provider)
+    assert len(billed(world)) == 1
+    later(world, 60, provider)
+    assert billed(world) == set()
+
+
+def test_an_outage_is_bridged_and_nothing_is_taken_for_gone(world: ImitatedCluster) -> None:
+    provider = world.provider()
+    node = create_worker(provider)
+    later(world, 40, provider)
+    for outage in (Fault.SERVER_ERROR, Fault.TOO_FREQUENT, Fault.GARBAGE, Fault.NOTHING, Fault.SILENCE):
+        world.api.outage = outage
+        later(world, 60, provider)
+        assert provider.non_terminated_nodes({}) == [node] and provider.is_running(node)
+        assert not provider.safe_to_scale()
+        world.api.outage = None
+        later(world, 30, provider)
+        assert provider.safe_to_scale()
+    world.api.outage = Fault.SERVER_ERROR
+    with pytest.raises(VastUnavailableError):
+        later(world, 1200, provider)
+    with pytest.raises(VastUnavailableError):
+        provider.non_terminated_nodes({})
+
+
+def test_the_laptop_never_takes_down_a_cluster_from_memory(world: ImitatedCluster) -> None:
+    provider = world.provider("laptop")
+    provider.create_node(NODE_CONFIG, head_tags(), 1)
+    world.api.outage = Fault.SERVER_ERROR
+    with pytest.raises(VastUnavailableError):
+        provider.nodes_for_teardown({})
+
+
+def test_a_failed_destruction_is_an_error_on_the_laptop_and_repeated_on_the_head(world: ImitatedCluster) -> None:
+    laptop, head = world.provider("laptop"), world.provider("head")
+    first, second = create_worker(head), create_worker(head)
+    laptop.non_terminated_nodes({})
+    world.api.outage = Fault.SERVER_ERROR
+    with pytest.raises(NodeError, match="repeat the command"):
+        laptop.terminate_nodes([first])
+    head.terminate_nodes([second])
+    assert second in head.non_terminated_nodes({}), "it is still billed"
+    world.api.outage = None
+    later(world, 30, head)
+    assert billed(world) == {first}
+    laptop.terminate_node(first)
+    assert billed(world) == set()
+
+
+def test_a_destroyed_instance_that_the_api_goes_on_listing_is_hidden(tmp_path: Path) -> None:
+    world = ImitatedCluster.make(tmp_path, destroying_lag_s=30.0)
+    provider = world.provider()
+    node = create_worker(provider)
+    later(world, 40, provider)
+    provider.terminate_node(node)
+    later(world, 40, provider, step=2)
+    assert provider.non_terminated_nodes({}) == []
+
+
+def test_a_worker_deleted_by_its_host_is_gone_and_a_head_that_is_stopped_is_not(world: ImitatedCluster) -> None:
+    head = world.provider("head")
+    [head_id] = world.provider("laptop").create_node(NODE_CONFIG, head_tags(), 1)
+    worker = create_worker(head)
+    later(world, 40, head)
+    world.vast.host_deletes(int(worker))
+    world.vast.outbid(int(head_id))
+    later(world, 60, head)
+    assert head.non_terminated_nodes({}) == [head_id]
+    assert not head.is_running(head_id)
+    assert billed(world) == {head_id}, "a head may hold the only copy of a study"
+
+
+def test_an_instance_missing_from_one_list_is_asked_for_before_it_is_given_up(
+    world: ImitatedCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    provider = world.provider()
+    node = create_worker(provider)
+    later(world, 40, provider)
+    monkeypatch.setattr(world.vast, "listed", lambda: [])
+    later(world, 30, provider)
+    assert provider.non_terminated_nodes({}) == [node]
+
+
+# Machines that fail.
+
+
+def test_an_outbid_machine_is_lost_and_destroyed(world: ImitatedCluster) -> None:
+    config = {**NODE_CONFIG, "requirements": {**NODE_CONFIG["requirements"], "interruptible": True}}
+    provider = world.provider()
+    [node] = provider.create_node(config, worker_tags(), 1)
+    assert world.vast.instances[int(node)].bid == pytest.approx(0.18)
+    later(world, 40, provider)
+    provider.set_node_tags(node, READY)
+    world.vast.outbid(int(node))
+    later(world, 5, provider)
+    assert not provider.is_running(node)
+    later(world, 30, provider)
+    assert provider.is_terminated(node) and billed(world) == set()
+
+
+@pytest.mark.parametrize("failure", ["stuck in loading", "ssh never answers", "set-up failed", "deleted while booting"])
+def test_a_machine_that_does_not_join_is_destroyed_and_avoided_for_a_while(
+    world: ImitatedCluster, failure: str
+) -> None:
+    provider = world.provider(boot_timeout_s=300, join_timeout_s=300, avoid_machine_s=3600)
+    node = create_worker(provider)
+    machine = world.vast.instances[int(node)].offer.machine_id
+    if failure == "stuck in loading":
+        world.vast.never_boots(int(node))
+        later(world, 310, provider)
+    elif failure == "ssh never answers":
+        later(world, 350, provider)
+    elif failure == "set-up failed":
+        later(world, 60, provider)
+        provider.set_node_tags(node, {TAG_RAY_NODE_STATUS: STATUS_UPDATE_FAILED})
+        provider.terminate_node(node)
+    else:
+        later(world, 10, provider)
+        world.vast.host_deletes(int(node))
+        later(world, 10, provider)
+    assert provider.is_terminated(node) and billed(world) == set()
+    again = create_worker(world.provider(avoid_machine_s=3600))  # a restart of the autoscaler remembers
+    assert world.vast.instances[int(again)].offer.machine_id != machine
+    provider.terminate_node(again)
+    world.clock.sleep(3700)
+    assert world.vast.instances[int(create_worker(provider))].offer.machine_id == machine
+
+
+def test_a_machine_that_joined_is_kept_and_one_given_back_is_not_avoided(world: ImitatedCluster) -> None:
+    provider = world.provider(boot_timeout_s=300, join_timeout_s=300)
+    node = create_worker(provider)
+    later(world, 60, provider)
+    provider.set_node_tags(node, READY)
+    later(world, 2000, provider)
+    assert provider.is_running(node)
+    machine = world.vast.instances[int(node)].offer.machine_id
+    provider.terminate_node(node)
+    assert world.vast.instances[int(create_worker(provider))].offer.machine_id == machine
+
+
+def test_a_silent_host_is_given_three_minutes(world: ImitatedCluster) -> None:
+    provider = world.provider()
+    node = create_worker(provider)
+    later(world, 40, provider)
+    provider.set_node_tags(node, READY)
+    world.vast.host_offline(int(node))
+    later(world, 120, provider)
+    world.vast.host_back(int(node))
+    later(world, 120, provider)
+    assert provider.is_running(node)
+    world.vast.host_offline(int(node))
+    later(world, 200, provider)
+    assert provider.is_terminated(node) and billed(world) == set()
+
+
+# Money.
+
+
+def test_the_price_per_hour_is_never_passed_and_says_so(world: ImitatedCluster) -> None:
+    provider = world.provider(budget={"max_price_per_hour": 1.0})
+    with pytest.raises(NodeLaunchException, match=r"2 of 5 rented.*max_price_per_hour 1\.000"):
+        provider.create_node(NODE_CONFIG, worker_tags(), 5)
+    assert len(provider.non_terminated_nodes({})) == 2
+    assert provider.cost().per_hour <= 1.0
+    asked = len(world.api.requests)
+    with pytest.raises(NodeLaunchException):
+        create_worker(provider)
+    assert not any("bundles" in path for _, path in world.api.requests[asked:]), "a refusal stands for a while"
+    provider.terminate_node(provider.non_terminated_nodes({})[0])
+    world.clock.sleep(31)
+    create_worker(provider)
+
+
+def test_the_total_counts_what_is_gone_and_stops_scaling_up(world: ImitatedCluster) -> None:
+    provider = world.provider(budget={"max_total_cost": 1.0})
+    node = create_worker(provider)
+    provider.set_node_tags(node, READY)
+    later(world, 2 * 3600, provider, step=60)
+    provider.terminate_node(node)
+    assert provider.cost().per_hour == 0
+    assert provider.cost().so_far == pytest.approx(world.vast.cost(), rel=0.01)
+    second = create_worker(provider)
+    provider.set_node_tags(second, READY)
+    later(world, 2 * 3600, provider, step=60)
+    with pytest.raises(NodeLaunchException, match="max_total_cost"):
+        create_worker(provider)
+    assert billed(world) == {second}, "what runs goes on"
+
+
+def test_laptop_and_a_new_head_learn_what_has_been_spent_from_the_label(world: ImitatedCluster) -> None:
+    laptop, head = world.provider("laptop"), world.provider("head")
+    [head_id] = laptop.create_node(NODE_CONFIG, head_tags(), 1)
+    worker = create_worker(head)
+    head.set_node_tags(worker, READY)
+    later(world, 3600, head, step=60)
+    head.terminate_node(worker)
+    later(world, 60, head)
+    assert laptop.cost().so_far == pytest.approx(world.vast.cost(), rel=0.05, abs=0.05)
+    assert laptop.cost().gone > 0.3
+    laptop.set_node_tags(head_id, READY)
+    world.clock.sleep(10)
+    assert world.provider("elsewhere").cost().gone > 0.3, "another writer keeps the account"
+
+
+def test_the_account_is_closed_when_the_cluster_is_taken_down(world: ImitatedCluster) -> None:
+    laptop = world.provider("laptop")
+    laptop.create_node(NODE_CONFIG, head_tags(), 1)
+    later(world, 3600, laptop, step=60)
+    laptop.terminate_nodes(laptop.nodes_for_teardown({}))
+    assert billed(world) == set()
+    assert world.provider("laptop").cost().so_far == 0
+
+
+# Several at once.
+
+
+def test_two_heads_rented_at_the_same_time_become_one(tmp_path: Path) -> None:
+    world = ImitatedCluster.make(tmp_path, listing_lag_s=20.0)
+    one, two = world.provider("laptop"), world.provider("elsewhere")
+    [kept] = one.create_node(NODE_CONFIG, head_tags(), 1)
+    two.create_node(NODE_CONFIG, head_tags(), 1)
+    assert len(billed(world)) == 2
+    with pytest.raises(NodeError, match="at the same time"):
+        later(world, 30, two)
+    later(world, 30, one, two)
+    assert billed(world) == {kept}
+    assert one.non_terminated_nodes({}) == two.non_terminated_nodes({}) == [kept]
+
+
+def test_a_second_head_is_refused(world: ImitatedCluster) -> None:
+    world.provider("laptop").create_node(NODE_CONFIG, head_tags(), 1)
+    with pytest.raises(NodeError, match="has a head already"):
+        world.provider("laptop").create_node(NODE_CONFIG, head_tags(), 1)
+    assert len(billed(world)) == 1
+
+
+def test_threads_get_nodes_with_addresses_of_their_own(world: ImitatedCluster) -> None:
+    provider = world.provider(budget={"max_price_per_hour": 100})
+    created: list[str] = []
+    errors: list[Exception] = []
+
+    def work() -> None:
+        try:
+            for node in provider.create_node(NODE_CONFIG, worker_tags(), 3):
+                provider.set_node_tags(node, READY)
+                created.append(node)
+        except ClusterError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert len({provider.internal_ip(node) for node in created}) == 18
+    assert sorted(created) == sorted(provider.non_terminated_nodes(READY)) == sorted(billed(world))
+
+
+def test_ray_hands_over_what_the_settings_understand(tmp_path: Path) -> None:
+    world = ImitatedCluster.make(tmp_path)
+    laptop = world.provider("laptop")
+    config = {"provider": {**laptop.provider_config, "_config_cache_path": "/tmp/x"}, "cluster_name": "demo"}
+    remote = laptop.prepare_for_head_node(config)
+    settings = ClusterSettings.from_provider(remote["provider"])
+    assert (settings.role, settings.public_key) == ("head", PUBLIC_KEY)
+    assert config["provider"]["role"] == "laptop"
+
+
+def test_an_uninitialised_status_is_what_a_new_node_has(world: ImitatedCluster) -> None:
+    provider = world.provider()
+    node = create_worker(provider)
+    assert provider.node_tags(node)[TAG_RAY_NODE_STATUS] == STATUS_UNINITIALIZED
+    assert world.provider("laptop").node_tags(node)[TAG_RAY_NODE_STATUS] == STATUS_UNINITIALIZED
