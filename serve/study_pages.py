@@ -10,6 +10,7 @@ import hmac
 import html
 import io
 import logging
+import re
 import secrets
 import sys
 import time
@@ -50,6 +51,11 @@ body {{ font-family: system-ui, sans-serif; margin: 4rem auto; max-width: 24rem;
 <input type="password" name="key" autofocus autocomplete="off"> <button>Open</button></form></html>"""
 
 
+def page_of(run: str) -> str:
+    """The part of the URL that stands for a run, whose name may hold slashes and spaces."""
+    return re.sub(r"[^\w.-]", "-", run, flags=re.ASCII)
+
+
 class Cookies:
     """Signed, expiring proofs that a browser has shown the key. They hold no part of it."""
 
@@ -84,7 +90,7 @@ class StudyPages:
     """The dashboards, made when they are first looked at."""
 
     def __init__(self, runs: Mapping[str, Path], bundle: bytes):
-        self._runs = dict(runs)
+        self._runs = {page_of(name): path for name, path in runs.items()}
         self._bundle = bundle
         self._dashboards: dict[str, tuple[int, Callable]] = {}
         # Importances and plots are computed in Python: not many at once beside the streams of this process.
@@ -160,7 +166,7 @@ def mount(app: FastAPI, runs: Mapping[str, Path], accepts: Callable[[str], bool]
     the key must let ``/study`` through.
 
     Args:
-        runs: name in the URL -> run directory.
+        runs: name -> run directory. The page of a run is under `page_of` its name.
         accepts: whether a key is good; None when no key is asked for.
     """
     cookies = Cookies()
@@ -188,7 +194,13 @@ def mount(app: FastAPI, runs: Mapping[str, Path], accepts: Callable[[str], bool]
         response = RedirectResponse(f"{quote(run)}/" if run else "../chat/", 303) if from_form else Response()
         https = request.headers.get("x-forwarded-proto", request.url.scheme) == "https"
         response.set_cookie(
-            COOKIE, cookies.issue(), max_age=COOKIE_SECONDS, httponly=True, samesite="strict", secure=https
+            COOKIE,
+            cookies.issue(),
+            max_age=COOKIE_SECONDS,
+            path=None,  # then the browser takes the folder this came from, whatever the prefix
+            httponly=True,
+            samesite="strict",
+            secure=https,
         )
         return response
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import gradio as gr
 
+from serve.study_pages import page_of
 from serve.ui.answers import RunningStreams, Sampling, answer
 from serve.ui.client import Api, ApiError
 from serve.ui.conversation import Turn, bubbles, caption, finished, new_turn
@@ -232,7 +233,7 @@ class Page:
     async def _show_front(self, key: str, run: str | None) -> list[Any]:
         if not run:
             return [gr.update(value=None), ""]
-        link = f'<a href="../study/{run}/" target="_blank" rel="noopener">All trials of this study</a>'
+        link = f'<a href="../study/{page_of(run)}/" target="_blank" rel="noopener">All trials of this study</a>'
         try:
             front = await Front.fetch(self.api, key, run)
         except ApiError as error:

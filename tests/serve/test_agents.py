@@ -1,0 +1,123 @@
+"""The example team: every role asks the model that is its own, and the answers reach those who need them."""
+
+import json
+import os
+import subprocess
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = ["tests.serve.crewai_environment"]
+pytestmark = pytest.mark.slow
+
+AGENTS = Path(__file__).parents[2] / "examples" / "agents"
+
+TEAM = """
+base_url = "{base_url}"
+temperature = 0
+max_tokens = {max_tokens}
+[orchestrator]
+model = "{orchestrator}"
+role = "P"
+goal = "p"
+backstory = "p"
+[[specialist]]
+name = "first"
+model = "{first}"
+role = "F"
+goal = "f"
+backstory = "f"
+[[specialist]]
+name = "second"
+model = "{second}"
+role = "S"
+goal = "s"
+backstory = "s"
+"""
+
+
+class ScriptedModel(ThreadingHTTPServer):
+    """An OpenAI-shaped endpoint in which every model says its name; keeps what it was asked."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), ScriptedHandler)
+        self.asked: list[tuple[str, dict]] = []  # (Authorization header, body)
+
+
+class ScriptedHandler(BaseHTTPRequestHandler):
+    server: ScriptedModel
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append((self.headers["Authorization"], body))
+        message = {"role": "assistant", "content": f"the word of {body['model']}"}
+        answer = {
+            "id": "1",
+            "object": "chat.completion",
+            "created": 1,
+            "model": body["model"],
+            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+            "usage": {"prompt_tokens": 1, "completion_tokens": 4, "total_tokens": 5},
+        }
+        content = json.dumps(answer).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def scripted():
+    with ScriptedModel() as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        yield server
+        server.shutdown()
+        thread.join()
+
+
+def run_team(python: Path, folder: Path, *arguments: str, key: str, **team: object) -> subprocess.CompletedProcess:
+    (folder / "team.toml").write_text(TEAM.format(**team))
+    command = [python, AGENTS / "team.py", "Hi", "--config", folder / "team.toml", *arguments]
+    # crewai keeps notes of its own in the home folder; proxies would be asked for 127.0.0.1.
+    environment = {**os.environ, "HOME": str(folder), "BRUNO_API_KEY": key, "NO_PROXY": "*", "no_proxy": "*"}
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=folder)
+
+
+NAMES = {"orchestrator": "base", "first": "base:trial-3", "second": "runs/mine"}
+
+
+def test_each_role_asks_its_own_model(crewai_python: Path, scripted: ScriptedModel, tmp_path: Path):
+    url = f"http://127.0.0.1:{scripted.server_port}/v1"
+    done = run_team(crewai_python, tmp_path, "--output", "out.md", key="a-key", base_url=url, max_tokens=20, **NAMES)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+    bodies = [body for _, body in scripted.asked]
+    assert [body["model"] for body in bodies] == ["base", "base:trial-3", "runs/mine", "base"]
+    assert {header for header, _ in scripted.asked} == {"Bearer a-key"}
+    roles = [body["messages"][0]["content"].split(".")[0] for body in bodies]
+    assert roles == ["You are P", "You are F", "You are S", "You are P"]
+    # The specialists are given the plan, the orchestrator what both specialists said.
+    said = [body["messages"][-1]["content"] for body in bodies]
+    assert all("the word of base\n" in text for text in said[1:3])
+    assert "the word of base:trial-3" in said[3] and "the word of runs/mine" in said[3]
+    assert (tmp_path / "out.md").read_text() == "the word of base\n"
+    assert not any("tools" in body for body in bodies)
+
+
+def test_only_some_of_the_team(crewai_python: Path, scripted: ScriptedModel, tmp_path: Path):
+    url = f"http://127.0.0.1:{scripted.server_port}/v1"
+    team = {"base_url": url, "max_tokens": 20, **NAMES}
+    done = run_team(crewai_python, tmp_path, "--only", "second", key="a-key", **team)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [body["model"] for _, body in scripted.asked] == ["base", "runs/mine", "base"]
+
+    wrong = run_team(crewai_python, tmp_path, "--only", "third", key="a-key", **team)
+    assert wrong.returncode == 1
+    assert "no specialist third: there are first, second" in wrong.stderr
