@@ -1,0 +1,589 @@
+"""The engine: many answers at once, each as if it were alone; nobody waits for ever and nothing is lost."""
+
+import asyncio
+import dataclasses
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bruno_ray.errors import ModelError
+from bruno_ray.live import bake
+from bruno_ray.models import load_model
+from bruno_ray.settings import ModelSettings
+from serve.engine import Event, GenerationRequest, ServingEngine
+from serve.errors import EngineError, InvalidRequest, Overloaded, TooLong
+from serve.kv_cache import RESERVE
+from serve.settings import EngineSettings
+from tests import tiny_models
+from tests.live_helpers import dequantized_copy
+from tests.serve.engine_helpers import (
+    EIGHT_EDITS,
+    END,
+    answers,
+    bank_of,
+    collect,
+    edited_copy,
+    engine_of,
+    greedy,
+    load,
+    loaded_from,
+    prompt,
+    request,
+    run,
+)
+
+HYBRIDS = ("llama", "gemma3_text", "qwen3_5_text")
+
+
+def logprobs_of(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
+    """(T, V): row t is about token t + 1."""
+    with torch.inference_mode():
+        return model(torch.tensor([ids]), use_cache=False).logits[0].float().log_softmax(-1)
+
+
+# ----- what an answer is -----
+
+
+def test_events_make_the_answer_and_it_ends_where_it_should() -> None:
+    """max_tokens, the end-of-sequence token, the context's end; and what each event counts."""
+    loaded = load()
+    loaded.generation_config.eos_token_id = greedy(loaded.model, prompt(6), 5)[4]
+    end = loaded.eos_token_ids[0]
+    assert end != END
+    with engine_of(loaded, max_context=20) as engine:
+        by_length, by_end, ignoring, by_context = answers(
+            engine,
+            [
+                request(prompt(6), n_tokens=3),
+                request(prompt(6), n_tokens=12),
+                request(prompt(6), n_tokens=12, ignore_eos=True),
+                request(prompt(6), n_tokens=100, ignore_eos=True),
+            ],
+        )
+    expected = greedy(edited_copy(loaded, None), prompt(6), 14, ignore_eos=True)
+    assert list(by_length.token_ids) == expected[:3] and by_length.finish_reason == "length"
+    assert list(by_end.token_ids) == expected[: expected.index(end) + 1] and by_end.finish_reason == "stop"
+    assert list(ignoring.token_ids) == expected[:12] and ignoring.finish_reason == "length"
+    assert list(by_context.token_ids) == expected[:14] and by_context.finish_reason == "length"
+    for event in (by_length, by_end, ignoring, by_context):
+        assert (event.n_prompt, event.n_completion) == (6, len(event.token_ids))
+        text = loaded.tokenizer.decode(event.token_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        assert event.text == text
+        assert event.error is None and event.logprobs == event.prompt_logprobs == ()
+
+
+@pytest.mark.parametrize("n_tokens", [1, 40])
+def test_the_tokenizer_s_end_token_ends_an_answer(n_tokens: int) -> None:
+    """Also when it is the first token."""
+    loaded = load()
+    with torch.no_grad():
+        head = loaded.model.lm_head.weight
+        first = greedy(loaded.model, prompt(5), 1)[0]
+        head[[first, END]] = head[[END, first]]
+    with engine_of(loaded) as engine:
+        (event,) = answers(engine, [request(prompt(5), n_tokens=n_tokens)])
+    assert event.token_ids == (END,) and event.finish_reason == "stop" and event.text == ""
+
+
+def test_stop_strings_are_not_shown_and_end_the_row() -> None:
+    loaded = load(seed=3)
+    with engine_of(loaded) as engine:
+        (whole,) = answers(engine, [request(prompt(6), n_tokens=40, ignore_eos=True)])
+        at = next(i for i in range(8, len(whole.text) - 3) if whole.text.find(whole.text[i : i + 3]) == i)
+        stop = whole.text[at : at + 3]
+        pieces: list[str] = []
+
+        async def work() -> Event:
+            asked = request(prompt(6), n_tokens=40, ignore_eos=True, stop=("never", stop))
+            async for event in engine.generate(asked):
+                pieces.append(event.text)
+            return event
+
+        last = run(work)
+    assert "".join(pieces) == whole.text[:at]
+    assert last.finish_reason == "stop" and last.n_completion < 40
+
+
+# ----- logprobs -----
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+@pytest.mark.parametrize("prefill_tokens", [8, 2048])
+def test_logprobs_are_those_of_a_direct_forward_pass(family: str, prefill_tokens: int) -> None:
+    """Of the prompt and of the answer, of base and edited rows, of prompts in chunks and of several in one pass."""
+    loaded = load(family)
+    asked = [
+        request(prompt(length, seed=i), key, 5, top_logprobs=top, prompt_logprobs=True, temperature=temperature)
+        for i, (length, key, top, temperature) in enumerate(
+            [(20, None, 3, 0.0), (21, "2", 0, 0.0), (37, "0", 20, 0.8), (1, None, 1, 0.0), (30, "5", 2, 1.5)]
+        )
+    ]
+    with engine_of(loaded, prefill_tokens=prefill_tokens) as engine:
+        found = answers(engine, asked)
+    for one, event in zip(asked, found):
+        ids = [*one.prompt_ids, *event.token_ids]
+        expected = logprobs_of(edited_copy(loaded, one.edit), ids)
+        entries = [*event.prompt_logprobs, *event.logprobs]
+        assert [entry.token_id for entry in entries] == ids
+        assert entries[0].logprob is None and entries[0].top == ()
+        for t, entry in enumerate(entries[1:]):
+            assert entry.logprob == pytest.approx(expected[t, ids[t + 1]].item(), abs=1e-4)
+            best = expected[t].topk(one.top_logprobs)
+            assert [value for _, value in entry.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+            assert all(value == pytest.approx(expected[t, token].item(), abs=1e-4) for token, value in entry.top)
+
+
+def test_only_the_prompt_s_logprobs() -> None:
+    loaded = load()
+    with engine_of(loaded) as engine:
+        (event,) = answers(engine, [request(prompt(9), n_tokens=0, prompt_logprobs=True)])
+        with pytest.raises(InvalidRequest, match="max_tokens"):
+            answers(engine, [request(prompt(9), n_tokens=0)])
+    assert (event.token_ids, event.text, event.finish_reason) == ((), "", "length")
+    assert len(event.prompt_logprobs) == 9
+
+
+def test_all_logits_of_a_long_prompt_never_exist_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    loaded = load()
+    largest = 0
+
+    def watch(module: object, args: object, output: object) -> None:
+        nonlocal largest
+        largest = max(largest, output.shape[0] * output.shape[1])
+
+    monkeypatch.setattr("serve.engine_batch.LOGITS_BYTES", 32 * 4 * tiny_models.VOCAB_SIZE)
+    with engine_of(loaded) as engine:
+        loaded.model.lm_head.register_forward_hook(watch)
+        (event,) = answers(engine, [request(prompt(300), n_tokens=1, prompt_logprobs=True)])
+    assert len(event.prompt_logprobs) == 300
+    assert 1 < largest <= 32
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_next_logprobs_while_answers_are_made(family: str) -> None:
+    loaded = load(family)
+    prompts = [prompt(length, seed=length) for length in (4, 11, 30, 7)]
+    keys = [None, "3", "1"]
+    with engine_of(loaded, prefill_tokens=32) as engine:
+
+        async def work() -> tuple[np.ndarray, Event]:
+            return await asyncio.gather(
+                engine.next_logprobs(prompts, keys), collect(engine, request(prompt(6), "4", 20, ignore_eos=True))
+            )
+
+        found_KPV, answer = run(work)
+    assert found_KPV.shape == (3, 4, tiny_models.VOCAB_SIZE) and found_KPV.dtype == np.float32
+    for k, key in enumerate(keys):
+        model = edited_copy(loaded, key)
+        for p, ids in enumerate(prompts):
+            expected = logprobs_of(model, list(ids))[-1].numpy()
+            np.testing.assert_allclose(found_KPV[k, p], expected, atol=1e-4)
+    assert list(answer.token_ids) == greedy(edited_copy(loaded, "4"), prompt(6), 20, ignore_eos=True)
+
+
+# ----- rows do not know each other -----
+
+
+def test_unedited_rows_are_bit_identical_whatever_edits_the_others_carry() -> None:
+    """In a batch of the same shape: a batch of another shape sums in another order."""
+    loaded = load("llama", "sdpa")
+    ids = [prompt(length, seed=length) for length in (9, 9, 9, 14, 14)]
+
+    def logprobs(engine: ServingEngine, keys: list[str | None]) -> list[list[float]]:
+        """Of the base rows. All rows are read in one pass, since they are there before the first step."""
+        asked = [request(one, key, 8, ignore_eos=True, top_logprobs=5) for one, key in zip(ids, keys)]
+        found = together(engine, asked)
+        return [
+            [value for entry in event.logprobs for value in (entry.logprob, *(value for _, value in entry.top))]
+            for event, key in list(zip(found, keys))[::2]
+        ]
+
+    with engine_of(loaded) as engine:
+        bare = logprobs(engine, [None] * 5)
+        assert logprobs(engine, [None, "0", None, "3", None]) == bare
+        assert logprobs(engine, [None, "5", None, "2", None]) == bare
+
+
+def together(engine: ServingEngine, asked: list[GenerationRequest]) -> list[Event]:
+    """Answers that all begin in the same step: the engine's thread does not see them one by one."""
+
+    async def work() -> list[Event]:
+        with engine._changed:
+            tasks = [asyncio.ensure_future(collect(engine, one)) for one in asked]
+            # The lock is re-entrant, and the coroutines run in this thread.
+            while engine._steps.n_rows < len(asked):
+                await asyncio.sleep(0)
+        return await asyncio.gather(*tasks)
+
+    return run(work)
+
+
+def test_base_answers_differ_by_rounding_only_in_batches_of_other_shapes() -> None:
+    loaded = load("llama", "sdpa")
+    asked = request(prompt(9), None, 8, ignore_eos=True, top_logprobs=5)
+    with engine_of(loaded) as engine:
+        (alone,) = answers(engine, [asked])
+        crowd = together(engine, [asked, *(request(prompt(20 + i, seed=i), str(i), 10) for i in range(8))])[0]
+    assert alone.token_ids == crowd.token_ids
+    for a, b in zip(alone.logprobs, crowd.logprobs):
+        assert a.logprob == pytest.approx(b.logprob, abs=2e-5)
+
+
+def test_a_seed_gives_the_same_text_under_different_neighbours() -> None:
+    loaded = load()
+    asked = request(prompt(7), "1", 24, temperature=1.2, top_p=0.9, seed=11, ignore_eos=True)
+    noise = [request(prompt(3 + i, seed=i), str(i % 8), 5 + 2 * i, temperature=0.3 * i) for i in range(9)]
+    with engine_of(loaded) as engine:
+        (alone,) = answers(engine, [asked])
+        crowd = answers(engine, [*noise, asked])[-1]
+        other = answers(engine, [dataclasses.replace(asked, seed=12)])[0]
+        unseeded = {event.token_ids for event in answers(engine, [dataclasses.replace(asked, seed=None)] * 3)}
+    assert alone.token_ids == crowd.token_ids != other.token_ids
+    assert len(unseeded) == 3
+
+
+def test_a_row_that_is_no_number_ends_alone_and_leaves_nothing_behind() -> None:
+    """One token's embedding is not a number. The row ends with an error; rows in its place later are right."""
+    loaded = load()
+    reference = edited_copy(loaded, None)
+    with torch.no_grad():
+        loaded.model.get_input_embeddings().weight[5] = float("nan")
+    others = [request([token for token in prompt(12, seed=i) if token != 5], None, 10) for i in range(3)]
+    with engine_of(loaded) as engine:
+        bad, *good = answers(engine, [request([1, 5, 2]), *others])
+        again = answers(engine, others)
+    assert bad.finish_reason == "error" and "not numbers" in bad.error and bad.text == ""
+    for one, event in zip([*others, *others], [*good, *again]):
+        assert list(event.token_ids) == greedy(reference, one.prompt_ids, 10)
+
+
+# ----- room -----
+
+
+def check_texts(loaded: object, asked: list[GenerationRequest], found: list[Event]) -> None:
+    for one, event in zip(asked, found):
+        assert event.finish_reason in ("length", "stop"), event.error
+        expected = greedy(edited_copy(loaded, one.edit), one.prompt_ids, one.max_tokens, one.ignore_eos)
+        assert list(event.token_ids) == expected
+
+
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_rows_go_back_when_room_is_short_and_still_get_their_answer(family: str) -> None:
+    loaded = load(family)
+    asked = [request(prompt(4 + i, seed=i), str(i) if i else None, 110, ignore_eos=True) for i in range(5)]
+    with engine_of(loaded, kv_tokens=420) as engine:
+        found = answers(engine, asked)
+        stats = engine.stats()
+    check_texts(loaded, asked, found)
+    assert stats.preemptions > 0, "there was room for all: the test shows nothing"
+    assert stats.kv_tokens == 420 and stats.running == stats.waiting == stats.kv_tokens_used == 0
+
+
+def test_the_buffers_stay_within_the_limit() -> None:
+    loaded = load()
+    limit, largest = 600, 0
+    with engine_of(loaded, kv_tokens=limit, max_rows=6) as engine:
+        cache = engine._steps._batch.cache
+
+        async def work() -> None:
+            nonlocal largest
+            tasks = [
+                asyncio.ensure_future(collect(engine, request(prompt(1 + 7 * i, seed=i), None, 90 - 5 * i)))
+                for i in range(12)
+            ]
+            while not all(task.done() for task in tasks):
+                largest = max(largest, cache._capacity[0] * cache._capacity[1])
+                await asyncio.sleep(0.001)
+
+        run(work)
+    assert 0 < largest <= limit
+
+
+@pytest.mark.parametrize("place", ["decode", "prefill"])
+@pytest.mark.parametrize("family", HYBRIDS)
+def test_out_of_memory_changes_no_text(family: str, place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The third pass of one kind fails in the middle of the model; some layers have seen the token by then."""
+    loaded = load(family)
+    asked = [request(prompt(5 + 3 * i, seed=i), str(i) if i else None, 14, ignore_eos=True) for i in range(6)]
+    passes = 0
+
+    def fail(module: object, args: tuple, kwargs: dict) -> None:
+        nonlocal passes
+        length = (args[0] if args else kwargs["hidden_states"]).shape[1]
+        if (length == 1) == (place == "decode"):
+            passes += 1
+            if passes == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with engine_of(loaded, prefill_tokens=16) as engine:
+        loaded.architecture.layers[1].register_forward_pre_hook(fail, with_kwargs=True)
+        found = answers(engine, asked)
+        stats = engine.stats()
+    check_texts(loaded, asked, found)
+    assert passes > 3 and stats.preemptions > 0 and stats.failed_steps == 0
+
+
+def test_a_request_that_never_fits_ends_with_an_error_and_the_others_go_on() -> None:
+    loaded = load()
+
+    def fail(module: object, args: tuple, kwargs: dict) -> None:
+        if (args[0] if args else kwargs["hidden_states"]).shape[1] > 40:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    with engine_of(loaded) as engine:
+        loaded.architecture.layers[1].register_forward_pre_hook(fail, with_kwargs=True)
+        small = [request(prompt(4, seed=i), str(i), 8) for i in range(3)]
+        found = answers(engine, [*small, request(prompt(200))])
+        check_texts(loaded, small, found[:3])
+        check_texts(loaded, small, answers(engine, small))
+    assert found[3].finish_reason == "error" and "not enough memory" in found[3].error
+
+
+@pytest.mark.parametrize("place", ["decode", "prefill"])
+def test_a_failed_step_ends_its_rows_and_the_engine_goes_on(place: str) -> None:
+    loaded = load()
+    armed = True
+
+    def fail(module: object, args: tuple, kwargs: dict) -> None:
+        length = (args[0] if args else kwargs["hidden_states"]).shape[1]
+        if armed and (length == 1) == (place == "decode"):
+            raise RuntimeError("kernel launch failed")
+
+    asked = [request(prompt(5, seed=i), str(i), 6) for i in range(3)]
+    with engine_of(loaded) as engine:
+        loaded.architecture.layers[0].register_forward_pre_hook(fail, with_kwargs=True)
+        found = answers(engine, asked)
+        assert engine.stats().failed_steps > 0
+        armed = False
+        check_texts(loaded, asked, answers(engine, asked))
+        assert engine.stats().failed_steps == 0
+    assert all(event.finish_reason == "error" and "kernel launch failed" in event.error for event in found)
+
+
+# ----- who is let in, who leaves -----
+
+
+def test_what_is_refused_before_it_is_queued() -> None:
+    loaded = load()
+    with engine_of(loaded, max_context=30) as engine:
+        assert engine.max_context == 30
+        for asked, error, words in (
+            (request(prompt(30)), TooLong, "30 tokens.*may have 30"),
+            (request([]), InvalidRequest, "empty"),
+            (request([3, tiny_models.VOCAB_SIZE]), InvalidRequest, "token id"),
+            (request([3, -1]), InvalidRequest, "token id"),
+            (request([3], "nobody"), InvalidRequest, "no edit 'nobody'"),
+            (request([3], n_tokens=0), InvalidRequest, "max_tokens"),
+        ):
+            with pytest.raises(error, match=words):
+                answers(engine, [asked])
+        with pytest.raises(InvalidRequest, match="no edit"):
+            run(lambda: engine.next_logprobs([[1]], ["nobody"]))
+        with pytest.raises(TooLong):
+            run(lambda: engine.next_logprobs([prompt(31)], [None]))
+        assert answers(engine, [request(prompt(29))])[0].n_completion == 1
+        assert engine.stats().steps < 20
+    with pytest.raises(EngineError, match="shut down"):
+        answers(engine, [request(prompt(3))])
+
+
+def test_a_full_queue_is_overloaded_and_everyone_let_in_is_answered() -> None:
+    loaded = load()
+    with engine_of(loaded, max_rows=2, max_waiting=3) as engine:
+
+        async def work() -> list[Event | BaseException]:
+            asked = [collect(engine, request(prompt(4, seed=i), None, 30, ignore_eos=True)) for i in range(9)]
+            return await asyncio.gather(*asked, return_exceptions=True)
+
+        found = run(work)
+        assert answers(engine, [request(prompt(4))])[0].finish_reason is not None
+    refused = [one for one in found if isinstance(one, Overloaded)]
+    served = [one for one in found if isinstance(one, Event)]
+    assert len(refused) == 4 and len(served) == 5
+    assert all(one.n_completion == 30 for one in served)
+    assert all(1 <= one.retry_after <= 30 for one in refused)
+
+
+@pytest.mark.parametrize("how", ["close", "cancel"])
+def test_a_row_that_nobody_wants_leaves_within_one_step(how: str) -> None:
+    loaded = load()
+    with engine_of(loaded) as engine:
+
+        async def work() -> tuple[int, int]:
+            asked = request(prompt(4), "1", 400, ignore_eos=True)
+            if how == "close":
+                stream = engine.generate(asked)
+                await anext(stream)
+                await stream.aclose()
+            else:
+                task = asyncio.ensure_future(collect(engine, asked))
+                while not engine.stats().tokens:
+                    await asyncio.sleep(0.001)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            before = engine.stats().steps
+            while engine.stats().running:
+                await asyncio.sleep(0.001)
+            return before, engine.stats().steps
+
+        before, after = run(work)
+        assert after - before <= 2  # the step that was under way, and the one that took it out
+        assert engine.stats().kv_tokens_used == 0 and engine.stats().tokens < 399
+        check_texts(loaded, [request(prompt(5), "2")], answers(engine, [request(prompt(5), "2")]))
+
+
+def test_cancelling_a_long_prompt_and_a_score_while_they_are_read() -> None:
+    loaded = load()
+    with engine_of(loaded, prefill_tokens=4) as engine:
+
+        async def work() -> None:
+            tasks = [
+                asyncio.ensure_future(collect(engine, request(prompt(400)))),
+                asyncio.ensure_future(engine.next_logprobs([prompt(50)] * 200, [None, "1"])),
+            ]
+            while engine.stats().steps < 3:
+                await asyncio.sleep(0.001)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            before = engine.stats().steps
+            while engine._steps.has_work():
+                await asyncio.sleep(0.001)
+            assert engine.stats().steps - before <= 2
+
+        run(work)
+
+
+def test_a_closed_event_loop_takes_its_rows_with_it() -> None:
+    loaded = load()
+    with engine_of(loaded) as engine:
+        loop = asyncio.new_event_loop()
+        stream = engine.generate(request(prompt(4), None, 450, ignore_eos=True))
+        loop.run_until_complete(anext(stream))
+        loop.close()
+        deadline = time.monotonic() + 30
+        while engine.stats().running and time.monotonic() < deadline:
+            time.sleep(0.005)
+        assert engine.stats().running == 0 and engine.stats().tokens < 449
+
+
+def test_an_idle_engine_does_nothing_and_closing_ends_what_runs() -> None:
+    loaded = load()
+    with engine_of(loaded) as engine:
+        answers(engine, [request(prompt(4))])
+        steps = engine.stats().steps
+        time.sleep(0.2)
+        assert engine.stats().steps <= steps + 1
+
+        async def work() -> Event:
+            task = asyncio.ensure_future(collect(engine, request(prompt(4), None, 450, ignore_eos=True)))
+            while not engine.stats().running:
+                await asyncio.sleep(0.001)
+            await asyncio.get_running_loop().run_in_executor(None, engine.close)
+            return await task
+
+        event = run(work)
+        assert event.finish_reason == "error" and "shut down" in event.error
+        assert not any(thread.name == "engine" and thread is engine._thread for thread in threading.enumerate())
+        engine._editor.close()
+
+
+def test_short_prompts_do_not_wait_for_a_long_one() -> None:
+    """A long prompt is read in pieces; answers that run and prompts that come later go on between them."""
+    loaded = load()
+    with engine_of(loaded, prefill_tokens=8) as engine:
+
+        async def work() -> list[str]:
+            done: list[str] = []
+
+            async def one(name: str, asked: GenerationRequest) -> None:
+                await collect(engine, asked)
+                done.append(name)
+
+            tasks = [asyncio.ensure_future(one("running", request(prompt(4), "1", 20, ignore_eos=True)))]
+            while not engine.stats().tokens:
+                await asyncio.sleep(0.001)
+            tasks.append(asyncio.ensure_future(one("long", request(prompt(480), None, 1))))
+            await asyncio.sleep(0.005)
+            tasks.append(asyncio.ensure_future(one("short", request(prompt(5), "2", 3, ignore_eos=True))))
+            await asyncio.gather(*tasks)
+            return done
+
+        assert run(work)[-1] == "long"
+
+
+# ----- models -----
+
+
+def test_keys_mean_one_edit() -> None:
+    loaded = load()
+    with engine_of(loaded) as engine:
+        engine.add_edit("0", EIGHT_EDITS[0], bank_of(loaded))
+        with pytest.raises(ValueError, match="already another edit"):
+            engine.add_edit("0", EIGHT_EDITS[1], bank_of(loaded))
+
+
+def test_edits_can_be_added_while_answers_are_made() -> None:
+    """Many more than are ever in one batch."""
+    loaded = load()
+    bank = bank_of(loaded)
+    with engine_of(loaded) as engine:
+
+        async def work() -> list[Event]:
+            running = asyncio.ensure_future(collect(engine, request(prompt(6), "2", 100, ignore_eos=True)))
+            found = []
+            for i in range(40):
+                engine.add_edit(f"new {i}", EIGHT_EDITS[i % 8], bank)
+                found.append(await collect(engine, request(prompt(6), f"new {i}", 3)))
+            return [await running, *found]
+
+        first, *found = run(work)
+    check_texts(loaded, [request(prompt(6), "2", 100, ignore_eos=True)], [first])
+    check_texts(loaded, [request(prompt(6), str(i % 8), 3) for i in range(8)], found[:8])
+    assert [event.token_ids for event in found[32:]] == [event.token_ids for event in found[:8]]
+
+
+def test_a_4bit_base_with_edits(tmp_path: Path) -> None:
+    folder = tiny_models.write(tmp_path / "model", "llama", **tiny_models.FOR_4BIT)
+    settings = {"id": str(folder), "dtypes": ("float32",), "device_map": "cpu"}
+    base = load_model(ModelSettings(**settings, quantization="bnb_4bit"))
+    asked = [request(prompt(6 + i, seed=i), key, 8, ignore_eos=True) for i, key in enumerate([None, "0", "1", "2"])]
+    with engine_of(base) as engine:
+        found = answers(engine, asked)
+    for one, event in zip(asked, found):
+        reference = dequantized_copy(base.model, load_model(ModelSettings(**settings)).model)
+        if one.edit is not None:
+            bake(loaded_from(reference).architecture, EIGHT_EDITS[int(one.edit)], bank_of(base))
+        assert list(event.token_ids) == greedy(reference, one.prompt_ids, 8, ignore_eos=True)
+
+
+def test_a_context_beyond_which_neighbours_would_matter_is_not_offered() -> None:
+    """Longrope takes other frequencies for the whole batch once one row is long."""
+    rope = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0] * 4,
+        "long_factor": [4.0] * 4,
+        "original_max_position_embeddings": 64,
+        "factor": 8.0,
+    }
+    loaded = load("phi3", rope_parameters=rope, original_max_position_embeddings=64)
+    with engine_of(loaded) as engine:
+        assert engine.max_context == 64
+
+
+def test_models_whose_cache_is_unknown_are_refused() -> None:
+    loaded = load()
+    loaded.model.config.layer_types = ["hybrid"] * loaded.architecture.n_layers
+    with pytest.raises(ModelError, match="cannot be served"):
+        ServingEngine(loaded, EngineSettings())
+
+
+def test_too_little_room_is_said_at_the_start() -> None:
+    with pytest.raises(ModelError, match="kv_tokens"):
+        ServingEngine(load(), EngineSettings(kv_tokens=RESERVE + 10))
