@@ -12,6 +12,9 @@ from serve.ui.page import HERE, Page
 
 PATH = "/chat"
 
+# Answers are shown as markdown, and a model may write an image of any address: nothing is loaded from elsewhere.
+POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'; form-action 'self'"
+
 
 def mount(app: FastAPI, *, auth_required: bool) -> None:
     """Mount the chat page at ``/chat/``. To be called in the ingress' builder, before Serve wraps the application.
@@ -29,7 +32,7 @@ def mount(app: FastAPI, *, auth_required: bool) -> None:
         return Response(status_code=307, headers={"Location": PATH.removeprefix("/") + "/"})
 
     page = Page(Api(app), auth_required)
-    page.blocks.queue(max_size=512, api_open=False)
+    page.blocks.queue(default_concurrency_limit=None, max_size=512, api_open=False)
     gr.mount_gradio_app(
         app,
         page.blocks,
@@ -95,6 +98,7 @@ class _Page:
         headers = [pair for pair in self._start["headers"] if pair[0].lower() != b"content-length"]
         if any(name.lower() == b"content-type" and b"text/html" in value for name, value in headers):
             self._body = self._adapted(self._body.decode()).encode()
+            headers.append((b"content-security-policy", POLICY))
         headers.append((b"content-length", str(len(self._body)).encode()))
         await self._send({**self._start, "headers": headers})
         await self._send({"type": "http.response.body", "body": self._body})

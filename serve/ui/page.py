@@ -1,5 +1,6 @@
 """The chat page: one prompt, two models, their answers side by side."""
 
+import html
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -62,7 +63,7 @@ def draw(turns: list[Turn]) -> tuple[list[dict[str, str]], str]:
 
 
 def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace("\n", "<br>")
+    return html.escape(text).replace("\n", "<br>")
 
 
 class Page:
@@ -177,22 +178,18 @@ class Page:
             self._ask,
             [self.prompt, *models_and_turns],
             [self.prompt, *asking],
-            concurrency_limit=None,
             **QUIET,
         )
-        asked_again = self.again.click(
-            self._ask_again, models_and_turns, [self.prompt, *asking], concurrency_limit=None, **QUIET
-        )
+        asked_again = self.again.click(self._ask_again, models_and_turns, [self.prompt, *asking], **QUIET)
         for started in (asked, asked_again):
             for side in (self.left, self.right):
                 started.success(
                     self._answer,
                     [self.key, side.turns, *self._sampling],
                     side.shown,
-                    concurrency_limit=None,
                     **QUIET,
                 )
-        self.stop.click(self._stop, None, None, concurrency_limit=None, **QUIET)
+        self.stop.click(self._stop, None, None, **QUIET)
         blocks.unload(self._stop)
         self.clear.click(self._clear, None, asking, **QUIET)
         for side in (self.left, self.right):
@@ -200,7 +197,7 @@ class Page:
         self.export.click(
             None, [self.left.turns, self.right.turns, *self._sampling], js="bruno.exportConversations", **QUIET
         )
-        gr.Timer(STATS_SECONDS).tick(self._stats, self.key, self.stats, concurrency_limit=None, **QUIET)
+        gr.Timer(STATS_SECONDS).tick(self._stats, self.key, self.stats, **QUIET)
 
     # ---------------------------------------------------------------------------------------------- callbacks
 
@@ -244,7 +241,7 @@ class Page:
         row = event.row_value or table[event.index[0]]
         return str(row[-1])
 
-    def _ask(
+    async def _ask(
         self, prompt: str, left_model: str, right_model: str, left: list[Turn], right: list[Turn], request: gr.Request
     ) -> list[Any]:
         if self.streams.any(request.session_hash or ""):
@@ -257,14 +254,14 @@ class Page:
             sides += [*draw(turns), turns]
         return ["", *sides]
 
-    def _ask_again(
+    async def _ask_again(
         self, left_model: str, right_model: str, left: list[Turn], right: list[Turn], request: gr.Request
     ) -> list[Any]:
         """The last prompt once more, to the models that are chosen now, in place of its answers."""
-        if not left:
+        if not (asked := left or right):
             raise gr.Error("There is no prompt to ask again.", print_exception=False)
-        question = left[-1]["user"]
-        return self._ask(question, left_model, right_model, left[:-1], right[:-1], request)
+        question = asked[-1]["user"]
+        return await self._ask(question, left_model, right_model, left[:-1], right[:-1], request)
 
     async def _answer(
         self,
@@ -289,10 +286,10 @@ class Page:
             ended = now[-1]["finish"] or now[-1]["error"]
             yield *draw(now), (now if ended else gr.skip())
 
-    def _stop(self, request: gr.Request) -> None:
+    async def _stop(self, request: gr.Request) -> None:
         self.streams.stop(request.session_hash or "")
 
-    def _clear(self, request: gr.Request) -> list[Any]:
+    async def _clear(self, request: gr.Request) -> list[Any]:
         self.streams.stop(request.session_hash or "")
         return [*draw([]), [], *draw([]), []]
 
