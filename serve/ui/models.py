@@ -77,12 +77,12 @@ class Front:
     @classmethod
     async def fetch(cls, api: Api, key: str, run: str) -> "Front":
         front = await api.get("/api/front", key, urlencode({"run": run}))
-        names = [name for row in front["rows"][:1] for name in row["values"]]
+        names = front["objectives"]
         rows = []
         for row in front["rows"]:
-            counts = row.get("counts") or {}
+            counts = row["counts"]
             values = [_value(row["values"].get(name), counts.get(name)) for name in names]
-            rows.append([row["trial"], *values, row.get("description") or "", row["model"]])
+            rows.append([row["trial"], *values, row["description"], row["model"]])
         return cls(["trial", *(name.replace("_", " ") for name in names), "edit", "model"], rows)
 
 
@@ -100,8 +100,10 @@ async def stats_line(api: Api, key: str) -> str:
 
 
 def engine_line(name: str, engine: dict[str, Any]) -> str:
+    if not engine["replicas"]:
+        return f"{name}: loading"
     parts = [
-        f"{engine['tokens_per_second']:.1f} tokens/s",
+        f"{engine['tokens_per_second']:.0f} tokens/s",
         f"{engine['running']} running",
         f"{engine['waiting']} waiting",
         f"memory {engine['memory_bytes'] / 2**20:,.0f} MiB",

@@ -42,7 +42,7 @@
     return [];
   };
 
-  // ---- markers: the text is compared as bruno_ray.scoring.markers.normalise leaves it (the markers come normalised)
+  // ---- markers: marker and text are compared as bruno_ray.scoring.markers.normalise leaves them
   let markers = [];
   const plain = (character) =>
     /[\u2018\u2019\u201a\u201b\u02bc\u00b4`]/.test(character) ? "'"
@@ -51,6 +51,7 @@
       : /\s/.test(character) ? " "
       : character.toLowerCase();
 
+  const normalise = (text) => [...text].map(plain).join("").replace(/ +/g, " ").trim();
   const BREAKS = new Set(["BR", "P", "LI", "UL", "OL", "PRE", "TR", "TD", "BLOCKQUOTE", "H1", "H2", "H3", "H4"]);
 
   // Ranges of every marker in the text under `element`, over the borders of its text nodes.
@@ -101,7 +102,7 @@
   };
 
   const mark = (wanted) => {
-    markers = wanted || [];
+    markers = [...new Set((wanted || []).map(normalise).filter(Boolean))];
     for (const chat of document.querySelectorAll(".answers")) {
       if (chat.dataset.watched) continue;
       chat.dataset.watched = "yes";
@@ -111,5 +112,5 @@
     return [];
   };
 
-  window.bruno = { key, keepKey, choices, exportConversations, mark };
+  window.bruno = { key, keepKey, choices, exportConversations, mark, normalise };
 })();
