@@ -1,0 +1,182 @@
+"""cluster.yaml against the imitation: a laptop on the imitated internet, the API, and what it rents."""
+
+import copy
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cluster.keys import KEY_NAME
+from tests.cluster.fake_vast.api import API_KEY, FakeApi
+from tests.cluster.fake_vast.server import FakeServer
+from tests.cluster.fake_vast.state import FakeInstance, FakeVast
+from tests.cluster.lab.container import CHECKOUT, Container
+from tests.cluster.lab.lab import LAPTOP, Lab
+from tests.cluster.lab.machine import NamespaceMachine
+
+API_PORT = 8080
+BOOT_S = 2.0
+OBJECT_STORE = 150_000_000
+ENVIRONMENT = {
+    "PYTHONPATH": "$HOME/bruno-ray",
+    "PATH": f"{Path(sys.executable).parent}:$PATH",
+    "RAY_AUTH_MODE": "token",
+    "BRUNO_RAY_START_OPTIONS": f"--object-store-memory={OBJECT_STORE}",
+    "RAY_prestart_worker_first_driver": "0",  # two cores for all nodes together
+}
+
+
+def derived_config(**changes: Any) -> dict[str, Any]:
+    """cluster.yaml with what the imitation needs: nothing is installed, and machines are given back sooner."""
+    config = yaml.safe_load((CHECKOUT / "cluster.yaml").read_text())
+    exports = " ".join(f'{name}=\\"{value}\\"' for name, value in ENVIRONMENT.items())
+    config["setup_commands"] = [
+        f'grep -q bruno-ray ~/.bashrc || echo "export {exports}" >> ~/.bashrc'.replace("$", "\\$"),
+        "python -m cluster.versions",
+    ]
+    config["idle_timeout_minutes"] = 0.3
+    return merged(config, changes)
+
+
+def merged(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    result = copy.deepcopy(config)
+    for name, value in changes.items():
+        result[name] = merged(result[name], value) if isinstance(value, dict) and name in result else value
+    return result
+
+
+class RayCluster:
+    """A context manager; everything that was rented is gone afterwards."""
+
+    def __init__(self, lab: Lab, folder: Path, **changes: Any) -> None:
+        self.lab = lab
+        self.home = folder / "home"
+        self.config_file = folder / "cluster.yaml"
+        self.machines: dict[int, NamespaceMachine] = {}
+        self.vast = FakeVast(make_machine=self._machine, boot_s=BOOT_S, listing_lag_s=1.0, destroying_lag_s=1.0)
+        self.vast.add_offers(6, gpu_name="RTX 3060", gpu_ram=12288.0, dph_base=0.06)
+        self.vast.add_offers(12)
+        self.api = FakeApi(self.vast)
+        self.config = derived_config(**changes)
+        self.config_file.write_text(yaml.safe_dump(self.config))
+        keys = self.home / ".bruno-ray"
+        keys.mkdir(parents=True, mode=0o700)
+        for name in ("vast_api_key", "vast_api_key_head"):
+            (keys / name).write_text(API_KEY)
+            (keys / name).chmod(0o600)
+
+    def __enter__(self) -> "RayCluster":
+        self.server = self.lab.on_internet(lambda: FakeServer(self.api, LAPTOP, API_PORT))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.server.close()
+        self.vast.close()
+
+    def _machine(self, instance: FakeInstance) -> NamespaceMachine:
+        self.machines[instance.id] = NamespaceMachine(self.lab)
+        return self.machines[instance.id]
+
+    # The laptop.
+
+    @property
+    def folder(self) -> Path:
+        """The cluster's folder on the laptop."""
+        return self.home / ".bruno-ray" / "clusters" / self.config["cluster_name"]
+
+    def laptop_environment(self) -> dict[str, str]:
+        kept = {name: os.environ[name] for name in ("LANG", "TMPDIR") if name in os.environ}
+        return {
+            **kept,
+            "HOME": str(self.home),
+            "PATH": f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin",
+            "VAST_URL": f"http://{LAPTOP}:{API_PORT}",
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": str(self.folder / "auth_token"),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "OMP_NUM_THREADS": "1",
+        }
+
+    def laptop(self, *command: str, timeout: float = 300, check: bool = True) -> str:
+        """Run a command on the laptop, in the checkout; returns all it printed."""
+        result = subprocess.run(
+            self.lab.command(*command),
+            cwd=CHECKOUT,
+            env=self.laptop_environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+        )
+        if check and result.returncode:
+            raise AssertionError(f"{' '.join(command)} ended with {result.returncode}:\n{result.stdout[-6000:]}")
+        return result.stdout
+
+    def ray(self, *words: str, timeout: float = 300, check: bool = True) -> str:
+        return self.laptop("ray", *words, timeout=timeout, check=check)
+
+    def up(self) -> float:
+        """`ray up`; returns the seconds it took."""
+        began = time.monotonic()
+        self.ray("up", "-y", "--no-config-cache", str(self.config_file))
+        return time.monotonic() - began
+
+    def down(self) -> float:
+        began = time.monotonic()
+        self.ray("down", "-y", str(self.config_file))
+        return time.monotonic() - began
+
+    # The nodes.
+
+    def billed(self, kind: str) -> list[FakeInstance]:
+        """Instances that cost money and whose label says head or worker."""
+        return [row for row in self.vast.billed() if row.label.split(":")[2].startswith(kind[0])]
+
+    def container(self, instance: FakeInstance) -> Container:
+        container = self.machines[instance.id].container
+        assert container is not None, f"instance {instance.id} has not booted"
+        return container
+
+    def head(self) -> Container:
+        (head,) = self.billed("head")
+        return self.container(head)
+
+    def shell(self, container: Container, command: str, timeout: float = 120) -> str:
+        """Run a command on a node as `ray exec` does, in an interactive login shell."""
+        wrapped = f"bash --login -i -c {_quoted(f'source ~/.bashrc; {command}')} 2>/dev/null"
+        return self.lab.ssh(container, self.folder / KEY_NAME, wrapped, timeout)
+
+    def driver(self, program: str, timeout: float = 240) -> str:
+        """Run a Python program on the head that connects to the cluster; returns what it printed."""
+        head = self.head()
+        (head.folder / "tmp" / "driver.py").write_text(program)
+        return self.shell(head, "python /tmp/driver.py", timeout)
+
+    def logs(self) -> str:
+        """The ends of the logs that explain a failure."""
+        texts = []
+        for container in list(self.lab.containers.values()):
+            for pattern in ("tmp/ray/session_latest/logs/monitor.*", "root/.bruno-ray/mesh/*.log", "tmp/onstart.log"):
+                for path in container.folder.glob(pattern):
+                    texts.append(f"--- {container.name} {path.name}\n{path.read_text(errors='replace')[-2500:]}")
+        return "\n".join(texts)
+
+
+def _quoted(text: str) -> str:
+    return "'" + text.replace("'", "'\\''") + "'"
+
+
+def wait_for(condition: Callable[[], Any], what: str, timeout: float, detail: Callable[[], object] = str) -> float:
+    """Wait until ``condition`` holds; returns the seconds it took."""
+    began = time.monotonic()
+    while not condition():
+        if time.monotonic() - began > timeout:
+            raise AssertionError(f"not within {timeout} s: {what}\n{detail()}")
+        time.sleep(0.2)
+    return time.monotonic() - began
