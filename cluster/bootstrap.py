@@ -6,6 +6,7 @@ from typing import Any
 from cluster.addresses import max_nodes
 from cluster.errors import ClusterSettingsError
 from cluster.keys import ensure_key_pair
+from cluster.mounts import add_mounts
 from cluster.settings import ClusterSettings, NodeSettings, checked_cluster_name
 from cluster.vast.disk import ModelSize, disk_for, model_size
 
@@ -43,6 +44,8 @@ def bootstrapped(config: dict[str, Any]) -> dict[str, Any]:
         )
     auth.update(ssh_private_key=str(key))
     auth.setdefault("ssh_user", "root")
+    key_mount = config["provider"].get("api_key_file", ClusterSettings.model_fields["api_key_file"].default)
+    add_mounts(config, settings.folder(name), str(key_mount), settings.head_api_key_file)
     return config
 
 

@@ -10,7 +10,7 @@ from cluster.cost import ClusterCost
 from cluster.errors import NodeError, NoOfferError
 from cluster.keys import authorize_command
 from cluster.ledger import Ledger
-from cluster.listing import NodeList
+from cluster.listing import REMEMBERED_S, NodeList
 from cluster.settings import BudgetSettings, NodeSettings
 from cluster.tags import ClusterNode, Label, creation_env, node_of
 from cluster.vast.client import VastClient
@@ -60,15 +60,16 @@ class Launcher:
         Raises `NoOfferError`, `BudgetError`, `NodeError` or `VastError`. Whatever was created on the way there is
         destroyed or doomed.
         """
-        room = price_room(self._budget, cost, self._nodes.reserved())
-        for ranked in self._affordable(order.node, cost, room)[:OFFERS_TRIED]:
+        reserved = self._reserved()
+        room = price_room(self._budget, cost, reserved)
+        for ranked in self._affordable(order.node, cost, reserved, room)[:OFFERS_TRIED]:
             try:
                 return self._rent(ranked, order)
             except OfferTakenError as error:
                 logger.info("offer %d is gone: %s", ranked.offer.id, error)
         raise NoOfferError(f"the {OFFERS_TRIED} best offers were taken by others; Ray tries again")
 
-    def _affordable(self, node: NodeSettings, cost: ClusterCost, room: float) -> list[RankedOffer]:
+    def _affordable(self, node: NodeSettings, cost: ClusterCost, reserved: float, room: float) -> list[RankedOffer]:
         disk = _disk(node)
         offers = self._client.search_offers(search_query(node.requirements, disk))
         ranking = rank(
@@ -78,8 +79,13 @@ class Launcher:
         affordable = [ranked for ranked in best if ranked.price_per_hour <= room]
         if not affordable:
             cheapest = min(ranked.price_per_hour for ranked in best)
-            raise too_dear(self._budget, cost, self._nodes.reserved(), cheapest)
+            raise too_dear(self._budget, cost, reserved, cheapest)
         return affordable
+
+    def _reserved(self) -> float:
+        """Dollars per hour of what may exist beside the known nodes."""
+        known = [node.launch for node in self._nodes.nodes().values()]
+        return self._ledger.intended_price(known) + self._nodes.unconfirmed_price()
 
     def _rent(self, ranked: RankedOffer, order: LaunchOrder) -> ClusterNode:
         launch = uuid.uuid4().hex[:12]
@@ -91,19 +97,24 @@ class Launcher:
             onstart="\n".join(filter(None, [authorize_command(order.public_key), order.node.onstart])),
             price=ranked.bid,
         )
+        self._ledger.intend(launch, ranked.price_per_hour, REMEMBERED_S)
         try:
             contract = self._client.create_instance(ranked.offer.id, request, CREATE_DEADLINE_S)
         except CreateFailedError as error:
             if self._nodes.doom(str(error.contract_id), ranked.price_per_hour):
+                self._ledger.settle([launch])
                 raise OfferTakenError(str(error)) from error
             # Another attempt now could leave a second contract behind.
             raise NodeError(f"contract {error.contract_id} failed ({error}) and cannot be destroyed yet") from error
         except CreateUncertainError as error:
             found = self._find(launch)
             if found is None:
-                self._nodes.doubt(launch, ranked.price_per_hour)
+                self._nodes.doubt(launch)
                 raise NodeError(f"{error}; if a machine was rented it will be destroyed when it is listed") from error
             return found
+        except VastError:
+            self._ledger.settle([launch])
+            raise
         node = self._known_from_now_on(contract, ranked, request, order)
         self._attach_key(contract, order.public_key)
         logger.info(

@@ -1,4 +1,4 @@
-"""What a machine of the cluster remembers in a file: costs of contracts, machines to avoid, indices at rest.
+"""What a machine of the cluster remembers in a file: costs, creations begun, machines to avoid, indices at rest.
 
 The truth about what exists is the API. This file only adds what the API forgets: what destroyed contracts have cost,
 and what went wrong lately. Losing it costs comfort, not money: the head writes the cost of what is gone into its label
@@ -33,10 +33,21 @@ class Contract:
 
 
 @dataclass
+class Intent:
+    """A creation that was begun: until the list shows it or it is refused, it may be a machine that costs money."""
+
+    price: float
+    until: float
+    """When it is forgotten, Unix seconds."""
+
+
+@dataclass
 class Entries:
     contracts: dict[str, Contract] = field(default_factory=dict)
     avoided: dict[str, float] = field(default_factory=dict)
     """Machine id to the time until which it is not rented."""
+    intents: dict[str, Intent] = field(default_factory=dict)
+    """By mark of the launch; they outlive a process that dies while it creates."""
     resting: dict[str, float] = field(default_factory=dict)
     """Node index to the time until which it is not given away."""
 
@@ -63,6 +74,11 @@ class Ledger:
             for contract_id, contract in entries.contracts.items():
                 if contract_id not in existing and contract.ended is None:
                     contract.ended = now
+            for times in (entries.avoided, entries.resting):
+                for name in [name for name, until in times.items() if until <= now]:
+                    del times[name]
+            for launch in [launch for launch, intent in entries.intents.items() if intent.until <= now]:
+                del entries.intents[launch]
 
     def ended_cost(self) -> float:
         """Dollars for contracts that are gone."""
@@ -84,10 +100,30 @@ class Ledger:
         now = self._clock.time()
         return frozenset(int(index) for index, until in self._read().resting.items() if until > now)
 
+    def intend(self, launch: str, price: float, seconds: float) -> None:
+        with self._changed() as entries:
+            entries.intents[launch] = Intent(price, self._clock.time() + seconds)
+
+    def settle(self, launches: Iterable[str]) -> None:
+        """These creations were refused, or are listed."""
+        with self._changed() as entries:
+            for launch in launches:
+                entries.intents.pop(launch, None)
+
+    def intended_price(self, known: Iterable[str]) -> float:
+        """Dollars per hour of creations begun, without those whose marks are `known`."""
+        now, counted = self._clock.time(), set(known)
+        return sum(
+            intent.price
+            for launch, intent in self._read().intents.items()
+            if launch not in counted and intent.until > now
+        )
+
     def begin_anew(self) -> None:
         """Forget the costs: the cluster was taken down on purpose and its account is closed."""
         with self._changed() as entries:
             entries.contracts.clear()
+            entries.intents.clear()
 
     @contextmanager
     def _changed(self) -> Iterator[Entries]:
@@ -105,7 +141,8 @@ class Ledger:
         try:
             content = json.loads(self._file.read_text())
             contracts = {name: Contract(**values) for name, values in content["contracts"].items()}
-            return Entries(contracts, content["avoided"], content["resting"])
+            intents = {name: Intent(**values) for name, values in content["intents"].items()}
+            return Entries(contracts, content["avoided"], intents, content["resting"])
         except FileNotFoundError:
             return Entries()
         except (ValueError, KeyError, TypeError) as error:

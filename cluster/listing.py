@@ -50,12 +50,6 @@ class _Doomed:
     confirmed: bool = False
 
 
-@dataclass(frozen=True)
-class _Doubtful:
-    price: float
-    until: float
-
-
 class NodeList:
     """Thread-safe. Network calls are made without holding the lock of the state."""
 
@@ -69,7 +63,8 @@ class NodeList:
         self._listed: dict[str, ClusterNode] = {}
         self._created: dict[str, _Created] = {}
         self._doomed: dict[str, _Doomed] = {}
-        self._doubtful: dict[str, _Doubtful] = {}
+        self._doubtful: dict[str, float] = {}
+        """Mark of the launch to the time until which it is looked out for."""
         self._answered: float | None = None
         """When the last list was had."""
         self._asked: float | None = None
@@ -110,10 +105,10 @@ class NodeList:
             self._created[node.id] = _Created(node, self._clock.time() + LISTING_LAG_S)
             self.version += 1
 
-    def doubt(self, launch: str, price: float) -> None:
+    def doubt(self, launch: str) -> None:
         """A creation with this mark may have happened; it is not wanted any more."""
         with self._lock:
-            self._doubtful[launch] = _Doubtful(price, self._clock.time() + REMEMBERED_S)
+            self._doubtful[launch] = self._clock.time() + REMEMBERED_S
 
     def doom(self, node_id: str, price: float) -> bool:
         """Destroy an instance of ours, now or as soon as it can be; True when it is confirmed."""
@@ -122,14 +117,18 @@ class NodeList:
             self._doomed.setdefault(node_id, _Doomed(price, now, now))
         return self._destroy(node_id)
 
-    def reserved(self) -> float:
-        """Dollars per hour of what may exist beside the known nodes."""
+    def unconfirmed_price(self) -> float:
+        """Dollars per hour of instances that must go, are not known to be gone and are not among the nodes."""
         with self._lock:
             known = self._view()
-            unconfirmed = sum(
+            return sum(
                 doomed.price for name, doomed in self._doomed.items() if not doomed.confirmed and name not in known
             )
-            return unconfirmed + sum(doubtful.price for doubtful in self._doubtful.values())
+
+    def listed_launches(self) -> set[str]:
+        """Marks of the launches that the API's own list shows."""
+        with self._lock:
+            return {node.launch for node in self._listed.values() if node.launch}
 
     def _is_due(self) -> bool:
         if self._asked is None:
@@ -212,7 +211,7 @@ class NodeList:
         """Destroy again what should be gone, and forget what is."""
         now = self._clock.time()
         with self._lock:
-            for launch in [launch for launch, doubtful in self._doubtful.items() if doubtful.until <= now]:
+            for launch in [launch for launch, until in self._doubtful.items() if until <= now]:
                 del self._doubtful[launch]
             again = []
             for name, doomed in list(self._doomed.items()):

@@ -37,6 +37,7 @@ from cluster.launch import Launcher, LaunchOrder
 from cluster.ledger import Ledger
 from cluster.listing import NodeList
 from cluster.mesh import Node
+from cluster.mounts import without_head_files
 from cluster.settings import ClusterSettings, NodeSettings, checked_cluster_name
 from cluster.ssh_master import Endpoint
 from cluster.tags import HASH_TAGS, LASTING_STATUSES, ClusterNode, Label
@@ -83,8 +84,8 @@ class VastNodeProvider(NodeProvider):
         """What this process set, on top of what the instances say."""
         self._unwritten: set[str] = set()
         """Nodes whose label does not yet say what we set."""
-        self._indices: dict[str, int] = {}
-        """Of the nodes known at the last look, to notice whose index is free again."""
+        self._before: dict[str, ClusterNode] = {}
+        """The nodes at the last look, to notice which are gone."""
         self._own_head: str | None = None
         self._refusals: dict[str, tuple[float, ClusterError]] = {}
         self._tearing_down = False
@@ -230,8 +231,8 @@ class VastNodeProvider(NodeProvider):
         return bootstrapped(cluster_config)
 
     def prepare_for_head_node(self, cluster_config: dict[str, Any]) -> dict[str, Any]:
-        """The head's copy: it is told who it is, where the API is and which key to let in."""
-        config = copy.deepcopy(cluster_config)
+        """The head's copy: it is told who it is, where the API is and which key to let in; workers get no API key."""
+        config = without_head_files(copy.deepcopy(cluster_config))
         provider = config["provider"]
         provider.pop("_config_cache_path", None)
         provider.update(role="head", vast_url=self.settings.vast_url, public_key=self._public_key())
@@ -268,14 +269,15 @@ class VastNodeProvider(NodeProvider):
         """What each change of the nodes asks for."""
         self._ledger.observe(nodes.values())
         with self._lock:
-            gone = {name: index for name, index in self._indices.items() if name not in nodes}
-            self._indices = {name: node.label.index for name, node in nodes.items()}
+            gone = {name: node for name, node in self._before.items() if name not in nodes}
+            self._before = nodes
             for name in gone:
                 self._tags.pop(name, None)
             self._unwritten -= gone.keys()
             unwritten = self._unwritten & nodes.keys()
-        for index in gone.values():
-            self._ledger.rest(index, self.settings.index_rest_s)
+        self._ledger.settle(self._nodes.listed_launches() | {node.launch for node in gone.values()})
+        for node in gone.values():
+            self._ledger.rest(node.label.index, self.settings.index_rest_s)
         self._give_way(nodes)
         for name in unwritten:
             self._write_label(nodes[name])

@@ -143,7 +143,13 @@ class ClusterSettings(Section):
     """Base URL of the API. The environment variable VAST_URL, read by `ray up`, comes before it."""
 
     api_key_file: UserPath = Path("~/.bruno-ray/vast_api_key")
-    """File with the API key. The same path on laptop and head: mount a restricted key there for the head."""
+    """File with the API key. On the head the same path holds the key of `head_api_key_file`."""
+
+    head_api_key_file: UserPath = Path("~/.bruno-ray/vast_api_key_head")
+    """File on the laptop with the restricted key that `ray up` copies to the head, and to the head only."""
+
+    head_files: tuple[str, ...] = ()
+    """Mounts that are for the head only; filled in by `ray up`."""
 
     state_folder: UserPath = Path("~/.bruno-ray/clusters")
     """Holds a folder per cluster with its key pair, known hosts and ledger."""
