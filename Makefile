@@ -9,16 +9,23 @@ export TOKENIZERS_PARALLELISM ?= false
 
 .PHONY: demo test check setup benchmarks clean
 
-# Set-up runs again when the pins or the package's own metadata change.
+# Modules are compiled when they are first imported, not all of them here. Set-up runs again when the pins or the
+# package's own metadata change.
+INSTALL := $(BIN)/python -m pip install -q --disable-pip-version-check --no-compile -c constraints.txt
+
 $(VENV)/.installed: constraints.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt torch
-	$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt -e .[test]
+	$(INSTALL) torch
+	$(INSTALL) -e .
 	touch $@
 
-setup: $(VENV)/.installed
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(INSTALL) -e .[test]
+	touch $@
 
-demo: setup
+setup: $(VENV)/.installed-test
+
+demo: $(VENV)/.installed
 	rm -rf runs/demo
 	$(BIN)/bruno-ray organism
 	$(BIN)/bruno-ray run --behaviour organism --auto-select --study-name demo
