@@ -36,6 +36,8 @@ __all__ = ["EngineStats", "Event", "GenerationRequest", "ServingEngine", "TokenL
 
 log = logging.getLogger(__name__)
 
+FAILED_STEPS = 3  # in a row, after which the device is taken to be beyond recovery
+
 
 class ServingEngine:
     """See above. Raises ModelError for models whose cache cannot be kept row by row."""
@@ -118,6 +120,11 @@ class ServingEngine:
         """Cheap, and never behind generation."""
         return self._steps.stats()
 
+    @property
+    def healthy(self) -> bool:
+        """False once the thread has ended, or when every step fails: the process should be replaced."""
+        return self._thread.is_alive() and self._steps.n_failed < FAILED_STEPS
+
     def close(self) -> None:
         """End the thread; whoever still waits gets an error."""
         with self._changed:
@@ -161,17 +168,26 @@ class ServingEngine:
     # ----- the thread -----
 
     def _run(self) -> None:
-        steps = self._steps
-        with torch.inference_mode():
-            while True:
-                with self._changed:
-                    while not self._closing and not steps.has_work():
-                        self._changed.wait()
-                    if self._closing:
-                        break
-                    steps.take_new()
-                self._deliver(steps.step())
-            self._deliver(steps.abandon("the engine is shut down: start the server again"))
+        reason = "the engine is shut down: start the server again"
+        try:
+            with torch.inference_mode():
+                self._step_until_closed()
+        except Exception as error:
+            log.exception("the engine has stopped")
+            reason = f"the engine has stopped ({type(error).__name__}): start the server again"
+        with self._changed:  # from here on nobody is let in
+            self._closing = True
+        self._deliver(self._steps.abandon(reason))
+
+    def _step_until_closed(self) -> None:
+        while True:
+            with self._changed:
+                while not self._closing and not self._steps.has_work():
+                    self._changed.wait()
+                if self._closing:
+                    return
+                self._steps.take_new()
+            self._deliver(self._steps.step())
 
     def _deliver(self, outbox: list[tuple[asyncio.AbstractEventLoop, Callable[[], None]]]) -> None:
         """One call into every event loop, whatever has happened in it."""

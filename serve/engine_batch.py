@@ -36,9 +36,14 @@ class EditedModel:
         self.config = loaded.model.config
         self._editor = editor
         self._table: list[ResolvedEdit] = []
+        self._set: list[ResolvedEdit | None] = []
 
     def set_edits(self, edits: Sequence[ResolvedEdit | None]) -> None:
         """From now on row b carries ``edits[b]``."""
+        edits = list(edits)
+        if len(edits) == len(self._set) and all(a is b for a, b in zip(edits, self._set)):
+            return
+        self._set = edits
         needed = {id(edit): edit for edit in edits if edit is not None}
         if not needed:
             self._editor.clear()

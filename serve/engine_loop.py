@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 
 GROWTH = 64  # columns that rows which are let in should be able to grow before room is short
 LOOK_AHEAD = 128  # waiting rows among which those of like length are looked for
+MOST_READING = 8  # prompts that are read in turns
+CPU_PREFILL_TOKENS = 512  # measured: more at a time are not faster, and hold up the running answers
 SHORTEST_CHUNK = 64  # prompt tokens per step, however short memory is
 RECOVERY_STEPS = 200  # good steps after which limits that were cut for lack of memory are doubled again
 
@@ -54,9 +56,12 @@ class StepLoop:
         self._prefills: list[Prefill] = []
         self._outbox: list[tuple[asyncio.AbstractEventLoop, Call]] = []
         self._row_limit = settings.max_rows
-        self._prefill_tokens = settings.prefill_tokens
+        on_cpu = model.device.type == "cpu"
+        self._most_prefill = min(settings.prefill_tokens, CPU_PREFILL_TOKENS) if on_cpu else settings.prefill_tokens
+        self._prefill_tokens = self._most_prefill
+        self._read_new = False  # whether the last prompts to be read were new ones
         self._rates = engine_limits.Rates()
-        self._n_steps = self._n_failed = self._n_good = self._n_preempted = 0
+        self._n_steps = self.n_failed = self._n_good = self._n_preempted = 0
 
     # ----- what others see -----
 
@@ -91,7 +96,7 @@ class StepLoop:
             prompt_tokens_per_second=prompt_tokens,
             memory_bytes=engine_limits.memory_bytes(self._model.device),
             steps=self._n_steps,
-            failed_steps=self._n_failed,
+            failed_steps=self.n_failed,
             tokens=self._rates.tokens,
             prompt_tokens=self._rates.prompt_tokens,
             preemptions=self._n_preempted,
@@ -102,16 +107,15 @@ class StepLoop:
     def step(self) -> list[tuple[asyncio.AbstractEventLoop, Call]]:
         """Read some prompts, score some, make one token for every running row. Returns calls for the event loops."""
         self._outbox = []
-        self._drop_cancelled()
-        parts = [self._read, self._score, self._decode]
+        parts = [self._drop_cancelled, self._read, self._score, self._decode]
         if all([self._attempt(part) for part in parts]):
-            self._n_failed = 0
+            self.n_failed = 0
             self._n_good += 1
             if self._n_good % RECOVERY_STEPS == 0:
                 self._row_limit = min(self._settings.max_rows, 2 * self._row_limit)
-                self._prefill_tokens = min(self._settings.prefill_tokens, 2 * self._prefill_tokens)
+                self._prefill_tokens = min(self._most_prefill, 2 * self._prefill_tokens)
         else:
-            self._n_failed += 1
+            self.n_failed += 1
             self._n_good = 0
         self._n_steps += 1
         return self._outbox
@@ -122,10 +126,8 @@ class StepLoop:
         self._fail([*self._batch.rows, *self._being_read(), *self._queue, *self.waiting], reason)
         for job in self.scores:
             self._outbox.append((job.loop, job.fail(EngineError(reason))))
-        self._clear()
-        self._queue.clear()
-        self.waiting.clear()
-        self.scores.clear()
+        for held in (self._queue, self.waiting, self.scores, self._prefills, self._batch.rows):
+            held.clear()
         return self._outbox
 
     def forget(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -159,8 +161,10 @@ class StepLoop:
         return False
 
     def _read(self) -> None:
-        """One piece of one prompt, or of several short ones; a long prompt takes turns with those that came later."""
-        if self._queue and len(self._prefills) < 2 and self._has_room(1, len(self._queue[0].tokens)):
+        """One piece of one prompt, or of several short ones; long prompts take turns with those that came later."""
+        turn = not self._prefills or (not self._read_new and len(self._prefills) < MOST_READING)
+        self._read_new = bool(turn and self._queue) and self._has_room(1, len(self._queue[0].tokens))
+        if self._read_new:
             self._prefills.insert(0, Prefill(self._model, self._next_group()))
         if not self._prefills:
             return

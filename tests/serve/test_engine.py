@@ -358,9 +358,11 @@ def test_a_failed_step_ends_its_rows_and_the_engine_goes_on(place: str) -> None:
         loaded.architecture.layers[0].register_forward_pre_hook(fail, with_kwargs=True)
         found = answers(engine, asked)
         assert engine.stats().failed_steps > 0
+        while engine.healthy:
+            answers(engine, asked[:1])
         armed = False
         check_texts(loaded, asked, answers(engine, asked))
-        assert engine.stats().failed_steps == 0
+        assert engine.stats().failed_steps == 0 and engine.healthy
     assert all(event.finish_reason == "error" and "kernel launch failed" in event.error for event in found)
 
 
@@ -489,7 +491,7 @@ def test_an_idle_engine_does_nothing_and_closing_ends_what_runs() -> None:
 
         event = run(work)
         assert event.finish_reason == "error" and "shut down" in event.error
-        assert not any(thread.name == "engine" and thread is engine._thread for thread in threading.enumerate())
+        assert engine._thread not in threading.enumerate() and not engine.healthy
         engine._editor.close()
 
 
@@ -515,6 +517,27 @@ def test_short_prompts_do_not_wait_for_a_long_one() -> None:
             return done
 
         assert run(work)[-1] == "long"
+
+
+def test_a_long_prompt_is_not_put_off_by_a_stream_of_short_ones() -> None:
+    loaded = load()
+    with engine_of(loaded, prefill_tokens=8) as engine:
+
+        async def work() -> tuple[int, Event]:
+            long = asyncio.ensure_future(collect(engine, request(prompt(160), None, 1)))
+            n_short = 0
+
+            async def stream() -> None:
+                nonlocal n_short
+                while not long.done():
+                    await collect(engine, request(prompt(5, seed=n_short), None, 1))
+                    n_short += 1
+
+            await asyncio.wait([asyncio.ensure_future(stream()) for _ in range(6)], timeout=60)
+            return n_short, await long
+
+        n_short, event = run(work)
+    assert event.finish_reason is not None and n_short > 3
 
 
 # ----- models -----

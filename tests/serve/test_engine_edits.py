@@ -12,13 +12,14 @@ LENGTHS = (3, 30, 9, 17, 1, 24, 12, 40, 5)
 KEYS = ("0", "1", "2", "3", "4", "5", "6", "7", None)
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", tiny_models.FAMILIES)
+EAGER = [(family, "eager") for family in tiny_models.FAMILIES]
+SDPA = [(family, "sdpa") for family in ("llama", "gpt2", "gemma3_text", "qwen3_5_text", "deepseek_v3")]
+
+
+@pytest.mark.parametrize(("family", "attention"), [*EAGER, *SDPA])
 def test_rows_of_eight_edits_that_come_and_go_equal_the_baked_models(family: str, attention: str) -> None:
     """Prompts of many lengths, beyond the sliding window of 16 as well; answers of 4 to 20 tokens; three in the batch
     at first, others join while it runs; long prompts are read in chunks."""
-    if attention == "sdpa" and family not in ("llama", "gpt2", "gemma3_text", "qwen3_5_text", "deepseek_v3"):
-        pytest.skip("one family of each kind is enough")
     loaded = load(family, attention)
     asked = [
         request(prompt(length, seed=i), key, n_tokens=4 + 2 * i, ignore_eos=True)
@@ -35,10 +36,10 @@ def test_rows_of_eight_edits_that_come_and_go_equal_the_baked_models(family: str
     with engine_of(loaded, prefill_tokens=16, kv_tokens=1024) as engine:
         found = run(work)
     found = [*found[3:], *found[:3]]
-    distinct = set()
+    changed = 0
     for one, event in zip(asked, found):
         expected = greedy(edited_copy(loaded, one.edit), one.prompt_ids, one.max_tokens, ignore_eos=True)
         assert list(event.token_ids) == expected, f"edit {one.edit}"
         assert event.finish_reason == "length"
-        distinct.add(tuple(greedy(edited_copy(loaded, one.edit), prompt(8), 6)))
-    assert len(distinct) > 4, "the edits hardly do anything: the comparison is empty"
+        changed += expected[:6] != greedy(edited_copy(loaded, None), one.prompt_ids, len(expected[:6]), ignore_eos=True)
+    assert changed >= 4, "the edits hardly do anything: the comparison is empty"
