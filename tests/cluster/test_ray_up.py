@@ -2,7 +2,9 @@
 
 import json
 import logging
+import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
@@ -60,3 +62,92 @@ def test_workers_are_rented_on_demand_and_given_back_and_nothing_is_left(cluster
     assert len(cluster.billed("head")) == 1
     logger.info("ray down took %.0f s", cluster.down())
     assert cluster.vast.billed() == []
+
+
+class Watch:
+    """What the driver on the head has written down."""
+
+    def __init__(self, cluster: RayCluster) -> None:
+        self.cluster = cluster
+        head = cluster.head()
+        program = (Path(__file__).parent / "lab" / "watch_driver.py").read_text()
+        (head.home / "watch_driver.py").write_text(program)
+        cluster.shell(head, "nohup python ~/watch_driver.py > /tmp/watch.log 2>&1 < /dev/null &")
+        self.file = head.home / "watch.jsonl"
+        wait_for(lambda: len(self.answering(2)) == 2, "two busy workers", 150, cluster.logs)
+
+    def rows(self) -> list[dict]:
+        if not self.file.exists():
+            return []
+        return [json.loads(line) for line in self.file.read_text().splitlines() if line.endswith("}")]
+
+    def answering(self, seconds: float, after: float = 0.0) -> set[str]:
+        """Addresses from which an actor has answered lately."""
+        begin = max(time.time() - seconds, after)
+        return {address for row in self.rows() if row["time"] > begin for address in row["where"].values()}
+
+    def last(self) -> dict:
+        return self.rows()[-1]
+
+
+@pytest.fixture(scope="module")
+def busy(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RayCluster, Watch]]:
+    with RayCluster(lab, tmp_path_factory.mktemp("laptop")) as cluster:
+        cluster.up()
+        yield cluster, Watch(cluster)
+        cluster.down()
+        assert cluster.vast.billed() == []
+
+
+class TestFaults:
+    def test_short_cut_and_killed_supervisor_cost_nothing(self, busy: tuple[RayCluster, Watch]) -> None:
+        cluster, watch = busy
+        before, rented = watch.last(), set(cluster.vast.instances)
+        worker = cluster.container(cluster.billed("worker")[0])
+        worker.cut()
+        time.sleep(2)
+        worker.mend()
+        supervisor = json.loads(cluster.head().read("root/.bruno-ray/mesh/status.json"))["pid"]
+        cluster.shell(cluster.head(), f"kill -9 {supervisor}")
+        took = wait_for(lambda: self._pid(cluster) != supervisor, "a new supervisor", 30)
+        logger.info("supervisor back after %.1f s", took)
+        began = time.time()
+        wait_for(lambda: len(watch.answering(5, began)) == 2, "answers from both workers", 30, cluster.logs)
+        after = watch.last()
+        assert after["nodes"] == before["nodes"] and after["errors"] == 0
+        assert set(cluster.vast.instances) == rented
+
+    def test_cut_of_45_seconds_is_survived(self, busy: tuple[RayCluster, Watch]) -> None:
+        cluster, watch = busy
+        before, rented = watch.last(), set(cluster.vast.instances)
+        worker = cluster.container(cluster.billed("worker")[0])
+        worker.cut()
+        time.sleep(45)
+        assert len(watch.answering(5)) == 1
+        worker.mend()
+        mended = time.time()
+        wait_for(lambda: len(watch.answering(5, mended)) == 2, "answers from both workers", 60, cluster.logs)
+        logger.info("both workers answer %.1f s after the cut", time.time() - mended)
+        after = watch.last()
+        assert after["nodes"] == before["nodes"], "no node was declared dead"
+        assert after["errors"] == 0
+        assert set(cluster.vast.instances) == rented, "nothing was rented instead"
+
+    def test_machine_that_its_host_deletes_is_replaced(self, busy: tuple[RayCluster, Watch]) -> None:
+        cluster, watch = busy
+        lost = cluster.billed("worker")[0]
+        cluster.vast.host_deletes(lost.id)
+        deleted = time.time()
+        took = wait_for(lambda: len(cluster.billed("worker")) == 2, "a machine instead", 120, cluster.logs)
+        logger.info("replacement rented %.1f s after the loss", took)
+        wait_for(lambda: len(watch.answering(3, deleted)) == 2, "answers from two workers", 200, cluster.logs)
+        logger.info("replacement answers %.1f s after the loss", time.time() - deleted)
+        wait_for(lambda: len(watch.last()["nodes"]) == 3, "the death of the lost node", 150, cluster.logs)
+        logger.info("lost node dead by %.1f s after the loss", time.time() - deleted)
+        last = watch.last()
+        assert last["errors"] == 0
+        wait_for(lambda: watch.last()["done"] >= last["asked"], "all tasks asked for until then", 60)
+
+    @staticmethod
+    def _pid(cluster: RayCluster) -> int:
+        return json.loads(cluster.head().read("root/.bruno-ray/mesh/status.json"))["pid"]
