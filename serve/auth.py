@@ -57,11 +57,14 @@ class Keys:
     def __init__(self, hashes: Iterable[str]) -> None:
         self._hashes = [value.encode() for value in hashes]
 
-    def accept(self, authorization: str | None) -> bool:
-        """Whether the value of an Authorization header is ``Bearer`` and one of the keys."""
-        scheme, _, key = (authorization or "").partition(" ")
-        given = hash_of(key.strip()).encode()
+    def accept(self, key: str) -> bool:
+        given = hash_of(key).encode()
         known = False
         for value in self._hashes:  # all of them, so that the time does not tell which one
             known |= hmac.compare_digest(given, value)
-        return known and scheme.lower() == "bearer"
+        return known
+
+    def accept_header(self, authorization: str | None) -> bool:
+        """Whether the value of an Authorization header is ``Bearer`` and one of the keys."""
+        scheme, _, key = (authorization or "").partition(" ")
+        return self.accept(key.strip()) and scheme.lower() == "bearer"

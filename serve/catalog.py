@@ -213,9 +213,8 @@ class Catalog:
         run, base = self.runs[name], self._base_of[name]
         if trial.edit is None or trial.state != "COMPLETE":
             return None
-        alone = list(self._base_of.values()).count(base) == 1
         return ServedModel(
-            f"{base if alone else name}:trial-{trial.number}",
+            self.trial_id(name, trial.number),
             "trial",
             base,
             edit=trial.edit,
@@ -250,14 +249,21 @@ class Catalog:
 
     # ----- which one is meant -----
 
+    def base_of(self, run: str) -> str:
+        """Model id of a run's unedited model."""
+        return self._base_of[run]
+
+    def trial_id(self, run: str, number: int) -> str:
+        """Model id of a trial: by its base, or by its run where several have that base."""
+        base = self._base_of[run]
+        alone = list(self._base_of.values()).count(base) == 1
+        return f"{base if alone else run}:trial-{number}"
+
     def resolve(self, model_id: str) -> ServedModel:
-        """The model of that id. Raises UnknownModel."""
+        """The model of that id, as of the last ``refresh``. Raises UnknownModel."""
         if (entry := self._by_id.get(model_id)) is not None:
             return entry
         entry = self._unlisted(model_id)
-        if entry is None:
-            self.refresh()
-            entry = self._by_id.get(model_id) or self._unlisted(model_id)
         if entry is None:
             reason = next((problem.reason for problem in self.problems if problem.id == model_id), None)
             raise UnknownModel(

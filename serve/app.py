@@ -1,0 +1,116 @@
+"""The application, for ``serve run serve.app:build runs=RUN`` and for config.yaml.
+
+Api (FastAPI)  --->  one Engine deployment per base model; its replicas are copies of that model
+     \\--->  Evaluations  --->  the same engines
+"""
+
+import logging
+import re
+from typing import Any
+
+import ray
+from ray import serve
+from ray.serve import Application
+
+from bruno_ray.errors import SettingsError
+from serve.auth import VARIABLE, known_hashes
+from serve.catalog import Catalog, EngineModel
+from serve.evaluations import Evaluations
+from serve.ingress import Api
+from serve.replica import EngineReplica
+from serve.settings import ServeArgs
+
+log = logging.getLogger(__name__)
+
+MANY = 100_000
+"""Requests are admitted by the API and by the engines, which answer in the client's language; Serve never queues."""
+
+HEAD_NODE = {"node:__internal_head__": 0.001}
+
+
+def build(args: ServeArgs) -> Application:
+    """Find what is to be served and put the application together. Loads no model.
+
+    Raises SettingsError if there is nothing to serve, or no key although one is required.
+    """
+    return application(args, discovered(args), known_hashes(args.keys_file))
+
+
+def discovered(args: ServeArgs) -> Catalog:
+    """Raises SettingsError unless there is something to serve."""
+    if not args.runs and not args.models:
+        raise SettingsError("there is nothing to serve: give a run, or a folder with a saved model (--model)")
+    catalog = Catalog.discover(args.runs, args.models, args.output_directory, args.quantization)
+    if not catalog.engines:
+        reasons = "; ".join(f"{problem.id}: {problem.reason}" for problem in catalog.problems)
+        raise SettingsError(f"nothing of this can be served: {reasons}")
+    return catalog
+
+
+def application(args: ServeArgs, catalog: Catalog, key_hashes: tuple[str, ...]) -> Application:
+    """As ``build``, for a catalog and keys that are there already."""
+    if args.require_key and not key_hashes:
+        raise SettingsError(
+            f"a key is required and none is known: set {VARIABLE}, give keys_file, or set require_key to false where"
+            " nobody else can connect"
+        )
+    engines = {
+        key: engine_deployment(args, engine, number).bind(engine.settings, args.engine, threads_of(args))
+        for number, (key, engine) in enumerate(catalog.engines.items())
+    }
+    resources = HEAD_NODE if args.api_on_head else {}
+    evaluations = serve.deployment(
+        Evaluations,
+        name="Evaluations",
+        num_replicas=1,
+        max_ongoing_requests=MANY,
+        graceful_shutdown_timeout_s=5,
+        ray_actor_options={"num_cpus": 0, "resources": resources},
+    )
+    api = serve.deployment(
+        serve.ingress()(Api),
+        name="Api",
+        num_replicas=args.api_replicas,
+        max_ongoing_requests=MANY,
+        graceful_shutdown_timeout_s=5,
+        ray_actor_options={"num_cpus": 0, "resources": resources},
+    )
+    return api.bind(args, key_hashes, catalog, engines, evaluations.bind(args, catalog, engines))
+
+
+def threads_of(args: ServeArgs) -> int:
+    return max(1, int(args.cpus_per_replica))
+
+
+def engine_deployment(args: ServeArgs, engine: EngineModel, number: int) -> Any:
+    options: dict[str, Any] = {"num_replicas": args.min_replicas}
+    if args.max_replicas > args.min_replicas:
+        options = {
+            "autoscaling_config": {
+                "min_replicas": args.min_replicas,
+                "max_replicas": args.max_replicas,
+                "target_ongoing_requests": args.target_ongoing_requests,
+            }
+        }
+    threads = str(threads_of(args))
+    return serve.deployment(
+        EngineReplica,
+        name=f"Engine-{number}-{re.sub(r'[^A-Za-z0-9_.-]', '_', engine.key)}",
+        max_ongoing_requests=MANY,
+        max_constructor_retry_count=3,
+        health_check_period_s=5,
+        health_check_timeout_s=60,
+        graceful_shutdown_timeout_s=10,
+        ray_actor_options={
+            "num_cpus": args.cpus_per_replica,
+            "num_gpus": gpus_of(args),
+            "runtime_env": {"env_vars": {"OMP_NUM_THREADS": threads, "OMP_WAIT_POLICY": "PASSIVE"}},
+        },
+        **options,
+    )
+
+
+def gpus_of(args: ServeArgs) -> float:
+    if args.gpus_per_replica is not None:
+        return args.gpus_per_replica
+    return 1.0 if ray.is_initialized() and ray.cluster_resources().get("GPU", 0) > 0 else 0.0

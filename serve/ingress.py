@@ -1,0 +1,151 @@
+"""The HTTP application: routes, errors in OpenAI's shape, pages. Wrapped by Ray Serve in ``app.py``."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.middleware.cors import CORSMiddleware
+from ray.serve.handle import DeploymentHandle
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from bruno_ray import __version__
+from serve import chat, completions, evaluation_routes, models
+from serve.auth import Keys
+from serve.catalog import Catalog
+from serve.documented import COMMON
+from serve.engines import Engines
+from serve.errors import KINDS, RequestError
+from serve.guard import Guard
+from serve.metrics import Metrics
+from serve.protocol import Unsupported
+from serve.service import Service
+from serve.settings import ServeArgs
+
+log = logging.getLogger(__name__)
+
+
+class Api:
+    """A replica of it speaks HTTP. It loads tokenizers but no model."""
+
+    def __init__(
+        self,
+        args: ServeArgs,
+        key_hashes: Sequence[str],
+        catalog: Catalog,
+        engines: Mapping[str, DeploymentHandle],
+        evaluations: DeploymentHandle,
+    ) -> None:
+        metrics = Metrics()
+        clients = Engines(engines, catalog, metrics, args.request_timeout_s, args.max_replicas)
+        self._service = Service(args, catalog, clients, metrics)
+        self._service.load_tokenizers()
+        self._keys = Keys(key_hashes) if args.require_key else None
+        self._evaluations = evaluations
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve after the constructor."""
+        return build(self._service, self._keys, self._evaluations)
+
+
+def build(service: Service, keys: Keys | None, evaluations: DeploymentHandle) -> FastAPI:
+    """The application around ``service``; ``keys`` is None when no key is asked for."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        watching = asyncio.create_task(service.watch_loading())
+        yield
+        watching.cancel()
+
+    app = FastAPI(
+        title="bruno-ray",
+        version=__version__,
+        docs_url=None,  # loads scripts from elsewhere
+        redoc_url=None,
+        redirect_slashes=False,
+        lifespan=lifespan,
+        responses=COMMON,
+    )
+    app.add_middleware(Guard, keys=keys, max_body_bytes=service.args.max_body_bytes, metrics=service.metrics)
+    if service.args.cors_origins:
+        app.add_middleware(  # the outermost: a preflight carries no key
+            CORSMiddleware,
+            allow_origins=list(service.args.cors_origins),
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["Retry-After"],
+        )
+    app.add_exception_handler(RequestError, _request_error)
+    app.add_exception_handler(RequestValidationError, _validation_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(Exception, _defect)
+    app.include_router(chat.router(service))
+    app.include_router(completions.router(service))
+    app.include_router(evaluation_routes.router(service, evaluations))
+    app.include_router(models.router(service))
+    if service.args.pages:
+        from serve import study_pages, ui
+
+        ui.mount(app, auth_required=keys is not None)
+        runs = {name: run.path for name, run in service.catalog.runs.items()}
+        study_pages.mount(app, runs, keys.accept if keys is not None else None)
+    return app
+
+
+# ----- errors -----
+
+
+def _response(error: RequestError) -> JSONResponse:
+    return JSONResponse(error.body, error.status, error.headers)
+
+
+async def _request_error(request: Request, error: Any) -> JSONResponse:
+    return _response(error)
+
+
+async def _validation_error(request: Request, error: Any) -> JSONResponse:
+    """The first thing that is wrong with the request. What was sent is not repeated: it may be long, or a secret."""
+    first = error.errors()[0]
+    cause = first.get("ctx", {}).get("error")
+    path = [str(part) for part in first["loc"] if part not in ("body", "query", "path") and _is_name(part)]
+    if isinstance(cause, Unsupported):
+        path.append(cause.name)
+    param = ".".join(path) or None
+    if first["type"] == "json_invalid":
+        return _response(RequestError(400, "The body is not valid JSON.", code="invalid_json"))
+    if param is None and first["type"] in ("missing", "model_attributes_type", "dict_type"):
+        text = "The body must be a JSON object, with the header Content-Type: application/json."
+        return _response(RequestError(400, text, code="invalid_json"))
+    if first["type"] == "extra_forbidden":
+        return _response(RequestError(400, f"Unknown field {param!r}.", param, "unknown_parameter"))
+    if first["type"] == "missing":
+        return _response(RequestError(400, f"{param!r} is missing.", param, "missing_parameter"))
+    reason = str(cause) if cause is not None else first["msg"]
+    return _response(RequestError(400, f"{param}: {reason}." if param else f"{reason}.", param))
+
+
+def _is_name(part: Any) -> bool:
+    """Of a field or a position; the others are pydantic's names for branches of a union."""
+    return isinstance(part, int) or (isinstance(part, str) and part.isidentifier() and part not in _BRANCHES)
+
+
+_BRANCHES = {"str", "int", "float", "bool", "list", "dict"}
+
+
+async def _http_error(request: Request, error: Any) -> JSONResponse:
+    status = error.status_code if error.status_code in KINDS else 400
+    text = str(error.detail)
+    if status == 404:
+        text = f"There is no {request.method} {request.url.path}."
+    elif status == 405:
+        text = f"{request.url.path} does not take {request.method}."
+    return _response(RequestError(status, text, headers=dict(error.headers or {})))
+
+
+async def _defect(request: Request, error: Any) -> JSONResponse:
+    """Starlette logs the traceback."""
+    return _response(RequestError(500, "The server failed. This is a defect; its log has the reason."))
