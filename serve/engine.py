@@ -36,7 +36,7 @@ __all__ = ["EngineStats", "Event", "GenerationRequest", "ServingEngine", "TokenL
 
 log = logging.getLogger(__name__)
 
-FAILED_STEPS = 3  # in a row, after which the device is taken to be beyond recovery
+STOPPED = 1_000_000  # failed steps that are reported once the thread has ended by itself
 
 
 class ServingEngine:
@@ -120,11 +120,6 @@ class ServingEngine:
         """Cheap, and never behind generation."""
         return self._steps.stats()
 
-    @property
-    def healthy(self) -> bool:
-        """False once the thread has ended, or when every step fails: the process should be replaced."""
-        return self._thread.is_alive() and self._steps.n_failed < FAILED_STEPS
-
     def close(self) -> None:
         """End the thread; whoever still waits gets an error."""
         with self._changed:
@@ -175,6 +170,7 @@ class ServingEngine:
         except Exception as error:
             log.exception("the engine has stopped")
             reason = f"the engine has stopped ({type(error).__name__}): start the server again"
+            self._steps.n_failed += STOPPED
         with self._changed:  # from here on nobody is let in
             self._closing = True
         self._deliver(self._steps.abandon(reason))

@@ -86,6 +86,13 @@ def greedy(model: nn.Module, prompt: Sequence[int], n_tokens: int, ignore_eos: b
     return ids[len(prompt) :]
 
 
+@torch.inference_mode()
+def is_greedy(model: nn.Module, prompt: Sequence[int], tokens: Sequence[int]) -> bool:
+    """Whether the model itself would have written these tokens: each is its choice after those before it."""
+    logits_TV = model(torch.tensor([[*prompt, *tokens[:-1]]]), use_cache=False).logits[0, len(prompt) - 1 :]
+    return logits_TV.argmax(-1).tolist() == list(tokens)
+
+
 def prompt(length: int, seed: int = 0) -> tuple[int, ...]:
     generator = torch.Generator().manual_seed(seed)
     return tuple(torch.randint(0, 256, (length,), generator=generator).tolist())
