@@ -1,14 +1,22 @@
-"""`ray up cluster.yaml` against the imitation: workers on demand, work on all of them, faults, and nothing left."""
+"""`ray up cluster.yaml` against the imitation: workers on demand, who can reach what, faults, and nothing left.
+
+One cluster for the whole file, and the tests in the order of its life.
+"""
 
 import json
 import logging
+import socket
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from tests.cluster.lab import Lab
+from cluster.keys import KEY_NAME
+from cluster.mesh import listeners
+from tests.cluster.fake_vast.api import API_KEY
+from tests.cluster.lab import Container, Lab
 from tests.cluster.lab.ray_cluster import RayCluster, wait_for
 
 logger = logging.getLogger(__name__)
@@ -44,26 +52,6 @@ def result(output: str) -> dict:
     return json.loads(lines[-1].removeprefix("RESULT "))
 
 
-@pytest.fixture(scope="module")
-def cluster(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
-    with RayCluster(lab, tmp_path_factory.mktemp("laptop")) as cluster:
-        logger.info("ray up took %.0f s", cluster.up())
-        yield cluster
-
-
-def test_workers_are_rented_on_demand_and_given_back_and_nothing_is_left(cluster: RayCluster) -> None:
-    assert len(cluster.billed("head")) == 1 and not cluster.billed("worker")
-    said = result(cluster.driver(DRIVER))
-    logger.info("two actors up %.0f s after they were asked for", said["joined"])
-    assert sorted(said["where"]) == ["127.77.0.2", "127.77.0.3"]
-    assert said["totals"] == [10_000_000, 5_000_000], "objects travel between the workers"
-    took = wait_for(lambda: not cluster.billed("worker"), "the end of the idle workers", 120, cluster.logs)
-    logger.info("idle workers given back after %.0f s", took)
-    assert len(cluster.billed("head")) == 1
-    logger.info("ray down took %.0f s", cluster.down())
-    assert cluster.vast.billed() == []
-
-
 class Watch:
     """What the driver on the head has written down."""
 
@@ -75,6 +63,9 @@ class Watch:
         cluster.shell(head, "nohup python ~/watch_driver.py > /tmp/watch.log 2>&1 < /dev/null &")
         self.file = head.home / "watch.jsonl"
         wait_for(lambda: len(self.answering(2)) == 2, "two busy workers", 150, cluster.logs)
+
+    def stop(self) -> None:
+        self.cluster.shell(self.cluster.head(), "pkill -f watch_driver.py; true")
 
     def rows(self) -> list[dict]:
         if not self.file.exists():
@@ -91,17 +82,85 @@ class Watch:
 
 
 @pytest.fixture(scope="module")
-def busy(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RayCluster, Watch]]:
+def cluster(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
     with RayCluster(lab, tmp_path_factory.mktemp("laptop")) as cluster:
-        cluster.up()
-        yield cluster, Watch(cluster)
-        cluster.down()
-        assert cluster.vast.billed() == []
+        logger.info("ray up took %.0f s", cluster.up())
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def watch(cluster: RayCluster) -> Watch:
+    return Watch(cluster)
+
+
+def test_workers_are_rented_on_demand_and_exchange_objects(cluster: RayCluster) -> None:
+    assert len(cluster.billed("head")) == 1 and not cluster.billed("worker")
+    said = result(cluster.driver(DRIVER))
+    logger.info("two actors up %.0f s after they were asked for", said["joined"])
+    assert sorted(said["where"]) == ["127.77.0.2", "127.77.0.3"]
+    assert said["totals"] == [10_000_000, 5_000_000]
+    assert len(cluster.billed("worker")) == 2
+
+
+class TestIsolation:
+    """The hosts are not trusted, and the internet even less."""
+
+    def test_nothing_but_sshd_answers_from_the_internet(self, cluster: RayCluster, watch: Watch) -> None:
+        for instance in cluster.vast.billed():
+            container = cluster.container(instance)
+            assert len(listeners(cluster.shell(container, "cat /proc/net/tcp"))) > 100, "Ray and tunnels listen inside"
+            assert open_ports(cluster.lab, container.public_address) == [container.ssh_port]
+
+    @pytest.mark.parametrize("node", ["head", "worker"])
+    def test_dashboard_and_job_api_refuse_without_the_token(self, cluster: RayCluster, watch: Watch, node: str) -> None:
+        """Even to those who are inside: the head, and a worker through its tunnel."""
+        container = cluster.container(cluster.billed(node)[0])
+        for path in ("/api/jobs/", "/nodes?view=summary", "/api/cluster_status"):
+            ask = f"curl -s -o /dev/null -w '%{{http_code}}' http://127.77.0.1:8265{path}"
+            assert cluster.shell(container, ask) == "401", path
+            token = '-H "Authorization: Bearer $(cat ~/.ray/auth_token)"'
+            assert cluster.shell(container, f"{ask} {token}") == "200", path
+
+    def test_ray_refuses_without_the_token(self, cluster: RayCluster, watch: Watch) -> None:
+        connect = (
+            'timeout 60 python -c \'import ray; ray.init(address="auto"); print("nodes", len(ray.nodes()))\' 2>&1; true'
+        )
+        assert "nodes 3" in cluster.shell(cluster.head(), connect)
+        assert "nodes" not in cluster.shell(cluster.head(), f"export RAY_AUTH_TOKEN=0000; {connect}")
+
+    def test_api_key_and_private_key_are_on_the_head_alone_and_only_in_their_files(
+        self, cluster: RayCluster, watch: Watch
+    ) -> None:
+        cluster_key = (cluster.folder / KEY_NAME).read_text()
+        for instance in cluster.vast.billed():
+            container = cluster.container(instance)
+            with_key = {str(path.relative_to(container.folder)) for path in files_with(container, API_KEY)}
+            private = {str(path.relative_to(container.folder)) for path in files_with(container, "PRIVATE KEY-----")}
+            if "h0" in instance.label:
+                assert with_key == {"root/.bruno-ray/vast_api_key"}
+                assert private == {"root/ray_bootstrap_key.pem"}
+                assert container.read("root/ray_bootstrap_key.pem") == cluster_key, "the cluster's key, not the user's"
+            else:
+                assert with_key == private == set()
+
+    def test_secrets_are_in_no_process_list_environment_or_instance(self, cluster: RayCluster, watch: Watch) -> None:
+        secrets = [API_KEY, (cluster.folder / "auth_token").read_text()]
+        seen = 0
+        for instance in cluster.vast.billed():
+            told = json.dumps([instance.env, instance.onstart, instance.label, instance.image])
+            assert not any(secret in told for secret in secrets)
+            for pid in cluster.container(instance).processes():
+                try:
+                    text = Path(f"/proc/{pid}/cmdline").read_text() + Path(f"/proc/{pid}/environ").read_text()
+                except (OSError, UnicodeDecodeError):
+                    continue  # it has just ended
+                seen += 1
+                assert not any(secret in text for secret in secrets), text
+        assert seen > 20
 
 
 class TestFaults:
-    def test_short_cut_and_killed_supervisor_cost_nothing(self, busy: tuple[RayCluster, Watch]) -> None:
-        cluster, watch = busy
+    def test_short_cut_and_killed_supervisor_cost_nothing(self, cluster: RayCluster, watch: Watch) -> None:
         before, rented = watch.last(), set(cluster.vast.instances)
         worker = cluster.container(cluster.billed("worker")[0])
         worker.cut()
@@ -117,8 +176,7 @@ class TestFaults:
         assert after["nodes"] == before["nodes"] and after["errors"] == 0
         assert set(cluster.vast.instances) == rented
 
-    def test_cut_of_45_seconds_is_survived(self, busy: tuple[RayCluster, Watch]) -> None:
-        cluster, watch = busy
+    def test_cut_of_45_seconds_is_survived(self, cluster: RayCluster, watch: Watch) -> None:
         before, rented = watch.last(), set(cluster.vast.instances)
         worker = cluster.container(cluster.billed("worker")[0])
         worker.cut()
@@ -133,8 +191,7 @@ class TestFaults:
         assert after["errors"] == 0
         assert set(cluster.vast.instances) == rented, "nothing was rented instead"
 
-    def test_machine_that_its_host_deletes_is_replaced(self, busy: tuple[RayCluster, Watch]) -> None:
-        cluster, watch = busy
+    def test_machine_that_its_host_deletes_is_replaced(self, cluster: RayCluster, watch: Watch) -> None:
         lost = cluster.billed("worker")[0]
         cluster.vast.host_deletes(lost.id)
         deleted = time.time()
@@ -151,3 +208,34 @@ class TestFaults:
     @staticmethod
     def _pid(cluster: RayCluster) -> int:
         return json.loads(cluster.head().read("root/.bruno-ray/mesh/status.json"))["pid"]
+
+
+def test_idle_workers_are_given_back_and_nothing_is_left(cluster: RayCluster, watch: Watch) -> None:
+    watch.stop()
+    took = wait_for(lambda: not cluster.billed("worker"), "the end of the idle workers", 120, cluster.logs)
+    logger.info("idle workers given back after %.0f s", took)
+    assert len(cluster.billed("head")) == 1
+    logger.info("ray down took %.0f s", cluster.down())
+    assert cluster.vast.billed() == []
+
+
+def open_ports(lab: Lab, address: str) -> list[int]:
+    """All TCP ports of a machine that accept a connection from the internet."""
+
+    def scan() -> list[int]:
+        found = []
+        for port in range(1, 65536):
+            with socket.socket() as attempt:
+                attempt.settimeout(1)
+                if attempt.connect_ex((address, port)) == 0:
+                    found.append(port)
+        return found
+
+    return lab.on_internet(scan)
+
+
+def files_with(container: Container, text: str) -> list[Path]:
+    """Files that a node has written or been given, logs included, which contain ``text``."""
+    areas = [str(container.home), str(container.folder / "tmp")]
+    found = subprocess.run(["grep", "-rlaF", "-e", text, *areas], capture_output=True, text=True)
+    return [Path(line) for line in found.stdout.splitlines()]
