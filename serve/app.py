@@ -14,7 +14,7 @@ from ray.serve import Application
 
 from bruno_ray.errors import SettingsError
 from serve.auth import VARIABLE, known_hashes
-from serve.catalog import Catalog, EngineModel
+from serve.catalog import Catalog, EngineModel, discovered
 from serve.evaluations import Evaluations
 from serve.ingress import Api
 from serve.replica import EngineReplica
@@ -34,17 +34,6 @@ def build(args: ServeArgs) -> Application:
     Raises SettingsError if there is nothing to serve, or no key although one is required.
     """
     return application(args, discovered(args), known_hashes(args.keys_file))
-
-
-def discovered(args: ServeArgs) -> Catalog:
-    """Raises SettingsError unless there is something to serve."""
-    if not args.runs and not args.models:
-        raise SettingsError("there is nothing to serve: give a run, or a folder with a saved model (--model)")
-    catalog = Catalog.discover(args.runs, args.models, args.output_directory, args.quantization)
-    if not catalog.engines:
-        reasons = "; ".join(f"{problem.id}: {problem.reason}" for problem in catalog.problems)
-        raise SettingsError(f"nothing of this can be served: {reasons}")
-    return catalog
 
 
 def application(args: ServeArgs, catalog: Catalog, key_hashes: tuple[str, ...]) -> Application:

@@ -19,12 +19,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bruno_ray.artifacts import RunDirectory
-from bruno_ray.errors import BrunoError
+from bruno_ray.errors import BrunoError, SettingsError
 from bruno_ray.selection import TrialRecord, describe_edit
 from bruno_ray.settings import ModelSettings
 from serve.errors import UnknownModel
 from serve.folders import model_folders, problem_of
 from serve.runs import ServedRun
+from serve.settings import ServeArgs
 
 log = logging.getLogger(__name__)
 
@@ -285,6 +286,17 @@ class Catalog:
             raise UnknownModel(f"{model_id!r} could be a trial of several runs: say which one, as {choices}.")
         trial = self.runs[owners[0]].trial(number) if owners else None
         return None if trial is None else self._trial_entry(owners[0], trial)
+
+
+def discovered(args: ServeArgs) -> Catalog:
+    """What the arguments ask for. Raises SettingsError unless some of it can be served."""
+    if not args.runs and not args.models:
+        raise SettingsError("there is nothing to serve: give a run, or a folder with a saved model (--model)")
+    catalog = Catalog.discover(args.runs, args.models, args.output_directory, args.quantization)
+    if not catalog.engines:
+        reasons = "; ".join(f"{problem.id}: {problem.reason}" for problem in catalog.problems)
+        raise SettingsError(f"nothing of this can be served: {reasons}")
+    return catalog
 
 
 def _name_of(model: str, saved: bool = False) -> str:

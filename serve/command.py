@@ -3,6 +3,7 @@
 import argparse
 import ipaddress
 import logging
+import os
 import signal
 import socket
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 
 from bruno_ray.errors import BrunoError, SettingsError
 from serve.auth import VARIABLE, hash_of, known_hashes, make_key
+from serve.catalog import Catalog, discovered
 from serve.settings import EngineSettings, ServeArgs
 
 log = logging.getLogger(__name__)
@@ -159,8 +161,6 @@ def run(arguments: argparse.Namespace) -> None:
     """Serve until SIGINT or SIGTERM. Raises SettingsError if there is nothing to serve, before Ray is started."""
     hashes = known_hashes(arguments.keys_file)
     args = serve_args(arguments, key_known=bool(hashes))
-    from serve.app import application, discovered
-
     catalog = discovered(args)
     refuse_used_port(arguments.host, arguments.port)
     made_key = make_key() if args.require_key and not hashes else None
@@ -168,6 +168,8 @@ def run(arguments: argparse.Namespace) -> None:
         hashes = (hash_of(made_key),)
     with stop_signal() as stopped, ray_for(args, arguments, len(catalog.engines)):
         from ray import serve
+
+        from serve.app import application
 
         serve.start(
             proxy_location="HeadOnly",
@@ -203,7 +205,9 @@ def deploy(application, route_prefix: str, stopped: threading.Event) -> None:
         raise SettingsError(f"the server could not be started: {' '.join(reasons[0].split())[-500:]}")
 
 
-def announcement(args: ServeArgs, arguments: argparse.Namespace, catalog, made_key: str | None) -> Iterator[str]:
+def announcement(
+    args: ServeArgs, arguments: argparse.Namespace, catalog: Catalog, made_key: str | None
+) -> Iterator[str]:
     """What is printed once everything runs."""
     host = "127.0.0.1" if arguments.host in ("0.0.0.0", "::") else arguments.host
     host = f"[{host}]" if ":" in host else host
@@ -261,16 +265,23 @@ def ray_for(args: ServeArgs, arguments: argparse.Namespace, n_engines: int) -> I
         cpus_per_worker=args.cpus_per_replica,
         **({"object_store_memory": arguments.object_store_memory} if arguments.object_store_memory else {}),
     )
+    joined = (arguments.address or os.environ.get("RAY_ADDRESS") or "local") != "local"
     with ray_session(settings):
-        from ray import serve
-
         try:
             yield
         finally:
-            if APPLICATION in serve.status().applications:
-                serve.delete(APPLICATION)
-            if not serve.status().applications:
-                serve.shutdown()
+            if joined:  # our own cluster goes as a whole
+                leave()
+
+
+def leave() -> None:
+    """Take our application off a cluster, and Serve as well if nothing else is served there."""
+    from ray import serve
+
+    if APPLICATION in serve.status().applications:
+        serve.delete(APPLICATION)
+    if not serve.status().applications:
+        serve.shutdown()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

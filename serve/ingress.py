@@ -28,6 +28,8 @@ from serve.settings import ServeArgs
 
 log = logging.getLogger(__name__)
 
+BRANCHES = {"str", "int", "float", "bool", "list", "dict"}
+
 
 class Api:
     """A replica of it speaks HTTP. It loads tokenizers but no model."""
@@ -109,9 +111,11 @@ async def _request_error(request: Request, error: Any) -> JSONResponse:
 
 async def _validation_error(request: Request, error: Any) -> JSONResponse:
     """The first thing that is wrong with the request. What was sent is not repeated: it may be long, or a secret."""
-    first = error.errors()[0]
+    found = error.errors()
+    # Of a union each branch has an error; the one that got furthest is of the branch that was meant.
+    first = max((e for e in found if e["loc"][:2] == found[0]["loc"][:2]), key=lambda e: len(_path(e["loc"])))
     cause = first.get("ctx", {}).get("error")
-    path = [str(part) for part in first["loc"] if part not in ("body", "query", "path") and _is_name(part)]
+    path = _path(first["loc"])
     if isinstance(cause, Unsupported):
         path.append(cause.name)
     param = ".".join(path) or None
@@ -128,12 +132,10 @@ async def _validation_error(request: Request, error: Any) -> JSONResponse:
     return _response(RequestError(400, f"{param}: {reason}." if param else f"{reason}.", param))
 
 
-def _is_name(part: Any) -> bool:
-    """Of a field or a position; the others are pydantic's names for branches of a union."""
-    return isinstance(part, int) or (isinstance(part, str) and part.isidentifier() and part not in _BRANCHES)
-
-
-_BRANCHES = {"str", "int", "float", "bool", "list", "dict"}
+def _path(location: Sequence[str | int]) -> list[str]:
+    """Names of fields and positions; the other parts are pydantic's names for the branches of a union."""
+    names = [part for part in location[1:] if isinstance(part, int) or (part.isidentifier() and part not in BRANCHES)]
+    return [str(part) for part in names]
 
 
 async def _http_error(request: Request, error: Any) -> JSONResponse:
