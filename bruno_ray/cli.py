@@ -18,6 +18,7 @@ from bruno_ray import __version__, settings_sources
 from bruno_ray.errors import BrunoError, SettingsError
 from bruno_ray.settings_sources import ALIASES, FIELDS, FLAGS, Loaded
 from bruno_ray.show_config import as_table, as_text, as_toml, documentation, toml_value
+from serve import command as serving
 
 RESUMABLE = (
     "study.trials_per_batch",
@@ -185,6 +186,8 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     sub.add_argument("--top-p", type=_share, default=0.95, metavar="X", help="nucleus sampling [0.95]")
     sub.add_argument("--system-prompt", metavar="TEXT", help="[as in the run]")
 
+    serving.add_arguments(command("serve", _serve, serving.DESCRIPTION))
+
     sub = command("organism", _organism, "train the embedded model organism, once; prints its folder")
     sub.add_argument("--recipe", default="standard", metavar="NAME", help="standard or hard [standard]")
     sub.add_argument("--to", type=Path, metavar="FOLDER", help="where to put it [the cache]")
@@ -349,6 +352,10 @@ def _chat(arguments: argparse.Namespace) -> None:
     )
 
 
+def _serve(arguments: argparse.Namespace) -> None:
+    serving.run(arguments)
+
+
 def _organism(arguments: argparse.Namespace) -> None:
     from bruno_ray import commands
 
@@ -380,7 +387,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parse(sys.argv[1:] if argv is None else list(argv))
         level = logging.DEBUG if arguments.verbose else logging.WARNING if arguments.quiet else logging.INFO
         logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-        logging.getLogger("bruno_ray").setLevel(level)
+        for package in ("bruno_ray", "cluster", "serve"):
+            logging.getLogger(package).setLevel(level)
         # Threads that wait must not spin: on a busy machine that is ten times slower. Read when torch is imported.
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
         if not sys.stderr.isatty():  # bars of downloads and weights are for people who watch
