@@ -1,9 +1,10 @@
 """The running rows as one batch of one model, and the forward passes that let rows in.
 
-What a row's logits are does not depend on the edits of the other rows: with the same number of rows and columns they
-are bit-identical, edited neighbours or not (an unedited row gets exact zeros added). They do depend in their last bits
-on the *shape* of the batch, since matrix products of another size sum in another order: about 1e-6 of the largest
-logit in float32.
+What a row's logits are does not depend on the edits of the other rows: with the same numbers of rows and columns they
+are bit-identical, edited neighbours or not (an unedited row gets exact zeros added). They may depend in their last
+bits on the *shape* of the batch, since kernels for another size sum in another order: in float32 less than 2e-5 in any
+log-probability. Greedy text is the same unless two tokens are that close. A row that went back for lack of room, or
+whose prompt was read in chunks, is in the same position.
 
 Axes: B rows, P joining rows, T tokens, C tokens of one chunk, V vocabulary.
 """

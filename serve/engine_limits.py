@@ -57,7 +57,9 @@ def context_of(config: PreTrainedConfig, wanted: int) -> int:
                 text, "original_max_position_embeddings", limit
             )
             if original < limit:
-                log.warning("context limited to %d: beyond it %s changes all rows of a batch", original, "longrope")
+                log.warning(
+                    "context limited to %d: %s changes all rows of a batch beyond it", original, rope["rope_type"]
+                )
                 limit = original
     return min(limit, wanted) if wanted > 0 else limit
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import dataclasses
+import random
 import threading
 import time
 from pathlib import Path
@@ -549,6 +550,43 @@ def test_a_long_prompt_is_not_put_off_by_a_stream_of_short_ones() -> None:
 
         n_short, event = run(work)
     assert event.finish_reason is not None and n_short > 3
+
+
+def test_a_crowd_that_comes_and_goes() -> None:
+    """120 requests of all kinds in little room, every fifth given up: the others are answered, nothing is left."""
+    loaded = load()
+    rng = random.Random(0)
+    asked = [
+        request(
+            prompt(rng.choice([1, 5, 20, 60]), seed=i),
+            rng.choice([None, *map(str, range(8))]),
+            rng.choice([1, 4, 20, 60]),
+            ignore_eos=rng.random() < 0.5,
+            stop=("no such text",) if rng.random() < 0.3 else (),
+            top_logprobs=rng.choice([None, None, 2]),
+        )
+        for i in range(120)
+    ]
+    with engine_of(loaded, kv_tokens=700, max_rows=12, prefill_tokens=48) as engine:
+
+        async def one(i: int) -> Event | None:
+            await asyncio.sleep(0.01 * (i % 40))
+            if i % 5:
+                return await collect(engine, asked[i])
+            async for event in engine.generate(asked[i]):
+                if event.n_completion >= 3:
+                    return None
+            return None
+
+        async def work() -> list[Event | None]:
+            return await asyncio.gather(*(one(i) for i in range(len(asked))))
+
+        found = run(work)
+        run(lambda: asyncio.sleep(0.05))
+        stats = engine.stats()
+    served = [(one, event) for i, (one, event) in enumerate(zip(asked, found)) if i % 5]
+    check_texts(loaded, [one for one, _ in served], [event for _, event in served])
+    assert (stats.running, stats.waiting, stats.kv_tokens_used, stats.failed_steps) == (0, 0, 0, 0)
 
 
 # ----- models -----

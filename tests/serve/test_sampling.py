@@ -45,6 +45,27 @@ def test_a_nucleus_wider_than_the_candidates() -> None:
     assert (found > 0).sum() > 1.5 * CANDIDATES
 
 
+def test_a_wide_nucleus_is_the_one_that_sorting_finds() -> None:
+    """On a vocabulary of which the nucleus takes more than the candidates."""
+    one = 0.5 * logits(1, 5, 4000)
+    expected = one[0].softmax(-1)
+    order = expected.argsort(descending=True)
+    inside = set(order[: int((expected[order].cumsum(0) < 0.6).sum()) + 1].tolist())
+    assert len(inside) > CANDIDATES
+    found = draw(one, 1.0, 0.6, 4000).nonzero()[:, 0].tolist()
+    assert set(found) <= inside and len(found) > 0.9 * len(inside)
+
+
+def test_a_row_s_token_does_not_depend_on_whether_a_neighbour_s_nucleus_is_wide() -> None:
+    peaked, flat = 6 * logits(1, 1, 4000), torch.zeros(1, 4000)
+
+    def tokens(batch: list[torch.Tensor]) -> list[int]:
+        sampler = Sampler([row(1.0, 0.9, seed) for seed in range(len(batch))], "cpu")
+        return [sampler.choose(torch.cat(batch)).token_ids[0] for _ in range(50)]
+
+    assert tokens([peaked]) == tokens([peaked, flat]) and len(set(tokens([peaked]))) > 1
+
+
 def test_greedy_is_the_largest_logit_and_tiny_temperatures_do_not_overflow() -> None:
     some = logits(3)
     for temperature in (0.0, 1e-9, 1e-3):
