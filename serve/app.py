@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 MANY = 100_000
 """Requests are admitted by the API and by the engines, which answer in the client's language; Serve never queues."""
 
+UPSCALE_SECONDS = 5.0
+"""Of too many requests, after which another copy is loaded."""
+
 HEAD_NODE = {"node:__internal_head__": 0.001}
 
 
@@ -79,6 +82,7 @@ def engine_deployment(args: ServeArgs, engine: EngineModel, number: int) -> Any:
                 "min_replicas": args.min_replicas,
                 "max_replicas": args.max_replicas,
                 "target_ongoing_requests": args.target_ongoing_requests,
+                "upscale_delay_s": UPSCALE_SECONDS,
             }
         }
     threads = str(threads_of(args))
