@@ -7,8 +7,8 @@
   // not know: everything is asked for where the page itself came from.
   if (window.gradio_config) window.gradio_config.root = location.origin + location.pathname.replace(/\/+$/, "");
 
-  const key = () => {
-    const value = sessionStorage.getItem(KEY) || "";
+  const key = (typed) => {
+    const value = typed || sessionStorage.getItem(KEY) || "";
     openStudies(value);
     return value;
   };

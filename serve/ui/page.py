@@ -147,13 +147,11 @@ class Page:
         everything = [*self._chosen, self.run, self.study, self.markers, self.problem]
         known = {"inputs": [self.key, self.choices], "outputs": everything}
         # The key is read from, and kept in, the tab's session storage: it is never part of what the server stores.
-        loaded = blocks.load(
-            self._restore,
-            [self.key, self.left.turns, self.right.turns],
-            [self.key, *self.left.shown, *self.right.shown],
-            js="(key, ...rest) => [bruno.key(), ...rest]",
-            **QUIET,
-        ).then(self._connect, **known, **QUIET)
+        loaded = (
+            blocks.load(None, self.key, self.key, js="bruno.key", **QUIET)
+            .then(self._restore, [self.left.turns, self.right.turns], [*self.left.shown, *self.right.shown], **QUIET)
+            .then(self._connect, **known, **QUIET)
+        )
         entered = gr.on([self.key.submit, self.key.blur], None, self.key, js="bruno.keepKey", **QUIET)
         connected = entered.then(self._connect, **known, **QUIET)
         for step in (loaded, connected):
@@ -201,11 +199,11 @@ class Page:
 
     # ---------------------------------------------------------------------------------------------- callbacks
 
-    def _restore(self, key: str, left: list[Turn], right: list[Turn]) -> list[Any]:
+    async def _restore(self, left: list[Turn], right: list[Turn]) -> list[Any]:
         sides = []
         for turns in map(finished, (left, right)):
             sides += [*draw(turns), turns]
-        return [key, *sides]
+        return sides
 
     async def _connect(self, key: str, choices: dict[str, Any]) -> list[Any]:
         try:

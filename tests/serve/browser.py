@@ -63,6 +63,7 @@ class ChatPage:
         page.goto(url)
         page.wait_for_selector("#prompt textarea", timeout=60_000)
         if key:
+            page.get_by_text("Enter the server's key").wait_for()
             page.fill("#key input", key)
             page.press("#key input", "Enter")
         self.wait_ready()
