@@ -97,12 +97,12 @@ class Launcher:
             onstart="\n".join(filter(None, [authorize_command(order.public_key), order.node.onstart])),
             price=ranked.bid,
         )
-        self._ledger.intend(launch, ranked.price_per_hour, REMEMBERED_S)
+        self._ledger.intend(launch, ranked.price_per_hour, order.label.index, REMEMBERED_S)
         try:
             contract = self._client.create_instance(ranked.offer.id, request, CREATE_DEADLINE_S)
         except CreateFailedError as error:
             if self._nodes.doom(str(error.contract_id), ranked.price_per_hour):
-                self._ledger.settle([launch])
+                self._ledger.refused(launch)
                 raise OfferTakenError(str(error)) from error
             # Another attempt now could leave a second contract behind.
             raise NodeError(f"contract {error.contract_id} failed ({error}) and cannot be destroyed yet") from error
@@ -113,7 +113,7 @@ class Launcher:
                 raise NodeError(f"{error}; if a machine was rented it will be destroyed when it is listed") from error
             return found
         except VastError:
-            self._ledger.settle([launch])
+            self._ledger.refused(launch)
             raise
         node = self._known_from_now_on(contract, ranked, request, order)
         self._attach_key(contract, order.public_key)

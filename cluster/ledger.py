@@ -37,6 +37,7 @@ class Intent:
     """A creation that was begun: until the list shows it or it is refused, it may be a machine that costs money."""
 
     price: float
+    index: int
     until: float
     """When it is forgotten, Unix seconds."""
 
@@ -61,8 +62,11 @@ class Ledger:
         self._lock = FileLock(folder / "ledger.lock")
         self._clock = clock
 
-    def observe(self, nodes: Iterable[ClusterNode]) -> None:
-        """Note everything that exists now; contracts that are not among it have ended."""
+    def observe(self, nodes: Iterable[ClusterNode], settled: Iterable[str] = ()) -> None:
+        """Note everything that exists now; contracts that are not among it have ended.
+
+        `settled` are marks of creations begun whose instances the API lists by now, or that are gone again.
+        """
         now = self._clock.time()
         with self._changed() as entries:
             existing = {node.id: node.instance for node in nodes}
@@ -77,7 +81,8 @@ class Ledger:
             for times in (entries.avoided, entries.resting):
                 for name in [name for name, until in times.items() if until <= now]:
                     del times[name]
-            for launch in [launch for launch, intent in entries.intents.items() if intent.until <= now]:
+            over = {launch for launch, intent in entries.intents.items() if intent.until <= now}
+            for launch in over.union(settled) & entries.intents.keys():
                 del entries.intents[launch]
 
     def ended_cost(self) -> float:
@@ -92,23 +97,24 @@ class Ledger:
         now = self._clock.time()
         return frozenset(int(machine) for machine, until in self._read().avoided.items() if until > now)
 
-    def rest(self, index: int, seconds: float) -> None:
+    def rest(self, indices: Iterable[int], seconds: float) -> None:
         with self._changed() as entries:
-            entries.resting[str(index)] = self._clock.time() + seconds
+            entries.resting.update({str(index): self._clock.time() + seconds for index in indices})
 
-    def resting(self) -> frozenset[int]:
-        now = self._clock.time()
-        return frozenset(int(index) for index, until in self._read().resting.items() if until > now)
+    def unavailable_indices(self) -> frozenset[int]:
+        """Indices at rest, and those of creations begun."""
+        now, entries = self._clock.time(), self._read()
+        resting = {int(index) for index, until in entries.resting.items() if until > now}
+        return frozenset(resting | {intent.index for intent in entries.intents.values() if intent.until > now})
 
-    def intend(self, launch: str, price: float, seconds: float) -> None:
+    def intend(self, launch: str, price: float, index: int, seconds: float) -> None:
         with self._changed() as entries:
-            entries.intents[launch] = Intent(price, self._clock.time() + seconds)
+            entries.intents[launch] = Intent(price, index, self._clock.time() + seconds)
 
-    def settle(self, launches: Iterable[str]) -> None:
-        """These creations were refused, or are listed."""
+    def refused(self, launch: str) -> None:
+        """Nothing came of a creation begun."""
         with self._changed() as entries:
-            for launch in launches:
-                entries.intents.pop(launch, None)
+            entries.intents.pop(launch, None)
 
     def intended_price(self, known: Iterable[str]) -> float:
         """Dollars per hour of creations begun, without those whose marks are `known`."""
@@ -129,13 +135,10 @@ class Ledger:
     def _changed(self) -> Iterator[Entries]:
         with self._lock:
             entries = self._read()
-            before = _text(entries)
             yield entries
-            after = _text(entries)
-            if after != before:
-                fresh = self._file.with_suffix(".new")
-                fresh.write_text(after)
-                fresh.replace(self._file)
+            fresh = self._file.with_suffix(".new")
+            fresh.write_text(json.dumps(asdict(entries), indent=1))
+            fresh.replace(self._file)
 
     def _read(self) -> Entries:
         try:
@@ -148,7 +151,3 @@ class Ledger:
         except (ValueError, KeyError, TypeError) as error:
             logger.warning("%s cannot be read (%s) and is begun anew", self._file, error)
             return Entries()
-
-
-def _text(entries: Entries) -> str:
-    return json.dumps(asdict(entries), indent=1)

@@ -86,6 +86,9 @@ class VastNodeProvider(NodeProvider):
         """Nodes whose label does not yet say what we set."""
         self._before: dict[str, ClusterNode] = {}
         """The nodes at the last look, to notice which are gone."""
+        self._noted: tuple[dict[str, float], set[str]] | None = None
+        """What the ledger was last told."""
+        self._ended_cost = 0.0
         self._own_head: str | None = None
         self._refusals: dict[str, tuple[float, ClusterError]] = {}
         self._tearing_down = False
@@ -267,7 +270,6 @@ class VastNodeProvider(NodeProvider):
 
     def _tend(self, nodes: dict[str, ClusterNode]) -> None:
         """What each change of the nodes asks for."""
-        self._ledger.observe(nodes.values())
         with self._lock:
             gone = {name: node for name, node in self._before.items() if name not in nodes}
             self._before = nodes
@@ -275,9 +277,12 @@ class VastNodeProvider(NodeProvider):
                 self._tags.pop(name, None)
             self._unwritten -= gone.keys()
             unwritten = self._unwritten & nodes.keys()
-        self._ledger.settle(self._nodes.listed_launches() | {node.launch for node in gone.values()})
-        for node in gone.values():
-            self._ledger.rest(node.label.index, self.settings.index_rest_s)
+        noted = {node.id: node.instance.dph_total for node in nodes.values()}, self._nodes.listed_launches()
+        if noted != self._noted:
+            self._ledger.observe(nodes.values(), noted[1] | {node.launch for node in gone.values()})
+            self._noted, self._ended_cost = noted, self._ledger.ended_cost()
+        if gone:
+            self._ledger.rest({node.label.index for node in gone.values()}, self.settings.index_rest_s)
         self._give_way(nodes)
         for name in unwritten:
             self._write_label(nodes[name])
@@ -301,9 +306,8 @@ class VastNodeProvider(NodeProvider):
         for node, reason in self._caretaker.unfit(workers, self._clock.time()):
             logger.warning("destroying instance %s: %s", node.id, reason)
             self._nodes.doom(node.id, node.instance.dph_total)
-        spent = self._ledger.ended_cost()
         for node in nodes.values():
-            if node.is_head and spent > node.label.spent + SPENT_STEP:
+            if node.is_head and self._ended_cost > node.label.spent + SPENT_STEP:
                 self._write_label(node)
 
     def _launch_locked(self, settings: NodeSettings, tags: dict[str, str]) -> ClusterNode:
@@ -323,6 +327,10 @@ class VastNodeProvider(NodeProvider):
         nodes = self._current(force=is_head)
         if is_head and any(node.is_head for node in nodes.values()):
             raise NodeError(f"cluster {self.cluster_name} has a head already, rented meanwhile; run the command again")
+        if self.settings.role == "head" and not any(node.is_head for node in nodes.values()):
+            raise NodeError(
+                "the API does not list this head itself (yet), so its list is not to be relied on; try again"
+            )
         label = Label(self.cluster_name, tags[TAG_RAY_NODE_KIND], 0 if is_head else self._free_index(nodes))
         order = LaunchOrder(settings, label, {**tags, TAG_RAY_CLUSTER_NAME: self.cluster_name}, self._public_key())
         try:
@@ -336,7 +344,7 @@ class VastNodeProvider(NodeProvider):
         return node
 
     def _free_index(self, nodes: dict[str, ClusterNode]) -> int:
-        taken = {node.label.index for node in nodes.values()} | self._ledger.resting()
+        taken = {node.label.index for node in nodes.values()} | self._ledger.unavailable_indices()
         limit = max_nodes(self.settings.max_cpus)
         for index in range(1, limit):
             if index not in taken:

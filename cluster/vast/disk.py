@@ -50,11 +50,11 @@ def model_size(model: str) -> ModelSize:
         return _weights({path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}, None, model)
 
     from huggingface_hub import HfApi  # slow to import, and not needed where the size is given
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     try:
         info = HfApi().model_info(model, files_metadata=True)
-    except (HfHubHTTPError, HFValidationError, OfflineModeIsEnabled, OSError) as error:
+    except (HTTPError, HFValidationError, OSError) as error:
         raise ClusterSettingsError(
             f"the size of model {model!r} cannot be looked up ({type(error).__name__}); "
             "give node_config.model_size_gb or node_config.disk_gb"

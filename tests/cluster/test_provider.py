@@ -36,7 +36,8 @@ def world(tmp_path: Path) -> ImitatedCluster:
 
 
 def billed(world: ImitatedCluster) -> set[str]:
-    return {str(instance.id) for instance in world.vast.billed()}
+    """Everything that costs money, which the head of `autoscaler` does not."""
+    return {str(instance.id) for instance in world.vast.billed() if instance.price}
 
 
 def later(world: ImitatedCluster, seconds: float, *providers: VastNodeProvider, step: float = 5.0) -> None:
@@ -65,7 +66,7 @@ def test_a_new_node_is_listed_with_its_tags_at_once_even_if_the_api_is_slow(tmp_
 
 
 def test_life_of_a_node_as_ray_sees_it(world: ImitatedCluster) -> None:
-    provider = world.provider()
+    provider = world.autoscaler()
     node = create_worker(provider)
     assert not provider.is_running(node) and not provider.is_terminated(node)
     assert provider.external_ip(node) is None
@@ -76,17 +77,17 @@ def test_life_of_a_node_as_ray_sees_it(world: ImitatedCluster) -> None:
     assert provider.get_node_id("127.77.0.2", use_internal_ip=True) == node
     assert provider.get_node_id(str(provider.external_ip(node))) == node
     provider.terminate_node(node)
-    assert provider.is_terminated(node) and provider.non_terminated_nodes({}) == []
+    assert provider.is_terminated(node) and provider.non_terminated_nodes(WORKERS) == []
     assert provider.node_tags(node) == {}
     assert billed(world) == set()
 
 
 def test_tags_survive_the_process_and_are_the_same_everywhere(world: ImitatedCluster) -> None:
-    head, laptop = world.provider("head"), world.provider("laptop")
+    head, laptop = world.autoscaler(), world.provider("laptop")
     node = create_worker(head, "request-7")
     hashes = {TAG_RAY_RUNTIME_CONFIG: "ab" * 20, TAG_RAY_FILE_MOUNTS_CONTENTS: "cd" * 20}
     head.set_node_tags(node, {**READY, **hashes})
-    for reader in (head, laptop, world.provider("head")):
+    for reader in (head, laptop, world.autoscaler()):
         tags = reader.node_tags(node)
         assert tags[TAG_RAY_NODE_STATUS] == STATUS_UP_TO_DATE
         assert tags[TAG_RAY_LAUNCH_REQUEST] == "request-7"
@@ -96,7 +97,7 @@ def test_tags_survive_the_process_and_are_the_same_everywhere(world: ImitatedClu
 
 
 def test_a_status_of_the_moment_costs_no_call_and_a_lost_one_is_written_later(world: ImitatedCluster) -> None:
-    head = world.provider("head")
+    head = world.autoscaler()
     node = create_worker(head)
     asked = len(world.api.requests)
     head.set_node_tags(node, {TAG_RAY_NODE_STATUS: STATUS_WAITING_FOR_SSH})
@@ -112,7 +113,7 @@ def test_a_status_of_the_moment_costs_no_call_and_a_lost_one_is_written_later(wo
 
 def test_a_label_that_the_api_finds_too_long_still_carries_the_status(world: ImitatedCluster) -> None:
     world.vast.max_label = 60
-    head = world.provider("head")
+    head = world.autoscaler()
     node = create_worker(head)
     head.set_node_tags(node, {**READY, TAG_RAY_RUNTIME_CONFIG: "ab" * 20})
     assert world.provider("laptop").node_tags(node)[TAG_RAY_NODE_STATUS] == STATUS_UP_TO_DATE
@@ -142,7 +143,7 @@ def test_instances_of_others_are_neither_seen_nor_touched(world: ImitatedCluster
 
 
 def test_a_node_that_is_relabelled_is_let_go(world: ImitatedCluster) -> None:
-    provider = world.provider()
+    provider = world.autoscaler()
     node = create_worker(provider)
     world.vast.instances[int(node)].label = "kept for something else"
     later(world, 10, provider)
@@ -153,25 +154,25 @@ def test_a_node_that_is_relabelled_is_let_go(world: ImitatedCluster) -> None:
 
 def test_one_listing_answers_for_all_nodes_and_every_page_counts(tmp_path: Path) -> None:
     world = ImitatedCluster.make(tmp_path, offers=40)
-    provider = world.provider(max_cpus=16, budget={"max_price_per_hour": 100})
+    provider = world.autoscaler(max_cpus=16, budget={"max_price_per_hour": 100})
     nodes = list(provider.create_node(NODE_CONFIG, worker_tags(), 30))
     later(world, 60, provider)
     world.clock.sleep(10)
     asked = len(world.api.requests)
-    assert sorted(provider.non_terminated_nodes({})) == sorted(nodes)
+    assert sorted(provider.non_terminated_nodes(WORKERS)) == sorted(nodes)
     assert all(provider.is_running(node) and provider.node_tags(node) for node in nodes)
     assert len({provider.internal_ip(node) for node in nodes}) == 30
     assert len(world.api.requests) - asked == 2, "30 instances are two pages"
 
 
 def test_an_index_rests_before_it_is_given_to_another_machine(world: ImitatedCluster) -> None:
-    provider = world.provider(index_rest_s=300)
+    provider = world.autoscaler(index_rest_s=300)
     first = create_worker(provider)
     alias = provider.internal_ip(first)
     provider.terminate_node(first)
     second = create_worker(provider)
     assert provider.internal_ip(second) != alias
-    restarted = world.provider(index_rest_s=300)
+    restarted = world.autoscaler(index_rest_s=300)
     assert restarted.internal_ip(create_worker(restarted)) not in (alias, provider.internal_ip(second))
     later(world, 400, provider)
     assert provider.internal_ip(create_worker(provider)) == alias
@@ -193,8 +194,8 @@ def test_nodes_for_the_mesh_have_direct_addresses_first_and_none_while_booting(w
 
 
 def test_the_cluster_key_gets_in_and_no_secret_is_shown(world: ImitatedCluster) -> None:
-    create_worker(world.provider())
-    [instance] = world.vast.billed()
+    create_worker(world.autoscaler())
+    [instance] = [instance for instance in world.vast.billed() if instance.price]
     assert PUBLIC_KEY in instance.onstart and instance.ssh_keys == [PUBLIC_KEY]
     assert not any(name.startswith("-p") for name in instance.env), "no port is published"
     assert "imitated-key" not in str(world.vast.row(instance))
@@ -205,7 +206,7 @@ def test_the_cluster_key_gets_in_and_no_secret_is_shown(world: ImitatedCluster) 
 
 def test_an_offer_taken_by_somebody_else_costs_the_next_one(world: ImitatedCluster) -> None:
     world.api.faults.extend([None, None, Fault.TAKEN, Fault.TAKEN])
-    provider = world.provider()
+    provider = world.autoscaler()
     provider.non_terminated_nodes({})
     node = create_worker(provider)
     assert billed(world) == {node}
@@ -213,7 +214,7 @@ def test_an_offer_taken_by_somebody_else_costs_the_next_one(world: ImitatedClust
 
 
 def test_a_creation_that_fails_after_the_contract_leaves_nothing(world: ImitatedCluster) -> None:
-    provider = world.provider()
+    provider = world.autoscaler()
     provider.non_terminated_nodes({})
     world.api.faults.extend([None, Fault.FAILS_AFTER_CONTRACT])
     node = create_worker(provider)
@@ -223,7 +224,7 @@ def test_a_creation_that_fails_after_the_contract_leaves_nothing(world: Imitated
 
 
 def test_a_contract_that_cannot_be_destroyed_yet_is_tried_until_it_is(world: ImitatedCluster) -> None:
-    provider = world.provider()
+    provider = world.autoscaler()
     provider.non_terminated_nodes({})
     world.api.faults.extend([None, Fault.FAILS_AFTER_CONTRACT, *[Fault.SERVER_ERROR] * 12])
     with pytest.raises(NodeLaunchException, match="cannot be destroyed yet"):
@@ -235,7 +236,7 @@ def test_a_contract_that_cannot_be_destroyed_yet_is_tried_until_it_is(world: Imi
 
 @pytest.mark.parametrize("fault", [Fault.LOST_ANSWER, Fault.GARBAGE, Fault.NOTHING])
 def test_a_creation_whose_answer_is_lost_is_found_by_its_mark(world: ImitatedCluster, fault: Fault) -> None:
-    provider = world.provider()
+    provider = world.autoscaler()
     provider.non_terminated_nodes({})
     world.api.faults.extend([None, fault])
     node = create_worker(provider)
@@ -246,7 +247,7 @@ def test_a_creation_whose_answer_is_lost_is_found_by_its_mark(world: ImitatedClu
 
 def test_a_creation_whose_answer_is_lost_and_that_is_listed_late_is_destroyed(tmp_path: Path) -> None:
     world = ImitatedCluster.make(tmp_path, listing_lag_s=40.0)
-    provider = world.provider()
+    provider = world.autoscaler()
     provider.non_terminated_nodes({})
     world.api.faults.extend([None, Fault.LOST_ANSWER])
     with pytest.raises(NodeLaunchException, match="will be destroyed when it is listed"):
@@ -257,13 +258,13 @@ def test_a_creation_whose_answer_is_lost_and_that_is_listed_late_is_destroyed(tm
 
 
 def test_an_outage_is_bridged_and_nothing_is_taken_for_gone(world: ImitatedCluster) -> None:
-    provider = world.provider()
+    provider = world.autoscaler()
     node = create_worker(provider)
     later(world, 40, provider)
     for outage in (Fault.SERVER_ERROR, Fault.TOO_FREQUENT, Fault.GARBAGE, Fault.NOTHING, Fault.SILENCE):
         world.api.outage = outage
         later(world, 60, provider)
-        assert provider.non_terminated_nodes({}) == [node] and provider.is_running(node)
+        assert provider.non_terminated_nodes(WORKERS) == [node] and provider.is_running(node)
         assert not provider.safe_to_scale()
         world.api.outage = None
         later(world, 30, provider)
@@ -284,14 +285,14 @@ def test_the_laptop_never_takes_down_a_cluster_from_memory(world: ImitatedCluste
 
 
 def test_a_failed_destruction_is_an_error_on_the_laptop_and_repeated_on_the_head(world: ImitatedCluster) -> None:
-    laptop, head = world.provider("laptop"), world.provider("head")
+    laptop, head = world.provider("laptop"), world.autoscaler()
     first, second = create_worker(head), create_worker(head)
     laptop.non_terminated_nodes({})
     world.api.outage = Fault.SERVER_ERROR
     with pytest.raises(NodeError, match="repeat the command"):
         laptop.terminate_nodes([first])
     head.terminate_nodes([second])
-    assert second in head.non_terminated_nodes({}), "it is still billed"
+    assert second in head.non_terminated_nodes(WORKERS), "it is still billed"
     world.api.outage = None
     later(world, 30, head)
     assert billed(world) == {first}
@@ -301,12 +302,12 @@ def test_a_failed_destruction_is_an_error_on_the_laptop_and_repeated_on_the_head
 
 def test_a_destroyed_instance_that_the_api_goes_on_listing_is_hidden(tmp_path: Path) -> None:
     world = ImitatedCluster.make(tmp_path, destroying_lag_s=30.0)
-    provider = world.provider()
+    provider = world.autoscaler()
     node = create_worker(provider)
     later(world, 40, provider)
     provider.terminate_node(node)
     later(world, 40, provider, step=2)
-    assert provider.non_terminated_nodes({}) == []
+    assert provider.non_terminated_nodes(WORKERS) == []
 
 
 def test_a_worker_deleted_by_its_host_is_gone_and_a_head_that_is_stopped_is_not(world: ImitatedCluster) -> None:
@@ -325,12 +326,12 @@ def test_a_worker_deleted_by_its_host_is_gone_and_a_head_that_is_stopped_is_not(
 def test_an_instance_missing_from_one_list_is_asked_for_before_it_is_given_up(
     world: ImitatedCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    provider = world.provider()
+    provider = world.autoscaler()
     node = create_worker(provider)
     later(world, 40, provider)
     monkeypatch.setattr(world.vast, "listed", lambda: [])
     later(world, 30, provider)
-    assert provider.non_terminated_nodes({}) == [node]
+    assert provider.non_terminated_nodes(WORKERS) == [node]
 
 
 # Machines that fail.
@@ -338,7 +339,7 @@ def test_an_instance_missing_from_one_list_is_asked_for_before_it_is_given_up(
 
 def test_an_outbid_machine_is_lost_and_destroyed(world: ImitatedCluster) -> None:
     config = {**NODE_CONFIG, "requirements": {**NODE_CONFIG["requirements"], "interruptible": True}}
-    provider = world.provider()
+    provider = world.autoscaler()
     [node] = provider.create_node(config, worker_tags(), 1)
     assert world.vast.instances[int(node)].bid == pytest.approx(0.18)
     later(world, 40, provider)
@@ -354,7 +355,7 @@ def test_an_outbid_machine_is_lost_and_destroyed(world: ImitatedCluster) -> None
 def test_a_machine_that_does_not_join_is_destroyed_and_avoided_for_a_while(
     world: ImitatedCluster, failure: str
 ) -> None:
-    provider = world.provider(boot_timeout_s=300, join_timeout_s=300, avoid_machine_s=3600)
+    provider = world.autoscaler(boot_timeout_s=300, join_timeout_s=300, avoid_machine_s=3600)
     node = create_worker(provider)
     machine = world.vast.instances[int(node)].offer.machine_id
     if failure == "stuck in loading":
@@ -371,7 +372,7 @@ def test_a_machine_that_does_not_join_is_destroyed_and_avoided_for_a_while(
         world.vast.host_deletes(int(node))
         later(world, 10, provider)
     assert provider.is_terminated(node) and billed(world) == set()
-    again = create_worker(world.provider(avoid_machine_s=3600))  # a restart of the autoscaler remembers
+    again = create_worker(world.autoscaler(avoid_machine_s=3600))  # a restart of the autoscaler remembers
     assert world.vast.instances[int(again)].offer.machine_id != machine
     provider.terminate_node(again)
     world.clock.sleep(3700)
@@ -379,7 +380,7 @@ def test_a_machine_that_does_not_join_is_destroyed_and_avoided_for_a_while(
 
 
 def test_a_machine_that_joined_is_kept_and_one_given_back_is_not_avoided(world: ImitatedCluster) -> None:
-    provider = world.provider(boot_timeout_s=300, join_timeout_s=300)
+    provider = world.autoscaler(boot_timeout_s=300, join_timeout_s=300)
     node = create_worker(provider)
     later(world, 60, provider)
     provider.set_node_tags(node, READY)
@@ -391,7 +392,7 @@ def test_a_machine_that_joined_is_kept_and_one_given_back_is_not_avoided(world: 
 
 
 def test_a_silent_host_is_given_three_minutes(world: ImitatedCluster) -> None:
-    provider = world.provider()
+    provider = world.autoscaler()
     node = create_worker(provider)
     later(world, 40, provider)
     provider.set_node_tags(node, READY)
@@ -409,22 +410,22 @@ def test_a_silent_host_is_given_three_minutes(world: ImitatedCluster) -> None:
 
 
 def test_the_price_per_hour_is_never_passed_and_says_so(world: ImitatedCluster) -> None:
-    provider = world.provider(budget={"max_price_per_hour": 1.0})
+    provider = world.autoscaler(budget={"max_price_per_hour": 1.0})
     with pytest.raises(NodeLaunchException, match=r"2 of 5 rented.*max_price_per_hour 1\.000"):
         provider.create_node(NODE_CONFIG, worker_tags(), 5)
-    assert len(provider.non_terminated_nodes({})) == 2
+    assert len(provider.non_terminated_nodes(WORKERS)) == 2
     assert provider.cost().per_hour <= 1.0
     asked = len(world.api.requests)
     with pytest.raises(NodeLaunchException):
         create_worker(provider)
     assert not any("bundles" in path for _, path in world.api.requests[asked:]), "a refusal stands for a while"
-    provider.terminate_node(provider.non_terminated_nodes({})[0])
+    provider.terminate_node(provider.non_terminated_nodes(WORKERS)[0])
     world.clock.sleep(31)
     create_worker(provider)
 
 
 def test_the_total_counts_what_is_gone_and_stops_scaling_up(world: ImitatedCluster) -> None:
-    provider = world.provider(budget={"max_total_cost": 1.0})
+    provider = world.autoscaler(budget={"max_total_cost": 1.0})
     node = create_worker(provider)
     provider.set_node_tags(node, READY)
     later(world, 2 * 3600, provider, step=60)
@@ -487,7 +488,7 @@ def test_a_second_head_is_refused(world: ImitatedCluster) -> None:
 
 
 def test_threads_get_nodes_with_addresses_of_their_own(world: ImitatedCluster) -> None:
-    provider = world.provider(budget={"max_price_per_hour": 100})
+    provider = world.autoscaler(budget={"max_price_per_hour": 100})
     created: list[str] = []
     errors: list[Exception] = []
 
@@ -506,7 +507,7 @@ def test_threads_get_nodes_with_addresses_of_their_own(world: ImitatedCluster) -
         thread.join()
     assert errors == []
     assert len({provider.internal_ip(node) for node in created}) == 18
-    assert sorted(created) == sorted(provider.non_terminated_nodes(READY)) == sorted(billed(world))
+    assert sorted(created) == sorted(provider.non_terminated_nodes(WORKERS | READY)) == sorted(billed(world))
 
 
 def test_ray_hands_over_what_the_settings_understand(tmp_path: Path) -> None:
@@ -520,7 +521,7 @@ def test_ray_hands_over_what_the_settings_understand(tmp_path: Path) -> None:
 
 
 def test_an_uninitialised_status_is_what_a_new_node_has(world: ImitatedCluster) -> None:
-    provider = world.provider()
+    provider = world.autoscaler()
     node = create_worker(provider)
     assert provider.node_tags(node)[TAG_RAY_NODE_STATUS] == STATUS_UNINITIALIZED
     assert world.provider("laptop").node_tags(node)[TAG_RAY_NODE_STATUS] == STATUS_UNINITIALIZED

@@ -20,7 +20,7 @@ from cluster.node_provider import VastNodeProvider
 from cluster.vast.client import VastClient
 from tests.cluster.fake_vast.api import API_KEY, FakeApi
 from tests.cluster.fake_vast.clock import VirtualClock
-from tests.cluster.fake_vast.state import FakeVast
+from tests.cluster.fake_vast.state import FakeInstance, FakeOffer, FakeVast
 from tests.cluster.fake_vast.transport import FakeTransport
 
 PUBLIC_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIimitated imitated"
@@ -76,6 +76,15 @@ class ImitatedCluster:
             **settings,
         }
         return VastNodeProvider(config, cluster_name, client=self.client(), clock=self.clock)
+
+    def autoscaler(self, **settings: Any) -> VastNodeProvider:
+        """The head's provider, on a head that has been there for ages and costs nothing."""
+        if not any(":h0" in instance.label for instance in self.vast.billed()):
+            offer = FakeOffer(id=1, machine_id=1, dph_base=0.0, dph_per_gb=0.0, hidden=True)
+            age = self.clock.time() - 86400.0
+            head = FakeInstance(107, offer, age, "image", 40.0, "bruno-ray:demo:h0:up-to-date", {}, "", None)
+            self.vast.instances[head.id] = head
+        return self.provider("head", **settings)
 
     def client(self) -> VastClient:
         return VastClient("https://vast.invalid", API_KEY, transport=FakeTransport(self.api), clock=self.clock)

@@ -1,0 +1,267 @@
+"""Random histories of a cluster on the imitation, with everything that can go wrong: no money is lost.
+
+A laptop brings the cluster up and down, the head's autoscaler rents and gives back, the market and the hosts do what
+they like, the API fails in every way it knows, processes die and start again. Time is virtual. Always:
+
+* the machines of the cluster together never cost more per hour than the budget allows;
+* no instance of somebody else is ever destroyed.
+
+And once the faults have passed and some time has gone by, the API's instances with our label are exactly those that the
+provider knows, nothing that cannot be used is left billed, and the cost in the books is not below the true one.
+"""
+
+import contextlib
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, settings, target
+from hypothesis import strategies as st
+from hypothesis.stateful import (
+    Bundle,
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
+)
+from ray.autoscaler.node_launch_exception import NodeLaunchException
+from ray.autoscaler.tags import STATUS_UP_TO_DATE, STATUS_UPDATE_FAILED, TAG_RAY_NODE_KIND, TAG_RAY_NODE_STATUS
+
+from cluster.errors import ClusterError
+from cluster.node_provider import VastNodeProvider
+from tests.cluster.fake_vast.api import CREATIONS_ONLY, Fault
+from tests.cluster.fake_vast.cluster import NODE_CONFIG, ImitatedCluster, head_tags, worker_tags
+from tests.cluster.fake_vast.state import FakeInstance
+
+RUNS = 1000
+STEPS = 18
+
+MAX_PRICE = 2.0
+"""Dollars per hour: room for five machines."""
+
+SETTINGS: dict[str, Any] = {
+    "budget": {"max_price_per_hour": MAX_PRICE, "max_total_cost": 1000.0},
+    "boot_timeout_s": 300,
+    "join_timeout_s": 300,
+    "avoid_machine_s": 600,
+    "index_rest_s": 60,
+}
+BID_CONFIG = {**NODE_CONFIG, "requirements": {**NODE_CONFIG["requirements"], "interruptible": True}}
+
+PASSING = [fault for fault in Fault if fault is not Fault.QUOTA]
+OUTAGES = [fault for fault in PASSING if fault not in CREATIONS_ONLY]
+LAPTOP_ERRORS = (ClusterError,)
+HEAD_ERRORS = (ClusterError, NodeLaunchException)
+
+
+class ClusterHistory(RuleBasedStateMachine):
+    """One history. The head's provider exists as long as its head does, like the process it stands for."""
+
+    foreign = Bundle("foreign")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory(prefix="bruno-history-")
+        self.world: ImitatedCluster
+        self.head: VastNodeProvider | None = None
+        self.laptop: VastNodeProvider
+        self.foreign_ids: set[int] = set()
+        self.heads = 0
+
+    @initialize(
+        boot_s=st.sampled_from([5.0, 60.0]),
+        listing_lag_s=st.sampled_from([0.0, 0.0, 8.0, 40.0]),
+        destroying_lag_s=st.sampled_from([0.0, 10.0]),
+        foreign=st.integers(0, 30),
+    )
+    def begin(self, boot_s: float, listing_lag_s: float, destroying_lag_s: float, foreign: int) -> None:
+        """30 foreign instances put ours on the second page of the list."""
+        self.world = ImitatedCluster.make(
+            Path(self.folder.name),
+            offers=foreign + 12,
+            boot_s=boot_s,
+            listing_lag_s=listing_lag_s,
+            destroying_lag_s=destroying_lag_s,
+        )
+        for _ in range(foreign):
+            self.foreign_ids.add(self.world.foreign_instance())
+        self.laptop = self.world.provider("laptop", **SETTINGS)
+
+    # The laptop.
+
+    @rule()
+    def ray_up(self) -> None:
+        self.laptop = self.world.provider("laptop", **SETTINGS)
+        try:
+            heads = self.laptop.non_terminated_nodes({TAG_RAY_NODE_KIND: "head"})
+            if not heads:
+                heads = list(self.laptop.create_node(NODE_CONFIG, head_tags(), 1))
+                assert self.laptop.non_terminated_nodes(head_tags()) == heads, "a new head is listed at once"
+            self.laptop.set_node_tags(heads[0], {TAG_RAY_NODE_STATUS: STATUS_UP_TO_DATE})
+        except LAPTOP_ERRORS:
+            return
+        if self.head is None:
+            # Set-up takes longer than the list lags; a new head is a new machine, with nothing remembered.
+            self._wait(60, step=30.0)
+            self.heads += 1
+            self._start_head_process()
+
+    @rule()
+    def ray_down(self) -> None:
+        """The processes on the head end with it."""
+        self.laptop = self.world.provider("laptop", **SETTINGS)
+        with contextlib.suppress(*LAPTOP_ERRORS):
+            self.laptop.terminate_nodes(self.laptop.nodes_for_teardown({}))
+        self._head_process_lives_with_its_machine()
+
+    # The head.
+
+    @precondition(lambda self: self.head is not None)
+    @rule(count=st.integers(1, 4), bid=st.booleans())
+    def scale_up(self, count: int, bid: bool) -> None:
+        assert self.head is not None
+        try:
+            created = self.head.create_node(BID_CONFIG if bid else NODE_CONFIG, worker_tags(), count)
+        except HEAD_ERRORS:
+            return
+        listed = self.head.non_terminated_nodes({})
+        assert set(created) <= set(listed), "new nodes are listed at once"
+        addresses = [self.head.internal_ip(node) for node in listed]
+        assert len(set(addresses)) == len(addresses)
+
+    @precondition(lambda self: self.head is not None)
+    @rule(data=st.data())
+    def scale_down(self, data: st.DataObject) -> None:
+        assert self.head is not None
+        if (node := self._some_worker(data)) is not None:
+            self.head.terminate_node(node)
+
+    @precondition(lambda self: self.head is not None)
+    @rule(data=st.data(), status=st.sampled_from([STATUS_UP_TO_DATE, STATUS_UP_TO_DATE, STATUS_UPDATE_FAILED]))
+    def set_up_ends(self, data: st.DataObject, status: str) -> None:
+        assert self.head is not None
+        if (node := self._some_worker(data)) is not None:
+            self.head.set_node_tags(node, {TAG_RAY_NODE_STATUS: status})
+
+    @precondition(lambda self: self.head is not None)
+    @rule()
+    def autoscaler_dies_and_starts_again(self) -> None:
+        self._start_head_process()
+
+    # Time and the world.
+
+    @rule(seconds=st.sampled_from([1, 5, 20, 60, 400]))
+    def time_passes(self, seconds: int) -> None:
+        self._wait(seconds, step=max(seconds / 4, 1.0))
+
+    @rule(data=st.data(), event=st.sampled_from(["deletes", "outbids", "offline", "back", "stuck"]))
+    def something_happens_to_a_machine(self, data: st.DataObject, event: str) -> None:
+        ours = [instance.id for instance in self._ours()]
+        if not ours:
+            return
+        number = data.draw(st.sampled_from(ours))
+        happen = {
+            "deletes": self.world.vast.host_deletes,
+            "outbids": self.world.vast.outbid,
+            "offline": self.world.vast.host_offline,
+            "back": self.world.vast.host_back,
+            "stuck": self.world.vast.never_boots,
+        }[event]
+        happen(number)
+        self._head_process_lives_with_its_machine()
+
+    @rule()
+    def the_market_moves(self) -> None:
+        for offer in self.world.vast.free_offers()[:4]:
+            offer.hidden = True
+        self.world.vast.add_offers(2)
+
+    @rule(faults=st.lists(st.sampled_from([None, None, *PASSING]), min_size=1, max_size=6))
+    def requests_will_fail(self, faults: list[Fault | None]) -> None:
+        self.world.api.faults.extend(faults)
+
+    @rule(outage=st.sampled_from([None, *OUTAGES]))
+    def the_api_goes_and_comes(self, outage: Fault | None) -> None:
+        self.world.api.outage = outage
+
+    @rule()
+    def the_dust_settles(self) -> None:
+        """All faults pass, the lags too, and every deadline for machines that do not work."""
+        self.world.api.outage = None
+        self.world.api.faults.clear()
+        self._wait(1000, step=100.0)
+        watchers = [self.laptop] if self.head is None else [self.laptop, self.head]
+        billed = {str(instance.id) for instance in self._ours()}
+        for provider in watchers:
+            assert set(provider.non_terminated_nodes({})) == billed, "known and billed are the same"
+        if self.head is not None:
+            workers = [instance for instance in self._ours() if ":w" in instance.label]
+            broken = [instance.id for instance in workers if self.world.vast.status(instance) != "running"]
+            assert broken == [], "what cannot be used is not kept"
+        heads = [instance for instance in self._ours() if ":h0" in instance.label]
+        assert len(heads) <= 1
+
+    # Always.
+
+    @invariant()
+    def the_budget_holds(self) -> None:
+        if hasattr(self, "world"):
+            assert sum(instance.price for instance in self._ours()) <= MAX_PRICE + 1e-6
+
+    @invariant()
+    def nothing_of_others_is_touched(self) -> None:
+        if hasattr(self, "world"):
+            billed = {instance.id for instance in self.world.vast.billed()}
+            assert self.foreign_ids <= billed
+            assert all(self.world.vast.instances[number].label == "somebody else's" for number in self.foreign_ids)
+
+    def teardown(self) -> None:
+        if hasattr(self, "world"):
+            self.the_dust_settles()
+            target(float(len(self.world.vast.instances) - len(self.foreign_ids)), label="instances rented")
+        self.folder.cleanup()
+
+    def _ours(self) -> list[FakeInstance]:
+        return [instance for instance in self.world.vast.billed() if instance.label.startswith("bruno-ray:")]
+
+    def _some_worker(self, data: st.DataObject) -> str | None:
+        assert self.head is not None
+        try:
+            workers = self.head.non_terminated_nodes({TAG_RAY_NODE_KIND: "worker"})
+        except HEAD_ERRORS:
+            return None
+        return data.draw(st.sampled_from(workers)) if workers else None
+
+    def _wait(self, seconds: float, step: float) -> None:
+        """The autoscaler asks all the time."""
+        end = self.world.clock.time() + seconds
+        while self.world.clock.time() < end:
+            self.world.clock.sleep(step)
+            for provider in filter(None, [self.laptop, self.head]):
+                try:
+                    provider.non_terminated_nodes({})
+                except HEAD_ERRORS:
+                    continue
+
+    def _start_head_process(self) -> None:
+        folder = Path(self.folder.name) / f"head-{self.heads}"
+        self.head = self.world.provider("head", **SETTINGS, state_folder=str(folder))
+
+    def _head_process_lives_with_its_machine(self) -> None:
+        if not any(":h0" in instance.label for instance in self._ours()):
+            self.head = None
+
+
+def test_no_history_loses_money() -> None:
+    """RUNS histories of up to STEPS steps."""
+    histories = settings(
+        max_examples=RUNS,
+        stateful_step_count=STEPS,
+        deadline=None,
+        database=None,
+        print_blob=True,
+        suppress_health_check=list(HealthCheck),
+    )
+    run_state_machine_as_test(ClusterHistory, settings=histories)
