@@ -19,6 +19,8 @@ def bootstrapped(config: dict[str, Any]) -> dict[str, Any]:
     config = copy.deepcopy(config)
     name = checked_cluster_name(config["cluster_name"])
     settings = ClusterSettings.from_provider(config["provider"])
+    if (config.get("docker") or {}).get("container_name"):
+        raise ClusterSettingsError("rented machines are containers themselves; drop docker, set node_config.image")
     head_type = config.get("head_node_type")
     for type_name, node_type in config.get("available_node_types", {}).items():
         where = f"available_node_types.{type_name}"

@@ -9,6 +9,7 @@ workers (cluster/caretaker.py) and keeps the account of what is gone in its own 
 import copy
 import logging
 import threading
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -86,6 +87,8 @@ class VastNodeProvider(NodeProvider):
         """Nodes whose label does not yet say what we set."""
         self._before: dict[str, ClusterNode] = {}
         """The nodes at the last look, to notice which are gone."""
+        self._former: dict[str, ClusterNode] = {}
+        """What was known of nodes that are gone; a few hundred bytes each."""
         self._noted: tuple[dict[str, float], set[str]] | None = None
         """What the ledger was last told."""
         self._ended_cost = 0.0
@@ -140,7 +143,7 @@ class VastNodeProvider(NodeProvider):
         return self.address(node_id).alias
 
     def address(self, node_id: str) -> NodeAddress:
-        """Alias and ports. Raises `NodeError` for a node that is gone."""
+        """Alias and ports, also of a node that is gone by now."""
         return NodeAddress(self._known(node_id).label.index, self.settings.max_cpus)
 
     def ssh_endpoints(self, node_id: str) -> tuple[Endpoint, ...]:
@@ -158,8 +161,11 @@ class VastNodeProvider(NodeProvider):
     # Tags.
 
     def node_tags(self, node_id: str) -> dict[str, str]:
-        node = self._current().get(node_id)
-        return {} if node is None else self._tags_of(node)
+        """Ray asks for tags of nodes that it listed a moment ago; of one that is gone by now the last are given."""
+        try:
+            return self._tags_of(self._known(node_id))
+        except NodeError:
+            return {}
 
     def set_node_tags(self, node_id: str, tags: dict[str, str]) -> None:
         with self._lock:
@@ -273,7 +279,8 @@ class VastNodeProvider(NodeProvider):
         with self._lock:
             gone = {name: node for name, node in self._before.items() if name not in nodes}
             self._before = nodes
-            for name in gone:
+            for name, node in gone.items():
+                self._former[name] = replace(node, label=node.labelled(self._tags_of(node), 0.0))
                 self._tags.pop(name, None)
             self._unwritten -= gone.keys()
             unwritten = self._unwritten & nodes.keys()
@@ -355,9 +362,10 @@ class VastNodeProvider(NodeProvider):
         return self.settings.public_key or public_key(ensure_key_pair(self.folder, self.cluster_name))
 
     def _known(self, node_id: str) -> ClusterNode:
-        node = self._current().get(node_id)
+        """The node, or what it was when it was last seen. Raises `NodeError` for one that was never ours."""
+        node = self._current().get(node_id) or self._former.get(node_id)
         if node is None:
-            raise NodeError(f"instance {node_id} does not exist (any more)")
+            raise NodeError(f"instance {node_id} is not known in cluster {self.cluster_name}")
         return node
 
     def _tags_of(self, node: ClusterNode) -> dict[str, str]:

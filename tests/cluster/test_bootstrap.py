@@ -81,6 +81,7 @@ def changed(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("provider/budget/max_total_cost", -1, r"provider\.budget\.max_total_cost"),
         ("available_node_types/head/node_config/requirements/interruptible", True, "must not be interruptible"),
         ("available_node_types/head/node_config/requirements/min_cuda", "new", r"requirements\.min_cuda"),
+        ("docker", {"image": "ray", "container_name": "ray"}, "containers themselves"),
         ("auth/ssh_private_key", "~/.ssh/id_ed25519", "copies that key to a rented machine"),
         ("provider/head_api_key_file", "~/nowhere", "does not exist"),
     ],

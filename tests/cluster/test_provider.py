@@ -78,7 +78,8 @@ def test_life_of_a_node_as_ray_sees_it(world: ImitatedCluster) -> None:
     assert provider.get_node_id(str(provider.external_ip(node))) == node
     provider.terminate_node(node)
     assert provider.is_terminated(node) and provider.non_terminated_nodes(WORKERS) == []
-    assert provider.node_tags(node) == {}
+    assert provider.node_tags(node)[TAG_RAY_NODE_KIND] == "worker" and provider.internal_ip(node) == "127.77.0.2"
+    assert provider.node_tags("12345") == {}
     assert billed(world) == set()
 
 

@@ -1,0 +1,152 @@
+"""Ray's own code on our provider: autoscaler v2's adapter, and the commands that its runner is given."""
+
+import json
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from ray.autoscaler.node_provider import NodeProvider
+from ray.autoscaler.v2.instance_manager.config import FileConfigReader
+from ray.autoscaler.v2.instance_manager.node_provider import LaunchNodeError, NodeProviderAdapter
+from ray.core.generated.instance_manager_pb2 import NodeKind
+
+from cluster import command_runner
+from cluster.node_provider import VastNodeProvider
+from cluster.ssh_master import Endpoint
+from tests.cluster.fake_vast.cluster import ImitatedCluster, worker_tags
+
+CLUSTER_YAML = Path(__file__).parents[2] / "cluster.yaml"
+
+
+def eventually(condition: Callable[[], object]) -> None:
+    """The adapter works in threads."""
+    end = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> ImitatedCluster:
+    return ImitatedCluster.make(tmp_path)
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    config = yaml.safe_load(CLUSTER_YAML.read_text())
+    (tmp_path / "key").write_text("Ray hashes it with the configuration of a node")
+    config["auth"]["ssh_private_key"] = str(tmp_path / "key")
+    for node_type in config["available_node_types"].values():
+        node_type["node_config"]["disk_gb"] = 40
+    path = tmp_path / "bootstrap.yaml"
+    path.write_text(json.dumps(config))
+    return path
+
+
+def test_autoscaler_v2_launches_sees_and_terminates(world: ImitatedCluster, config_file: Path) -> None:
+    provider = world.autoscaler(budget={"max_price_per_hour": 1.2})
+    adapter = NodeProviderAdapter(provider, FileConfigReader(str(config_file), skip_content_hash=True))
+    adapter.launch({"rtx4090": 2}, "request-1")
+    eventually(lambda: len(adapter.get_non_terminated()) == 3)
+    workers = [node for node in adapter.get_non_terminated().values() if node.node_kind == NodeKind.WORKER]
+    assert {(node.node_type, node.request_id, node.is_running) for node in workers} == {("rtx4090", "request-1", False)}
+    world.clock.sleep(40)
+    assert all(node.is_running for node in adapter.get_non_terminated().values())
+    adapter.launch({"rtx4090": 2}, "request-2")
+    errors: list[Any] = []
+    eventually(lambda: errors.extend(adapter.poll_errors()) or errors)
+    assert isinstance(errors[0], LaunchNodeError) and errors[0].request_id == "request-2"
+    assert "max_price_per_hour" in str(errors[0].__cause__)
+    adapter.terminate([node.cloud_instance_id for node in workers], "request-3")
+    eventually(lambda: not any(node.request_id == "request-1" for node in adapter.get_non_terminated().values()))
+    assert {instance.env["CLUSTER_NODE_INDEX"] for instance in world.vast.billed() if instance.env} == {"3"}
+
+
+def test_nothing_that_ray_may_call_is_left_to_its_base_class_by_accident() -> None:
+    inherited = {
+        name
+        for name, method in vars(NodeProvider).items()
+        if callable(method) and not name.startswith("__") and name not in vars(VastNodeProvider)
+    }
+    assert inherited == {
+        "is_readonly",
+        "create_node_with_resources_and_labels",
+        "fillout_available_node_types_resources",
+        "post_process",
+    }
+
+
+class Greeter:
+    """A port of this machine that accepts connections and says `greeting`."""
+
+    def __init__(self, greeting: bytes) -> None:
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = Endpoint("127.0.0.1", self.socket.getsockname()[1])
+        threading.Thread(target=self._serve, args=(greeting,), daemon=True).start()
+
+    def _serve(self, greeting: bytes) -> None:
+        while True:
+            try:
+                connection, _ = self.socket.accept()
+            except OSError:
+                return
+            with connection:
+                connection.sendall(greeting)
+
+
+class RecordingRunner:
+    """Stands where Ray's command runner calls `subprocess`, and keeps the command lines."""
+
+    CalledProcessError = subprocess.CalledProcessError
+
+    def __init__(self) -> None:
+        self.commands: list[list[str]] = []
+
+    def check_output(self, command: list[str]) -> bytes:
+        self.commands.append(command)
+        return b"done"
+
+
+def runner_for(
+    world: ImitatedCluster, monkeypatch: pytest.MonkeyPatch, endpoints: tuple[Endpoint, ...], recorder: RecordingRunner
+) -> command_runner.VastCommandRunner:
+    provider = world.autoscaler()
+    [node] = provider.create_node({"disk_gb": 40}, worker_tags(), 1)
+    monkeypatch.setattr(provider, "ssh_endpoints", lambda node_id: endpoints)
+    auth = {"ssh_user": "root", "ssh_private_key": "/keys/id"}
+    runner = provider.get_command_runner("", node, auth, "demo", recorder, False)  # type: ignore[arg-type]
+    assert isinstance(runner, command_runner.VastCommandRunner)
+    return runner
+
+
+def test_commands_go_to_the_first_sshd_that_greets_and_know_their_node(
+    world: ImitatedCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    silent, sshd = Greeter(b"HTTP/1.1 400\r\n"), Greeter(b"SSH-2.0-OpenSSH_9.2\r\n")
+    recorder = RecordingRunner()
+    runner = runner_for(world, monkeypatch, (silent.endpoint, sshd.endpoint), recorder)
+    assert runner.run("uptime", with_output=True, ssh_options_override_ssh_key="/another/key") == b"done"
+    [command] = recorder.commands
+    text = " ".join(command)
+    assert f"Port={sshd.endpoint.port}" in text and "root@127.0.0.1" in text and "-i /keys/id" in text
+    assert "export CLUSTER_NAME=demo CLUSTER_NODE_INDEX=1 CLUSTER_NODE_ADDRESS=127.77.0.2 CLUSTER_MAX_CPUS=48" in text
+    assert "StrictHostKeyChecking=accept-new" in text and f"HostKeyAlias=bruno-ray-{runner.node_id}" in text
+    assert str(runner.provider.folder) in text and "UserKnownHostsFile=/dev/null" not in text
+    shell = runner.remote_shell_command_str()
+    assert f"Port={sshd.endpoint.port}" in shell and "StrictHostKeyChecking=no" not in shell
+
+
+def test_a_machine_whose_sshd_does_not_greet_has_no_address_yet(
+    world: ImitatedCluster, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nobody = socket.create_server(("127.0.0.1", 0))
+    closed = Endpoint("127.0.0.1", nobody.getsockname()[1])
+    nobody.close()
+    runner = runner_for(world, monkeypatch, (closed,), RecordingRunner())
+    assert runner._get_node_ip() is None
