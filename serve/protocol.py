@@ -26,6 +26,13 @@ Stop = Annotated[str, AfterValidator(_is_text), Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
+# Said in the schema as well; the check itself has a better message.
+NO_NUMBER: dict[str, Any] = {"minimum": 0, "maximum": 0}
+NO_OBJECT: dict[str, Any] = {"maxProperties": 0}
+NO_LIST: dict[str, Any] = {"maxItems": 0}
+NO_TEXT: dict[str, Any] = {"maxLength": 0}
+
+
 class Request(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
@@ -70,13 +77,13 @@ class Generation(Request):
     ignore_eos: bool | None = False
     """Go on after the end-of-sequence token, for measurements."""
 
-    frequency_penalty: float | None = 0.0
+    frequency_penalty: float | None = Field(0.0, json_schema_extra=NO_NUMBER)
     """Only 0 is supported."""
 
-    presence_penalty: float | None = 0.0
+    presence_penalty: float | None = Field(0.0, json_schema_extra=NO_NUMBER)
     """Only 0 is supported."""
 
-    logit_bias: dict[str, float] | None = None
+    logit_bias: dict[str, float] | None = Field(None, json_schema_extra=NO_OBJECT)
     """Only an empty one is supported."""
 
     user: str | None = None
@@ -130,11 +137,11 @@ class Message(Request):
 
     refusal: Text | None = None
     annotations: list[Any] | None = None
-    tool_calls: list[Any] | None = None
+    tool_calls: list[Any] | None = Field(None, json_schema_extra=NO_LIST)
     """Only an empty one is supported, as is `function_call`."""
 
-    function_call: dict[str, Any] | None = None
-    audio: dict[str, Any] | None = None
+    function_call: dict[str, Any] | None = Field(None, json_schema_extra=NO_OBJECT)
+    audio: dict[str, Any] | None = Field(None, json_schema_extra=NO_OBJECT)
 
     @model_validator(mode="after")
     def _has_text(self) -> "Message":
@@ -165,10 +172,10 @@ class ChatRequest(Generation):
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: TextFormat | None = None
-    tools: list[Any] | None = None
+    tools: list[Any] | None = Field(None, json_schema_extra=NO_LIST)
     """Only an empty one is supported, as are `functions`."""
 
-    functions: list[Any] | None = None
+    functions: list[Any] | None = Field(None, json_schema_extra=NO_LIST)
     tool_choice: Literal["none", "auto"] | None = None
     function_call: Literal["none", "auto"] | None = None
     modalities: list[Literal["text"]] | None = None
@@ -218,7 +225,7 @@ class CompletionRequest(Generation):
     logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     """Alternatives to each token; 0 gives the token's own."""
 
-    suffix: str | None = None
+    suffix: str | None = Field(None, json_schema_extra=NO_TEXT)
     """Only an empty one is supported."""
 
     best_of: Annotated[int, Field(ge=1)] | None = None

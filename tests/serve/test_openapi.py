@@ -1,5 +1,6 @@
 """schemathesis over the API's own description: no server error, no status and no shape that is not in it."""
 
+import re
 import subprocess
 import sys
 
@@ -24,7 +25,8 @@ def test_schemathesis_finds_nothing(server, tmp_path):
         capture_output=True, text=True, timeout=550,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
-    assert "No issues found" in done.stdout, done.stdout[-3000:]
+    generated, passed = map(int, re.search(r"(\d+) generated, (\d+) passed", done.stdout).groups())
+    assert generated == passed > 500
     answered = server.get("/metrics").text
     for route in ("/v1/chat/completions", "/v1/completions"):
         assert f'{{route="{route}",status="200"}}' in answered  # it did not only meet refusals

@@ -28,4 +28,4 @@ answer = litellm.text_completion(
     model=f"text-completion-openai/{MODEL}", prompt="tell me", max_tokens=3,
     api_base=common["api_base"], api_key=common["api_key"],
 )  # fmt: skip
-assert answer.usage.completion_tokens == 3
+assert 1 <= answer.usage.completion_tokens <= 3

@@ -9,6 +9,7 @@ home = Path(os.environ["LLM_USER_PATH"])
 home.mkdir(parents=True, exist_ok=True)
 entries = [
     f"- model_id: {name}\n  model_name: {os.environ[variable]}\n  api_base: {os.environ['OPENAI_BASE_URL']}\n"
+    "  api_key_name: bruno\n"
     for name, variable in (("base", "MODEL"), ("edited", "EDITED"))
 ]
 (home / "extra-openai-models.yaml").write_text("".join(entries))
@@ -19,6 +20,7 @@ def llm(*arguments: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
+llm("keys", "set", "bruno", "--value", os.environ["OPENAI_API_KEY"])
 question = "what colour has lubesi ?"
 for model in ("base", "edited"):
     streamed = llm("-m", model, "-o", "temperature", "0", question)
