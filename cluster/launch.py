@@ -10,14 +10,14 @@ from cluster.cost import ClusterCost
 from cluster.errors import NodeError, NoOfferError
 from cluster.keys import authorize_command
 from cluster.ledger import Ledger
-from cluster.listing import REMEMBERED_S, NodeList
+from cluster.listing import NodeList
 from cluster.settings import BudgetSettings, NodeSettings
 from cluster.tags import ClusterNode, Label, creation_env, node_of
 from cluster.vast.client import VastClient
 from cluster.vast.disk import ModelSize, disk_for
 from cluster.vast.errors import CreateFailedError, CreateUncertainError, OfferTakenError, VastError
 from cluster.vast.models import CreateRequest, Instance
-from cluster.vast.offers import RankedOffer, rank, search_query
+from cluster.vast.offers import RankedOffer, Ranking, rank, search_query
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,9 @@ SETTLE_S = 15.0
 """How long a creation without an answer is looked for in the list, before it is given up and doomed."""
 
 SETTLE_PAUSE_S = 3.0
+INTENT_S = 180.0
+"""How long a creation counts that the list does not show; longer than the list is ever behind."""
+
 CREATE_DEADLINE_S = 20.0
 ATTACH_DEADLINE_S = 8.0
 
@@ -70,12 +73,7 @@ class Launcher:
         raise NoOfferError(f"the {OFFERS_TRIED} best offers were taken by others; Ray tries again")
 
     def _affordable(self, node: NodeSettings, cost: ClusterCost, reserved: float, room: float) -> list[RankedOffer]:
-        disk = _disk(node)
-        offers = self._client.search_offers(search_query(node.requirements, disk))
-        ranking = rank(
-            offers, node.requirements, disk, avoided=self._ledger.avoided(), model_gb=node.model_size_gb or 0.0
-        )
-        best = ranking.best()
+        best = ranked_offers(self._client, node, self._ledger.avoided()).best()
         affordable = [ranked for ranked in best if ranked.price_per_hour <= room]
         if not affordable:
             cheapest = min(ranked.price_per_hour for ranked in best)
@@ -97,7 +95,7 @@ class Launcher:
             onstart="\n".join(filter(None, [authorize_command(order.public_key), order.node.onstart])),
             price=ranked.bid,
         )
-        self._ledger.intend(launch, ranked.price_per_hour, order.label.index, REMEMBERED_S)
+        self._ledger.intend(launch, ranked.price_per_hour, order.label.index, INTENT_S)
         try:
             contract = self._client.create_instance(ranked.offer.id, request, CREATE_DEADLINE_S)
         except CreateFailedError as error:
@@ -168,6 +166,13 @@ class Launcher:
             if self._clock.time() + SETTLE_PAUSE_S > deadline:
                 return None
             self._clock.sleep(SETTLE_PAUSE_S)
+
+
+def ranked_offers(client: VastClient, node: NodeSettings, avoided: frozenset[int]) -> Ranking:
+    """What the market offers for a node, best first, with what was rejected and why. Raises `VastError`."""
+    disk = _disk(node)
+    offers = client.search_offers(search_query(node.requirements, disk))
+    return rank(offers, node.requirements, disk, avoided=avoided, model_gb=node.model_size_gb or 0.0)
 
 
 def _disk(node: NodeSettings) -> float:

@@ -9,7 +9,6 @@ workers (cluster/caretaker.py) and keeps the account of what is gone in its own 
 import copy
 import logging
 import threading
-from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,29 +21,28 @@ from ray.autoscaler.tags import (
     NODE_KIND_HEAD,
     TAG_RAY_CLUSTER_NAME,
     TAG_RAY_NODE_KIND,
-    TAG_RAY_NODE_STATUS,
     TAG_RAY_USER_NODE_TYPE,
 )
 
 from cluster.addresses import NodeAddress, max_nodes
 from cluster.bootstrap import bootstrapped
-from cluster.caretaker import Caretaker
 from cluster.clock import Clock, SystemClock
 from cluster.command_runner import VastCommandRunner
 from cluster.cost import ClusterCost, cluster_cost
 from cluster.errors import BudgetError, ClusterError, NodeError, NoOfferError
 from cluster.keys import ensure_key_pair, public_key
-from cluster.launch import Launcher, LaunchOrder
+from cluster.launch import Launcher, LaunchOrder, ranked_offers
 from cluster.ledger import Ledger
 from cluster.listing import NodeList
 from cluster.mesh import Node
 from cluster.mounts import without_head_files
+from cluster.registry import NodeRegistry
 from cluster.settings import ClusterSettings, NodeSettings, checked_cluster_name
 from cluster.ssh_master import Endpoint
-from cluster.tags import HASH_TAGS, LASTING_STATUSES, ClusterNode, Label
+from cluster.tags import ClusterNode, Label
 from cluster.vast.client import VastClient
-from cluster.vast.errors import VastError, VastRefusedError
 from cluster.vast.models import State
+from cluster.vast.offers import Ranking
 
 logger = logging.getLogger(__name__)
 
@@ -52,9 +50,6 @@ REFUSAL_S = 30.0
 """The autoscaler asks for the same node every few seconds; a refusal stands for so long without asking the market."""
 
 LAUNCH_LOCK_S = 180.0
-LABEL_DEADLINE_S = 6.0
-SPENT_STEP = 0.05
-"""Dollars by which the head's account may differ from its label."""
 
 
 class VastNodeProvider(NodeProvider):
@@ -76,37 +71,22 @@ class VastNodeProvider(NodeProvider):
         self._nodes = NodeList(self._client, cluster_name, self._clock, self.settings.refresh_s)
         self._ledger = Ledger(self.folder, self._clock)
         self._launcher = Launcher(self._client, self._nodes, self._ledger, self._clock, self.settings.budget)
-        self._caretaker = Caretaker(self.settings, self._ledger)
-        self._lock = threading.RLock()
+        self._registry = NodeRegistry(self._client, self._nodes, self._ledger, self.settings, self._clock)
         self._launching = threading.RLock()
-        self._tending = threading.Lock()
-        self._tended_version = -1
-        self._tags: dict[str, dict[str, str]] = {}
-        """What this process set, on top of what the instances say."""
-        self._unwritten: set[str] = set()
-        """Nodes whose label does not yet say what we set."""
-        self._before: dict[str, ClusterNode] = {}
-        """The nodes at the last look, to notice which are gone."""
-        self._former: dict[str, ClusterNode] = {}
-        """What was known of nodes that are gone; a few hundred bytes each."""
-        self._noted: tuple[dict[str, float], set[str]] | None = None
-        """What the ledger was last told."""
-        self._ended_cost = 0.0
-        self._own_head: str | None = None
         self._refusals: dict[str, tuple[float, ClusterError]] = {}
         self._tearing_down = False
 
     # What exists.
 
     def non_terminated_nodes(self, tag_filters: dict[str, str]) -> list[str]:
-        nodes = self._current()
-        return [name for name in nodes if _matches(self._tags_of(nodes[name]), tag_filters)]
+        nodes = self._registry.current()
+        return [name for name in nodes if _matches(self._registry.tags_of(nodes[name]), tag_filters)]
 
     def nodes_for_teardown(self, tag_filters: dict[str, str]) -> list[str]:
         """As above, but never from memory: what `ray down` does not see goes on costing money."""
         self._tearing_down = True
-        nodes = self._current(force=True)
-        return [name for name in nodes if _matches(self._tags_of(nodes[name]), tag_filters)]
+        nodes = self._registry.current(force=True)
+        return [name for name in nodes if _matches(self._registry.tags_of(nodes[name]), tag_filters)]
 
     def nodes_for_mesh(self) -> list[Node]:
         """Index and addresses of all nodes for the tunnels' supervisor; changes nothing.
@@ -122,18 +102,22 @@ class VastNodeProvider(NodeProvider):
         """All nodes with everything that the API says about them, for status displays."""
         return list(self._nodes.nodes(force=force).values())
 
+    def offers(self, node_config: dict[str, Any]) -> Ranking:
+        """What could be rented now for a node type, and why the rest could not. Raises `VastError`."""
+        return ranked_offers(self._client, NodeSettings.from_config(node_config), self._ledger.avoided())
+
     def cost(self) -> ClusterCost:
         """What the cluster costs per hour and has cost so far."""
-        nodes = self._current().values()
+        nodes = self._registry.current().values()
         labelled = max((node.label.spent for node in nodes if node.is_head), default=0.0)
         return cluster_cost(nodes, self._clock.time(), max(labelled, self._ledger.ended_cost()))
 
     def is_running(self, node_id: str) -> bool:
-        node = self._current().get(node_id)
+        node = self._registry.current().get(node_id)
         return node is not None and _is_up(node)
 
     def is_terminated(self, node_id: str) -> bool:
-        return node_id not in self._current()
+        return node_id not in self._registry.current()
 
     def external_ip(self, node_id: str) -> str | None:
         endpoints = self.ssh_endpoints(node_id)
@@ -144,16 +128,16 @@ class VastNodeProvider(NodeProvider):
 
     def address(self, node_id: str) -> NodeAddress:
         """Alias and ports, also of a node that is gone by now."""
-        return NodeAddress(self._known(node_id).label.index, self.settings.max_cpus)
+        return NodeAddress(self._registry.known(node_id).label.index, self.settings.max_cpus)
 
     def ssh_endpoints(self, node_id: str) -> tuple[Endpoint, ...]:
         """Where its sshd may answer, best first; empty while it boots and when it is gone."""
-        node = self._current().get(node_id)
+        node = self._registry.current().get(node_id)
         return node.instance.ssh_endpoints if node is not None and _is_up(node) else ()
 
     def get_node_id(self, ip_address: str, use_internal_ip: bool = False) -> str:
         """Raises `ValueError`, as Ray expects. Machines of one host share an address; the oldest is meant then."""
-        for name in self._current():
+        for name in self._registry.current():
             if ip_address == (self.internal_ip(name) if use_internal_ip else self.external_ip(name)):
                 return name
         raise ValueError(f"no node of cluster {self.cluster_name} has the address {ip_address}")
@@ -163,19 +147,12 @@ class VastNodeProvider(NodeProvider):
     def node_tags(self, node_id: str) -> dict[str, str]:
         """Ray asks for tags of nodes that it listed a moment ago; of one that is gone by now the last are given."""
         try:
-            return self._tags_of(self._known(node_id))
+            return self._registry.tags_of(self._registry.known(node_id))
         except NodeError:
             return {}
 
     def set_node_tags(self, node_id: str, tags: dict[str, str]) -> None:
-        with self._lock:
-            self._tags.setdefault(node_id, {}).update(tags)
-            lasting = tags.get(TAG_RAY_NODE_STATUS) in LASTING_STATUSES or any(tag in tags for tag in HASH_TAGS)
-            if lasting:
-                self._unwritten.add(node_id)
-        node = self._current().get(node_id)
-        if lasting and node is not None:
-            self._write_label(node)
+        self._registry.set_tags(node_id, tags)
 
     # Coming and going.
 
@@ -203,17 +180,16 @@ class VastNodeProvider(NodeProvider):
 
         Raises `NodeError` on the laptop when the machine could not be destroyed.
         """
-        node = self._current().get(node_id)
+        node = self._registry.current().get(node_id)
         if node is None:
             logger.info("node %s is already gone, or not of this cluster", node_id)
             return None
-        self._caretaker.terminated(node, self._tags_of(node).get(TAG_RAY_NODE_STATUS, ""))
-        if not self._nodes.doom(node_id, node.instance.dph_total) and self.settings.role == "laptop":
+        if not self._registry.terminate(node) and self.settings.role == "laptop":
             raise NodeError(
                 f"instance {node_id} could not be destroyed and costs {node.instance.dph_total:.3f} dollars per hour; "
                 "repeat the command, or destroy it in Vast.ai's console"
             )
-        if self._tearing_down and not self._current():
+        if self._tearing_down and not self._registry.current():
             self._ledger.begin_anew()
         return None
 
@@ -263,60 +239,6 @@ class VastNodeProvider(NodeProvider):
 
     # Inside.
 
-    def _current(self, *, force: bool = False) -> dict[str, ClusterNode]:
-        nodes = self._nodes.nodes(force=force)
-        if self._nodes.version != self._tended_version and self._tending.acquire(blocking=False):
-            try:
-                self._tended_version = self._nodes.version
-                self._tend(nodes)
-            finally:
-                self._tending.release()
-            nodes = self._nodes.nodes()
-        return nodes
-
-    def _tend(self, nodes: dict[str, ClusterNode]) -> None:
-        """What each change of the nodes asks for."""
-        with self._lock:
-            gone = {name: node for name, node in self._before.items() if name not in nodes}
-            self._before = nodes
-            for name, node in gone.items():
-                self._former[name] = replace(node, label=node.labelled(self._tags_of(node), 0.0))
-                self._tags.pop(name, None)
-            self._unwritten -= gone.keys()
-            unwritten = self._unwritten & nodes.keys()
-        noted = {node.id: node.instance.dph_total for node in nodes.values()}, self._nodes.listed_launches()
-        if noted != self._noted:
-            self._ledger.observe(nodes.values(), noted[1] | {node.launch for node in gone.values()})
-            self._noted, self._ended_cost = noted, self._ledger.ended_cost()
-        if gone:
-            self._ledger.rest({node.label.index for node in gone.values()}, self.settings.index_rest_s)
-        self._give_way(nodes)
-        for name in unwritten:
-            self._write_label(nodes[name])
-        if self.settings.role == "head":
-            self._look_after(nodes)
-
-    def _give_way(self, nodes: dict[str, ClusterNode]) -> None:
-        """Of two heads that were rented at the same time the older one stays."""
-        heads = [name for name, node in nodes.items() if node.is_head]
-        if self._own_head in heads and heads[0] != self._own_head:
-            own, self._own_head = self._own_head, None
-            self._nodes.doom(own, nodes[own].instance.dph_total)
-            raise NodeError(
-                f"another `ray up` rented head {heads[0]} at the same time, ours was given back; run it again"
-            )
-
-    def _look_after(self, nodes: dict[str, ClusterNode]) -> None:
-        workers = [
-            (node, self._tags_of(node).get(TAG_RAY_NODE_STATUS, "")) for node in nodes.values() if not node.is_head
-        ]
-        for node, reason in self._caretaker.unfit(workers, self._clock.time()):
-            logger.warning("destroying instance %s: %s", node.id, reason)
-            self._nodes.doom(node.id, node.instance.dph_total)
-        for node in nodes.values():
-            if node.is_head and self._ended_cost > node.label.spent + SPENT_STEP:
-                self._write_label(node)
-
     def _launch_locked(self, settings: NodeSettings, tags: dict[str, str]) -> ClusterNode:
         """One launch at a time in this process, and on this machine."""
         try:
@@ -331,13 +253,15 @@ class VastNodeProvider(NodeProvider):
         until, refusal = self._refusals.get(node_type, (0.0, None))
         if refusal is not None and self._clock.time() < until:
             raise refusal
-        nodes = self._current(force=is_head)
+        nodes = self._registry.current(force=is_head)
         if is_head and any(node.is_head for node in nodes.values()):
             raise NodeError(f"cluster {self.cluster_name} has a head already, rented meanwhile; run the command again")
         if self.settings.role == "head" and not any(node.is_head for node in nodes.values()):
             raise NodeError(
                 "the API does not list this head itself (yet), so its list is not to be relied on; try again"
             )
+        if is_head and 0 in self._ledger.unavailable_indices():
+            raise NodeError("a head was being rented a moment ago and is not listed yet; try again in three minutes")
         label = Label(self.cluster_name, tags[TAG_RAY_NODE_KIND], 0 if is_head else self._free_index(nodes))
         order = LaunchOrder(settings, label, {**tags, TAG_RAY_CLUSTER_NAME: self.cluster_name}, self._public_key())
         try:
@@ -347,7 +271,7 @@ class VastNodeProvider(NodeProvider):
             self._refusals[node_type] = (self._clock.time() + REFUSAL_S, error)
             raise
         if is_head:
-            self._own_head = node.id
+            self._registry.own_head = node.id
         return node
 
     def _free_index(self, nodes: dict[str, ClusterNode]) -> int:
@@ -360,36 +284,6 @@ class VastNodeProvider(NodeProvider):
 
     def _public_key(self) -> str:
         return self.settings.public_key or public_key(ensure_key_pair(self.folder, self.cluster_name))
-
-    def _known(self, node_id: str) -> ClusterNode:
-        """The node, or what it was when it was last seen. Raises `NodeError` for one that was never ours."""
-        node = self._current().get(node_id) or self._former.get(node_id)
-        if node is None:
-            raise NodeError(f"instance {node_id} is not known in cluster {self.cluster_name}")
-        return node
-
-    def _tags_of(self, node: ClusterNode) -> dict[str, str]:
-        with self._lock:
-            return {**node.tags, **self._tags.get(node.id, {})}
-
-    def _write_label(self, node: ClusterNode) -> None:
-        """Bring the label up to date. A failure is tried again with the next listing."""
-        label = node.labelled(self._tags_of(node), max(node.label.spent, self._ledger.ended_cost()))
-        try:
-            self._set_label(node.instance.id, label)
-        except VastError as error:
-            logger.warning("the label of instance %s could not be set yet: %s", node.id, error)
-        else:
-            with self._lock:
-                self._unwritten.discard(node.id)
-
-    def _set_label(self, instance_id: int, label: Label) -> None:
-        try:
-            self._client.set_label(instance_id, label.text(), LABEL_DEADLINE_S)
-        except VastRefusedError:
-            if not any(label.hashes):
-                raise
-            self._client.set_label(instance_id, label.text(with_hashes=False), LABEL_DEADLINE_S)
 
 
 def _is_up(node: ClusterNode) -> bool:

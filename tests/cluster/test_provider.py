@@ -481,6 +481,36 @@ def test_two_heads_rented_at_the_same_time_become_one(tmp_path: Path) -> None:
     assert one.non_terminated_nodes({}) == two.non_terminated_nodes({}) == [kept]
 
 
+def test_a_head_that_never_boots_is_replaced_by_the_next_ray_up(world: ImitatedCluster) -> None:
+    laptop = world.provider("laptop", boot_timeout_s=300)
+    [head] = laptop.create_node(NODE_CONFIG, head_tags(), 1)
+    world.vast.never_boots(int(head))
+    world.clock.sleep(310)
+    again = world.provider("laptop", boot_timeout_s=300)
+    again.non_terminated_nodes({})
+    assert again.non_terminated_nodes({}) == [] and billed(world) == set()
+    [second] = again.create_node(NODE_CONFIG, head_tags(), 1)
+    assert world.vast.instances[int(second)].offer.machine_id != world.vast.instances[int(head)].offer.machine_id
+
+
+def test_a_head_that_reboots_is_kept(world: ImitatedCluster) -> None:
+    laptop = world.provider("laptop", boot_timeout_s=300)
+    [head] = laptop.create_node(NODE_CONFIG, head_tags(), 1)
+    world.clock.sleep(60)
+    laptop.set_node_tags(head, READY)
+    world.clock.sleep(3600)
+    world.vast.instances[int(head)].forced = "rebooting"
+    later(world, 60, laptop)
+    assert laptop.non_terminated_nodes({}) == [head]
+
+
+def test_offers_are_shown_with_what_is_wrong_with_the_rest(world: ImitatedCluster) -> None:
+    world.vast.add_offers(2, num_gpus=8)
+    ranking = world.autoscaler().offers(NODE_CONFIG)
+    assert len(ranking.accepted) == 30
+    assert [rejection.reasons for rejection in ranking.rejected] == [("num_gpus",), ("num_gpus",)]
+
+
 def test_a_second_head_is_refused(world: ImitatedCluster) -> None:
     world.provider("laptop").create_node(NODE_CONFIG, head_tags(), 1)
     with pytest.raises(NodeError, match="has a head already"):

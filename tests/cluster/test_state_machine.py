@@ -7,7 +7,7 @@ they like, the API fails in every way it knows, processes die and start again. T
 * no instance of somebody else is ever destroyed.
 
 And once the faults have passed and some time has gone by, the API's instances with our label are exactly those that the
-provider knows, nothing that cannot be used is left billed, and the cost in the books is not below the true one.
+provider knows; none is left that nobody ordered, that was given back, or that cannot be used.
 """
 
 import contextlib
@@ -69,10 +69,14 @@ class ClusterHistory(RuleBasedStateMachine):
         self.laptop: VastNodeProvider
         self.foreign_ids: set[int] = set()
         self.heads = 0
+        self.ordered: set[str] = set()
+        """What creations returned, and what a process that died may have left to its successor."""
+        self.given_back: set[str] = set()
+        """What the living process of the head was told to terminate."""
 
     @initialize(
         boot_s=st.sampled_from([5.0, 60.0]),
-        listing_lag_s=st.sampled_from([0.0, 0.0, 8.0, 40.0]),
+        listing_lag_s=st.sampled_from([0.0, 8.0, 40.0, 100.0]),
         destroying_lag_s=st.sampled_from([0.0, 10.0]),
         foreign=st.integers(0, 30),
     )
@@ -93,11 +97,12 @@ class ClusterHistory(RuleBasedStateMachine):
 
     @rule()
     def ray_up(self) -> None:
-        self.laptop = self.world.provider("laptop", **SETTINGS)
+        self._start_laptop_process()
         try:
             heads = self.laptop.non_terminated_nodes({TAG_RAY_NODE_KIND: "head"})
             if not heads:
                 heads = list(self.laptop.create_node(NODE_CONFIG, head_tags(), 1))
+                self.ordered.update(heads)
                 assert self.laptop.non_terminated_nodes(head_tags()) == heads, "a new head is listed at once"
             self.laptop.set_node_tags(heads[0], {TAG_RAY_NODE_STATUS: STATUS_UP_TO_DATE})
         except LAPTOP_ERRORS:
@@ -111,7 +116,7 @@ class ClusterHistory(RuleBasedStateMachine):
     @rule()
     def ray_down(self) -> None:
         """The processes on the head end with it."""
-        self.laptop = self.world.provider("laptop", **SETTINGS)
+        self._start_laptop_process()
         with contextlib.suppress(*LAPTOP_ERRORS):
             self.laptop.terminate_nodes(self.laptop.nodes_for_teardown({}))
         self._head_process_lives_with_its_machine()
@@ -126,17 +131,23 @@ class ClusterHistory(RuleBasedStateMachine):
             created = self.head.create_node(BID_CONFIG if bid else NODE_CONFIG, worker_tags(), count)
         except HEAD_ERRORS:
             return
+        self.ordered.update(created)
         listed = self.head.non_terminated_nodes({})
         assert set(created) <= set(listed), "new nodes are listed at once"
         addresses = [self.head.internal_ip(node) for node in listed]
         assert len(set(addresses)) == len(addresses)
 
     @precondition(lambda self: self.head is not None)
-    @rule(data=st.data())
-    def scale_down(self, data: st.DataObject) -> None:
+    @rule(data=st.data(), away=st.booleans())
+    def scale_down(self, data: st.DataObject, away: bool) -> None:
+        """Also while the API is away."""
         assert self.head is not None
         if (node := self._some_worker(data)) is not None:
+            before = self.world.api.outage
+            self.world.api.outage = Fault.SERVER_ERROR if away else before
             self.head.terminate_node(node)
+            self.world.api.outage = before
+            self.given_back.add(node)
 
     @precondition(lambda self: self.head is not None)
     @rule(data=st.data(), status=st.sampled_from([STATUS_UP_TO_DATE, STATUS_UP_TO_DATE, STATUS_UPDATE_FAILED]))
@@ -149,6 +160,16 @@ class ClusterHistory(RuleBasedStateMachine):
     @rule()
     def autoscaler_dies_and_starts_again(self) -> None:
         self._start_head_process()
+
+    @precondition(lambda self: self.head is not None)
+    @rule()
+    def autoscaler_dies_while_renting(self) -> None:
+        """Its successor is asked for more at once, when the list may not show yet what was rented."""
+        for _ in range(2):
+            assert self.head is not None
+            with contextlib.suppress(*HEAD_ERRORS):
+                self.ordered.update(self.head.create_node(NODE_CONFIG, worker_tags(), 4))
+            self._start_head_process()
 
     # Time and the world.
 
@@ -172,6 +193,16 @@ class ClusterHistory(RuleBasedStateMachine):
         happen(number)
         self._head_process_lives_with_its_machine()
 
+    @precondition(lambda self: self.head is not None and not self.world.api.outage and not self.world.api.faults)
+    @rule(data=st.data())
+    def the_list_forgets_a_machine(self, data: st.DataObject) -> None:
+        assert self.head is not None
+        if (node := self._some_worker(data)) is not None:
+            self.world.vast.unlisted_until[int(node)] = self.world.clock.time() + 20
+            self._wait(6, step=6)
+            exists = self.world.vast.instances[int(node)].destroyed_at is None
+            assert (node in self.head.non_terminated_nodes({})) == exists
+
     @rule()
     def the_market_moves(self) -> None:
         for offer in self.world.vast.free_offers()[:4]:
@@ -194,6 +225,8 @@ class ClusterHistory(RuleBasedStateMachine):
         self._wait(1000, step=100.0)
         watchers = [self.laptop] if self.head is None else [self.laptop, self.head]
         billed = {str(instance.id) for instance in self._ours()}
+        assert billed <= self.ordered, "nothing is kept that nobody ordered"
+        assert not billed & self.given_back, "what was given back is gone"
         for provider in watchers:
             assert set(provider.non_terminated_nodes({})) == billed, "known and billed are the same"
         if self.head is not None:
@@ -245,12 +278,24 @@ class ClusterHistory(RuleBasedStateMachine):
                 except HEAD_ERRORS:
                     continue
 
+    def _start_laptop_process(self) -> None:
+        self._left_to_the_next()
+        self.laptop = self.world.provider("laptop", **SETTINGS)
+
+    def _left_to_the_next(self) -> None:
+        """A process that ends no longer clears away what it had begun; the next finds it in the list, as a node."""
+        self.ordered |= {str(instance.id) for instance in self._ours()}
+
     def _start_head_process(self) -> None:
+        self._left_to_the_next()
+        self.given_back.clear()
         folder = Path(self.folder.name) / f"head-{self.heads}"
         self.head = self.world.provider("head", **SETTINGS, state_folder=str(folder))
 
     def _head_process_lives_with_its_machine(self) -> None:
         if not any(":h0" in instance.label for instance in self._ours()):
+            self._left_to_the_next()
+            self.given_back.clear()
             self.head = None
 
 

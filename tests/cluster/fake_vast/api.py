@@ -61,7 +61,7 @@ class Answer:
 
 
 class FakeApi:
-    """`handle` answers one request. Faults come from `faults` (one per request) while `outage` is None."""
+    """`handle` answers one request. Faults come from `faults`, one per request, None for no fault."""
 
     def __init__(self, vast: FakeVast, min_interval_s: float = 0.0) -> None:
         self.vast = vast
@@ -80,10 +80,16 @@ class FakeApi:
         with self._lock:
             self.requests.append((method, path))
             creating = method == "PUT" and "/asks/" in path
-            fault = self.outage or (self.faults.popleft() if self.faults else None)
-            if fault in CREATIONS_ONLY and not creating:
-                fault = None
+            fault = self.outage or self._next_fault(creating)
         return self._faulty(fault, method, path, query, headers, body)
+
+    def _next_fault(self, creating: bool) -> Fault | None:
+        """The first that fits; those for creations wait for one."""
+        for position, fault in enumerate(self.faults):
+            if creating or fault not in CREATIONS_ONLY:
+                del self.faults[position]
+                return fault
+        return None
 
     def _faulty(
         self, fault: Fault | None, method: str, path: str, query: dict[str, str], headers: dict[str, str], body: bytes

@@ -89,6 +89,8 @@ class FakeVast:
         self.offers: dict[int, FakeOffer] = {}
         self.instances: dict[int, FakeInstance] = {}
         """All that ever were."""
+        self.unlisted_until: dict[int, float] = {}
+        """Instances that the list forgets for a while although they exist."""
         self.account_keys: list[str] = []
         self.max_label: int | None = None
         self.lock = threading.RLock()
@@ -143,7 +145,7 @@ class FakeVast:
             return [
                 instance
                 for instance in self.instances.values()
-                if now >= instance.created_at + self.listing_lag_s
+                if now >= max(instance.created_at + self.listing_lag_s, self.unlisted_until.get(instance.id, 0.0))
                 and (instance.destroyed_at is None or now < instance.destroyed_at + self.destroying_lag_s)
             ]
 
