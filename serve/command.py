@@ -162,27 +162,65 @@ def run(arguments: argparse.Namespace) -> None:
     hashes = known_hashes(arguments.keys_file)
     args = serve_args(arguments, key_known=bool(hashes))
     catalog = discovered(args)
-    refuse_used_port(arguments.host, arguments.port)
     made_key = make_key() if args.require_key and not hashes else None
     if made_key:
         hashes = (hash_of(made_key),)
+    if not joins(arguments):
+        refuse_used_port(arguments.host, arguments.port)
     with stop_signal() as stopped, ray_for(args, arguments, len(catalog.engines)):
         from ray import serve
 
         from serve.app import application
 
-        serve.start(
-            proxy_location="HeadOnly",
-            http_options={"host": arguments.host, "port": arguments.port},
-            logging_config={"enable_access_log": False},
-        )
-        deployed = application(args, catalog, hashes)
+        host, port = start_serve(arguments.host, arguments.port)
+        refuse_second()
+        if not (args.require_key or arguments.no_key or is_loopback(host)):
+            raise SettingsError(
+                f"Serve listens on {host} on that cluster, where others can connect: set {VARIABLE}, or give"
+                " --keys-file or --no-key"
+            )
         print(f"loading {', '.join(catalog.engines)} ...", flush=True)
-        deploy(deployed, arguments.route_prefix, stopped)
-        if not stopped.is_set():
-            print("\n".join(announcement(args, arguments, catalog, made_key)), flush=True)
-        stopped.wait()
-        print("stopping", flush=True)
+        try:
+            deploy(application(args, catalog, hashes), arguments.route_prefix, stopped)
+            if not stopped.is_set():
+                url = url_of(host, port, arguments.route_prefix)
+                print("\n".join(announcement(args, url, catalog, made_key)), flush=True)
+            stopped.wait()
+            print("stopping", flush=True)
+        finally:
+            if joins(arguments):  # our own cluster goes as a whole
+                serve.delete(APPLICATION)
+
+
+def joins(arguments: argparse.Namespace) -> bool:
+    """Whether a cluster that is there is joined, not one of our own started."""
+    return (arguments.address or os.environ.get("RAY_ADDRESS") or "local") != "local"
+
+
+def start_serve(host: str, port: int) -> tuple[str, int]:
+    """Where it listens: as asked for, or, on a cluster that serves something already, as it was started there."""
+    from ray import serve
+    from ray.serve.context import _get_global_client  # says what is; Serve's public functions do not
+    from ray.serve.schema import LoggingConfig
+
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": host, "port": port},
+        logging_config=LoggingConfig(enable_access_log=False),
+    )
+    options = _get_global_client().http_config
+    return options.host, options.port
+
+
+def refuse_second() -> None:
+    """Raises SettingsError if this would take the place of what somebody else serves on the cluster."""
+    from ray import serve
+
+    if APPLICATION in serve.status().applications:
+        raise SettingsError(
+            f"the cluster serves an application called {APPLICATION} already: stop that one first, or serve this"
+            " together with it, from its config.yaml"
+        )
 
 
 def deploy(application, route_prefix: str, stopped: threading.Event) -> None:
@@ -205,13 +243,13 @@ def deploy(application, route_prefix: str, stopped: threading.Event) -> None:
         raise SettingsError(f"the server could not be started: {' '.join(reasons[0].split())[-500:]}")
 
 
-def announcement(
-    args: ServeArgs, arguments: argparse.Namespace, catalog: Catalog, made_key: str | None
-) -> Iterator[str]:
+def url_of(host: str, port: int, route_prefix: str) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}{route_prefix.rstrip('/')}"
+
+
+def announcement(args: ServeArgs, url: str, catalog: Catalog, made_key: str | None) -> Iterator[str]:
     """What is printed once everything runs."""
-    host = "127.0.0.1" if arguments.host in ("0.0.0.0", "::") else arguments.host
-    host = f"[{host}]" if ":" in host else host
-    url = f"http://{host}:{arguments.port}{arguments.route_prefix.rstrip('/')}"
     yield f"API:       {url}/v1"
     if args.pages:
         yield f"chat page: {url}/chat/"
@@ -265,23 +303,14 @@ def ray_for(args: ServeArgs, arguments: argparse.Namespace, n_engines: int) -> I
         cpus_per_worker=args.cpus_per_replica,
         **({"object_store_memory": arguments.object_store_memory} if arguments.object_store_memory else {}),
     )
-    joined = (arguments.address or os.environ.get("RAY_ADDRESS") or "local") != "local"
     with ray_session(settings):
         try:
             yield
         finally:
-            if joined:  # our own cluster goes as a whole
-                leave()
+            from ray import serve
 
-
-def leave() -> None:
-    """Take our application off a cluster, and Serve as well if nothing else is served there."""
-    from ray import serve
-
-    if APPLICATION in serve.status().applications:
-        serve.delete(APPLICATION)
-    if not serve.status().applications:
-        serve.shutdown()
+            if joins(arguments) and not serve.status().applications:
+                serve.shutdown()
 
 
 def main(argv: Sequence[str] | None = None) -> int:

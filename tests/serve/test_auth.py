@@ -5,13 +5,12 @@ import subprocess
 import sys
 
 import httpx
-import psutil
 import pytest
 
 from bruno_ray.errors import SettingsError
 from serve.auth import Keys, hash_of, known_hashes, make_key
 from serve.command import is_loopback
-from tests.serve.server import Server, environment, serving
+from tests.serve.server import environment
 
 KEY = "a-good-key-0123456789"
 
@@ -122,28 +121,3 @@ def test_no_log_holds_a_key(server):
     assert "bruno-ray_Api" in logs  # that they are read at all
     assert server.key not in logs
     assert wrong not in logs
-
-
-@pytest.mark.ray
-@pytest.mark.slow
-def test_a_key_is_made_where_others_can_connect_and_ctrl_c_leaves_nothing(served_run, tmp_path):
-    arguments = (str(served_run), "--host", "0.0.0.0", "--no-pages", "--route-prefix", "/x")
-    with serving(tmp_path, *arguments, key="") as server:
-        assert server.key.startswith("bruno-")
-        assert server.get("/v1/models").status_code == 200
-        assert httpx.get(f"{server.url}/v1/models").status_code == 401
-        assert httpx.get(f"{server.url}/health").status_code == 200
-        assert server.logs().count(server.key) == 1  # what it printed
-        assert len(processes_of(server)) > 3
-        assert server.stop() == 0
-        assert not processes_of(server)
-
-
-def processes_of(server: Server) -> list[str]:
-    """Command lines of everything that was started for a server and is still there."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "environ", "status"]):
-        environ = process.info["environ"] or {}
-        if process.info["status"] != psutil.STATUS_ZOMBIE and environ.get("RAY_TMPDIR") == str(server.ray):
-            found.append(" ".join(process.info["cmdline"] or []))
-    return found
