@@ -15,6 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings, target
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -299,6 +300,8 @@ class ClusterHistory(RuleBasedStateMachine):
             self.head = None
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_no_history_loses_money() -> None:
     """RUNS histories of up to STEPS steps."""
     histories = settings(
