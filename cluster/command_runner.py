@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ray.autoscaler._private.command_runner import SSHCommandRunner
 
+from cluster.errors import NodeError
 from cluster.keys import KNOWN_HOSTS_NAME, host_key_alias
 from cluster.ssh_master import Endpoint
 
@@ -48,7 +49,12 @@ class VastCommandRunner(SSHCommandRunner):
         )
 
     def _get_node_ip(self) -> str | None:
-        """The first endpoint whose sshd greets; None while none does, which Ray asks again."""
+        """The first endpoint whose sshd greets; None while none does, and Ray asks again for a quarter of an hour.
+
+        Raises `NodeError` for a machine that is stopped, so that `ray down` does not wait for it.
+        """
+        if self.provider.is_stopped(self.node_id):
+            raise NodeError(f"instance {self.node_id} is stopped; start it in Vast.ai's console or destroy it")
         for endpoint in self.provider.ssh_endpoints(self.node_id):
             if greets(endpoint):
                 self.ssh_options.arg_dict["Port"] = endpoint.port

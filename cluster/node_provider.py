@@ -119,6 +119,11 @@ class VastNodeProvider(NodeProvider):
     def is_terminated(self, node_id: str) -> bool:
         return node_id not in self._registry.current()
 
+    def is_stopped(self, node_id: str) -> bool:
+        """Outbid, or stopped by hand: it exists and is billed for its disk, and nothing runs on it."""
+        node = self._registry.current().get(node_id)
+        return node is not None and node.instance.state is State.STOPPED
+
     def external_ip(self, node_id: str) -> str | None:
         endpoints = self.ssh_endpoints(node_id)
         return endpoints[0].host if endpoints else None

@@ -17,6 +17,7 @@ from ray.autoscaler.v2.instance_manager.node_provider import LaunchNodeError, No
 from ray.core.generated.instance_manager_pb2 import NodeKind
 
 from cluster import command_runner
+from cluster.errors import NodeError
 from cluster.node_provider import VastNodeProvider
 from cluster.ssh_master import Endpoint
 from tests.cluster.fake_vast.cluster import ImitatedCluster, worker_tags
@@ -150,3 +151,7 @@ def test_a_machine_whose_sshd_does_not_greet_has_no_address_yet(
     nobody.close()
     runner = runner_for(world, monkeypatch, (closed,), RecordingRunner())
     assert runner._get_node_ip() is None
+    world.vast.outbid(int(runner.node_id))
+    world.clock.sleep(10)
+    with pytest.raises(NodeError, match="is stopped"):
+        runner._get_node_ip()
