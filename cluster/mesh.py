@@ -1,4 +1,4 @@
-"""The network between the nodes: which ssh connections the head keeps, and what each of them carries.
+"""The network between the nodes: which ssh connections there are, and what each of them carries.
 
 Star, the default: the head dials every worker. A connection carries
 
@@ -10,6 +10,9 @@ so every node reaches every other under the same address, its loopback alias (cl
 open to the outside. `-R` on an alias needs `GatewayPorts clientspecified` in the worker's sshd; with the usual `no`
 sshd listens on 127.0.0.1 *without a word*. So the listeners are looked up on the worker, and where they are wrong the
 connection is made again through an sshd of our own (cluster/ssh_master.py).
+
+Direct: workers also dial each other (cluster/peers.py), and the second kind of forward is only what stands in for a
+direct link that cannot be had.
 """
 
 import asyncio
@@ -22,6 +25,7 @@ from pathlib import Path
 
 from cluster.addresses import NodeAddress
 from cluster.keys import host_key_alias
+from cluster.peers import Peer, PeerDialer, make_peer_key
 from cluster.ssh_master import Endpoint, Forward, LinkError, ListenError, SshIdentity, SshMaster
 
 logger = logging.getLogger(__name__)
@@ -34,6 +38,8 @@ LOST_RETRY_S = 0.7
 LOST_S = 180.0
 LOOK_S = 0.2
 """How often the state of a connection is looked at; the time in which its loss is noticed."""
+DIAL_S = 1.0
+"""How often a worker is asked about its direct links."""
 EVICTION_TRIES = 5
 
 SESSION = """\
@@ -72,23 +78,29 @@ class LinkStatus:
     last_up: float | None = None
     last_error: str = ""
     peers: list[int] = field(default_factory=list)
-    """Indices of the nodes that this worker reaches through the connection."""
+    """Indices of the workers that this one reaches through the head."""
+    direct: list[int] = field(default_factory=list)
+    """Indices of the workers that this one has dialled itself."""
 
 
 class Link:
     """Keeps the connection from this machine to one node, with its forwards, until it is cancelled."""
 
-    def __init__(self, node: Node, here: NodeAddress, folder: Path, identity: SshIdentity, max_cpus: int) -> None:
+    def __init__(
+        self, node: Node, here: NodeAddress, folder: Path, identity: SshIdentity, max_cpus: int, direct: bool
+    ) -> None:
         self.node = node
         self.status = LinkStatus()
-        self.peers: frozenset[int] = frozenset()
-        """Indices of the other workers, whose ports this one needs."""
+        self.peers: dict[str, Peer] = {}
+        """The other workers, whose ports this one needs."""
         self._here = here
         self._there = NodeAddress(node.index, max_cpus)
         self._max_cpus = max_cpus
         self._master = SshMaster(folder / f"{node.id}.sock", identity, host_key_alias(node.id))
         self._inner_sshd = False
         self._attempts = 0
+        self._dialer = PeerDialer(self._master, self._there, folder) if direct else None
+        self._dial_at = 0.0
 
     async def keep(self) -> None:
         """Connect, watch, connect again, for ever. Cancelling leaves the connection as it is; see `close`."""
@@ -145,9 +157,15 @@ class Link:
         self.status.peers = []
         await self._master.run(SESSION)
         await self._master.forward(both_sides("L", [self._there]))
-        peers = self.peers
+        peers = self._peers_through_head()
         await self._listen_there([*self._addresses(peers), self._here])
         self.status.peers = sorted(peers)
+
+    def _peers_through_head(self) -> set[int]:
+        """Indices of the workers whose ports should listen on this one and lead through the head."""
+        if self._dialer is not None:
+            return self._dialer.overdue(self.peers)
+        return {peer.address.index for peer in self.peers.values()}
 
     def _addresses(self, indices: Iterable[int]) -> list[NodeAddress]:
         return [NodeAddress(index, self._max_cpus) for index in sorted(indices)]
@@ -177,18 +195,32 @@ class Link:
         """
         while self._master.alive():
             self.status.last_up = time.time()
-            if self.peers != set(self.status.peers):
-                peers = self.peers
+            if self._dialer is not None and time.monotonic() >= self._dial_at:
+                await self._dial(self._dialer)
+            peers = self._peers_through_head()
+            if peers != set(self.status.peers):
                 await self._listen_there(self._addresses(peers - set(self.status.peers)))
                 self.status.peers = sorted(peers)
             await asyncio.sleep(LOOK_S)
+
+    async def _dial(self, dialer: PeerDialer) -> None:
+        """Look after the direct links; where that fails the star stands in, and this connection stays."""
+        try:
+            await dialer.step(self.peers)
+        except LinkError as error:
+            if str(error) != self.status.last_error:
+                logger.warning("direct links of node %d: %s", self.node.index, error)
+            self.status.last_error = str(error)
+        self.status.direct = sorted(dialer.direct(self.peers))
+        self._dial_at = time.monotonic() + DIAL_S
 
 
 class Mesh:
     """Keeps one `Link` per worker. Call `update` whenever it is known which nodes exist."""
 
-    def __init__(self, folder: Path, identity: SshIdentity, max_cpus: int) -> None:
+    def __init__(self, folder: Path, identity: SshIdentity, max_cpus: int, direct: bool = False) -> None:
         self.links: dict[str, Link] = {}
+        self._direct = direct
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._folder = folder
         self._identity = identity
@@ -200,16 +232,20 @@ class Mesh:
         for gone in [name for name in self.links if name not in workers]:
             await self._drop(gone)
         await self._close_forgotten(workers)
+        if self._direct:
+            await make_peer_key(self._folder)
         for name, node in workers.items():
             if name not in self.links:
                 here = NodeAddress(0, self._max_cpus)
-                self.links[name] = Link(node, here, self._folder, self._identity, self._max_cpus)
+                self.links[name] = Link(node, here, self._folder, self._identity, self._max_cpus, self._direct)
                 self._tasks[name] = asyncio.create_task(self.links[name].keep(), name=f"link-{name}")
             elif self.links[name].node.endpoints != node.endpoints:
                 self.links[name].renew(node)
-        indices = {node.index for node in workers.values()}
+        peers = {
+            name: Peer(name, NodeAddress(node.index, self._max_cpus), node.endpoints) for name, node in workers.items()
+        }
         for name, link in self.links.items():
-            link.peers = frozenset(indices - {workers[name].index})
+            link.peers = {other: peer for other, peer in peers.items() if other != name}
 
     def failed(self) -> list[BaseException]:
         """Defects: a link only ends when it is cancelled."""

@@ -69,6 +69,8 @@ class SshIdentity:
 
     key: Path
     known_hosts: Path
+    accept_new: bool = True
+    """Pin the host key at first contact; False for keys that somebody else has pinned."""
 
     def options(self, host_key_alias: str) -> list[str]:
         """ssh options; the host key is pinned under the alias at first contact and must not change afterwards."""
@@ -76,7 +78,7 @@ class SshIdentity:
             "IdentityFile": str(self.key),
             "IdentitiesOnly": "yes",
             "BatchMode": "yes",
-            "StrictHostKeyChecking": "accept-new",
+            "StrictHostKeyChecking": "accept-new" if self.accept_new else "yes",
             "UserKnownHostsFile": str(self.known_hosts),
             "GlobalKnownHostsFile": "/dev/null",
             "HostKeyAlias": host_key_alias,
@@ -190,9 +192,9 @@ class SshMaster:
         """Stop listening; connections that already run through a forward go on."""
         await self._change("cancel", forwards)
 
-    async def run(self, command: str) -> str:
+    async def run(self, command: str, input: str = "") -> str:
         """Run a shell command on the machine and return what it printed. Raises `LinkError` when it fails."""
-        status, output = await self._ssh(self.host_key_alias, command)
+        status, output = await self._ssh(self.host_key_alias, command, input=input)
         if status:
             raise LinkError(f"a command on {self.host_key_alias} ended with {status}: {output.strip()[-300:]}")
         return output
@@ -223,17 +225,17 @@ class SshMaster:
             if status:
                 raise LinkError(f"{self.host_key_alias}: {action} of ports failed: {output.strip()[-300:]}")
 
-    async def _ssh(self, *words: str) -> tuple[int, str]:
+    async def _ssh(self, *words: str, input: str = "") -> tuple[int, str]:
         """Exit status and output of an ssh command that goes through the master."""
         process = await asyncio.create_subprocess_exec(
             *("ssh", "-F", "/dev/null", "-S", str(self.socket), "-o", "BatchMode=yes", "-o", "ProxyCommand=false"),
             *words,
-            stdin=asyncio.subprocess.DEVNULL,
+            stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
         )
         try:
-            output, _ = await asyncio.wait_for(process.communicate(), COMMAND_TIMEOUT_S)
+            output, _ = await asyncio.wait_for(process.communicate(input.encode()), COMMAND_TIMEOUT_S)
         except asyncio.TimeoutError:
             process.kill()
             await process.wait()

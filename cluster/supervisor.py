@@ -144,22 +144,16 @@ def write_whole(path: Path, content: object) -> None:
     fresh.replace(path)
 
 
-def provider_source(config_file: Path) -> tuple[Source, SshIdentity, int]:
-    """The source that asks the API as the provider does, from the configuration that `ray up` left on the head."""
+def configured(config_file: Path) -> Supervisor:
+    """The supervisor that asks the API as the provider does, from the configuration that `ray up` left on the head."""
     from cluster.node_provider import VastNodeProvider
 
     config = yaml.safe_load(config_file.read_text())
     provider = VastNodeProvider(config["provider"], config["cluster_name"])
     key = Path(config["auth"]["ssh_private_key"]).expanduser()
     identity = SshIdentity(key, FOLDER / "known_hosts")
-    return provider.nodes_for_mesh, identity, provider.settings.max_cpus
-
-
-def run(config_file: Path, parent: int | None) -> None:
-    """Be the supervisor."""
-    FOLDER.mkdir(parents=True, exist_ok=True, mode=0o700)
-    source, identity, max_cpus = provider_source(config_file)
-    asyncio.run(Supervisor(FOLDER, Mesh(FOLDER, identity, max_cpus), source).run(parent))
+    mesh = Mesh(FOLDER, identity, provider.settings.max_cpus, direct=provider.settings.mesh == "direct")
+    return Supervisor(FOLDER, mesh, provider.nodes_for_mesh)
 
 
 def keep(command: Sequence[str], folder: Path) -> None:
@@ -267,7 +261,7 @@ def main() -> None:
         keep([*program, "run", *config], FOLDER)
     else:
         log_to(FOLDER)
-        run(options.config, options.parent)
+        asyncio.run(configured(options.config).run(options.parent))
         logger.warning("the keeper is gone; starting another")
         spawn([*program, "keep", *config], FOLDER)
 

@@ -24,8 +24,8 @@ MESH = "root/.bruno-ray/mesh"
 class Network:
     """A head with a supervisor and workers that answer on all their ports."""
 
-    def __init__(self, lab: Lab, key: KeyPair) -> None:
-        self.lab, self.key = lab, key
+    def __init__(self, lab: Lab, key: KeyPair, mode: str = "star") -> None:
+        self.lab, self.key, self.mode = lab, key, mode
         self.nodes: dict[int, Container] = {}
 
     def add(self, index: int, gateway_ports: str = "clientspecified") -> Container:
@@ -48,7 +48,7 @@ class Network:
     def start_supervisor(self) -> None:
         (self.nodes[0].home / "key").write_text(self.key.private.read_text())
         (self.nodes[0].home / "key").chmod(0o600)
-        self.shell(0, self.python("tests.cluster.lab.supervised", "start"))
+        self.shell(0, self.python("tests.cluster.lab.supervised", "start", self.mode))
 
     def shell(self, index: int, command: str) -> str:
         return self.lab.ssh(self.nodes[index], self.key.private, command)
@@ -67,10 +67,14 @@ class Network:
 
         def up() -> bool:
             links = {row["index"]: row for row in self.status()["nodes"].values()}
-            peers = {index: set(row["peers"]) for index, row in links.items() if row["state"] == "up"}
+            kind = "peers" if self.mode == "star" else "direct"
+            peers = {index: set(row[kind]) for index, row in links.items() if row["state"] == "up"}
             return peers == {index: workers - {index} for index in workers}
 
         wait_for(up, "all links", timeout, self.status)
+
+    def address(self, index: int) -> NodeAddress:
+        return NodeAddress(index, MAX_CPUS)
 
     def answers(self, index: int) -> dict[int, list[str]]:
         others = sorted(set(self.nodes) - {index})
@@ -249,6 +253,64 @@ class TestStar:
         network.check_everyone_reaches_everyone()
         network.tell()
         wait_for(lambda: network.link(5)["state"] == "none", "the end of the dead machine's link")
+
+
+@pytest.fixture(scope="module")
+def direct(network: Network, key: KeyPair) -> Iterator[Network]:
+    """Workers that dial each other; the star of the tests above is gone by then."""
+    network.lab.close_containers()
+    network = Network(network.lab, key, "direct")
+    for index, gateway_ports in enumerate(["clientspecified", "clientspecified", "clientspecified", "no"]):
+        network.add(index, gateway_ports)
+    network.tell()
+    network.start_supervisor()
+    network.wait_until_up()
+    yield network
+
+
+@pytest.mark.cluster
+class TestDirect:
+    def test_everyone_reaches_everyone_and_workers_without_the_head(self, direct: Network) -> None:
+        direct.check_everyone_reaches_everyone()
+        assert [direct.link(index)["peers"] for index in (1, 2, 3)] == [[], [], []]
+        command = direct.python("tests.cluster.lab.echo", "talk", MAX_CPUS, 1)
+        direct.shell(2, f"{command} < /dev/null > /tmp/talk.log 2>&1 &")
+        wait_for(lambda: "talking" in direct.nodes[2].read("/tmp/talk.log"), "a conversation from node 2 to node 1")
+        direct.nodes[0].cut()
+        try:
+            wait_for(lambda: "done" in direct.nodes[2].read("/tmp/talk.log"), "the end of the conversation")
+        finally:
+            direct.nodes[0].mend()
+        direct.wait_until_up(40)
+
+    def test_peer_key_opens_no_shell_and_no_other_port(self, direct: Network) -> None:
+        there = direct.nodes[2]
+        options = "-i ~/.bruno-ray/mesh/peer_key -o UserKnownHostsFile=~/.bruno-ray/mesh/peer_hosts -o BatchMode=yes"
+        options += f" -F /dev/null -o IdentitiesOnly=yes -o HostKeyAlias=bruno-ray-{there.name} -p {there.ssh_port}"
+        target = f"root@{there.public_address}"
+        assert "root" not in direct.shell(1, f"timeout 10 ssh {options} {target} id 2>&1; true")
+        assert "SSH-" not in direct.shell(1, f"timeout 5 ssh {options} -W 127.0.0.1:22 {target} 2>&1; true")
+        inside = f"{direct.address(2).alias}:{direct.address(2).node_manager_port}"
+        assert "node 2" in direct.shell(1, f"timeout 5 ssh {options} -W {inside} {target} < /dev/null 2>&1; true")
+
+    def test_star_stands_in_for_a_direct_link_that_cannot_be_had(self, direct: Network) -> None:
+        """Node 1 can no longer dial node 2; node 2 still reaches node 1."""
+        direct.nodes[1].refuse(direct.nodes[2].public_address)
+        direct.shell(1, f"ssh -S ~/.bruno-ray/mesh/peer-{direct.nodes[2].name}.sock -O exit peer")
+        try:
+            wait_for(lambda: direct.link(1)["peers"] == [2], "the star for node 2 on node 1", 30, direct.status)
+            direct.check_everyone_reaches_everyone()
+        finally:
+            direct.nodes[1].refuse(None)
+        direct.wait_until_up(90)
+        assert direct.link(1)["peers"] == []
+        direct.check_everyone_reaches_everyone()
+
+    def test_machine_that_appears_is_dialled_and_dials(self, direct: Network) -> None:
+        direct.add(4)
+        direct.tell()
+        direct.wait_until_up(30)
+        direct.check_everyone_reaches_everyone()
 
 
 def address_of(index: int) -> NodeAddress:

@@ -47,6 +47,13 @@ table ip filter {{
   }}
 }}
 """
+REFUSAL_RULES = """\
+table ip refuse {{}}
+delete table ip refuse
+table ip refuse {{
+  chain through {{ type filter hook forward priority -10; ip daddr {} ct state new reject; }}
+}}
+"""
 CUT_RULES = """\
 table ip cut {
   chain through { type filter hook prerouting priority -300; policy drop; }
@@ -126,6 +133,19 @@ class Container:
 
     def mend(self) -> None:
         run("ip", "netns", "exec", self.router, "nft", "delete", "table", "ip", "cut")
+
+    def refuse(self, address: str | None) -> None:
+        """Refuse new connections from this machine to one address, or to none again."""
+        run(
+            "ip",
+            "netns",
+            "exec",
+            self.router,
+            "nft",
+            "-f",
+            "-",
+            input=REFUSAL_RULES.format(address or "255.255.255.254"),
+        )
 
     def processes(self) -> list[int]:
         """Process ids, as the host sees them."""

@@ -47,13 +47,15 @@ class Lab:
         self.close()
 
     def close(self) -> None:
+        self.close_containers()
         for namespace in namespaces_of(self.name + "-"):
             remove_namespace(namespace)
-        for container in self.containers.values():
-            container.stop()
-        self.containers.clear()
         shutil.rmtree(self.folder, ignore_errors=True)
         self._lock.close()
+
+    def close_containers(self) -> None:
+        for container in list(self.containers.values()):
+            self.remove(container)
 
     def add(
         self,

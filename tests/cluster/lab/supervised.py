@@ -26,17 +26,17 @@ def nodes() -> list[Node]:
 
 
 def main() -> None:
-    action = sys.argv[1]
+    action, mode = sys.argv[1:3]
     if action == "start":
-        supervisor.start([*PROGRAM, "keep", "supervisor"], FOLDER)
+        supervisor.start([*PROGRAM, "keep", mode], FOLDER)
     elif action == "keep":
-        supervisor.keep([*PROGRAM, "run", "supervisor"], FOLDER)
+        supervisor.keep([*PROGRAM, "run", mode], FOLDER)
     else:
         supervisor.log_to(FOLDER)
         supervisor.ASK_S = 0.3
-        mesh = Mesh(FOLDER, SshIdentity(Path("~/key").expanduser(), FOLDER / "known_hosts"), MAX_CPUS)
+        mesh = Mesh(FOLDER, SshIdentity(Path("~/key").expanduser(), FOLDER / "known_hosts"), MAX_CPUS, mode == "direct")
         asyncio.run(supervisor.Supervisor(FOLDER, mesh, nodes).run(int(sys.argv[-1])))
-        supervisor.spawn([*PROGRAM, "keep", "supervisor"], FOLDER)
+        supervisor.spawn([*PROGRAM, "keep", mode], FOLDER)
 
 
 if __name__ == "__main__":
