@@ -177,7 +177,8 @@ class VastNodeProvider(NodeProvider):
             if is_head:
                 raise
             category = type(error).__name__.removesuffix("Error")
-            raise NodeLaunchException(category, f"{len(created)} of {count} rented: {error}", None) from error
+            reason = str(error).replace("{", "(").replace("}", ")")  # autoscaler v1 takes it for a format string
+            raise NodeLaunchException(category, f"{len(created)} of {count} rented: {reason}", None) from error
         return created
 
     def terminate_node(self, node_id: str) -> dict[str, Any] | None:

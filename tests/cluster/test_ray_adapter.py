@@ -11,6 +11,11 @@ from typing import Any
 
 import pytest
 import yaml
+from ray.autoscaler._private.autoscaler import NonTerminatedNodes
+from ray.autoscaler._private.event_summarizer import EventSummarizer
+from ray.autoscaler._private.node_launcher import BaseNodeLauncher
+from ray.autoscaler._private.node_provider_availability_tracker import NodeProviderAvailabilityTracker
+from ray.autoscaler._private.util import ConcurrentCounter
 from ray.autoscaler.node_provider import NodeProvider
 from ray.autoscaler.v2.instance_manager.config import FileConfigReader
 from ray.autoscaler.v2.instance_manager.node_provider import LaunchNodeError, NodeProviderAdapter
@@ -67,6 +72,22 @@ def test_autoscaler_v2_launches_sees_and_terminates(world: ImitatedCluster, conf
     adapter.terminate([node.cloud_instance_id for node in workers], "request-3")
     eventually(lambda: not any(node.request_id == "request-1" for node in adapter.get_non_terminated().values()))
     assert {instance.env["CLUSTER_NODE_INDEX"] for instance in world.vast.billed() if instance.env} == {"3"}
+
+
+def test_autoscaler_v1_launches_sees_and_says_why_not(world: ImitatedCluster, config_file: Path) -> None:
+    provider = world.autoscaler(budget={"max_price_per_hour": 1.0})
+    config = json.loads(config_file.read_text())
+    pending, events, tracker = ConcurrentCounter(), EventSummarizer(), NodeProviderAvailabilityTracker()
+    launcher = BaseNodeLauncher(provider, pending, events, tracker, session_name="imitated")
+    pending.inc("rtx4090", 4)
+    launcher.launch_node(config, 4, "rtx4090")
+    nodes = NonTerminatedNodes(provider)
+    assert nodes.head_id is not None and len(nodes.worker_ids) == 2
+    assert pending.value == 0
+    [said] = events.summary()
+    assert "2 of 4 rented" in said and "max_price_per_hour" in said
+    provider.terminate_nodes(nodes.worker_ids)
+    assert NonTerminatedNodes(provider).worker_ids == []
 
 
 def test_nothing_that_ray_may_call_is_left_to_its_base_class_by_accident() -> None:
