@@ -15,6 +15,12 @@ PATH = "/chat"
 # Answers are shown as markdown, and a model may write an image of any address: nothing is loaded from elsewhere.
 POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'; form-action 'self'"
 
+# Gradio's routes that a page without files, logins and media needs; the others let a stranger upload, fetch or record.
+ROUTES = re.compile(
+    r"/(config|theme\.css|favicon\.ico|(assets|static|svelte)/.*"
+    r"|gradio_api/(queue/(join|data|status)|heartbeat/.*|app_id|startup-events|cancel|reset))?/?"
+)
+
 
 def mount(app: FastAPI, *, auth_required: bool) -> None:
     """Mount the chat page at ``/chat/``. To be called in the ingress' builder, before Serve wraps the application.
@@ -56,10 +62,9 @@ def mount(app: FastAPI, *, auth_required: bool) -> None:
 
 
 class _Adapted:
-    """Gradio's application with our script in its page, and without its uploads.
+    """Gradio's application with our script in its page, and without what the page does not need.
 
-    The script must run before Gradio's own, which `mount_gradio_app(head=...)` does not do; the upload route would
-    let anyone fill the disk, and the page takes no files.
+    The script must run before Gradio's own, which that of `mount_gradio_app(head=...)` does not.
     """
 
     def __init__(self, app: ASGIApp, script: str):
@@ -70,7 +75,7 @@ class _Adapted:
         path = scope["path"].removeprefix(scope.get("root_path", "")) if scope["type"] == "http" else None
         if path is None:
             await self._app(scope, receive, send)
-        elif path.startswith("/gradio_api/upload"):
+        elif not ROUTES.fullmatch(path):
             await Response(status_code=404)(scope, receive, send)
         elif path in ("", "/"):
             plain = [(name, value) for name, value in scope["headers"] if name != b"accept-encoding"]

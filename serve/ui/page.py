@@ -83,7 +83,11 @@ class Page:
                 gr.HTML("<h1>bruno-ray</h1>", elem_id="title", padding=False)
                 self.stats = gr.HTML(elem_id="stats", elem_classes="caption", padding=False)
             self.key = gr.Textbox(
-                label="Key", type="password", visible=self.auth_required, elem_id="key", info="Kept for this tab only."
+                label="Key",
+                type="password",
+                visible=self.auth_required,
+                elem_id="key",
+                info="Enter to connect. Kept for this tab only.",
             )
             self.problem = gr.HTML(elem_id="problem", padding=False)
             with gr.Row():
@@ -145,14 +149,14 @@ class Page:
 
     def _wire(self, blocks: gr.Blocks) -> None:
         everything = [*self._chosen, self.run, self.study, self.markers, self.problem]
-        known = {"inputs": [self.key, self.choices], "outputs": everything}
+        known = {"inputs": [self.key, self.choices, self.left.picker, self.right.picker], "outputs": everything}
         # The key is read from, and kept in, the tab's session storage: it is never part of what the server stores.
         loaded = (
             blocks.load(None, self.key, self.key, js="bruno.key", **QUIET)
             .then(self._restore, [self.left.turns, self.right.turns], [*self.left.shown, *self.right.shown], **QUIET)
             .then(self._connect, **known, **QUIET)
         )
-        entered = gr.on([self.key.submit, self.key.blur], None, self.key, js="bruno.keepKey", **QUIET)
+        entered = self.key.submit(None, self.key, js="bruno.keepKey", **QUIET)
         connected = entered.then(self._connect, **known, **QUIET)
         for step in (loaded, connected):
             step.then(None, self.markers, js="bruno.mark", **QUIET)
@@ -205,15 +209,17 @@ class Page:
             sides += [*draw(turns), turns]
         return sides
 
-    async def _connect(self, key: str, choices: dict[str, Any]) -> list[Any]:
+    async def _connect(
+        self, key: str, choices: dict[str, Any], left_model: str | None, right_model: str | None
+    ) -> list[Any]:
         try:
             models = await Models.fetch(self.api, key)
         except ApiError as error:
             unchanged = [gr.skip() for _ in range(len(self._chosen) + 3)]
             asking_for_it = self.auth_required and not key
             return [*unchanged, "Enter the server's key to begin." if asking_for_it else _escaped(str(error))]
-        left = models.default(choices.get("left"), "base", "saved")
-        right = models.default(choices.get("right"), "run", "trial", "saved")
+        left = models.default(left_model or choices.get("left"), "base", "saved")
+        right = models.default(right_model or choices.get("right"), "run", "trial", "saved")
         sampling = [choices.get(name, gr.skip()) for name in ("system", "temperature", "top_p", "max_tokens", "seed")]
         return [
             gr.update(choices=models.choices, value=left),

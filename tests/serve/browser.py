@@ -89,6 +89,13 @@ class ChatPage:
         self.page.fill("#seed input, #seed textarea", str(seed))
         self.page.press("#seed input, #seed textarea", "Tab")
 
+    def pick(self, side: Side, model: str) -> None:
+        """Type a model's id into a picker, as of a trial that is not listed."""
+        picker = self.page.locator(f"#model-{side} input")
+        picker.fill(model)
+        picker.press("Enter")
+        picker.press("Tab")
+
     def ask(self, prompt: str) -> None:
         self.page.fill("#prompt textarea", prompt)
         self.page.press("#prompt textarea", "Enter")
@@ -118,6 +125,9 @@ class ChatPage:
             arg=[side, text],
             timeout=30_000,
         )
+
+    def close(self) -> None:
+        self.page.context.close()
 
     def highlighted(self) -> list[str]:
         """Text of what is marked as the behaviour, in the page's order."""
