@@ -85,6 +85,10 @@ class Ledger:
             for launch in over.union(settled) & entries.intents.keys():
                 del entries.intents[launch]
 
+    def open_contracts(self) -> set[str]:
+        """Contracts that existed when this machine last looked."""
+        return {name for name, contract in self._read().contracts.items() if contract.ended is None}
+
     def ended_cost(self) -> float:
         """Dollars for contracts that are gone."""
         return sum(contract.cost(0.0) for contract in self._read().contracts.values() if contract.ended is not None)

@@ -10,6 +10,7 @@ One listing answers all questions for a few seconds. Between what we do and what
 
 import logging
 import threading
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cluster.clock import Clock
@@ -62,6 +63,8 @@ class NodeList:
         self._lock = threading.RLock()
         self._listed: dict[str, ClusterNode] = {}
         self._created: dict[str, _Created] = {}
+        self._expected: set[str] = set()
+        """Contracts of an earlier process of which it is not known that they ended."""
         self._doomed: dict[str, _Doomed] = {}
         self._doubtful: dict[str, float] = {}
         """Mark of the launch to the time until which it is looked out for."""
@@ -98,6 +101,11 @@ class NodeList:
         if self._error is not None and not self._is_bridged():
             raise VastUnavailableError(str(self._error)) from self._error
         return self._view()
+
+    def expect(self, contracts: Iterable[str]) -> None:
+        """These existed when an earlier process last looked: the list must show them, or the API not know them."""
+        with self._lock:
+            self._expected.update(contracts)
 
     def created(self, node: ClusterNode) -> None:
         """A creation was answered."""
@@ -172,7 +180,12 @@ class NodeList:
         """Nodes that the list lacks although they exist; those that do not are forgotten."""
         now = self._clock.time()
         with self._lock:
-            vanished = {name for name in self._listed if name not in instances and not self._is_gone(name)}
+            self._expected -= instances.keys()
+            vanished = {
+                name
+                for name in self._listed.keys() | self._expected
+                if name not in instances and not self._is_gone(name)
+            }
             overdue = {
                 name for name, created in self._created.items() if name not in instances and created.check_at <= now
             }
@@ -187,8 +200,9 @@ class NodeList:
                     if name in self._created:
                         self._created[name].check_at = now + RETRY_S
             else:
-                if instance is None:
-                    with self._lock:
+                with self._lock:
+                    self._expected.discard(name)
+                    if instance is None:
                         self._created.pop(name, None)
             if instance is not None:
                 found[name] = instance

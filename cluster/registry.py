@@ -38,6 +38,7 @@ class NodeRegistry:
         """The head that this process rented."""
         self._client = client
         self._nodes = nodes
+        nodes.expect(ledger.open_contracts())
         self._ledger = ledger
         self._settings = settings
         self._clock = clock

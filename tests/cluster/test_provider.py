@@ -335,6 +335,14 @@ def test_an_instance_missing_from_one_list_is_asked_for_before_it_is_given_up(
     assert provider.non_terminated_nodes(WORKERS) == [node]
 
 
+def test_a_restarted_process_asks_for_what_it_knew_and_the_list_lacks(tmp_path: Path) -> None:
+    world = ImitatedCluster.make(tmp_path, listing_lag_s=100.0)
+    first = world.autoscaler()
+    node = create_worker(first)
+    assert first.non_terminated_nodes(WORKERS) == [node]
+    assert world.autoscaler().non_terminated_nodes(WORKERS) == [node]
+
+
 # Machines that fail.
 
 
