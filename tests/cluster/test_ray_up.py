@@ -46,6 +46,18 @@ print("RESULT " + json.dumps({"where": where, "joined": joined, "totals": totals
 """
 
 
+ASK = """
+import pathlib, sys, urllib.error, urllib.request
+request = urllib.request.Request(sys.argv[1])
+if len(sys.argv) > 2:
+    request.add_header("Authorization", "Bearer " + pathlib.Path(sys.argv[2]).read_text())
+try:
+    print(urllib.request.urlopen(request, timeout=20).status)
+except urllib.error.HTTPError as error:
+    print(error.code)
+"""
+
+
 def result(output: str) -> dict:
     lines = [line for line in output.splitlines() if line.startswith("RESULT ")]
     assert lines, output[-3000:]
@@ -60,12 +72,14 @@ class Watch:
         head = cluster.head()
         program = (Path(__file__).parent / "lab" / "watch_driver.py").read_text()
         (head.home / "watch_driver.py").write_text(program)
-        cluster.shell(head, "nohup python ~/watch_driver.py > /tmp/watch.log 2>&1 < /dev/null &")
+        cluster.shell(
+            head, "nohup python ~/watch_driver.py > /tmp/watch.log 2>&1 < /dev/null & echo $! > /tmp/watch.pid"
+        )
         self.file = head.home / "watch.jsonl"
         wait_for(lambda: len(self.answering(2)) == 2, "two busy workers", 150, cluster.logs)
 
     def stop(self) -> None:
-        self.cluster.shell(self.cluster.head(), "pkill -f watch_driver.py; true")
+        self.cluster.shell(self.cluster.head(), "kill $(cat /tmp/watch.pid)")
 
     def rows(self) -> list[dict]:
         if not self.file.exists():
@@ -115,11 +129,11 @@ class TestIsolation:
     def test_dashboard_and_job_api_refuse_without_the_token(self, cluster: RayCluster, watch: Watch, node: str) -> None:
         """Even to those who are inside: the head, and a worker through its tunnel."""
         container = cluster.container(cluster.billed(node)[0])
+        (container.folder / "tmp" / "ask.py").write_text(ASK)
         for path in ("/api/jobs/", "/nodes?view=summary", "/api/cluster_status"):
-            ask = f"curl -s -o /dev/null -w '%{{http_code}}' http://127.77.0.1:8265{path}"
-            assert cluster.shell(container, ask) == "401", path
-            token = '-H "Authorization: Bearer $(cat ~/.ray/auth_token)"'
-            assert cluster.shell(container, f"{ask} {token}") == "200", path
+            url = f"http://127.77.0.1:8265{path}"
+            assert cluster.shell(container, f"python /tmp/ask.py '{url}'").strip() == "401", path
+            assert cluster.shell(container, f"python /tmp/ask.py '{url}' ~/.ray/auth_token").strip() == "200", path
 
     def test_ray_refuses_without_the_token(self, cluster: RayCluster, watch: Watch) -> None:
         connect = (
