@@ -49,6 +49,7 @@ SETTINGS: dict[str, Any] = {
     "avoid_machine_s": 600,
     "index_rest_s": 60,
 }
+FOREIGN_LABELS = ("bruno-ray:demo-two:w1:up-to-date", "", "somebody else's", "bruno-ray:demo-two:h0:up-to-date")
 BID_CONFIG = {**NODE_CONFIG, "requirements": {**NODE_CONFIG["requirements"], "interruptible": True}}
 
 PASSING = [fault for fault in Fault if fault is not Fault.QUOTA]
@@ -79,10 +80,13 @@ class ClusterHistory(RuleBasedStateMachine):
         boot_s=st.sampled_from([5.0, 60.0]),
         listing_lag_s=st.sampled_from([0.0, 8.0, 40.0, 100.0]),
         destroying_lag_s=st.sampled_from([0.0, 10.0]),
-        foreign=st.integers(0, 30),
+        foreign=st.sampled_from([1, 3, 28]),
+        workers=st.sampled_from([None, 1, 3]),
     )
-    def begin(self, boot_s: float, listing_lag_s: float, destroying_lag_s: float, foreign: int) -> None:
-        """30 foreign instances put ours on the second page of the list."""
+    def begin(
+        self, boot_s: float, listing_lag_s: float, destroying_lag_s: float, foreign: int, workers: int | None
+    ) -> None:
+        """28 foreign instances put ours on the second page of the list; most histories begin with a cluster."""
         self.world = ImitatedCluster.make(
             Path(self.folder.name),
             offers=foreign + 12,
@@ -90,9 +94,17 @@ class ClusterHistory(RuleBasedStateMachine):
             listing_lag_s=listing_lag_s,
             destroying_lag_s=destroying_lag_s,
         )
-        for _ in range(foreign):
-            self.foreign_ids.add(self.world.foreign_instance())
+        for number in range(foreign):
+            self.foreign_ids.add(self.world.foreign_instance(FOREIGN_LABELS[number % len(FOREIGN_LABELS)]))
         self.laptop = self.world.provider("laptop", **SETTINGS)
+        if workers is not None:
+            self.ray_up()
+            self._wait(120, step=30.0)
+            assert self.head is not None
+            for node in self.head.create_node(NODE_CONFIG, worker_tags(), workers):
+                self.ordered.add(node)
+                self.head.set_node_tags(node, {TAG_RAY_NODE_STATUS: STATUS_UP_TO_DATE})
+            self._wait(120, step=30.0)
 
     # The laptop.
 
@@ -201,8 +213,8 @@ class ClusterHistory(RuleBasedStateMachine):
         if (node := self._some_worker(data)) is not None:
             self.world.vast.unlisted_until[int(node)] = self.world.clock.time() + 20
             self._wait(6, step=6)
-            exists = self.world.vast.instances[int(node)].destroyed_at is None
-            assert (node in self.head.non_terminated_nodes({})) == exists
+            if self.world.vast.instances[int(node)].destroyed_at is None:
+                assert node in self.head.non_terminated_nodes({}), "a machine is not gone because one list lacks it"
 
     @rule()
     def the_market_moves(self) -> None:
@@ -234,7 +246,7 @@ class ClusterHistory(RuleBasedStateMachine):
             workers = [instance for instance in self._ours() if ":w" in instance.label]
             broken = [instance.id for instance in workers if self.world.vast.status(instance) != "running"]
             assert broken == [], "what cannot be used is not kept"
-        heads = [instance for instance in self._ours() if ":h0" in instance.label]
+        heads = [instance for instance in self._ours() if instance.label.startswith("bruno-ray:demo:h0")]
         assert len(heads) <= 1
 
     # Always.
@@ -249,7 +261,7 @@ class ClusterHistory(RuleBasedStateMachine):
         if hasattr(self, "world"):
             billed = {instance.id for instance in self.world.vast.billed()}
             assert self.foreign_ids <= billed
-            assert all(self.world.vast.instances[number].label == "somebody else's" for number in self.foreign_ids)
+            assert all(self.world.vast.instances[number].label in FOREIGN_LABELS for number in self.foreign_ids)
 
     def teardown(self) -> None:
         if hasattr(self, "world"):
@@ -258,7 +270,7 @@ class ClusterHistory(RuleBasedStateMachine):
         self.folder.cleanup()
 
     def _ours(self) -> list[FakeInstance]:
-        return [instance for instance in self.world.vast.billed() if instance.label.startswith("bruno-ray:")]
+        return [instance for instance in self.world.vast.billed() if instance.label.startswith("bruno-ray:demo:")]
 
     def _some_worker(self, data: st.DataObject) -> str | None:
         assert self.head is not None
@@ -294,7 +306,7 @@ class ClusterHistory(RuleBasedStateMachine):
         self.head = self.world.provider("head", **SETTINGS, state_folder=str(folder))
 
     def _head_process_lives_with_its_machine(self) -> None:
-        if not any(":h0" in instance.label for instance in self._ours()):
+        if not any(instance.label.startswith("bruno-ray:demo:h0") for instance in self._ours()):
             self._left_to_the_next()
             self.given_back.clear()
             self.head = None
