@@ -154,7 +154,7 @@ class NodeRegistry:
             if lasting:
                 self._unwritten.add(node_id)
         node = self.current().get(node_id)
-        if lasting and node is not None:
+        if node is not None and node_id in self._unwritten:
             self._write_label(node)
 
     def terminate(self, node: ClusterNode) -> bool:
