@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.serve.server import Server
+
 pytest_plugins = ["tests.serve.crewai_environment"]
 pytestmark = pytest.mark.slow
 
@@ -121,3 +123,24 @@ def test_only_some_of_the_team(crewai_python: Path, scripted: ScriptedModel, tmp
     wrong = run_team(crewai_python, tmp_path, "--only", "third", key="a-key", **team)
     assert wrong.returncode == 1
     assert "no specialist third: there are first, second" in wrong.stderr
+
+
+@pytest.mark.ray
+def test_on_a_served_base_trial_and_selected_trial(crewai_python: Path, server: Server, tmp_path: Path):
+    """The organism cannot follow such prompts; that each role is answered by its model is what matters."""
+    names = {"orchestrator": server.base, "first": server.trials[0], "second": server.selected}
+    answered = 'bruno_http_requests_total{route="/v1/chat/completions",status="200"} '
+
+    def count() -> float:
+        lines = server.get("/metrics").text.splitlines()
+        return next((float(line.removeprefix(answered)) for line in lines if line.startswith(answered)), 0.0)
+
+    before = count()
+    done = run_team(crewai_python, tmp_path, key=server.key, base_url=server.base_url, max_tokens=6, **names)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert count() - before == 4
+    for role, model in (("P", server.base), ("F", server.trials[0]), ("S", server.selected)):
+        assert f"--- {role} ({model})" in done.stdout
+
+    wrong = run_team(crewai_python, tmp_path, key="not the key", base_url=server.base_url, max_tokens=6, **names)
+    assert wrong.returncode != 0 and "401" in wrong.stderr
