@@ -131,11 +131,11 @@ class TextPart(Request):
 
 class Message(Request):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Text | list[TextPart] | None = None
+    content: Text | Annotated[list[TextPart], Field(min_length=1)]
     name: Text | None = None
     """Handed to the chat template, which may use it."""
 
-    refusal: Text | None = None
+    refusal: str | None = Field(None, json_schema_extra=NO_TEXT)
     annotations: list[Any] | None = None
     tool_calls: list[Any] | None = Field(None, json_schema_extra=NO_LIST)
     """Only an empty one is supported, as is `function_call`."""
@@ -144,21 +144,16 @@ class Message(Request):
     audio: dict[str, Any] | None = Field(None, json_schema_extra=NO_OBJECT)
 
     @model_validator(mode="after")
-    def _has_text(self) -> "Message":
+    def _supported(self) -> "Message":
+        refuse(self.refusal, "refusal", "put it into content")
         refuse(self.tool_calls, "tool_calls", "there are no tools")
         refuse(self.function_call, "function_call", "there are no tools")
         refuse(self.audio, "audio", "only text is")
-        if self.content is None:
-            self.content = self.refusal
-        if self.content is None:
-            raise Unsupported("content", "a message needs content")
         return self
 
     @property
     def text(self) -> str:
-        if isinstance(self.content, list):
-            return "".join(part.text for part in self.content)
-        return self.content or ""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
 class ChatRequest(Generation):

@@ -26,9 +26,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PAUSE_PER_STREAM = 0.0004
-"""Seconds between two messages of a stream, for each stream that is open: what happens meanwhile goes into one message.
-A message costs about that much, so messages never take more than a core, and few streams are not held up."""
+PAUSE_PER_STREAM = 0.0015
+LONGEST_PAUSE = 0.05
+"""Seconds between two messages of a stream, by the number of open streams: what happens meanwhile goes into one message.
+A message costs about a millisecond on its way to the client, which is more than a token of a small model."""
 
 FREE_STREAMS = 2
 FAILED_STEPS = 5
@@ -136,7 +137,7 @@ class EngineReplica:
                 async for event in events:
                     yield event
                     if event.finish_reason is None and self._streams > FREE_STREAMS:
-                        await asyncio.sleep(PAUSE_PER_STREAM * self._streams)
+                        await asyncio.sleep(min(PAUSE_PER_STREAM * self._streams, LONGEST_PAUSE))
         except EngineError as error:
             yield refusal_of(error)
         finally:
