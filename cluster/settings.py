@@ -156,7 +156,7 @@ class ClusterSettings(Section):
 
     budget: BudgetSettings = BudgetSettings()
     mesh: Literal["star", "direct"] = "star"
-    """star: all traffic crosses the head. direct: workers also dial each other, which puts the key pair on them."""
+    """star: all traffic crosses the head. direct: workers also dial each other (cluster/peers.py)."""
 
     max_cpus: PositiveInt = 48
     """The most CPUs any node offers to Ray; decides how many nodes fit (cluster/addresses.py)."""

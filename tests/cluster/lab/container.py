@@ -176,7 +176,7 @@ class Container:
         lines += [f"addr add {self.public_address}/16 dev wan", "link set wan up"]
         run("ip", "-n", self.router, "-batch", "-", input="\n".join(lines))
         run("ip", "-n", self._wan, "link", "set", port_name, "master", "bridge0", "up")
-        run("ip", "netns", "exec", self.router, "sysctl", "-qw", "net.ipv4.ip_forward=1")
+        run("ip", "netns", "exec", self.router, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
         rules = ROUTER_RULES.format(public=self.public_address, port=self.ssh_port, inside=INSIDE)
         run("ip", "netns", "exec", self.router, "nft", "-f", "-", input=rules)
 

@@ -1,4 +1,7 @@
-"""Ray on containers of the lab without an autoscaler: tunnels by the supervisor, one `ray start` per node."""
+"""Ray on containers of the lab without an autoscaler: tunnels by the supervisor, one `ray start` per node.
+
+With the network "veth" there are no tunnels: the containers hang on one more bridge, to compare with.
+"""
 
 import json
 import secrets
@@ -9,20 +12,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.addresses import NodeAddress
-from cluster.ray_start import ENVIRONMENT, INDEX_VARIABLE, MAX_CPUS_VARIABLE, OPTIONS_VARIABLE
+from cluster.ray_start import ENVIRONMENT, INDEX_VARIABLE, MAX_CPUS_VARIABLE, OPTIONS_VARIABLE, command_line
 from tests.cluster.lab.container import CHECKOUT, Container
-from tests.cluster.lab.lab import Lab
+from tests.cluster.lab.lab import Lab, wired_address
 from tests.cluster.lab.supervised import MAX_CPUS
 
 OPTIONS = "--num-cpus=2 --object-store-memory=700000000 --include-log-monitor=false"
 
 
 class RayLab:
-    """Node 0 is the head. ``key`` and ``public`` are a key pair that all containers let in."""
+    """Node 0 is the head. ``key`` and ``public`` are a key pair that all containers let in.
 
-    def __init__(self, lab: Lab, key: Path, public: str, workers: int, mesh: str = "star") -> None:
+    ``network`` is "star", "direct" or "veth".
+    """
+
+    def __init__(self, lab: Lab, key: Path, public: str, workers: int, network: str = "star") -> None:
         self.lab, self.key = lab, key
-        self.mesh = mesh
+        self.network = network
         self.nodes: list[Container] = [lab.add([public]) for _ in range(1 + workers)]
         token = secrets.token_hex(32)
         for node in self.nodes:
@@ -33,10 +39,18 @@ class RayLab:
     def start(self) -> float:
         """Tunnels, then Ray on every node; returns the seconds it took."""
         began = time.monotonic()
-        self.start_tunnels()
+        if self.network == "veth":
+            self.lab.wire(self.nodes)
+        else:
+            self.start_tunnels()
         for index in range(len(self.nodes)):
-            role = "head" if index == 0 else "worker"
-            self.ssh(index, f"{self.environment(index)} {sys.executable} -m cluster.ray_start {role}")
+            if self.network == "veth":
+                wire = ["--node-ip-address=" + wired_address(index)]
+                wire += ["--address=" + wired_address(0) + ":6379"] if index else []
+                start = f'eval "{shlex.join(command_line(self.address(index), wire))} ${OPTIONS_VARIABLE}"'
+            else:
+                start = f"{sys.executable} -m cluster.ray_start {'worker' if index else 'head'}"
+            self.ssh(index, f"{self.environment(index)} {start}")
         return time.monotonic() - began
 
     def start_tunnels(self) -> None:
@@ -48,7 +62,7 @@ class RayLab:
         (head / "nodes.json").write_text(json.dumps(rows))
         (head / "key").write_text(self.key.read_text())
         (head / "key").chmod(0o600)
-        self.ssh(0, f"cd {CHECKOUT}; {sys.executable} -m tests.cluster.lab.supervised start {self.mesh}")
+        self.ssh(0, f"cd {CHECKOUT}; {sys.executable} -m tests.cluster.lab.supervised start {self.network}")
 
     def environment(self, index: int) -> str:
         """Shell commands that a setup command would have put into ~/.bashrc."""
@@ -58,7 +72,7 @@ class RayLab:
             "PYTHONPATH": str(CHECKOUT),
             INDEX_VARIABLE: str(index),
             MAX_CPUS_VARIABLE: str(MAX_CPUS),
-            OPTIONS_VARIABLE: OPTIONS + f" --resources={shlex.quote(json.dumps({f'node{index}': 1}))}",
+            OPTIONS_VARIABLE: f"{OPTIONS} --resources={shlex.quote(json.dumps({f'node{index}': 1}))}",
             "OMP_NUM_THREADS": "1",
         }
         return (

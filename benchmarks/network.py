@@ -1,0 +1,105 @@
+"""What the tunnels cost: actor calls and 200 MB between two workers, star and direct, against a plain wire.
+
+    python -m benchmarks.network [--rounds 2]
+
+Head and two workers are containers behind their own NAT on this machine (tests/cluster/lab), so all of them, and the
+encryption, share its cores; the wire is a veth bridge between the same containers. Needs root.
+"""
+
+import argparse
+import json
+import logging
+import statistics
+import subprocess
+import tempfile
+from pathlib import Path
+
+from benchmarks.results import write_section
+from tests.cluster.lab import Lab, missing_for_lab, sweep
+from tests.cluster.lab.ray_lab import RayLab
+
+logger = logging.getLogger(__name__)
+
+NETWORKS = {"veth": "plain wire", "star": "star", "direct": "direct links"}
+DRIVER = """
+import json, time
+import numpy as np, ray
+ray.init(address="auto", log_to_driver=False)
+
+@ray.remote(num_cpus=0.1)
+class Node:
+    def nop(self):
+        return None
+    def call_ms(self, other, calls):
+        began = time.perf_counter()
+        for _ in range(calls):
+            ray.get(other.nop.remote())
+        return (time.perf_counter() - began) / calls * 1e3
+    def put(self):
+        return [ray.put(np.random.default_rng().integers(0, 255, 200_000_000, np.uint8))]
+    def fetch_mb_per_s(self, held):
+        began = time.perf_counter()
+        ray.get(held[0])
+        return 200 / (time.perf_counter() - began)
+
+head, first, second = (Node.options(resources={f"node{i}": 0.1}).remote() for i in range(3))
+ray.get([first.call_ms.remote(second, 50), head.call_ms.remote(first, 50)])
+seen = {"worker to worker, ms per call": [], "worker to worker, MB/s": [], "head to worker, MB/s": []}
+for _ in range(4):
+    seen["worker to worker, ms per call"].append(ray.get(first.call_ms.remote(second, 300)))
+    for giver, name in ((first, "worker to worker, MB/s"), (head, "head to worker, MB/s")):
+        held = ray.get(giver.put.remote())
+        seen[name].append(ray.get(second.fetch_mb_per_s.remote(held)))
+        del held
+        time.sleep(0.5)
+print("RESULT " + json.dumps(seen))
+"""
+
+
+def measure(network: str, key: Path) -> dict[str, list[float]]:
+    """One cluster of three nodes on the given network, measured by a driver on the head."""
+    with Lab() as lab:
+        cluster = RayLab(lab, key, key.with_suffix(".pub").read_text(), workers=2, network=network)
+        logger.info("%s: Ray on three nodes after %.0f s", network, cluster.start())
+        output = cluster.python(DRIVER)
+    return json.loads(next(line for line in output.splitlines() if line.startswith("RESULT "))[7:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=2, help="clusters per network, taken in turn")
+    rounds = parser.parse_args().rounds
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    if reason := missing_for_lab():
+        raise SystemExit(reason)
+    sweep()
+    seen: dict[str, dict[str, list[float]]] = {network: {} for network in NETWORKS}
+    with tempfile.TemporaryDirectory() as folder:
+        key = Path(folder) / "key"
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
+        for _ in range(rounds):
+            for network in NETWORKS:
+                for name, values in measure(network, key).items():
+                    seen[network].setdefault(name, []).extend(values)
+    write_section("network", table(seen, rounds))
+
+
+def table(seen: dict[str, dict[str, list[float]]], rounds: int) -> str:
+    names = list(next(iter(seen.values())))
+    rows = [f"| | {' | '.join(names)} |", "|---" * (1 + len(names)) + "|"]
+    for network, title in NETWORKS.items():
+        cells = [
+            f"{statistics.median(values):.3g} ({min(values):.3g} to {max(values):.3g})"
+            for values in seen[network].values()
+        ]
+        rows.append(f"| {title} | {' | '.join(cells)} |")
+    return (
+        "## The network between the nodes (`python -m benchmarks.network`)\n\n"
+        "Three nodes behind NAT on one machine, reached by ssh only, against the same containers on a plain wire. "
+        f"Median (lowest to highest) of 4 measurements in each of {rounds} clusters per network; 200 MB objects.\n\n"
+        + "\n".join(rows)
+    )
+
+
+if __name__ == "__main__":
+    main()
