@@ -86,6 +86,7 @@ class WorkerPool:
 
     def __init__(self, factory: Any, args: tuple[Any, ...], settings: RaySettings):
         self.settings = settings
+        self._args = args  # actors among them live as long as this does
         threads = str(max(1, int(settings.cpus_per_worker)))
         options = {
             "num_cpus": settings.cpus_per_worker,

@@ -28,6 +28,7 @@ from bruno_ray.pool import WorkerPool
 from bruno_ray.prompts import Prompt, Prompts
 from bruno_ray.residual_store import ResidualStore, residual_key
 from bruno_ray.settings import Settings
+from bruno_ray.shipping import Folders, absolute_if_folder
 from bruno_ray.worker import EvaluationContext, ModelInfo, ModelWorker
 
 logger = logging.getLogger(__name__)
@@ -60,7 +61,8 @@ def with_name(settings: Settings) -> Settings:
 def worker_pool(settings: Settings, workers: int | None = None) -> WorkerPool:
     """`ray.workers` copies of the model, or another number of them."""
     ray = settings.ray if workers is None else settings.ray.model_copy(update={"workers": workers})
-    return WorkerPool(ModelWorker, (settings.model, max(1, int(ray.cpus_per_worker))), ray)
+    model = settings.model.model_copy(update={"id": absolute_if_folder(settings.model.id)})
+    return WorkerPool(ModelWorker, (model, max(1, int(ray.cpus_per_worker)), Folders()), ray)
 
 
 def open_run(settings: Settings, path: Path, info: ModelInfo, prompts: Prompts) -> RunDirectory:

@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import psutil
@@ -91,16 +92,26 @@ class _Prepared:
     baseline: Scores = field(default_factory=lambda: Scores({}))
 
 
+class Folders(Protocol):
+    """`shipping.Folders`, without importing Ray."""
+
+    def local(self, name: str) -> str: ...
+
+
 class ModelWorker:
     """Loads a model once and answers for it."""
 
-    def __init__(self, model: ModelSettings, threads: int = 1):
-        """Raises ModelError when the model cannot be loaded."""
+    def __init__(self, model: ModelSettings, threads: int = 1, folders: Folders | None = None):
+        """Raises ModelError when the model cannot be loaded. ``folders`` brings models from the driver's machine."""
         torch.set_num_threads(max(1, threads))
-        self.loaded = load_model(model)
+        self._folders = folders
+        self.loaded = load_model(self._here(model))
         self.engine = Engine(self.loaded)
         self._contexts: dict[str, _Prepared] = {}
         self._residual_budgets: dict[int, TokenBudget] = {}
+
+    def _here(self, model: ModelSettings) -> ModelSettings:
+        return model if self._folders is None else model.model_copy(update={"id": self._folders.local(model.id)})
 
     def describe(self) -> ModelInfo:
         architecture = self.loaded.architecture
@@ -187,7 +198,7 @@ class ModelWorker:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        engine = Engine(load_model(model))
+        engine = Engine(load_model(self._here(model)))
         engine.limit_row_tokens(context.scoring.row_tokens)
         _, (scores,) = score_edits(engine, scorers, prepared.prompts, context.scoring, [None])
         if isinstance(scores, TrialError):

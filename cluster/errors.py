@@ -6,6 +6,9 @@ BrunoError
     |-- BudgetError          renting would pass max_price_per_hour or max_total_cost
     |-- NoOfferError         no machine on offer meets the requirements; says which one excludes how many
     |-- NodeError            a node cannot be created, found or reached
+    |-- JobError             a job cannot be submitted, found or followed
+    |-- FetchError           a run cannot be brought home as it is on the head
+    |-- RefusedError         nothing was done, because nobody agreed to it
     `-- VastError            Vast.ai's API refused or did not answer (cluster/vast/errors.py)
 """
 
@@ -30,3 +33,15 @@ class NoOfferError(ClusterError):
 
 class NodeError(ClusterError):
     """Raised when a node cannot be created, is not listed or cannot be reached."""
+
+
+class JobError(ClusterError):
+    """Raised when Ray refuses a job or nothing is heard of it any more; the job itself may run on."""
+
+
+class FetchError(ClusterError):
+    """Raised instead of putting an incomplete run in place, or overwriting one that was changed here."""
+
+
+class RefusedError(ClusterError):
+    """Raised before anything is created or destroyed, when the user says no or cannot be asked."""

@@ -1,0 +1,117 @@
+"""`bruno-ray cluster`: the arguments of every command. What they do is imported only when one is called."""
+
+import argparse
+import importlib
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from bruno_ray.errors import BrunoError
+
+DESCRIPTION = "A Ray cluster of rented Vast.ai machines: start it, give it work, bring the results home, end it."
+RUNS = Path("runs")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The sub-commands; give what argparse makes of them to ``run``."""
+    commands = parser.add_subparsers(title="cluster commands", dest="cluster_command", metavar="COMMAND", required=True)
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--config",
+        dest="cluster_config",
+        type=Path,
+        default=Path("cluster.yaml"),
+        metavar="FILE",
+        help="the cluster [cluster.yaml]",
+    )
+
+    def command(name: str, function: str, text: str, yes: bool = False) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, parents=[common], allow_abbrev=False)
+        sub.set_defaults(cluster_function=function)
+        if yes:
+            sub.add_argument("--yes", "-y", action="store_true", help="do not ask")
+        return sub
+
+    sub = command("list", "machines:list_offers", "what could be rented now, and why the rest could not")
+    sub.add_argument("--type", metavar="TYPE", help="one node type of the cluster [all]")
+    sub.add_argument("--limit", type=int, default=8, metavar="N", help="offers shown of each type [8]")
+
+    sub = command("up", "machines:up", "start the cluster, or bring it up to date", yes=True)
+    sub.add_argument("--restart", action="store_true", help="restart Ray on a head that runs; ends its jobs")
+
+    command("status", "machines:status", "machines, cost, tunnels, GPU use")
+
+    sub = command("watch", "runs:watch", "machines, the running study and the cost, live")
+    sub.add_argument("--interval", type=float, default=5.0, metavar="SECONDS", help="[5]")
+
+    sub = command("submit", "jobs:submit", "run a command on the head and follow it; ends with its exit code")
+    sub.add_argument("--detach", action="store_true", help="do not follow it")
+    sub.add_argument("--working-dir", type=Path, default=Path("."), metavar="FOLDER", help="goes with the job [.]")
+    sub.add_argument(
+        "--exclude", action="append", default=[], metavar="PATTERN", help="leave more files of it out; may be repeated"
+    )
+    sub.add_argument(
+        "--env",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="for the job, such as HF_TOKEN; may be repeated",
+    )
+    sub.add_argument("entrypoint", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="what to run")
+
+    sub = command("logs", "jobs:logs", "follow a job from its beginning; ends with its exit code")
+    sub.add_argument("job", nargs="?", metavar="JOB", help="[the newest]")
+
+    sub = command("cancel", "jobs:cancel", "stop one job; the machines stay until they are idle", yes=True)
+    sub.add_argument("job", nargs="?", metavar="JOB", help="[the newest]")
+
+    sub = command("progress", "runs:progress", "trials and Pareto front of a study on the head, with raw counts")
+    sub.add_argument("run", nargs="?", metavar="RUN", help="[the one that runs, or the newest]")
+
+    sub = command("fetch", "runs:fetch", "bring runs and saved models home, verified; goes on where it stopped")
+    sub.add_argument("runs", nargs="*", metavar="RUN", help="[all]")
+    sub.add_argument("--to", type=Path, default=RUNS, metavar="FOLDER", help="[runs]")
+
+    sub = command("stop", "machines:stop", "stop the jobs, fetch everything, give everything back", yes=True)
+    _add_keeping(sub)
+    sub = command("down", "machines:down", "fetch what is not home yet, give everything back", yes=True)
+    _add_keeping(sub)
+
+    sub = command("dashboard", "jobs:dashboard", "open Ray's dashboard through a tunnel")
+    _add_door(sub, 8265)
+    sub = command("serve", "jobs:serve", "open what `bruno-ray serve` serves on the head through a tunnel")
+    _add_door(sub, 8000)
+    sub.add_argument("--remote-port", type=int, default=8000, metavar="N", help="its port on the head [8000]")
+
+
+def _add_keeping(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--discard", action="store_true", help="give up what has not been fetched")
+    parser.add_argument("--to", type=Path, default=RUNS, metavar="FOLDER", help="where runs are fetched to [runs]")
+
+
+def _add_door(parser: argparse.ArgumentParser, port: int) -> None:
+    parser.add_argument("--port", type=int, default=port, metavar="N", help=f"on this machine; 0 for any [{port}]")
+    parser.add_argument("--open", action="store_true", help="open it in the browser")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Do what the arguments say; returns the exit code."""
+    module, _, name = arguments.cluster_function.partition(":")
+    function: Callable[[argparse.Namespace], int] = getattr(importlib.import_module(f"cluster.cli.{module}"), name)
+    return function(arguments)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m cluster.cli`: the same as `bruno-ray cluster`."""
+    parser = argparse.ArgumentParser(prog="bruno-ray cluster", description=DESCRIPTION)
+    add_arguments(parser)
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("cluster").setLevel(logging.INFO)
+    try:
+        return run(parser.parse_args(argv))
+    except BrunoError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130

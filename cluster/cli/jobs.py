@@ -1,0 +1,91 @@
+"""Commands about jobs: submit, logs, cancel; and the doors to what runs on the head: dashboard, serve."""
+
+import argparse
+import threading
+import webbrowser
+
+from cluster import submitting
+from cluster.addresses import DASHBOARD_PORT, NodeAddress
+from cluster.cli.asking import agree
+from cluster.errors import ClusterSettingsError
+from cluster.session import Session
+
+SERVE_HINT = "bruno-ray cluster submit --detach -- bruno-ray serve RUN"
+
+
+def submit(arguments: argparse.Namespace) -> int:
+    """Start a job and follow it; the job's exit code, or 0 with --detach."""
+    env = {}
+    for pair in arguments.env:
+        name, equals, value = pair.partition("=")
+        if not (name and equals):
+            raise ClusterSettingsError(f"command line: --env {pair} must look like NAME=VALUE")
+        env[name] = value
+    session = Session.open(arguments.cluster_config)
+    job = submitting.submit(session, arguments.entrypoint, arguments.working_dir, arguments.exclude, env)
+    print(f"job {job} runs on the head, whatever happens to this machine", flush=True)
+    if arguments.detach:
+        print(f"follow it with: bruno-ray cluster logs {job}")
+        return 0
+    return _follow(session, job)
+
+
+def logs(arguments: argparse.Namespace) -> int:
+    """Follow a job from the beginning of its output; its exit code."""
+    session = Session.open(arguments.cluster_config)
+    return _follow(session, submitting.find_job(session, arguments.job))
+
+
+def cancel(arguments: argparse.Namespace) -> int:
+    """Stop one job; the machines stay until they are idle."""
+    session = Session.open(arguments.cluster_config)
+    job = submitting.find_job(session, arguments.job)
+    agree(f"Stop job {job}? Its run can be resumed.", arguments.yes)
+    submitting.stop(session, job)
+    print(f"job {job} has ended")
+    return 0
+
+
+def _follow(session: Session, job: str) -> int:
+    try:
+        return submitting.follow(session, job)
+    except KeyboardInterrupt:
+        print(f"\njob {job} runs on; follow it with `bruno-ray cluster logs {job}`, stop it with `cluster cancel`")
+        raise
+
+
+def dashboard(arguments: argparse.Namespace) -> int:
+    session = Session.open(arguments.cluster_config)
+    alias = NodeAddress(0, session.settings.max_cpus).alias
+    with session.head_shell().tunnel(alias, DASHBOARD_PORT, arguments.port) as port:
+        url = f"http://127.0.0.1:{port}"
+        print(f"dashboard: {url}")
+        print(f"token:     it asks for one; paste what is in {session.folder / 'auth_token'}")
+        _hold_open(url, arguments.open)
+    return 0
+
+
+def serve(arguments: argparse.Namespace) -> int:
+    """The tunnel to what `bruno-ray serve` serves on the head."""
+    import httpx
+
+    session = Session.open(arguments.cluster_config)
+    with session.head_shell().tunnel("127.0.0.1", arguments.remote_port, arguments.port) as port:
+        url = f"http://127.0.0.1:{port}"
+        try:
+            httpx.get(f"{url}/v1/models", timeout=10)
+        except httpx.HTTPError as error:
+            raise ClusterSettingsError(
+                f"nothing is served at port {arguments.remote_port} of the head ({error}): start it with `{SERVE_HINT}`"
+            ) from error
+        print(f"API:       {url}/v1")
+        print(f"chat page: {url}/chat/")
+        _hold_open(f"{url}/chat/", arguments.open)
+    return 0
+
+
+def _hold_open(url: str, browser: bool) -> None:
+    print("Ctrl-C closes the tunnel.", flush=True)
+    if browser:
+        webbrowser.open(url)
+    threading.Event().wait()

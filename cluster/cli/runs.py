@@ -1,0 +1,87 @@
+"""Commands about runs on the head: progress, fetch, watch."""
+
+import argparse
+import json
+import shlex
+import time
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.text import Text
+
+from cluster import fetching
+from cluster.cli.machines import status_view
+from cluster.errors import ClusterError, ClusterSettingsError
+from cluster.session import Session
+from cluster.shell import Shell
+
+FRONT_ROWS = 8
+
+
+def progress(arguments: argparse.Namespace) -> int:
+    session = Session.open(arguments.cluster_config)
+    Console().print(progress_view(session.head_shell(), arguments.run))
+    return 0
+
+
+def progress_view(shell: Shell, run: str | None) -> RenderableType:
+    """The study's trials and the best of its front, rates as raw counts."""
+    from bruno_ray.selection import TrialRecord, front_table
+
+    answer = json.loads(shell.run(f"python -m cluster.at_head progress {shlex.quote(run) if run else ''}"))
+    states = answer["states"]
+    line = f"{answer['name']}: {states.get('COMPLETE', 0)}/{answer['target']} trials complete"
+    line += "".join(f", {count} {state.lower()}" for state, count in states.items() if state != "COMPLETE")
+    line += "" if answer["running"] else ", not running"
+    parts: list[RenderableType] = [Text(line)]
+    for name, (cases, total) in answer["unedited"].items():
+        parts.append(Text(f"unedited model: {name.replace('_', ' ')} {cases}/{total}"))
+    front = [
+        TrialRecord(**{**row, "counts": {name: tuple(pair) for name, pair in row["counts"].items()}})
+        for row in answer["front"]
+    ]
+    if front:
+        title = f"Pareto front ({min(len(front), FRONT_ROWS)} of {len(front)})"
+        parts.append(front_table(front[:FRONT_ROWS], answer["objectives"], title, one_line=True))
+    return Group(*parts)
+
+
+def fetch(arguments: argparse.Namespace) -> int:
+    """Bring runs home; without names, all of them."""
+    session = Session.open(arguments.cluster_config)
+    shell = session.head_shell()
+    there = {run.name: run for run in fetching.remote_runs(shell)}
+    unknown = [name for name in arguments.runs if name not in there]
+    if unknown:
+        raise ClusterSettingsError(
+            f"command line: no run {unknown[0]!r} on the head: there are {', '.join(there) or 'none'}"
+        )
+    if not there:
+        print("there are no runs on the head")
+    for name in arguments.runs or there:
+        print(fetching.fetch(shell, name, arguments.to), flush=True)
+    return 0
+
+
+def watch(arguments: argparse.Namespace) -> int:
+    """Machines, study and cost, again and again; once where there is no terminal."""
+    session, console = Session.open(arguments.cluster_config), Console()
+    if not console.is_terminal:
+        console.print(watch_view(session))
+        return 0
+    with Live(Text("asking ..."), console=console, auto_refresh=False, screen=False) as live:
+        while True:
+            try:
+                live.update(watch_view(session), refresh=True)
+            except ClusterError as error:
+                live.update(Text(f"{time.strftime('%H:%M:%S')} {error}", style="yellow"), refresh=True)
+            time.sleep(arguments.interval)
+
+
+def watch_view(session: Session) -> RenderableType:
+    parts: list[RenderableType] = [Text(time.strftime("%H:%M:%S")), status_view(session)]
+    try:
+        parts.append(progress_view(session.head_shell(), None))
+    except ClusterError as error:
+        parts.append(Text(str(error), style="yellow"))
+    return Group(*parts)

@@ -1,0 +1,121 @@
+"""`bruno-ray cluster` as its user calls it, against the imitation's API (machines without a body)."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from cluster.cli.machines import gpu_use
+from cluster.submitting import RUNS_FOLDER, entrypoint_of
+from tests.cluster.fake_vast.api import API_KEY, FakeApi
+from tests.cluster.fake_vast.server import FakeServer
+from tests.cluster.fake_vast.state import FakeVast
+
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+class Laptop:
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.vast = FakeVast()
+        self.vast.add_offers(3, gpu_name="RTX 3060", gpu_ram=12288.0, dph_base=0.06)
+        self.vast.add_offers(4)
+        self.api = FakeApi(self.vast)
+        self.server = FakeServer(self.api)
+        keys = home / ".bruno-ray"
+        keys.mkdir(mode=0o700)
+        for name in ("vast_api_key", "vast_api_key_head"):
+            (keys / name).write_text(API_KEY)
+
+    def run(self, *words: str, config: Path = CHECKOUT / "cluster.yaml") -> subprocess.CompletedProcess[str]:
+        environment = {**os.environ, "HOME": str(self.home), "VAST_URL": self.server.url, "COLUMNS": "200"}
+        environment.pop("VAST_API_KEY", None)
+        command = [sys.executable, "-m", "cluster.cli", words[0], "--config", str(config), *words[1:]]
+        return subprocess.run(
+            command, cwd=CHECKOUT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
+        )
+
+    def created(self) -> list[str]:
+        return [path for method, path, *_ in self.api.requests if method == "PUT" and "/asks/" in path]
+
+
+@pytest.fixture
+def laptop(tmp_path: Path) -> Iterator[Laptop]:
+    laptop = Laptop(tmp_path)
+    yield laptop
+    laptop.server.close()
+    laptop.vast.close()
+
+
+def test_list_shows_offers_with_price_and_disk_and_why_not(laptop: Laptop) -> None:
+    done = laptop.run("list", "--type", "rtx4090")
+    assert done.returncode == 0, done.stderr
+    assert "rtx4090: 4 offers" in done.stdout
+    for offer in laptop.vast.free_offers():
+        assert (str(offer.id) in done.stdout) == (offer.gpu_name == "RTX 4090")
+    everything = laptop.run("list")
+    assert "head: 7 offers" in everything.stdout or "excludes" in everything.stdout
+
+
+def test_up_says_what_it_would_rent_and_refuses_without_a_yes(laptop: Laptop) -> None:
+    done = laptop.run("up")
+    assert done.returncode == 2
+    assert "head: rents offer" in done.stdout and "$/h" in done.stdout
+    assert "budget: at most 3.00 $/h and 40.00 $ in total" in done.stdout
+    assert "add --yes" in done.stderr and done.stderr.count("\n") == 1
+    assert laptop.created() == [] and laptop.vast.billed() == []
+
+
+def test_commands_say_that_there_is_no_cluster(laptop: Laptop) -> None:
+    laptop.vast.rent(
+        laptop.vast.free_offers()[0].id, {"image": "x", "disk": 10, "label": "bruno-ray:other:h0", "env": {}}
+    )
+    for words in (["down", "--yes"], ["status"]):
+        done = laptop.run(*words)
+        assert done.returncode == 0 and "nothing is billed" in done.stdout, done.stderr
+    done = laptop.run("fetch")
+    assert done.returncode == 2 and "not up" in done.stderr
+    assert len(laptop.vast.billed()) == 1, "another cluster's machine is left alone"
+
+
+def test_a_head_that_cannot_be_asked_is_not_destroyed_unless_its_content_is_given_up(laptop: Laptop) -> None:
+    offer = laptop.vast.free_offers()[0].id
+    laptop.vast.rent(offer, {"image": "x", "disk": 10, "label": "bruno-ray:bruno:h0:up-to-date", "env": {}})
+    done = laptop.run("down", "--yes")
+    assert done.returncode == 2 and "nothing was destroyed" in done.stderr
+    assert len(laptop.vast.billed()) == 1
+
+
+def test_wrong_words_are_one_line_and_exit_code_2(laptop: Laptop, tmp_path: Path) -> None:
+    broken = tmp_path / "cluster.yaml"
+    broken.write_text(yaml.safe_dump({"cluster_name": "bruno"}))
+    for words, config, said in (
+        (["status"], tmp_path / "none.yaml", "cannot be read"),
+        (["status"], broken, "has no provider"),
+        (["list", "--type", "rtx9090"], CHECKOUT / "cluster.yaml", "no node type"),
+    ):
+        done = laptop.run(*words, config=config)
+        assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_building_the_parser_imports_nothing_heavy() -> None:
+    code = (
+        "import argparse, sys, cluster.cli; cluster.cli.add_arguments(argparse.ArgumentParser());"
+        "print(sorted({'ray', 'torch', 'httpx', 'rich'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=CHECKOUT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_command_of_a_job_keeps_its_words() -> None:
+    assert entrypoint_of(["--", "bruno-ray", "run", "a b"]) == RUNS_FOLDER + "bruno-ray run 'a b'"
+    assert entrypoint_of(["echo $HOME && true"]) == RUNS_FOLDER + "echo $HOME && true"
+
+
+def test_gpu_use_reads_nvidia_smi() -> None:
+    assert gpu_use("97, 20582, 24564\n3, 512, 24564\n") == "97 %, 20.1/24.0 GB; 3 %, 0.5/24.0 GB"
+    assert gpu_use("") == "-"
