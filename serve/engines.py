@@ -15,6 +15,7 @@ from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
 
+from serve.carrier import STRAGGLERS_SECONDS, Ended, Inbox, everything_in, pumped
 from serve.catalog import Catalog, ServedModel
 from serve.engine_types import Event, GenerationRequest
 from serve.errors import RequestError
@@ -51,6 +52,7 @@ class Engines:
         self._metrics = metrics
         self._timeout = timeout_s
         self._probes = 1 if max_replicas == 1 else 2 * max_replicas
+        self._inbox = Inbox(handles, self._probes)
         self._directions: dict[tuple[str, str], ray.ObjectRef] = {}
         self._seen: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {key: {} for key in handles}
 
@@ -88,20 +90,14 @@ class Engines:
     ) -> AsyncIterator[Event]:
         for resend in range(RESENDS + 1):
             passed_on, finished = False, False
-            stream = self._streams[model.base].remote(request, source, whole)
+            stream = None
             try:
-                events = aiter(stream)
-                while True:
-                    try:
-                        event = await asyncio.wait_for(anext(events), max(0.0, deadline - time.monotonic()))
-                    except StopAsyncIteration:
-                        break
-                    if isinstance(event, Refusal):
-                        finished = True
-                        raise event.error()
-                    passed_on = True
-                    finished = event.finish_reason is not None
-                    yield event
+                with self._inbox.ticket(None if whole else model.base) as (ticket, queue):
+                    stream = self._streams[model.base].remote(request, source, ticket)
+                    with pumped(stream, queue):
+                        async for event in _from(queue, deadline):
+                            passed_on, finished = True, event.finish_reason is not None
+                            yield event
                 if finished:
                     return
                 raise RequestError(503, "The answer ended half-way. Send the request again.", retry_after=1)
@@ -124,7 +120,7 @@ class Engines:
                 log.exception("a request to %s failed", model.base)
                 raise RequestError(503, "The model's process failed. Send the request again.", retry_after=5) from error
             finally:
-                if not finished:
+                if stream is not None and not finished:
                     stream.cancel()
 
     async def call(self, engine: str, method: str, *arguments: Any) -> Any:
@@ -169,6 +165,36 @@ class Engines:
             return await asyncio.wait_for(_answer(self._handles[engine].stats.remote()), STATS_TIMEOUT)
         except (asyncio.TimeoutError, RayError, RayServeException):
             return None
+
+
+async def _from(queue: asyncio.Queue, deadline: float) -> AsyncIterator[Event]:
+    """Events of one answer up to the last, what has come meanwhile as one. Raises what else the queue holds."""
+    ended = False
+    while True:
+        try:
+            first = queue.get_nowait()
+        except asyncio.QueueEmpty:
+            seconds = max(0.0, deadline - time.monotonic())
+            try:
+                first = await asyncio.wait_for(queue.get(), min(seconds, STRAGGLERS_SECONDS) if ended else seconds)
+            except asyncio.TimeoutError:
+                if ended:
+                    return
+                raise
+        event: Event | None = None
+        for item in everything_in(queue, first):
+            if isinstance(item, Ended):
+                ended = True
+            elif isinstance(item, Event):
+                event = item if event is None else event + item
+            else:
+                if event is not None:
+                    yield event
+                raise item.error() if isinstance(item, Refusal) else item
+        if event is not None:
+            yield event
+            if event.finish_reason is not None:
+                return
 
 
 async def _answer(response: Any) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 
 from bruno_ray.errors import BrunoError
 from bruno_ray.settings import ModelSettings
+from serve.carrier import Carrier, Ticket
 from serve.errors import EngineError, InvalidRequest, Overloaded, RequestError, TooLong
 from serve.settings import EngineSettings
 
@@ -26,10 +27,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PAUSE_PER_STREAM = 0.0015
+PAUSE_PER_STREAM = 0.001
 LONGEST_PAUSE = 0.05
-"""Seconds between two messages of a stream, by the number of open streams: what happens meanwhile goes into one message.
-A message costs about a millisecond on its way to the client, which is more than a token of a small model."""
+"""Seconds between two messages of a stream, by the number of open streams: what happens meanwhile is one message.
+A message to a client costs about a millisecond, which is more than a token of a small model."""
 
 FREE_STREAMS = 2
 FAILED_STEPS = 5
@@ -88,6 +89,7 @@ class EngineReplica:
         self._streams = 0
         self._resolving: dict[str, asyncio.Lock] = {}
         self._known: set[str] = set()
+        self._carriers: dict[str, Carrier] = {}
         self._progress = (0, time.monotonic())
         self._engine: ServingEngine | None = None
         self._problem: str | None = None
@@ -124,24 +126,50 @@ class EngineReplica:
         return source.key
 
     async def generate(
-        self, request: "GenerationRequest", source: EditSource | None, whole: bool
+        self, request: "GenerationRequest", source: EditSource | None, ticket: Ticket | None
     ) -> "AsyncIterator[Event | Refusal]":
-        """Events of one answer; with ``whole``, a single one with all of it. ``request.edit`` is that of ``source``."""
+        """Events of one answer; without a ticket, a single one with all of it. ``request.edit`` is that of ``source``.
+
+        With a ticket, they go through the carrier of the API process that asks, if it has one here.
+        """
         self._streams += 1
         try:
             await self._know(source)
             async with aclosing(self._ready_engine().generate(request)) as events:
-                if whole:
+                if ticket is None:
                     yield joined([event async for event in events])
                     return
+                carrier = self._carriers.get(ticket.api)
                 async for event in events:
-                    yield event
-                    if event.finish_reason is None and self._streams > FREE_STREAMS:
-                        await asyncio.sleep(min(PAUSE_PER_STREAM * self._streams, LONGEST_PAUSE))
+                    if carrier is None:
+                        yield event
+                        if event.finish_reason is None:
+                            await self._pause()
+                    elif carrier.closed:
+                        raise EngineError("the connection within the server was lost: send the request again")
+                    else:
+                        carrier.put(ticket, event)
         except EngineError as error:
             yield refusal_of(error)
         finally:
             self._streams -= 1
+
+    async def carry(self, api: str) -> "AsyncIterator[list[tuple[int, Event]]]":
+        """Events of all answers to the API process of that name, with the numbers of their tickets; never ends."""
+        carrier = Carrier()
+        self._carriers[api] = carrier
+        try:
+            while True:
+                yield await carrier.batch()
+                await self._pause()
+        finally:
+            carrier.closed = True
+            if self._carriers.get(api) is carrier:
+                del self._carriers[api]
+
+    async def _pause(self) -> None:
+        if self._streams > FREE_STREAMS:
+            await asyncio.sleep(min(PAUSE_PER_STREAM * self._streams, LONGEST_PAUSE))
 
     async def next_logprobs(
         self, prompts: Sequence[Sequence[int]], source: EditSource | None
