@@ -11,7 +11,10 @@ from serve.ui.client import Api, ApiError, ChatStream
 from serve.ui.conversation import Turn, messages
 
 REDRAW_SECONDS = 0.08
-"""The whole conversation is handed to the chatbot for each redraw, so not for each token."""
+"""The browser renders the whole answer at each redraw, so not for each token, and for long answers less often."""
+
+REDRAW_CHARACTERS = 1000
+"""Length of an answer for which the time between redraws has doubled."""
 
 
 @dataclass
@@ -73,7 +76,8 @@ async def answer(
             async with aclosing(aiter(stream)) as pieces:
                 async for piece in pieces:
                     turn["answer"] += piece
-                    if time.monotonic() - drawn >= REDRAW_SECONDS:
+                    pause = REDRAW_SECONDS * (1 + len(turn["answer"]) / REDRAW_CHARACTERS)
+                    if time.monotonic() - drawn >= pause:
                         drawn = time.monotonic()
                         yield [*turns[:-1], turn]
             turn["finish"] = stream.finish_reason

@@ -45,7 +45,8 @@
   // ---- markers: marker and text are compared as bruno_ray.scoring.markers.normalise leaves them
   let markers = [];
   const plain = (character) =>
-    /[\u2018\u2019\u201a\u201b\u02bc\u00b4`]/.test(character) ? "'"
+    /[a-z0-9]/.test(character) ? character
+      : /[\u2018\u2019\u201a\u201b\u02bc\u00b4`]/.test(character) ? "'"
       : /[\u201c\u201d\u201e\u201f\u00ab\u00bb]/.test(character) ? '"'
       : character === "*" ? ""
       : /\s/.test(character) ? " "
@@ -89,16 +90,17 @@
   };
 
   const highlight = () => {
-    if (!window.Highlight) return;
+    if (!window.Highlight || !markers.length) return;
     const answers = [...document.querySelectorAll(".answers .bot .prose, .answers .bot .md")];
     CSS.highlights.set("behaviour-marker", new Highlight(...answers.flatMap(rangesIn)));
   };
 
+  // Every answer is read anew, so not for every piece that comes.
   let pending = false;
   const redraw = () => {
     if (pending) return;
     pending = true;
-    requestAnimationFrame(() => { pending = false; highlight(); });
+    setTimeout(() => { pending = false; highlight(); }, 300);
   };
 
   const mark = (wanted) => {

@@ -109,7 +109,9 @@ class Page:
                 self.export = gr.Button("Export", size="sm", min_width=90, elem_id="export")
                 self.clear = gr.Button("Clear", size="sm", min_width=90, elem_id="clear")
             with gr.Accordion("System prompt and sampling", open=False):
-                self.system = gr.Textbox(label="System prompt", lines=2, max_lines=8, elem_id="system")
+                self.system = gr.Textbox(
+                    label="System prompt", info="Empty: that of the run", lines=2, max_lines=8, elem_id="system"
+                )
                 with gr.Row():
                     self.temperature = gr.Slider(
                         0, 2, 0.7, step=0.05, label="Temperature", info="0 is greedy", elem_id="temperature"
@@ -123,14 +125,9 @@ class Page:
                 with gr.Row():
                     self.run = gr.Dropdown([], label="Run", elem_id="run", scale=3, interactive=True)
                     self.study = gr.HTML(elem_id="study-link", min_width=200)
+                    self.refresh = gr.Button("Refresh", size="sm", min_width=90, elem_id="refresh")
                 self.front = gr.Dataframe(
-                    type="array",
-                    interactive=False,
-                    show_label=False,
-                    wrap=True,
-                    elem_id="front",
-                    max_height=360,
-                    buttons=[],
+                    type="array", interactive=False, show_label=False, wrap=True, elem_id="front", buttons=[]
                 )
                 gr.HTML("A click on a row loads that trial on the right.", elem_classes="caption", padding=False)
             self.markers = gr.JSON(visible="hidden", elem_id="markers")
@@ -148,8 +145,11 @@ class Page:
         return [self.left.picker, self.right.picker, *self._sampling]
 
     def _wire(self, blocks: gr.Blocks) -> None:
-        everything = [*self._chosen, self.run, self.study, self.markers, self.problem]
-        known = {"inputs": [self.key, self.choices, self.left.picker, self.right.picker], "outputs": everything}
+        known = {
+            "inputs": [self.key, self.choices, self.left.picker, self.right.picker, self.run],
+            "outputs": [*self._chosen, self.run, self.markers, self.problem],
+        }
+        front = {"inputs": [self.key, self.run], "outputs": [self.front, self.study]}
         # The key is read from, and kept in, the tab's session storage: it is never part of what the server stores.
         loaded = (
             blocks.load(None, self.key, self.key, js="bruno.key", **QUIET)
@@ -160,7 +160,8 @@ class Page:
         connected = entered.then(self._connect, **known, **QUIET)
         for step in (loaded, connected):
             step.then(None, self.markers, js="bruno.mark", **QUIET)
-        self.run.change(self._show_front, [self.key, self.run], [self.front, self.study], **QUIET)
+        self.run.change(self._show_front, **front, **QUIET)
+        self.refresh.click(self._connect, **known, **QUIET).then(self._show_front, **front, **QUIET)
         self.front.select(self._load_trial, self.front, self.right.picker, **QUIET).then(
             None, self._chosen, self.choices, js="bruno.choices", **QUIET
         )
@@ -185,12 +186,7 @@ class Page:
         asked_again = self.again.click(self._ask_again, models_and_turns, [self.prompt, *asking], **QUIET)
         for started in (asked, asked_again):
             for side in (self.left, self.right):
-                started.success(
-                    self._answer,
-                    [self.key, side.turns, *self._sampling],
-                    side.shown,
-                    **QUIET,
-                )
+                started.success(self._answer, [self.key, side.turns, *self._sampling], side.shown, **QUIET)
         self.stop.click(self._stop, None, None, **QUIET)
         blocks.unload(self._stop)
         self.clear.click(self._clear, None, asking, **QUIET)
@@ -210,12 +206,17 @@ class Page:
         return sides
 
     async def _connect(
-        self, key: str, choices: dict[str, Any], left_model: str | None, right_model: str | None
+        self,
+        key: str,
+        choices: dict[str, Any],
+        left_model: str | None,
+        right_model: str | None,
+        run: str | None,
     ) -> list[Any]:
         try:
             models = await Models.fetch(self.api, key)
         except ApiError as error:
-            unchanged = [gr.skip() for _ in range(len(self._chosen) + 3)]
+            unchanged = [gr.skip() for _ in range(len(self._chosen) + 2)]
             asking_for_it = self.auth_required and not key
             return [*unchanged, "Enter the server's key to begin." if asking_for_it else _escaped(str(error))]
         left = models.default(left_model or choices.get("left"), "base", "saved")
@@ -225,8 +226,7 @@ class Page:
             gr.update(choices=models.choices, value=left),
             gr.update(choices=models.choices, value=right),
             *sampling,
-            gr.update(choices=models.runs, value=next(iter(models.runs), None)),
-            "",
+            gr.update(choices=models.runs, value=run if run in models.runs else next(iter(models.runs), None)),
             models.markers,
             _escaped("\n".join(f"Not served: {problem}" for problem in models.problems)),
         ]

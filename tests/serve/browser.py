@@ -17,7 +17,7 @@ RECORD = """() => {
   window.lengths = [];
   const last = (side) => {
     const answers = document.querySelectorAll(`#chat-${side} .bot .prose`);
-    return answers.length ? answers[answers.length - 1].innerText.length : 0;
+    return answers.length ? answers[answers.length - 1].textContent.length : 0;
   };
   const note = () => {
     const now = [last("left"), last("right")];
