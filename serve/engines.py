@@ -8,6 +8,7 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import aclosing
 from typing import Any
 
 import ray
@@ -71,19 +72,21 @@ class Engines:
         started = time.monotonic()
         last = None
         n_sent = 0
-        async for event in self._with_resends(model, request, source, whole, started + self._timeout):
-            now = time.monotonic()
-            if event.finish_reason == "error":
-                raise RequestError(503, f"The answer could not be finished: {event.error}", retry_after=1)
-            if not whole and event.n_completion > n_sent:
-                if last is None:
-                    self._metrics.first_token(model.id, now - started)
-                else:
-                    self._metrics.next_tokens(model.id, now - last, event.n_completion - n_sent)
-                last, n_sent = now, event.n_completion
-            if event.finish_reason is not None:
-                self._metrics.answer(model.id, event.n_prompt, event.n_completion, now - started)
-            yield event
+        sent = self._with_resends(model, request, source, whole, started + self._timeout)
+        async with aclosing(sent) as events:
+            async for event in events:
+                now = time.monotonic()
+                if event.finish_reason == "error":
+                    raise RequestError(503, f"The answer could not be finished: {event.error}", retry_after=1)
+                if not whole and event.n_completion > n_sent:
+                    if last is None:
+                        self._metrics.first_token(model.id, now - started)
+                    else:
+                        self._metrics.next_tokens(model.id, now - last, event.n_completion - n_sent)
+                    last, n_sent = now, event.n_completion
+                if event.finish_reason is not None:
+                    self._metrics.answer(model.id, event.n_prompt, event.n_completion, now - started)
+                yield event
 
     async def _with_resends(
         self, model: ServedModel, request: GenerationRequest, source: EditSource | None, whole: bool, deadline: float
@@ -95,9 +98,10 @@ class Engines:
                 with self._inbox.ticket(None if whole else model.base) as (ticket, queue):
                     stream = self._streams[model.base].remote(request, source, ticket)
                     with pumped(stream, queue):
-                        async for event in _from(queue, deadline):
-                            passed_on, finished = True, event.finish_reason is not None
-                            yield event
+                        async with aclosing(_from(queue, deadline)) as events:
+                            async for event in events:
+                                passed_on, finished = True, event.finish_reason is not None
+                                yield event
                 if finished:
                     return
                 raise RequestError(503, "The answer ended half-way. Send the request again.", retry_after=1)
@@ -138,12 +142,14 @@ class Engines:
         raise AssertionError  # the last round returns or raises
 
     async def problem(self, engine: str, timeout: float | None) -> str | None:
-        """Why the model cannot be served; waits until a replica is up. Raises TimeoutError."""
+        """Why the model cannot be served; waits until a replica is up. Raises TimeoutError, or RequestError (503)."""
         response = self._handles[engine].problem.remote()
         try:
             return await asyncio.wait_for(_answer(response), timeout)
         except asyncio.TimeoutError:
             raise TimeoutError from None
+        except (RayError, RayServeException):
+            raise RequestError(503, "The model's process ended and is being replaced.", retry_after=5) from None
 
     async def stats(self) -> dict[str, dict[str, Any]]:
         """Per engine: sums over its replicas, the largest context, and the number of replicas heard of."""

@@ -30,9 +30,6 @@ class Service:
     broken: dict[str, str] = field(default_factory=dict)
     """Engine -> why it cannot serve."""
 
-    ready: set[str] = field(default_factory=set)
-    """Engines that have answered."""
-
     n_requests: int = 0
 
     def load_tokenizers(self) -> None:
@@ -48,13 +45,17 @@ class Service:
         """Find out which models can be loaded, as soon as each engine answers."""
 
         async def watch(key: str) -> None:
-            problem = await self.engines.problem(key, None)
-            if problem:
-                self.broken[key] = problem
-            else:
-                self.ready.add(key)
+            while True:
+                try:
+                    problem = await self.engines.problem(key, None)
+                except RequestError:  # it died while it was being loaded, and is loaded again
+                    await asyncio.sleep(1)
+                    continue
+                if problem:
+                    self.broken[key] = problem
+                return
 
-        await asyncio.gather(*(watch(key) for key in self.catalog.engines), return_exceptions=True)
+        await asyncio.gather(*(watch(key) for key in self.catalog.engines))
 
     async def models(self) -> list[ServedModel | Problem]:
         """Everything that is listed, what is broken included."""
