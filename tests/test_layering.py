@@ -11,6 +11,7 @@ import pytest
     [
         ("bruno_ray.settings", {"torch", "ray", "transformers", "optuna", "datasets"}),
         ("bruno_ray.cli", {"torch", "ray", "transformers", "optuna", "datasets"}),
+        ("serve.command", {"torch", "ray", "transformers", "optuna", "fastapi"}),
         ("bruno_ray.prompts", {"torch", "ray", "transformers", "datasets"}),
         ("bruno_ray.organism", {"torch", "ray", "transformers"}),
         ("bruno_ray.artifacts", {"torch", "ray", "transformers"}),
