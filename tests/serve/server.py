@@ -1,6 +1,7 @@
 """A served organism for tests: a small finished run, and `bruno-ray serve` on it as a process of its own."""
 
 import os
+import random
 import re
 import shutil
 import signal
@@ -54,9 +55,15 @@ def ray_folder() -> Iterator[str]:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """Below the ports that the system hands out: gRPC shares a port with whoever else has it, without an error."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("0.0.0.0", port))
+            except OSError:
+                continue
+        return port
 
 
 @dataclass

@@ -1,0 +1,112 @@
+"""Events of many answers in one message: each reaches the one it is for, in order, whatever ends first."""
+
+import asyncio
+import time
+
+import pytest
+
+from serve import engines
+from serve.carrier import Carrier, Ended, Ticket, pumped
+from serve.engine_types import Event
+from serve.errors import RequestError
+from serve.replica import Refusal
+
+SOON = 5.0
+
+
+def events_from(*items, later=()) -> list[Event]:
+    """What a reader gets of a queue that holds ``items``, and soon afterwards ``later``."""
+
+    async def read() -> list[Event]:
+        queue: asyncio.Queue = asyncio.Queue()
+        for item in items:
+            queue.put_nowait(item)
+
+        async def more() -> None:
+            await asyncio.sleep(0.05)
+            for item in later:
+                queue.put_nowait(item)
+
+        task = asyncio.create_task(more())
+        try:
+            return [event async for event in engines._from(queue, time.monotonic() + SOON)]
+        finally:
+            await task
+
+    return asyncio.run(read())
+
+
+def test_what_has_come_meanwhile_is_one_event():
+    found = events_from(
+        Event("a", n_completion=1), Event("b", n_completion=2), later=[Event("c", finish_reason="stop")]
+    )
+    assert [(event.text, event.finish_reason) for event in found] == [("ab", None), ("c", "stop")]
+
+
+def test_an_answer_whose_own_call_ends_first_is_still_read_to_its_end():
+    found = events_from(Event("a"), Ended(), later=[Event("b"), Event("c", finish_reason="length")])
+    assert "".join(event.text for event in found) == "abc"
+    assert found[-1].finish_reason == "length"
+
+
+def test_an_answer_that_never_ends_is_given_up(monkeypatch):
+    monkeypatch.setattr(engines, "STRAGGLERS_SECONDS", 0.05)
+    found = events_from(Event("a"), Ended())
+    assert [event.text for event in found] == ["a"]
+    assert found[-1].finish_reason is None
+
+
+@pytest.mark.parametrize("problem, kind", [(Refusal(400, "no"), RequestError), (RuntimeError("died"), RuntimeError)])
+def test_what_goes_wrong_is_raised_after_what_came_before(problem, kind):
+    async def read() -> list[str]:
+        queue: asyncio.Queue = asyncio.Queue()
+        texts = []
+        for item in (Event("a"), problem):
+            queue.put_nowait(item)
+        with pytest.raises(kind):
+            async for event in engines._from(queue, time.monotonic() + SOON):
+                texts.append(event.text)
+        return texts
+
+    assert asyncio.run(read()) == ["a"]
+
+
+def test_a_request_that_takes_too_long_is_given_up():
+    async def read() -> None:
+        async for _ in engines._from(asyncio.Queue(), time.monotonic() + 0.05):
+            pass
+
+    with pytest.raises((asyncio.TimeoutError, TimeoutError)):
+        asyncio.run(read())
+
+
+def test_a_carrier_takes_all_that_waits_at_once():
+    async def carry() -> tuple[list, list]:
+        carrier = Carrier()
+        for i in range(3):
+            carrier.put(Ticket("api", i), Event(str(i)))
+        first = await carrier.batch()
+        waiting = asyncio.create_task(carrier.batch())
+        await asyncio.sleep(0.01)
+        assert not waiting.done()
+        carrier.put(Ticket("api", 7), Event("x"))
+        return first, await waiting
+
+    first, second = asyncio.run(carry())
+    assert [(number, event.text) for number, event in first] == [(0, "0"), (1, "1"), (2, "2")]
+    assert [number for number, _ in second] == [7]
+
+
+def test_the_end_of_an_answers_own_call_is_passed_on_as_it_was():
+    async def ends(error: Exception | None) -> list:
+        async def stream():
+            yield Event("a")
+            if error is not None:
+                raise error
+
+        queue: asyncio.Queue = asyncio.Queue()
+        with pumped(stream(), queue):
+            return [await queue.get(), await queue.get()]
+
+    assert isinstance(asyncio.run(ends(None))[1], Ended)
+    assert isinstance(asyncio.run(ends(ValueError("x")))[1], ValueError)
