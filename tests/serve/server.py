@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
+import psutil
 
 ROOT = Path(__file__).parents[2]
 KEY = "a-key-for-the-tests-0123456789abcdef"
@@ -112,6 +113,19 @@ class Server:
         """Rows in all engines."""
         engines = self.get("/api/stats").json()["engines"]
         return sum(engine["running"] + engine["waiting"] for engine in engines.values())
+
+    def processes(self, name: str = "") -> list[psutil.Process]:
+        """Of this server's Ray, those whose command line has ``name``."""
+        found = []
+        for process in psutil.process_iter(["cmdline", "environ"]):
+            mine = (process.info["environ"] or {}).get("RAY_TMPDIR") == str(self.ray)
+            if mine and name in " ".join(process.info["cmdline"] or []):
+                found.append(process)
+        return found
+
+    def engines(self) -> list[psutil.Process]:
+        """Copies of the first model."""
+        return self.processes("Engine-0")
 
     def logs(self) -> str:
         """Everything that was printed or logged by any process."""

@@ -6,7 +6,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
-import psutil
 import pytest
 
 from tests.serve.server import Server, serving
@@ -14,17 +13,6 @@ from tests.serve.server import Server, serving
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 LONG = {"prompt": "tell me", "max_tokens": 240, "ignore_eos": True, "temperature": 0}
-
-
-def engines(server: Server) -> list[psutil.Process]:
-    """Processes of the server's engines."""
-    found = []
-    for process in psutil.process_iter(["cmdline", "environ"]):
-        command = " ".join(process.info["cmdline"] or [])
-        mine = (process.info["environ"] or {}).get("RAY_TMPDIR") == str(server.ray)
-        if mine and "ServeReplica" in command and "Engine-0" in command:
-            found.append(process)
-    return found
 
 
 def wait_until_ready(server: Server) -> None:
@@ -36,7 +24,7 @@ def wait_until_ready(server: Server) -> None:
 
 def test_a_replica_that_dies_is_replaced_and_nothing_that_was_not_begun_is_lost(server):
     expected = server.post("/v1/completions", model=server.base, **LONG).json()["choices"][0]["text"]
-    (engine,) = engines(server)
+    (engine,) = server.engines()
     streamed: list[str] = []
     begun = threading.Event()
 
@@ -67,7 +55,7 @@ def test_a_replica_that_dies_is_replaced_and_nothing_that_was_not_begun_is_lost(
     assert events[-1] == "[DONE]"
     assert json.loads(events[-2])["error"]["type"] == "server_error"
     wait_until_ready(server)
-    (new,) = engines(server)
+    (new,) = server.engines()
     assert new.pid != engine.pid
     assert server.running() == 0
 

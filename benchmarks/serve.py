@@ -1,0 +1,176 @@
+"""`bruno-ray serve` against `transformers serve` with its continuous batching: same model, machine, client, one run.
+
+    python -m benchmarks.serve [--layers 8] [--width 256] [--tokens 64] [--rounds 3]
+
+Both servers are up all the time and are measured in turns; both have one torch thread. Each of 1, 8 and 32 readers
+streams one chat answer after another, all of the same number of tokens, greedy, to prompts of 8 to 96 words. Medians
+over the rounds of the tokens per second, and percentiles over all answers of all rounds:
+
+* TTFT: from sending the request to the first text;
+* gap: between two arrivals of text, so a message with several tokens counts as one long wait and not as several
+  short ones;
+* per token: from an answer's first text to its last, over its tokens.
+
+CPU seconds are those of all processes of a server: what other programs on the machine do does not change them.
+The second table is by ``serve_copies``. Both go to ``RESULTS.md``.
+"""
+
+import argparse
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from benchmarks.results import write_section
+from benchmarks.serve_parts import Measured, make_model, make_prompts, measure, percentiles, tree
+from tests.serve.server import environment, free_port, serving
+
+PATH = "/v1/chat/completions"
+STREAMS = (1, 8, 32)
+REQUESTS = {1: 4, 8: 24, 32: 64}
+"""Per round, by the number of streams."""
+
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+BLOCKS = 128
+"""Of 256 tokens each, for transformers: one request takes one. By default it takes most of the memory."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    name: str
+    port: int
+    pid: int
+    fields: dict
+    """Of every request."""
+
+
+@contextmanager
+def transformers_server(model: Path, folder: Path) -> Iterator[Contender]:
+    port = free_port()
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", str(model), "--continuous-batching"]
+    options = ["--cb-num-blocks", str(BLOCKS), "--device", "cpu", "--port", str(port)]
+    with (folder / "transformers.log").open("wb") as log:
+        process = subprocess.Popen([*command, *options], env=environment(**ONE_THREAD), stdout=log, stderr=log)
+        try:
+            wait_for(f"http://127.0.0.1:{port}/health", process)
+            yield Contender("transformers serve", port, process.pid, {"model": str(model)})
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@contextmanager
+def our_server(model: Path, folder: Path) -> Iterator[Contender]:
+    with serving(folder, "--model", str(model), key="", **ONE_THREAD) as server:
+        port = httpx.URL(server.url).port
+        yield Contender("bruno-ray serve", port, server.process.pid, {"model": server.saved, "ignore_eos": True})
+
+
+def wait_for(url: str, process: subprocess.Popen, seconds: float = 300) -> None:
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            if httpx.get(url, timeout=5).status_code == 200:
+                return
+        except httpx.TransportError:
+            pass  # not up yet
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise RuntimeError(f"{url} does not answer")
+        time.sleep(0.3)
+
+
+def bodies(contender: Contender, n: int, tokens: int, seed: int) -> list[dict]:
+    common = {"max_tokens": tokens, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
+    prompts = make_prompts(n, seed)
+    return [{**common, **contender.fields, "messages": [{"role": "user", "content": prompt}]} for prompt in prompts]
+
+
+def compare(contenders: list[Contender], tokens: int, rounds: int, say: Callable[[str], None]) -> dict:
+    """(name, streams) -> what was measured in each round."""
+    found: dict[tuple[str, int], list[Measured]] = {}
+    for number in range(-1, rounds):  # the first one warms up
+        for n in STREAMS:
+            for contender in contenders if number % 2 else contenders[::-1]:
+                asked = bodies(contender, REQUESTS[n], tokens, seed=1000 * number + n)
+                got = measure(contender.port, PATH, asked, n, tokens, lambda pid=contender.pid: tree(pid))
+                say(f"round {number}, {n} streams, {contender.name}: {got.tokens_per_second:.0f} tokens/s,"
+                    f" CPU {got.cpu_per_1000:.2f} s per 1,000, client {got.client_share:.0%},"
+                    f" TTFT {percentiles(got.first)}, gap {percentiles(got.gaps)}")  # fmt: skip
+                if number >= 0:
+                    found.setdefault((contender.name, n), []).append(got)
+    return found
+
+
+def median(rounds: list[Measured], name: str) -> float:
+    return statistics.median(getattr(measured, name) for measured in rounds)
+
+
+def table(found: dict, names: list[str], head: str) -> str:
+    ours, theirs = names
+    lines = [
+        "## Serving (`python -m benchmarks.serve`)",
+        "",
+        head,
+        "",
+        "| streams | server | tokens/s | CPU s per 1,000 tokens | TTFT p50 / p95 / p99, ms | gap p50 / p95 / p99, ms"
+        " | per token p50 / p95 / p99, ms | client's CPU |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    ratios = []
+    for n in STREAMS:
+        for name in (theirs, ours):
+            rounds = found[name, n]
+            first, gaps, pace = (
+                percentiles([value for measured in rounds for value in getattr(measured, kind)])
+                for kind in ("first", "gaps", "pace")
+            )
+            lines.append(
+                f"| {n} | {name} | {median(rounds, 'tokens_per_second'):.0f} | {median(rounds, 'cpu_per_1000'):.2f}"
+                f" | {first} | {gaps} | {pace} | {median(rounds, 'client_share'):.0%} |"
+            )
+        pairs = list(zip(found[ours, n], found[theirs, n]))
+        speed = statistics.median(a.tokens_per_second / b.tokens_per_second for a, b in pairs)
+        wait = statistics.median(statistics.median(a.first) / statistics.median(b.first) for a, b in pairs)
+        ratios.append(f"{n} streams: {speed:.2f}x the throughput, {wait:.2f}x the TTFT")
+    return "\n".join([*lines, "", f"Median over the rounds of ours over theirs: {'; '.join(ratios)}."])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--no-table", action="store_true", help="leave RESULTS.md as it is")
+    settings = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="bench-serve-") as name:
+        folder = Path(name)
+        n_parameters = make_model(folder / "model", settings.layers, settings.width)
+        with our_server(folder / "model", folder) as ours, transformers_server(folder / "model", folder) as theirs:
+            found = compare([ours, theirs], settings.tokens, settings.rounds, lambda line: print(line, flush=True))
+        head = (
+            f"Random llama, {settings.layers} layers of width {settings.width} ({n_parameters / 1e6:.1f} M parameters),"
+            f" float32, one torch thread each; answers of {settings.tokens} tokens, {settings.rounds} rounds in turns;"
+            f" load of the machine meanwhile {os.getloadavg()[1]:.0f} on {os.cpu_count()} cores."
+        )
+        result = table(found, [ours.name, theirs.name], head)
+    print(result)
+    if not settings.no_table:
+        write_section("serve", result)
+
+
+if __name__ == "__main__":
+    main()
