@@ -147,13 +147,17 @@ class Page:
     def _wire(self, blocks: gr.Blocks) -> None:
         known = {
             "inputs": [self.key, self.choices, self.left.picker, self.right.picker, self.run],
-            "outputs": [*self._chosen, self.run, self.markers, self.problem],
+            "outputs": [self.left.picker, self.right.picker, self.run, self.markers, self.problem],
         }
         front = {"inputs": [self.key, self.run], "outputs": [self.front, self.study]}
+        remembered = (
+            [self.left.turns, self.right.turns, self.choices],
+            [*self.left.shown, *self.right.shown, *self._sampling],
+        )
         # The key is read from, and kept in, the tab's session storage: it is never part of what the server stores.
         loaded = (
             blocks.load(None, self.key, self.key, js="bruno.key", **QUIET)
-            .then(self._restore, [self.left.turns, self.right.turns], [*self.left.shown, *self.right.shown], **QUIET)
+            .then(self._restore, *remembered, **QUIET)
             .then(self._connect, **known, **QUIET)
         )
         entered = self.key.submit(None, self.key, js="bruno.keepKey", **QUIET)
@@ -199,11 +203,12 @@ class Page:
 
     # ---------------------------------------------------------------------------------------------- callbacks
 
-    async def _restore(self, left: list[Turn], right: list[Turn]) -> list[Any]:
+    async def _restore(self, left: list[Turn], right: list[Turn], choices: dict[str, Any]) -> list[Any]:
         sides = []
         for turns in map(finished, (left, right)):
             sides += [*draw(turns), turns]
-        return sides
+        names = ("system", "temperature", "top_p", "max_tokens", "seed")
+        return [*sides, *(choices.get(name, gr.skip()) for name in names)]
 
     async def _connect(
         self,
@@ -216,16 +221,14 @@ class Page:
         try:
             models = await Models.fetch(self.api, key)
         except ApiError as error:
-            unchanged = [gr.skip() for _ in range(len(self._chosen) + 2)]
+            unchanged = [gr.skip() for _ in range(4)]
             asking_for_it = self.auth_required and not key
             return [*unchanged, "Enter the server's key to begin." if asking_for_it else _escaped(str(error))]
         left = models.default(left_model or choices.get("left"), "base", "saved")
         right = models.default(right_model or choices.get("right"), "run", "trial", "saved")
-        sampling = [choices.get(name, gr.skip()) for name in ("system", "temperature", "top_p", "max_tokens", "seed")]
         return [
             gr.update(choices=models.choices, value=left),
             gr.update(choices=models.choices, value=right),
-            *sampling,
             gr.update(choices=models.runs, value=run if run in models.runs else next(iter(models.runs), None)),
             models.markers,
             _escaped("\n".join(f"Not served: {problem}" for problem in models.problems)),
