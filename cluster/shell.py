@@ -58,9 +58,9 @@ class Shell:
         return done.stdout
 
     def rsync(self, folder: str, names: Sequence[str], to: Path) -> None:
-        """Copy files below ``folder`` to below ``to``; goes on where an interrupted copy stopped."""
+        """Copy files below ``folder`` to below ``to``; of what lies there already only the differences are sent."""
         remote = f"{self.target}:{shlex.quote(folder)}/"
-        command = ["rsync", "-rtR", "--partial", "--inplace", "--no-links", "--from0", "--files-from=-"]
+        command = ["rsync", "-rtRI", "--partial", "--inplace", "--no-links", "--from0", "--files-from=-"]
         command += ["--timeout=60", "-e", shlex.join(self.ssh()), remote, f"{to}/"]
         done = subprocess.run(command, input="\0".join(names), capture_output=True, text=True)
         if done.returncode not in (0, 23, 24):  # 23 and 24: files vanished or changed; the checksums tell

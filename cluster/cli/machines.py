@@ -86,19 +86,30 @@ def _node_types(session: Session, chosen: str | None) -> dict[str, Any]:
 def up(arguments: argparse.Namespace) -> int:
     """Start the cluster, or bring its head up to date, with Ray's own `ray up`."""
     session = Session.open(arguments.cluster_config)
+    check_mounts(session)
     heads = [node for node in session.nodes() if node.is_head]
     out = Console()
     for line in plan(session, heads):
         out.print(line, highlight=False)
     restart = [] if arguments.restart or not heads else ["--no-restart"]
     agree("Go on?", arguments.yes)
-    code = ray_command("up", "-y", "--no-config-cache", *restart, str(session.config_file))
+    code = ray_command(session, "up", "-y", "--no-config-cache", *restart)
     if code:
         out.print(f"ray up ended with {code}", style="red")
         show_billed(Session.open(arguments.cluster_config).nodes(), out)
         return code
     out.print(f"cluster {session.name} is up; `bruno-ray cluster submit -- bruno-ray run MODEL` starts a job")
     return 0
+
+
+def check_mounts(session: Session) -> None:
+    """Ray notices only after it has rented the head. Raises `ClusterSettingsError`."""
+    for remote, local in session.config.get("file_mounts", {}).items():
+        if not (session.config_file.parent / Path(local).expanduser()).exists():
+            raise ClusterSettingsError(
+                f"file_mounts: {local} (for {remote}) is not in {session.config_file.resolve().parent}: keep"
+                " cluster.yaml in the checkout, or write full paths"
+            )
 
 
 def plan(session: Session, heads: Sequence[ClusterNode]) -> list[str]:
@@ -135,11 +146,13 @@ def describe(ranked: RankedOffer) -> str:
     )
 
 
-def ray_command(*words: str) -> int:
-    """Ray's own command line in a process of its own; its output is the user's."""
+def ray_command(session: Session, *words: str) -> int:
+    """Ray's own command line in a process of its own; its output is the user's. Paths in cluster.yaml are relative to
+    it, as Ray takes them relative to where it runs."""
     sys.stdout.flush()
     environment = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
-    return subprocess.run([sys.executable, "-m", "ray.scripts.scripts", *words], env=environment).returncode
+    command = [sys.executable, "-m", "ray.scripts.scripts", *words, str(session.config_file.resolve())]
+    return subprocess.run(command, env=environment, cwd=session.config_file.resolve().parent).returncode
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -252,7 +265,7 @@ def _take_down(arguments: argparse.Namespace, stop_jobs: bool) -> int:
     keep_what_is_worth_it(session, arguments, stop_jobs, out)
     per_hour = sum(node.instance.dph_total for node in nodes)
     agree(f"Destroy these {len(nodes)} machines ({per_hour:.3f} $/h) with all that is on them?", arguments.yes)
-    code = ray_command("down", "-y", str(session.config_file))
+    code = ray_command(session, "down", "-y")
     left = still_billed(arguments.cluster_config)
     if left:
         out.print("STILL BILLED:", style="bold red")

@@ -70,6 +70,14 @@ def test_up_says_what_it_would_rent_and_refuses_without_a_yes(laptop: Laptop) ->
     assert laptop.created() == [] and laptop.vast.billed() == []
 
 
+def test_up_rents_nothing_when_a_mount_is_missing(laptop: Laptop, tmp_path: Path) -> None:
+    away = tmp_path / "cluster.yaml"
+    away.write_text((CHECKOUT / "cluster.yaml").read_text())
+    done = laptop.run("up", "--yes", config=away)
+    assert done.returncode == 2 and "file_mounts: bruno_ray" in done.stderr
+    assert laptop.created() == []
+
+
 def test_commands_say_that_there_is_no_cluster(laptop: Laptop) -> None:
     laptop.vast.rent(
         laptop.vast.free_offers()[0].id, {"image": "x", "disk": 10, "label": "bruno-ray:other:h0", "env": {}}
