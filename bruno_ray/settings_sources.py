@@ -43,7 +43,7 @@ else:
     import tomli as tomllib
 
 ENV_PREFIX = "BRUNO_"
-RESERVED_ENV = frozenset({"BRUNO_CACHE"})
+RESERVED_ENV = frozenset({"BRUNO_CACHE", "BRUNO_API_KEY", "BRUNO_RAY_START_OPTIONS"})
 """Read elsewhere (cache folder), so not settings."""
 
 PRESETS = Path(__file__).parent / "presets"
