@@ -140,7 +140,8 @@ class TestIsolation:
             'timeout 60 python -c \'import ray; ray.init(address="auto"); print("nodes", len(ray.nodes()))\' 2>&1; true'
         )
         assert "nodes 3" in cluster.shell(cluster.head(), connect)
-        assert "nodes" not in cluster.shell(cluster.head(), f"export RAY_AUTH_TOKEN=0000; {connect}")
+        refused = cluster.shell(cluster.head(), f"export RAY_AUTH_TOKEN=0000; {connect}")
+        assert "InvalidAuthToken" in refused and "nodes 3" not in refused
 
     def test_api_key_and_private_key_are_on_the_head_alone_and_only_in_their_files(
         self, cluster: RayCluster, watch: Watch
