@@ -4,6 +4,7 @@ import asyncio
 import json
 from types import SimpleNamespace
 
+import gradio as gr
 import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
@@ -11,6 +12,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from serve.ui.answers import RunningStreams, Sampling, answer
 from serve.ui.client import Api, ApiError
 from serve.ui.conversation import bubbles, caption, finished, messages, new_turn
+from serve.ui.page import Page
 
 
 def event(**data) -> str:
@@ -153,6 +155,21 @@ def test_stop_ends_the_answers_of_one_session_only(served):
         await tasks[2]
 
     asyncio.run(run())
+
+
+def test_a_prompt_is_turned_away_while_answers_are_written(served):
+    page, request_of_tab = Page(served.api, auth_required=False), SimpleNamespace(session_hash="a")
+
+    def ask(prompt: str) -> list:
+        return asyncio.run(page._ask(prompt, "m", "n", [], [], request_of_tab))
+
+    with page.streams.holding("a", served.api.chat(request("endless"), "")):
+        with pytest.raises(gr.Error, match="still being written"):
+            ask("and more")
+    with pytest.raises(gr.Error, match="Write a prompt"):
+        ask(" ")
+    box, _, _, left, _, _, right = ask("and more")
+    assert box == "" and [turns[0]["model"] for turns in (left, right)] == ["m", "n"]
 
 
 def test_turns_that_failed_are_shown_but_not_sent():
