@@ -147,7 +147,10 @@ def test_wrong_values_name_their_source(empty_directory: Path) -> None:
 
 
 def test_reserved_variables_are_no_settings() -> None:
-    assert load(environ={"BRUNO_CACHE": "/somewhere", "BRUNO_API_KEY": "k", "OTHER_BRUNO": "1"}).settings == load(environ={}).settings
+    assert (
+        load(environ={"BRUNO_CACHE": "/somewhere", "BRUNO_API_KEY": "k", "OTHER_BRUNO": "1"}).settings
+        == load(environ={}).settings
+    )
 
 
 def test_own_prompts_replace_those_of_the_preset(empty_directory: Path) -> None:

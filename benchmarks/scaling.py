@@ -1,0 +1,87 @@
+"""How the study scales with workers: simulated evaluations of a fixed time, so that only orchestration is measured.
+
+    python -m benchmarks.scaling [--workers 1 3 64] [--seconds 10] [--batches 5]
+
+Everything but the evaluation is the product's own: broker, actors, lanes, Tune, searcher and journal, on one machine.
+Efficiency is the time that the evaluations alone would take, divided by the time from the start of the first batch to
+the end of the last one; the rest is workers that wait. The sampler is in its random phase.
+"""
+
+import argparse
+import logging
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import optuna
+
+from benchmarks.results import write_section
+from benchmarks.tune_overhead import OBJECTIVES, SleepingWorker
+from bruno_ray import search_space
+from bruno_ray.pool import WorkerPool, ray_session
+from bruno_ray.sampler import NumberedTPESampler
+from bruno_ray.search import BatchOptunaSearch
+from bruno_ray.settings import RaySettings, SearchSettings
+from bruno_ray.storage import open_study
+from bruno_ray.study import lanes_for, schedule
+
+TRIALS_PER_BATCH = 8
+
+
+def measure(workers: int, seconds: float, batches: int) -> tuple[float, float]:
+    """(seconds until all workers are there, seconds from the start of the first batch to the end of the last)."""
+    settings = RaySettings(workers=workers, cpus_per_worker=0.02, gpus_per_worker=0, object_store_memory=100 * 1024**2)
+    told: list[float] = []
+    with ray_session(settings), WorkerPool(SleepingWorker, (seconds,), settings) as pool:
+        start = time.perf_counter()
+        pool.wait_ready()
+        while pool.alive() < workers:
+            time.sleep(0.2)
+        ready = time.perf_counter() - start
+        pool.set_context(SimpleNamespace(bank={}))
+        with tempfile.TemporaryDirectory() as folder, open_study("s", None, Path(folder), OBJECTIVES, {}) as study:
+            search = BatchOptunaSearch(
+                study,
+                NumberedTPESampler(n_startup_trials=10**9, seed=0),
+                lambda trial: search_space.suggest(trial, SearchSettings(), ("a", "b"), 32, ("attention", "mlp")),
+                OBJECTIVES,
+                target=TRIALS_PER_BATCH * batches * workers,
+                batch_size=TRIALS_PER_BATCH,
+                lanes=lanes_for(workers),
+                workers=workers,
+                on_batch=lambda batch: told.append(time.perf_counter()),
+            )
+            schedule(search, pool)
+            assert search.complete == search.target
+            numbers = [trial.number for trial in study.get_trials(deepcopy=False)]
+            assert numbers == list(range(search.target)), "every trial once"
+    return ready, told[-1] - told[0] + seconds
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--workers", type=int, nargs="+", default=[1, 3, 64])
+    parser.add_argument("--seconds", type=float, default=10.0)
+    parser.add_argument("--batches", type=int, default=5, help="per worker")
+    arguments = parser.parse_args()
+    logging.getLogger("bruno_ray").setLevel(logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    rows = []
+    for workers in arguments.workers:
+        ready, took = measure(workers, arguments.seconds, arguments.batches)
+        ideal = arguments.seconds * arguments.batches
+        rows.append(f"| {workers} | {workers * arguments.batches} | {ready:.0f} | {took:.1f} | {ideal / took:.0%} |")
+        print(rows[-1], flush=True)
+    write_section(
+        "scaling",
+        "## Scaling with workers (`python -m benchmarks.scaling`)\n\n"
+        f"Simulated evaluations of {arguments.seconds:g} s, {TRIALS_PER_BATCH} trials a batch, {arguments.batches}"
+        " batches per worker; driver, broker, lanes and workers on one machine.\n\n"
+        "| workers | batches | s until all are there | s from first start to last end | efficiency |\n"
+        "|---|---|---|---|---|\n" + "\n".join(rows),
+    )
+
+
+if __name__ == "__main__":
+    main()
