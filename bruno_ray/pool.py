@@ -12,9 +12,11 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 import ray
+import yaml
 from ray import cloudpickle
 from ray._private.ray_logging import stdout_deduplicator
 from ray.exceptions import GetTimeoutError, ObjectLostError, OwnerDiedError, RayActorError, RayError, RayTaskError
@@ -26,6 +28,7 @@ from bruno_ray.settings import RaySettings
 
 logger = logging.getLogger(__name__)
 
+BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml").expanduser()
 SMALLEST_STORE = 80 * 1024**2
 """Bytes; Ray refuses a smaller object store."""
 
@@ -47,8 +50,7 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
     # would do the same, but is read when ray is imported.)
     stdout_deduplicator.skip_re = re.compile("A worker died or was killed|The node with node id")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    address = settings.address or os.environ.get("RAY_ADDRESS")
-    if address and address != "local":
+    if address := cluster_address(settings):
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
@@ -70,12 +72,32 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
         ray.shutdown()
 
 
+def cluster_address(settings: RaySettings) -> str | None:
+    """Of the cluster to join; None for a local one."""
+    address = settings.address or os.environ.get("RAY_ADDRESS")
+    return None if address == "local" else address or None
+
+
 def gpus_per_worker(settings: RaySettings) -> float:
     """The setting, or 1 if the cluster has a GPU or its autoscaler can add one, else 0."""
     if settings.gpus_per_worker is not None:
         return settings.gpus_per_worker
-    later = ray._private.state.state.get_max_resources_from_cluster_config() or {}
-    return 1.0 if ray.cluster_resources().get("GPU", 0) or later.get("GPU", 0) else 0.0
+    if ray.cluster_resources().get("GPU", 0):
+        return 1.0
+    return 1.0 if cluster_address(settings) and autoscaler_has_gpus(BOOTSTRAP_CONFIG) else 0.0
+
+
+def autoscaler_has_gpus(config_file: Path) -> bool:
+    """Whether a node type that may still be rented has GPUs, by the configuration that `ray up` left on the head.
+
+    Ray knows this only from its own cloud service; without it an empty cluster looks like one that has no GPUs.
+    """
+    try:
+        config = yaml.safe_load(config_file.read_text())
+    except OSError:  # not the head of a cluster with an autoscaler
+        return False
+    types = [node for name, node in config["available_node_types"].items() if name != config.get("head_node_type")]
+    return any(node.get("resources", {}).get("GPU", 0) and node.get("max_workers", 1) for node in types)
 
 
 class WorkerPool:

@@ -5,9 +5,10 @@ import time
 import numpy as np
 import pytest
 import ray
+import yaml
 
 from bruno_ray.errors import ModelError, TrialError, WorkerError
-from bruno_ray.pool import WorkerPool, ray_session
+from bruno_ray.pool import WorkerPool, autoscaler_has_gpus, ray_session
 from bruno_ray.settings import RaySettings
 from tests.fakes import BrokenWorker, FakeWorker
 
@@ -112,3 +113,14 @@ def test_no_room_for_a_worker_is_said_after_the_time_limit(session):
     with WorkerPool(FakeWorker, (), settings) as pool:
         with pytest.raises(WorkerError, match=r"no worker started within 1 s .*64 CPU"):
             pool.wait_ready()
+
+
+def test_gpus_that_the_autoscaler_may_add_are_seen_in_its_configuration(tmp_path):
+    config = tmp_path / "ray_bootstrap_config.yaml"
+    assert not autoscaler_has_gpus(config)
+    for gpus, most, expected in ((1, 2, True), (0, 2, False), (1, 0, False)):
+        workers = {"resources": {"CPU": 8, "GPU": gpus}, "max_workers": most}
+        head = {"resources": {"CPU": 4, "GPU": 1}, "max_workers": 0}
+        types = {"head": head, "workers": workers}
+        config.write_text(yaml.safe_dump({"head_node_type": "head", "available_node_types": types}))
+        assert autoscaler_has_gpus(config) is expected
