@@ -19,6 +19,7 @@ import optuna
 from benchmarks.results import write_section
 from benchmarks.tune_overhead import OBJECTIVES, SleepingWorker
 from bruno_ray import search_space
+from bruno_ray.broker import IDLE
 from bruno_ray.pool import WorkerPool, ray_session
 from bruno_ray.sampler import NumberedTPESampler
 from bruno_ray.search import BatchOptunaSearch
@@ -36,7 +37,7 @@ def measure(workers: int, seconds: float, batches: int) -> tuple[float, float]:
     with ray_session(settings), WorkerPool(SleepingWorker, (seconds,), settings) as pool:
         start = time.perf_counter()
         pool.wait_ready()
-        while pool.alive() < workers:
+        while sum(state.state == IDLE for state in pool.snapshot()) < workers:
             time.sleep(0.2)
         ready = time.perf_counter() - start
         pool.set_context(SimpleNamespace(bank={}))

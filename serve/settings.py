@@ -4,7 +4,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,8 @@ class ServeArgs(BaseModel):
     """Generating requests that one API replica holds at a time."""
 
     api_replicas: PositiveInt = 1
-    """Processes that speak HTTP and tokenise. One is enough for several hundred streams."""
+    """Processes that speak HTTP and tokenise. One is enough for several hundred streams. More than one needs
+    ``pages`` off: the pages' sessions live in one process."""
 
     api_on_head: bool = True
     """Keep the API on the head node, where runs and models are read from local folders."""
@@ -102,3 +112,9 @@ class ServeArgs(BaseModel):
 
     pages: bool = True
     """Serve the chat page and the studies' pages as well."""
+
+    @model_validator(mode="after")
+    def _pages_have_one_process(self) -> "ServeArgs":
+        if self.pages and self.api_replicas > 1:
+            raise ValueError("api_replicas above 1 needs pages=false: the pages' sessions live in one process")
+        return self

@@ -120,6 +120,8 @@ def test_a_wheel_holds_every_data_file(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    for file in ("serve/config.yaml", "serve/ui/page.css", "serve/ui/page.js", "cluster/scripts/setup_node.sh"):
+        assert (Path(packages) / file).is_file(), file
     assert "bruno-ray" in command("--version")
     for behaviour in ("refusal", "verbosity", "hedging", "organism"):
         assert "preset" in command("show-config", "--behaviour", behaviour)
