@@ -1,0 +1,56 @@
+"""`bruno-ray cluster` as its user calls it, on the laptop of the lab."""
+
+import logging
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import yaml
+
+from bruno_ray.cache import cache_folder
+from tests.cluster.lab.container import CHECKOUT
+from tests.cluster.lab.ray_cluster import RayCluster
+
+logger = logging.getLogger(__name__)
+
+
+class Laptop:
+    """Commands of `bruno-ray cluster` in the lab, in a folder of their own."""
+
+    def __init__(self, cluster: RayCluster, folder: Path) -> None:
+        self.cluster, self.folder = cluster, folder
+        self.steps: dict[str, float] = {}
+        mounts = {remote: str(CHECKOUT / local) for remote, local in cluster.config["file_mounts"].items()}
+        cluster.config_file.write_text(yaml.safe_dump({**cluster.config, "file_mounts": mounts}))
+
+    def start(self, *words: str) -> subprocess.Popen[str]:
+        command = [sys.executable, "-m", "cluster.cli", words[0], "--config", str(self.cluster.config_file), *words[1:]]
+        environment = {**self.cluster.laptop_environment(), "PYTHONPATH": str(CHECKOUT), "COLUMNS": "200"}
+        return subprocess.Popen(
+            self.cluster.lab.command(*command),
+            cwd=self.folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+
+    def run(self, *words: str, code: int = 0, timeout: float = 400) -> str:
+        began = time.monotonic()
+        process = self.start(*words)
+        try:
+            output, _ = process.communicate(timeout=timeout)
+        finally:
+            process.kill()
+        self.steps[words[0]] = time.monotonic() - began
+        logger.info("%s took %.0f s", words[0], self.steps[words[0]])
+        assert process.returncode == code, f"{words} ended with {process.returncode}:\n{output[-6000:]}"
+        return output
+
+    def give_organism(self) -> None:
+        """The head alone has it, as if it had trained it; workers must get it from there."""
+        target = self.cluster.head().home / ".cache" / "bruno-ray" / "organisms"
+        shutil.copytree(cache_folder("organisms"), target)

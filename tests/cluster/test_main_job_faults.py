@@ -1,0 +1,125 @@
+"""The main job while everything around it goes wrong: no trial is lost or doubled, no machine leaks."""
+
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from optuna.trial import TrialState
+
+from bruno_ray.storage import load_study
+from tests.cluster.fake_vast.api import Fault
+from tests.cluster.fake_vast.state import FakeInstance
+from tests.cluster.lab import Lab
+from tests.cluster.lab.laptop import Laptop
+from tests.cluster.lab.ray_cluster import RayCluster, wait_for
+
+logger = logging.getLogger(__name__)
+pytest_plugins = ["tests.organism_fixture"]
+pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
+
+TRIALS = 300
+NAME = "fault-run"
+JOB = (
+    *("bruno-ray", "run", "--behaviour", "organism", "--study.name", NAME, "--study.n-trials", str(TRIALS)),
+    *("--study.n-startup-trials", "300", "--study.trials-per-batch", "1", "--ray.workers", "3", "--auto-select"),
+    *("--selection.max-kl", "10"),
+)
+OUTAGE = (Fault.TOO_FREQUENT, Fault.SERVER_ERROR, Fault.GARBAGE, Fault.NOTHING)
+
+
+@pytest.fixture(scope="module")
+def laptop(lab: Lab, organism: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Laptop]:
+    folder = tmp_path_factory.mktemp("laptop")
+    (folder / "work").mkdir()
+    with RayCluster(lab, folder, provider={"boot_timeout_s": 25, "join_timeout_s": 150}) as cluster:
+        laptop = Laptop(cluster, folder / "work")
+        laptop.run("up", "--yes")
+        laptop.give_organism()
+        yield laptop
+
+
+def newest(cluster: RayCluster, after: set[int]) -> FakeInstance:
+    """A worker's instance that is not among ``after`` and stays: creations that fail are destroyed at once."""
+    found: list[FakeInstance] = []
+
+    def look() -> bool:
+        rented = [instance for instance in cluster.billed("worker") if instance.id not in after]
+        found[:] = [instance for instance in rented if time.time() - instance.created_at > 0.4]
+        return bool(found)
+
+    wait_for(look, "another instance", 90, cluster.logs)
+    return found[0]
+
+
+def states(cluster: RayCluster) -> Counter[str]:
+    run = cluster.head().home / "runs" / NAME
+    if not (run / "study.journal").exists():
+        return Counter()
+    return Counter(trial.state.name for trial in load_study(None, run, NAME).get_trials(deepcopy=False))
+
+
+def joined(cluster: RayCluster) -> list[FakeInstance]:
+    return [instance for instance in cluster.billed("worker") if "up-to-date" in instance.label]
+
+
+def test_the_job_survives_what_happens_to_machines_network_and_api(laptop: Laptop) -> None:
+    cluster, vast = laptop.cluster, laptop.cluster.vast
+    cluster.api.faults.extend([Fault.TAKEN, Fault.FAILS_AFTER_CONTRACT])
+    submitted = laptop.start("submit", "--", *JOB)
+    assert submitted.stdout is not None
+    line = submitted.stdout.readline()
+    while not line.startswith("job "):
+        assert line, "submit said nothing of its job"
+        line = submitted.stdout.readline()
+    job = line.split()[1]
+    submitted.kill()  # the laptop is gone
+
+    stuck = newest(cluster, set())
+    vast.never_boots(stuck.id)
+    mute = newest(cluster, {stuck.id})
+    wait_for(lambda: cluster.machines[mute.id].container is not None, "its container", 30)
+    cluster.container(mute).cut()
+    logger.info("instance %d is stuck in loading, the ssh of %d never answers", stuck.id, mute.id)
+
+    wait_for(lambda: states(cluster)["COMPLETE"] >= 5, "the first trials", 240, cluster.logs)
+    wait_for(lambda: stuck.destroyed_at is not None, "the end of the stuck machine", 60, cluster.logs)
+    wait_for(lambda: len(joined(cluster)) >= 2, "two workers", 240, cluster.logs)
+    logger.info("trials: %s", states(cluster))
+
+    first, second = joined(cluster)[:2]
+    cluster.container(first).cut()
+    time.sleep(2)
+    cluster.container(first).mend()
+    supervisor = json.loads(cluster.head().read("root/.bruno-ray/mesh/status.json"))["pid"]
+    cluster.shell(cluster.head(), f"kill -9 {supervisor}")
+    for outage in OUTAGE:
+        cluster.api.outage = outage
+        time.sleep(15)
+    cluster.api.outage = None
+    logger.info("trials after 60 s without the API: %s", states(cluster))
+    cluster.container(first).cut()
+    time.sleep(45)
+    cluster.container(first).mend()
+    logger.info("trials after a cut of 45 s: %s", states(cluster))
+    assert first.destroyed_at is None
+    vast.host_deletes(second.id)
+    assert states(cluster)["COMPLETE"] < TRIALS, "the faults must happen during the job: raise TRIALS"
+    output = laptop.run("logs", job, timeout=600)
+    logger.info("the job said:\n%s", output[-2500:])
+
+    laptop.run("fetch", NAME)
+    run = laptop.folder / "runs" / NAME
+    trials = load_study(None, run, NAME).get_trials()
+    assert [trial.number for trial in trials] == list(range(TRIALS))
+    assert {trial.state for trial in trials} == {TrialState.COMPLETE}
+    assert mute.destroyed_at is not None, "a machine whose ssh never answers is given back"
+
+
+def test_no_machine_leaks(laptop: Laptop) -> None:
+    wait_for(lambda: not laptop.cluster.billed("worker"), "the end of the idle workers", 200, laptop.cluster.logs)
+    assert "nothing is billed" in laptop.run("down", "--yes")
+    assert laptop.cluster.vast.billed() == []

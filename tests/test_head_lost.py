@@ -1,0 +1,118 @@
+"""A head that is gone with its disk: with the study's storage elsewhere another machine finishes the study.
+
+The database is SQLite everywhere, and a PostgreSQL server where this machine has one and a driver for it.
+"""
+
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+
+from bruno_ray.errors import StudyError
+from bruno_ray.storage import load_study
+from cluster.shell import free_port
+
+pytest_plugins = ["tests.organism_fixture"]
+pytestmark = [pytest.mark.ray, pytest.mark.slow]
+
+NAME, TRIALS = "lost", 16
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/elsewhere.db"
+        return
+    bins = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    if not bins or not importlib.util.find_spec("psycopg"):
+        pytest.skip("no PostgreSQL server on this machine, or no psycopg")
+    folder, port = Path("/tmp") / f"bruno-lost-{os.getpid()}", free_port()
+    folder.mkdir()
+    shutil.chown(folder, "postgres")
+    as_postgres = ["setpriv", "--reuid=postgres", "--regid=postgres", "--clear-groups", "env", f"HOME={folder}"]
+    try:
+        subprocess.run([*as_postgres, bins[-1], "-D", folder / "db", "-A", "trust"], check=True, capture_output=True)
+        server = [bins[-1].with_name("postgres"), "-D", folder / "db", "-p", str(port), "-k", folder]
+        process = subprocess.Popen([*as_postgres, *server], stderr=subprocess.DEVNULL)
+        try:
+            url = f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres"
+            wait_until(lambda: can_open(url), 30)
+            yield url
+        finally:
+            process.send_signal(signal.SIGINT)
+            process.wait()
+    finally:
+        shutil.rmtree(folder)
+
+
+def can_open(url: str) -> bool:
+    try:
+        optuna.get_all_study_names(url)
+    except Exception:  # whatever a server says that is not there yet
+        return False
+    return True
+
+
+def wait_until(condition, timeout: float) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about in time"
+        time.sleep(0.3)
+
+
+def machine(folder: Path, hostname: str, storage: str, *more: str) -> subprocess.Popen[str]:
+    """`bruno-ray run` on a machine of that name, with a disk of its own."""
+    command = [
+        *("unshare", "--uts", "sh", "-c", f'hostname {hostname}; exec "$@"', "sh"),
+        *(sys.executable, "-m", "bruno_ray.cli", "run", "--behaviour", "organism", "--auto-select"),
+        *("--selection.max-kl", "10", "--study.name", NAME, "--study.n-trials", str(TRIALS)),
+        *("--study.n-startup-trials", "8", "--study.trials-per-batch", "2", "--ray.object-store-memory", "100000000"),
+        *("--output.directory", str(folder), "--residuals.cache-dir", str(folder / "residuals")),
+        *("--study.storage", storage, *more),
+    ]
+    log = (folder.with_suffix(".log")).open("w")
+    return subprocess.Popen(command, stdout=log, stderr=log, text=True, start_new_session=True)
+
+
+def complete(storage: str, folder: Path) -> int:
+    try:
+        study = load_study(storage, folder, NAME)
+    except (StudyError, optuna.exceptions.StorageInternalError):
+        return 0
+    return sum(trial.state == TrialState.COMPLETE for trial in study.get_trials(deepcopy=False))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="another host name needs root")
+def test_another_machine_goes_on_with_the_study_of_a_head_that_is_gone(
+    organism: Path, tmp_path: Path, storage: str
+) -> None:
+    first = machine(tmp_path / "first", "head-one", storage)
+    try:
+        wait_until(lambda: complete(storage, tmp_path) >= 4 or first.poll() is not None, 240)
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+    before = complete(storage, tmp_path)
+    assert 4 <= before < TRIALS, (tmp_path / "first.log").read_text()[-3000:]
+    shutil.rmtree(tmp_path / "first")
+
+    refused = machine(tmp_path / "second", "head-two", storage)
+    assert refused.wait(240) == 2
+    assert "is being run from head-one" in (tmp_path / "second.log").read_text()
+    shutil.rmtree(tmp_path / "second")
+
+    second = machine(tmp_path / "second", "head-two", storage, "--study.take-over")
+    assert second.wait(300) == 0, (tmp_path / "second.log").read_text()[-3000:]
+    trials = load_study(storage, tmp_path, NAME).get_trials()
+    done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+    assert len(done) >= TRIALS and [trial.number for trial in trials] == list(range(len(trials)))
+    assert (tmp_path / "second" / NAME / "model" / "bruno.json").is_file()
