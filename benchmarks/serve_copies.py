@@ -115,10 +115,11 @@ class Holders:
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
                 env={**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"},
             )  # fmt: skip
-            os.sched_setaffinity(process.pid, {core})
             self._processes.append(process)
         for process in self._processes:
             self._line(process)
+            for thread in psutil.Process(process.pid).threads():
+                os.sched_setaffinity(thread.id, {core})
 
     def _line(self, process: subprocess.Popen) -> str:
         line = process.stdout.readline().strip()

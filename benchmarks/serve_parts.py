@@ -1,8 +1,8 @@
 """What the serving benchmarks share: a model of a given size, a client that costs little, CPU and memory of processes.
 
-The client is one asyncio process over plain sockets (measured: a tenth of the CPU time that an HTTP library takes per
-message, so that it does not compete with the server). It notes when bytes with new text arrive, and reads the number of
-tokens from the usage that the server reports at the end.
+The client is one asyncio process over plain sockets, so that it takes little from the servers that it measures: its
+share of a core is in the table. It notes when bytes with new text arrive, and reads the number of tokens from the
+usage that the server reports at the end.
 """
 
 import asyncio
