@@ -28,6 +28,8 @@ class Laptop:
     def start(self, *words: str) -> subprocess.Popen[str]:
         command = [sys.executable, "-m", "cluster.cli", words[0], "--config", str(self.cluster.config_file), *words[1:]]
         environment = {**self.cluster.laptop_environment(), "PYTHONPATH": str(CHECKOUT), "COLUMNS": "200"}
+        for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN_PATH"):  # users need not set anything
+            del environment[name]
         return subprocess.Popen(
             self.cluster.lab.command(*command),
             cwd=self.folder,
