@@ -31,7 +31,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks.results import write_section
-from benchmarks.serve_parts import Measured, make_model, make_prompts, measure, percentiles, tree
+from benchmarks.serve_parts import Measured, end_in_order, make_model, make_prompts, measure, percentiles, tree
 from tests.serve.server import environment, free_port, serving
 
 PATH = "/v1/chat/completions"
@@ -156,6 +156,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-table", action="store_true", help="leave RESULTS.md as it is")
     settings = parser.parse_args()
+    end_in_order()
     with tempfile.TemporaryDirectory(prefix="bench-serve-") as name:
         folder = Path(name)
         n_parameters = make_model(folder / "model", settings.layers, settings.width)

@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.results import write_section
-from benchmarks.serve_parts import SHORTEST, cpu_seconds, make_model, private_bytes
+from benchmarks.serve_parts import SHORTEST, cpu_seconds, end_in_order, make_model, private_bytes
 
 N_MODELS = 8
 AT_A_TIME = (1, 8)
@@ -207,6 +207,7 @@ def main() -> None:
     parser.add_argument("--hold", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--which", type=int, help=argparse.SUPPRESS)
     settings = parser.parse_args()
+    end_in_order()
     if settings.hold:
         hold(settings.hold, settings.which)
         return

@@ -24,7 +24,7 @@ from pathlib import Path
 import httpx
 
 from benchmarks.results import write_section
-from benchmarks.serve_parts import private_bytes
+from benchmarks.serve_parts import end_in_order, private_bytes
 from tests.serve.server import Server, make_run, serving
 
 log = logging.getLogger(__name__)
@@ -283,6 +283,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--no-table", action="store_true", help="leave RESULTS.md as it is")
     settings = parser.parse_args()
+    end_in_order()
     with tempfile.TemporaryDirectory(prefix="bench-load-") as name:
         run = make_run(Path(name))
         with serving(Path(name), str(run), "--replicas", "2", "--no-pages") as server:
