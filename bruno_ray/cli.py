@@ -18,6 +18,7 @@ from bruno_ray import __version__, settings_sources
 from bruno_ray.errors import BrunoError, SettingsError
 from bruno_ray.settings_sources import ALIASES, FIELDS, FLAGS, Loaded
 from bruno_ray.show_config import as_table, as_text, as_toml, documentation, toml_value
+from cluster import cli as machines
 from serve import command as serving
 
 RESUMABLE = (
@@ -129,7 +130,10 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     volume.add_argument("-q", "--quiet", action="store_true", help="log warnings and errors only")
 
     def command(
-        name: str, function: Callable[[argparse.Namespace], None], text: str, flags: Mapping[str, str] | None = None
+        name: str,
+        function: Callable[[argparse.Namespace], int | None],
+        text: str,
+        flags: Mapping[str, str] | None = None,
     ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, parents=[noise], allow_abbrev=False)
         sub.set_defaults(function=function, flags=flags or {})
@@ -187,6 +191,7 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     sub.add_argument("--system-prompt", metavar="TEXT", help="[as in the run]")
 
     serving.add_arguments(command("serve", _serve, serving.DESCRIPTION))
+    machines.add_arguments(command("cluster", _cluster, machines.DESCRIPTION))
 
     sub = command("organism", _organism, "train the embedded model organism, once; prints its folder")
     sub.add_argument("--recipe", default="standard", metavar="NAME", help="standard or hard [standard]")
@@ -356,6 +361,10 @@ def _serve(arguments: argparse.Namespace) -> None:
     serving.run(arguments)
 
 
+def _cluster(arguments: argparse.Namespace) -> int:
+    return machines.run(arguments)
+
+
 def _organism(arguments: argparse.Namespace) -> None:
     from bruno_ray import commands
 
@@ -394,8 +403,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not sys.stderr.isatty():  # bars of downloads and weights are for people who watch
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
             os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-        arguments.function(arguments)
+        code = arguments.function(arguments) or 0
         sys.stdout.flush()
+        return code
     except BrunoError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return 2
