@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 pytest_plugins = ["tests.organism_fixture"]
 pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
-TRIALS = 300
+TRIALS = 1000
 NAME = "fault-run"
 JOB = (
     *("bruno-ray", "run", "--behaviour", "organism", "--study.name", NAME, "--study.n-trials", str(TRIALS)),
