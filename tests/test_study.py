@@ -70,7 +70,8 @@ def test_a_trial_that_is_not_a_number_fails_alone_and_is_replaced(session, tmp_p
     states = [trial.state for trial in study.trials]
     assert states.count(TrialState.COMPLETE) == 12 and states.count(TrialState.FAIL) == 1
     (failed,) = [trial for trial in load_trials(study) if trial.state == "FAIL"]
-    assert failed.number == 4 and "kl_divergence is nan" in failed.error
+    # Either of the first two batches may be evaluated second: their lanes start at the same time.
+    assert failed.number in (0, 4) and "kl_divergence is nan" in failed.error
 
 
 def test_a_worker_that_dies_in_a_batch_costs_no_trial(session, tmp_path):
