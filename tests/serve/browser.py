@@ -72,7 +72,7 @@ class ChatPage:
     def wait_ready(self) -> None:
         """Until the pickers are filled."""
         self.page.wait_for_function(
-            "['left', 'right'].every(s => document.querySelector(`#model-${s} input`)?.value)", timeout=30_000
+            "['left', 'right'].every(s => document.querySelector(`#model-${s} input`)?.value)", timeout=90_000
         )
 
     @property
@@ -123,7 +123,7 @@ class ChatPage:
         self.page.wait_for_function(
             "([side, text]) => document.querySelector(`#caption-${side}`).innerText.includes(text)",
             arg=[side, text],
-            timeout=30_000,
+            timeout=90_000,
         )
 
     def close(self) -> None:
