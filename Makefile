@@ -6,6 +6,8 @@ BIN    := $(VENV)/bin
 export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
+# Ray starts a dozen Python processes: without cached bytecode each compiles its imports anew, half a minute a run.
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check setup benchmarks clean
 

@@ -30,9 +30,13 @@ RECORD = """() => {
 }"""
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def chromium() -> Iterator[Browser]:
-    """The system's Chromium, or the one Playwright has installed."""
+    """The system's Chromium, or the one Playwright has installed.
+
+    Not for the whole session: while Playwright is open its event loop runs in this thread, and no other test can
+    use ``asyncio.run``.
+    """
     with sync_playwright() as playwright:
         path = CHROMIUM if CHROMIUM.exists() else Path(playwright.chromium.executable_path)
         if not path.exists():
