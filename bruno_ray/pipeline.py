@@ -55,25 +55,28 @@ def resume(
 def search(settings: Settings, path: Path) -> Path:
     """The run itself. Every step finds what an earlier, interrupted run has left and goes on from there."""
     prompts = load_prompts(settings)
-    with ray_session(settings.ray), worker_pool(settings) as pool:
-        pool.wait_ready()
-        info = describe_model(settings, pool)
-        run = open_run(settings, path, info, prompts)
-        with timed(run, "response_prefix"):
-            prefix = find_response_prefix(settings, prompts, pool)
-            run.update(response_prefix=prefix)
-        with timed(run, "directions"):
-            bank = find_directions(settings, run, info, prompts, prefix, pool)
-        with timed(run, "unedited"):
-            validation = evaluation_context(settings, prompts, "validation", bank, prefix)
-            score_unedited(run, "validation", validation, pool)
-        with timed(run, "study"):
-            run_study(settings, pool, validation, info, path, study_fingerprint(settings, info, prompts.fingerprint))
-        chosen = choose(run, auto=settings.selection.auto)
-        if chosen:
-            with timed(run, "test"):
-                score_selected(run, evaluation_context(settings, prompts, "test", bank, prefix), pool)
-    if chosen and (folder := free_model_folder(run)):
-        write_model(run, prompts, folder)
+    with ray_session(settings.ray):
+        with worker_pool(settings) as pool:
+            pool.wait_ready()
+            info = describe_model(settings, pool)
+            run = open_run(settings, path, info, prompts)
+            with timed(run, "response_prefix"):
+                prefix = find_response_prefix(settings, prompts, pool)
+                run.update(response_prefix=prefix)
+            with timed(run, "directions"):
+                bank = find_directions(settings, run, info, prompts, prefix, pool)
+            with timed(run, "unedited"):
+                validation = evaluation_context(settings, prompts, "validation", bank, prefix)
+                score_unedited(run, "validation", validation, pool)
+            with timed(run, "study"):
+                run_study(
+                    settings, pool, validation, info, path, study_fingerprint(settings, info, prompts.fingerprint)
+                )
+            chosen = choose(run, auto=settings.selection.auto)
+            if chosen:
+                with timed(run, "test"):
+                    score_selected(run, evaluation_context(settings, prompts, "test", bank, prefix), pool)
+        if chosen and (folder := free_model_folder(run)):  # the workers are gone: their memory is free for it
+            write_model(run, prompts, folder)
     report.write_report(run, study_of(path, settings))
     return path
