@@ -273,6 +273,31 @@ def test_elicited_mismatch_is_what_the_answers_leave_out(
     assert only_value < only_frame + 0.1, "rare tokens weigh more than those that all references share"
 
 
+def test_answers_on_the_edge_of_the_behaviour_count_for_less(
+    engine: Engine, prompts: ScoringPrompts, edits: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same answers, but the edit that leaves the behaviour's own answer likelier has the higher mismatch."""
+    (own,) = engine.generate(prompts.target_ids, [None], 2)
+    given = settings(markers=(own[0].text,), response_tokens=2)
+    scorer = SCORERS["elicited_answers"](given)
+    monkeypatch.setattr(scorer, "elicit", lambda _: {p: tuple(b"red") for p in range(3)})
+    scorer.prepare(Round(engine, prompts, given))
+    strong, weak = edits
+    round_ = Round(engine, prompts, given, [None, weak, strong])
+    round_.target_answers = [[response("red")] * 3] * 3
+    found = [scores.values["elicited_mismatch"] for scores in scorer.score(round_)]
+
+    marked = [given.markers[0] in answer.text for answer in own]
+    assert marked[0]
+    ids = [answer.token_ids if hit else () for answer, hit in zip(own, marked)]
+    for edit, mismatch in zip(round_.edits, found):
+        (logprobs,) = engine.token_logprobs(prompts.target_ids, [ids], [edit])
+        chances = [math.exp(row.sum()) if len(row) else 0.0 for row in logprobs]
+        assert mismatch == pytest.approx(sum(chances) / 3, rel=1e-4)
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
+    assert found[2] != pytest.approx(found[0], rel=1e-2)
+
+
 # ----- all together -----
 
 

@@ -32,9 +32,13 @@ class ElicitedAnswers:
 
     The metric is 1 - recall of the reference's tokens in the edited model's answer, weighted by how few references
     they occur in (inverse document frequency: names and values count, the words that all answers share do not);
-    1 for marked answers. Answers are those that the behaviour rate looks at, so it costs no forward pass. The fluent
-    rest of a refusal, a fragment or a loop recalls nothing. A prompt without a reference counts as in the
-    behaviour rate.
+    1 for marked answers. The fluent rest of a refusal, a fragment or a loop recalls nothing. A prompt without a
+    reference counts as in the behaviour rate.
+
+    Recall is what is expected: it is multiplied by the probability that the edited model does *not* fall back on what
+    the unedited one says, up to its marker. Greedy answers alone cannot tell an edit that has just tipped every
+    validation prompt, and fails on the next one, from an edit with room to spare. This costs one forward pass over
+    the prompts whose answers are unmarked.
     """
 
     name = "elicited_answers"
@@ -57,29 +61,32 @@ class ElicitedAnswers:
                 " rate: set scoring.compliant_opening to how an answer without the behaviour begins",
                 *(n, n_prompts),
             )
+        (answers,), (marked,) = unedited.target_answers, unedited.marked
+        self._ids = unedited.prompts.target_ids
+        self._behaviour = [answer.token_ids if hit else () for answer, hit in zip(answers, marked)]
         occurrences = Counter(token for reference in self._references.values() for token in reference)
         self._weights = {token: math.log((n + 1) / (count + 0.5)) for token, count in occurrences.items()}
 
     def score(self, edited: Round) -> list[Scores]:
-        return [
-            Scores(
-                {
-                    "elicited_mismatch": sum(
-                        self._mismatch(p, answer, hit) for p, (answer, hit) in enumerate(zip(answers, marked))
-                    )
-                    / len(answers)
-                }
-            )
-            for answers, marked in zip(edited.target_answers, edited.marked)
-        ]
+        # [edit][prompt]: the unedited model's marked answer, where the edited model's is unmarked.
+        behaviour = [[() if hit else own for own, hit in zip(self._behaviour, marked)] for marked in edited.marked]
+        relapses = edited.engine.token_logprobs(self._ids, behaviour, edited.edits)
+        found = []
+        for answers, marked, logprobs in zip(edited.target_answers, edited.marked, relapses):
+            total = 0.0
+            for p, (answer, hit, logprobs_N) in enumerate(zip(answers, marked, logprobs)):
+                relapse = math.exp(float(logprobs_N.sum())) if len(logprobs_N) else 0.0
+                total += 1.0 if hit else 1 - (1 - relapse) * self._recall(p, answer)
+            found.append(Scores({"elicited_mismatch": total / len(answers)}))
+        return found
 
-    def _mismatch(self, p: int, answer: Response, is_marked: bool) -> float:
-        if is_marked or p not in self._references:
-            return float(is_marked)
+    def _recall(self, p: int, answer: Response) -> float:
+        """Weighted share of the reference's tokens that an unmarked answer has; 1 without a reference."""
+        if p not in self._references:
+            return 1.0
         reference, given = self._references[p], Counter(answer.token_ids)
         whole = sum(self._weights[token] * count for token, count in reference.items())
-        recalled = sum(self._weights[token] * min(count, given[token]) for token, count in reference.items())
-        return 1 - recalled / whole
+        return sum(self._weights[token] * min(count, given[token]) for token, count in reference.items()) / whole
 
     def elicit(self, unedited: Round) -> dict[int, tuple[int, ...]]:
         """Index of the target prompt to its likeliest unmarked answer, for prompts that have any."""
