@@ -16,8 +16,11 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    field_serializer,
     model_validator,
 )
+
+from bruno_ray.passwords import without_password
 
 
 def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
@@ -231,10 +234,15 @@ class StudySettings(Section):
     """Trials evaluated in one forward pass by one worker."""
 
     storage: str | None = None
-    """Any Optuna storage URL; when not given, a journal file in the run directory."""
+    """Any Optuna storage URL; when not given, a journal file in the run directory. A password in it is not kept: give
+    the same URL in BRUNO_STUDY__STORAGE to whatever reads the run."""
 
     take_over: bool = False
     """Continue a study whose driver on another machine is believed dead."""
+
+    @field_serializer("storage")
+    def _without_password(self, storage: str | None) -> str | None:
+        return None if storage is None else without_password(storage)
 
 
 class RaySettings(Section):

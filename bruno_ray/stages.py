@@ -23,6 +23,7 @@ from bruno_ray.architectures import format_coverage
 from bruno_ray.artifacts import RunDirectory, RunRecord, ScoresRecord, installed_versions
 from bruno_ray.cache import cache_folder
 from bruno_ray.directions import build_bank
+from bruno_ray.passwords import without_password
 from bruno_ray.plots import geometry_record
 from bruno_ray.pool import WorkerPool
 from bruno_ray.prompts import Prompt, Prompts
@@ -67,7 +68,9 @@ def worker_pool(settings: Settings, workers: int | None = None) -> WorkerPool:
 
 def open_run(settings: Settings, path: Path, info: ModelInfo, prompts: Prompts) -> RunDirectory:
     """The run directory: made now that prompts and model are known to be good, or opened to go on."""
-    run = RunDirectory.create(path, RunRecord(settings=settings, command=sys.argv), resume=True)
+    run = RunDirectory.create(
+        path, RunRecord(settings=settings, command=[without_password(word) for word in sys.argv]), resume=True
+    )
     run.update(
         settings=settings,
         versions=installed_versions(),

@@ -21,6 +21,7 @@ from optuna.storages.journal import BaseJournalBackend
 from sqlalchemy.exc import SQLAlchemyError
 
 from bruno_ray.errors import StudyError
+from bruno_ray.passwords import with_password, without_password
 
 logger = logging.getLogger(__name__)
 
@@ -109,15 +110,15 @@ def batched(storage: BaseStorage):
 def open_storage(url: str | None, run_dir: Path, read_only: bool = False) -> BaseStorage:
     """``url`` is None (journal in the run directory), a database URL, or the path of a journal file.
 
-    Raises StudyError, on one line, when it cannot be reached.
+    Raises StudyError, on one line, when it cannot be reached, or its password is not known (passwords.py).
     """
     if url is not None and "://" in url:
         try:
-            return RDBStorage(url)
+            return RDBStorage(with_password(url))
         except (SQLAlchemyError, ImportError, optuna.exceptions.StorageInternalError) as error:
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            reason = without_password(str(error.__cause__ or error).strip().splitlines()[0])
             raise StudyError(
-                f"the study's storage {_without_password(url)} cannot be used ({reason}): check study.storage"
+                f"the study's storage {without_password(url)} cannot be used ({reason}): check study.storage"
             ) from error
     path = run_dir / JOURNAL if url is None else Path(url)
     if read_only and not path.exists():
@@ -133,11 +134,6 @@ def open_storage(url: str | None, run_dir: Path, read_only: bool = False) -> Bas
         raise StudyError(
             f"{path} is not a study's journal or is damaged ({error}): move it away or give another path"
         ) from error
-
-
-def _without_password(url: str) -> str:
-    scheme, rest = url.split("://", 1)
-    return f"{scheme}://...@{rest.rsplit('@', 1)[1]}" if "@" in rest else url
 
 
 def load_study(url: str | None, run_dir: Path, name: str) -> optuna.Study:

@@ -28,6 +28,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from bruno_ray import search_space
 from bruno_ray.errors import StudyError, WorkerError
 from bruno_ray.lane import BatchLane
+from bruno_ray.passwords import without_password
 from bruno_ray.pool import WorkerPool
 from bruno_ray.progress import Snapshot, make_view
 from bruno_ray.sampler import NumberedTPESampler
@@ -232,7 +233,7 @@ def storage_errors() -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, StorageInternalError) as error:
-        reason = str(error.__cause__ or error).strip().splitlines()[0]
+        reason = without_password(str(error.__cause__ or error).strip().splitlines()[0])
         raise StudyError(f"the study's storage failed ({reason}): see to it, then resume the run") from error
 
 

@@ -25,12 +25,14 @@ pytest_plugins = ["tests.organism_fixture"]
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 NAME, TRIALS = "lost", 16
+PASSWORD = "open-sesame"
+"""Neither of the databases asks for it."""
 
 
 @pytest.fixture(params=["sqlite", "postgresql"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
     if request.param == "sqlite":
-        yield f"sqlite:///{tmp_path}/elsewhere.db"
+        yield f"sqlite:///{tmp_path}/elsewhere.db?password={PASSWORD}"
         return
     bins = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
     if not bins or not importlib.util.find_spec("psycopg"):
@@ -44,7 +46,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         server = [bins[-1].with_name("postgres"), "-D", folder / "db", "-p", str(port), "-k", folder]
         process = subprocess.Popen([*as_postgres, *server], stderr=subprocess.DEVNULL)
         try:
-            url = f"postgresql+psycopg://postgres@127.0.0.1:{port}/postgres"
+            url = f"postgresql+psycopg://postgres:{PASSWORD}@127.0.0.1:{port}/postgres"
             wait_until(lambda: can_open(url), 30)
             yield url
         finally:
@@ -116,3 +118,6 @@ def test_another_machine_goes_on_with_the_study_of_a_head_that_is_gone(
     done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     assert len(done) >= TRIALS and [trial.number for trial in trials] == list(range(len(trials)))
     assert (tmp_path / "second" / NAME / "model" / "bruno.json").is_file()
+    written = [path for path in tmp_path.glob("second*/**/*") if path.is_file()] + list(tmp_path.glob("*.log"))
+    assert tmp_path / "second" / NAME / "report.html" in written
+    assert [path for path in written if PASSWORD.encode() in path.read_bytes()] == [], "the password is kept nowhere"
