@@ -1,10 +1,12 @@
 """From cluster.yaml to the configuration that `ray up` works with: complete, and checked before it costs money."""
 
 import copy
+import sys
+from types import TracebackType
 from typing import Any
 
 from cluster.addresses import max_nodes
-from cluster.errors import ClusterSettingsError
+from cluster.errors import ClusterError, ClusterSettingsError
 from cluster.keys import ensure_key_pair
 from cluster.mounts import add_mounts
 from cluster.settings import ClusterSettings, NodeSettings, checked_cluster_name
@@ -63,3 +65,15 @@ def _with_disk(node: NodeSettings) -> dict[str, Any]:
     if size is not None:
         values["model_size_gb"] = size.gb
     return values
+
+
+def one_line_errors() -> None:
+    """Let an error of ours that nobody catches end this process with its message instead of a traceback."""
+    sys.excepthook = _print_error
+
+
+def _print_error(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
+    if isinstance(error, ClusterError):
+        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+    else:
+        sys.__excepthook__(kind, error, traceback)

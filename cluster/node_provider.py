@@ -24,8 +24,8 @@ from ray.autoscaler.tags import (
     TAG_RAY_USER_NODE_TYPE,
 )
 
-from cluster.addresses import NodeAddress, max_nodes
-from cluster.bootstrap import bootstrapped
+from cluster.addresses import NodeAddress
+from cluster.bootstrap import bootstrapped, one_line_errors
 from cluster.clock import Clock, SystemClock
 from cluster.command_runner import VastCommandRunner
 from cluster.cost import ClusterCost, cluster_cost
@@ -75,6 +75,8 @@ class VastNodeProvider(NodeProvider):
         self._launching = threading.RLock()
         self._refusals: dict[str, tuple[float, ClusterError]] = {}
         self._tearing_down = False
+        self._setting_up = FileLock(self.folder / "up.lock")
+        """Held by a `ray up` from when it has a head until its process ends."""
 
     # What exists.
 
@@ -94,7 +96,7 @@ class VastNodeProvider(NodeProvider):
         Raises `VastError` where the API could not be asked for longer than an outage is bridged.
         """
         return [
-            Node(name, node.label.index, node.instance.ssh_endpoints if _is_up(node) else ())
+            Node(name, node.label.index, node.instance.ssh_endpoints if node.is_up else ())
             for name, node in self._nodes.nodes().items()
         ]
 
@@ -114,7 +116,7 @@ class VastNodeProvider(NodeProvider):
 
     def is_running(self, node_id: str) -> bool:
         node = self._registry.current().get(node_id)
-        return node is not None and _is_up(node)
+        return node is not None and node.is_up
 
     def is_terminated(self, node_id: str) -> bool:
         return node_id not in self._registry.current()
@@ -138,7 +140,7 @@ class VastNodeProvider(NodeProvider):
     def ssh_endpoints(self, node_id: str) -> tuple[Endpoint, ...]:
         """Where its sshd may answer, best first; empty while it boots and when it is gone."""
         node = self._registry.current().get(node_id)
-        return node.instance.ssh_endpoints if node is not None and _is_up(node) else ()
+        return node.instance.ssh_endpoints if node is not None and node.is_up else ()
 
     def get_node_id(self, ip_address: str, use_internal_ip: bool = False) -> str:
         """Raises `ValueError`, as Ray expects. Machines of one host share an address; the oldest is meant then."""
@@ -184,12 +186,18 @@ class VastNodeProvider(NodeProvider):
     def terminate_node(self, node_id: str) -> dict[str, Any] | None:
         """Destroy the machine. On the head a failure is tried again in the background, elsewhere it is an error.
 
-        Raises `NodeError` on the laptop when the machine could not be destroyed.
+        Raises `NodeError` on the laptop when the machine could not be destroyed, and for a head that is not being taken
+        down: `ray up` would replace one that was rented with another key or another `node_config`.
         """
         node = self._registry.current().get(node_id)
         if node is None:
             logger.info("node %s is already gone, or not of this cluster", node_id)
             return None
+        if node.is_head and self.settings.role == "laptop" and not self._tearing_down:
+            raise NodeError(
+                f"head {node_id} was rented by another computer or with another node_config; it is not replaced,"
+                " because the runs on it would be lost: undo the change in cluster.yaml, or take the cluster down first"
+            )
         if not self._registry.terminate(node) and self.settings.role == "laptop":
             raise NodeError(
                 f"instance {node_id} could not be destroyed and costs {node.instance.dph_total:.3f} dollars per hour; "
@@ -219,10 +227,19 @@ class VastNodeProvider(NodeProvider):
 
     @staticmethod
     def bootstrap_config(cluster_config: dict[str, Any]) -> dict[str, Any]:
+        """Called by Ray's command line before anything else; from then on our errors end it with one line."""
+        one_line_errors()
         return bootstrapped(cluster_config)
 
     def prepare_for_head_node(self, cluster_config: dict[str, Any]) -> dict[str, Any]:
-        """The head's copy: it is told who it is, where the API is and which key to let in; workers get no API key."""
+        """The head's copy: it is told who it is, where the API is and which key to let in; workers get no API key.
+
+        Ray asks for it when set-up begins. Raises `NodeError` while another `ray up` of this machine is at it.
+        """
+        try:
+            self._setting_up.acquire(timeout=0)
+        except Timeout as error:
+            raise NodeError("another `ray up` is setting this cluster's head up; wait until it has ended") from error
         config = without_head_files(copy.deepcopy(cluster_config))
         provider = config["provider"]
         provider.pop("_config_cache_path", None)
@@ -259,16 +276,8 @@ class VastNodeProvider(NodeProvider):
         until, refusal = self._refusals.get(node_type, (0.0, None))
         if refusal is not None and self._clock.time() < until:
             raise refusal
-        nodes = self._registry.current(force=is_head)
-        if is_head and any(node.is_head for node in nodes.values()):
-            raise NodeError(f"cluster {self.cluster_name} has a head already, rented meanwhile; run the command again")
-        if self.settings.role == "head" and not any(node.is_head for node in nodes.values()):
-            raise NodeError(
-                "the API does not list this head itself (yet), so its list is not to be relied on; try again"
-            )
-        if is_head and 0 in self._ledger.unavailable_indices():
-            raise NodeError("a head was being rented a moment ago and is not listed yet; try again in three minutes")
-        label = Label(self.cluster_name, tags[TAG_RAY_NODE_KIND], 0 if is_head else self._free_index(nodes))
+        self._registry.check_launch(is_head)
+        label = Label(self.cluster_name, tags[TAG_RAY_NODE_KIND], 0 if is_head else self._registry.free_index())
         order = LaunchOrder(settings, label, {**tags, TAG_RAY_CLUSTER_NAME: self.cluster_name}, self._public_key())
         try:
             node = self._launcher.launch(order, self.cost())
@@ -280,20 +289,8 @@ class VastNodeProvider(NodeProvider):
             self._registry.own_head = node.id
         return node
 
-    def _free_index(self, nodes: dict[str, ClusterNode]) -> int:
-        taken = {node.label.index for node in nodes.values()} | self._ledger.unavailable_indices()
-        limit = max_nodes(self.settings.max_cpus)
-        for index in range(1, limit):
-            if index not in taken:
-                return index
-        raise NodeError(f"all {limit} addresses are taken or rested a while; lower max_workers or provider.max_cpus")
-
     def _public_key(self) -> str:
         return self.settings.public_key or public_key(ensure_key_pair(self.folder, self.cluster_name))
-
-
-def _is_up(node: ClusterNode) -> bool:
-    return node.instance.state is State.RUNNING and bool(node.instance.ssh_endpoints)
 
 
 def _matches(tags: dict[str, str], wanted: dict[str, str]) -> bool:

@@ -10,6 +10,7 @@ from dataclasses import replace
 
 from ray.autoscaler.tags import STATUS_UNINITIALIZED, TAG_RAY_NODE_STATUS
 
+from cluster.addresses import max_nodes
 from cluster.caretaker import Caretaker
 from cluster.clock import Clock
 from cluster.errors import NodeError
@@ -100,7 +101,7 @@ class NodeRegistry:
             own, self.own_head = self.own_head, None
             self._nodes.doom(own, nodes[own].instance.dph_total)
             raise NodeError(
-                f"another `ray up` rented head {heads[0]} at the same time, ours was given back; run it again"
+                f"another `ray up` rented head {heads[0]} at the same time and keeps it, ours was given back"
             )
 
     def _look_at_heads(self, heads: list[ClusterNode]) -> None:
@@ -134,6 +135,27 @@ class NodeRegistry:
         for node in nodes.values():
             if node.is_head and self._ended_cost > node.label.spent + SPENT_STEP:
                 self._write_label(node)
+
+    def check_launch(self, is_head: bool) -> None:
+        """Raises `NodeError` where another node would be one too many, or what exists is not known for sure."""
+        has_head = any(node.is_head for node in self.current(force=is_head).values())
+        if is_head and has_head:
+            raise NodeError("the cluster has a head already, which another `ray up` has just rented; run it again")
+        if is_head and 0 in self._ledger.unavailable_indices():
+            raise NodeError("another `ray up` has just rented a head that is not listed yet; try again in 3 minutes")
+        if self._settings.role == "head" and not has_head:
+            raise NodeError(
+                "the API does not list this head itself (yet), so its list is not to be relied on; try again"
+            )
+
+    def free_index(self) -> int:
+        """An index that no node has or had lately. Raises `NodeError` when all are taken."""
+        taken = {node.label.index for node in self.current().values()} | self._ledger.unavailable_indices()
+        limit = max_nodes(self._settings.max_cpus)
+        for index in range(1, limit):
+            if index not in taken:
+                return index
+        raise NodeError(f"all {limit} addresses are taken or rested a while; lower max_workers or provider.max_cpus")
 
     def known(self, node_id: str) -> ClusterNode:
         """The node, or what it was when it was last seen. Raises `NodeError` for one that was never ours."""

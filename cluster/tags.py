@@ -28,7 +28,7 @@ from ray.autoscaler.tags import (
     TAG_RAY_RUNTIME_CONFIG,
 )
 
-from cluster.vast.models import Instance
+from cluster.vast.models import Instance, State
 
 PREFIX = "bruno-ray"
 INDEX_VARIABLE = "CLUSTER_NODE_INDEX"
@@ -98,6 +98,10 @@ class ClusterNode:
     @property
     def is_head(self) -> bool:
         return self.label.kind == NODE_KIND_HEAD
+
+    @property
+    def is_up(self) -> bool:
+        return self.instance.state is State.RUNNING and bool(self.instance.ssh_endpoints)
 
     @property
     def tags(self) -> dict[str, str]:

@@ -489,6 +489,26 @@ def test_two_heads_rented_at_the_same_time_become_one(tmp_path: Path) -> None:
     assert one.non_terminated_nodes({}) == two.non_terminated_nodes({}) == [kept]
 
 
+def test_a_second_ray_up_on_the_same_machine_waits_for_the_first(world: ImitatedCluster) -> None:
+    first, second = world.provider("laptop"), world.provider("laptop")
+    config = {"provider": {"type": "external"}, "file_mounts": {}}
+    first.prepare_for_head_node(config)
+    with pytest.raises(NodeError, match="another `ray up` is setting this cluster's head up"):
+        second.prepare_for_head_node(config)
+    world.provider("elsewhere").prepare_for_head_node(config)
+
+
+def test_a_head_is_destroyed_by_taking_the_cluster_down_and_by_nothing_else(world: ImitatedCluster) -> None:
+    """Ray would replace a head that was rented with another key: one that another computer uses."""
+    [head] = world.provider("elsewhere").create_node(NODE_CONFIG, head_tags(), 1)
+    laptop = world.provider("laptop")
+    with pytest.raises(NodeError, match="rented by another computer"):
+        laptop.terminate_node(head)
+    assert billed(world) == {head}
+    laptop.terminate_nodes(laptop.nodes_for_teardown({}))
+    assert billed(world) == set()
+
+
 def test_a_head_that_never_boots_is_replaced_by_the_next_ray_up(world: ImitatedCluster) -> None:
     laptop = world.provider("laptop", boot_timeout_s=300)
     [head] = laptop.create_node(NODE_CONFIG, head_tags(), 1)

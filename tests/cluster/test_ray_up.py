@@ -98,13 +98,48 @@ class Watch:
 @pytest.fixture(scope="module")
 def cluster(lab: Lab, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayCluster]:
     with RayCluster(lab, tmp_path_factory.mktemp("laptop")) as cluster:
-        logger.info("ray up took %.0f s", cluster.up())
         yield cluster
 
 
 @pytest.fixture(scope="module")
 def watch(cluster: RayCluster) -> Watch:
     return Watch(cluster)
+
+
+TOLD = (
+    "has a head already, which another `ray up`",
+    "another `ray up` has just rented a head",
+    "another `ray up` is setting this cluster's head up",
+    "another `ray up` rented head",
+    "was rented by another computer",
+)
+"""What a `ray up` says that comes second, depending on when it notices."""
+
+
+def test_of_several_ray_up_at_once_one_has_the_head(cluster: RayCluster, tmp_path: Path) -> None:
+    """Twice on one laptop, and on another that has the same cluster.yaml."""
+    homes = [cluster.home, cluster.home, cluster.laptop_home(tmp_path / "home")]
+    processes = [cluster.start_ray_up(home) for home in homes]
+    try:
+        said = [process.communicate(timeout=500)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    wait_for(lambda: len(cluster.vast.billed()) == 1, "the end of all heads but one", 90, cluster.logs)
+    (head,) = cluster.billed("head")
+    assert "up-to-date" in head.label
+    codes = [process.returncode for process in processes]
+    assert codes.count(0) == 1, said
+    for code, text in zip(codes, said):
+        assert code == 0 or any(words in text for words in TOLD), text
+        assert "errors.NodeError" not in text, "no traceback"
+    cluster.home = homes[codes.index(0)]
+    if cluster.home != homes[-1]:
+        late = cluster.start_ray_up(homes[-1])
+        text = late.communicate(timeout=200)[0]
+        assert late.returncode == 1 and "error: head" in text and "was rented by another computer" in text
+    assert cluster.billed("head") == [head]
+    assert "1 head" in cluster.ray("exec", "--no-config-cache", str(cluster.config_file), "ray status")
 
 
 def test_workers_are_rented_on_demand_and_exchange_objects(cluster: RayCluster) -> None:

@@ -55,7 +55,8 @@ class RayCluster:
 
     def __init__(self, lab: Lab, folder: Path, **changes: Any) -> None:
         self.lab = lab
-        self.home = folder / "home"
+        self.home = self.laptop_home(folder / "home")
+        """Of the laptop that commands run on."""
         self.config_file = folder / "cluster.yaml"
         self.machines: dict[int, NamespaceMachine] = {}
         self.vast = FakeVast(make_machine=self._machine, boot_s=BOOT_S, listing_lag_s=1.0, destroying_lag_s=1.0)
@@ -64,11 +65,6 @@ class RayCluster:
         self.api = FakeApi(self.vast)
         self.config = derived_config(**changes)
         self.config_file.write_text(yaml.safe_dump(self.config))
-        keys = self.home / ".bruno-ray"
-        keys.mkdir(parents=True, mode=0o700)
-        for name in ("vast_api_key", "vast_api_key_head"):
-            (keys / name).write_text(API_KEY)
-            (keys / name).chmod(0o600)
 
     def __enter__(self) -> "RayCluster":
         self.server = self.lab.on_internet(lambda: FakeServer(self.api, LAPTOP, API_PORT))
@@ -83,6 +79,16 @@ class RayCluster:
         return self.machines[instance.id]
 
     # The laptop.
+
+    @staticmethod
+    def laptop_home(home: Path) -> Path:
+        """A home folder with the API keys; each is a laptop of its own."""
+        keys = home / ".bruno-ray"
+        keys.mkdir(parents=True, mode=0o700)
+        for name in ("vast_api_key", "vast_api_key_head"):
+            (keys / name).write_text(API_KEY)
+            (keys / name).chmod(0o600)
+        return home
 
     @property
     def folder(self) -> Path:
@@ -117,6 +123,19 @@ class RayCluster:
         if check and result.returncode:
             raise AssertionError(f"{' '.join(command)} ended with {result.returncode}:\n{result.stdout[-6000:]}")
         return result.stdout
+
+    def start_ray_up(self, home: Path) -> "subprocess.Popen[str]":
+        """`ray up` on the laptop with this home, not waited for."""
+        environment = self.laptop_environment()
+        return subprocess.Popen(
+            self.lab.command("ray", "up", "-y", "--no-config-cache", str(self.config_file)),
+            cwd=CHECKOUT,
+            env={name: value.replace(str(self.home), str(home)) for name, value in environment.items()},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
 
     def ray(self, *words: str, timeout: float = 300, check: bool = True) -> str:
         return self.laptop("ray", *words, timeout=timeout, check=check)
