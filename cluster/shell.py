@@ -41,12 +41,12 @@ class Shell:
     def target(self) -> str:
         return f"{self.endpoint.user}@{self.endpoint.host}"
 
-    def run(self, command: str, *, timeout_s: float = COMMAND_TIMEOUT_S) -> str:
+    def run(self, command: str, *, input: str = "", timeout_s: float = COMMAND_TIMEOUT_S) -> str:
         """What ``command`` prints. Raises `NodeError` with the end of its standard error when it fails."""
         wrapped = LOGIN.format(shlex.quote(f"source ~/.bashrc; exec 2>&3; {command}"))
         try:
             done = subprocess.run(
-                [*self.ssh("-n"), self.target, wrapped], capture_output=True, text=True, timeout=timeout_s
+                [*self.ssh(), self.target, wrapped], input=input, capture_output=True, text=True, timeout=timeout_s
             )
         except subprocess.TimeoutExpired as error:
             raise NodeError(f"{self.endpoint} gave no answer within {timeout_s:.0f} s: try again") from error

@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--output-directory",
         type=Path,
-        default=defaults.output_directory,
+        default=Path(os.environ.get("BRUNO_OUTPUT__DIRECTORY", defaults.output_directory)),
         metavar="FOLDER",
-        help="where runs are looked for by name [runs]",
+        help="where runs are looked for by name [BRUNO_OUTPUT__DIRECTORY, or runs]",
     )
     where.add_argument("--address", metavar="ADDRESS", help="Ray cluster to join [RAY_ADDRESS, or a local one]")
     who = parser.add_argument_group("who")

@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--env",
         action="append",
         default=[],
-        metavar="NAME=VALUE",
-        help="for the job, such as HF_TOKEN; may be repeated",
+        metavar="NAME[=VALUE]",
+        help="for the job, such as HF_TOKEN, with the value it has here if none is given; may be repeated",
     )
     sub.add_argument("entrypoint", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="what to run")
 

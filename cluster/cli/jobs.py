@@ -1,6 +1,7 @@
 """Commands about jobs: submit, logs, cancel; and the doors to what runs on the head: dashboard, serve."""
 
 import argparse
+import os
 import threading
 import webbrowser
 
@@ -15,12 +16,7 @@ SERVE_HINT = "bruno-ray cluster submit --detach -- bruno-ray serve RUN"
 
 def submit(arguments: argparse.Namespace) -> int:
     """Start a job and follow it; the job's exit code, or 0 with --detach."""
-    env = {}
-    for pair in arguments.env:
-        name, equals, value = pair.partition("=")
-        if not (name and equals):
-            raise ClusterSettingsError(f"command line: --env {pair} must look like NAME=VALUE")
-        env[name] = value
+    env = dict(variable(pair) for pair in arguments.env)
     session = Session.open(arguments.cluster_config)
     job = submitting.submit(session, arguments.entrypoint, arguments.working_dir, arguments.exclude, env)
     print(f"job {job} runs on the head, whatever happens to this machine", flush=True)
@@ -28,6 +24,18 @@ def submit(arguments: argparse.Namespace) -> int:
         print(f"follow it with: bruno-ray cluster logs {job}")
         return 0
     return _follow(session, job)
+
+
+def variable(given: str) -> tuple[str, str]:
+    """Name and value of NAME=VALUE, or of NAME alone, which is taken from here. Raises `ClusterSettingsError`."""
+    name, equals, value = given.partition("=")
+    if not equals and name in os.environ:
+        return name, os.environ[name]
+    if not (name and equals):
+        raise ClusterSettingsError(
+            f"command line: --env {given} must look like NAME=VALUE, or be the name of a variable that is set here"
+        )
+    return name, value
 
 
 def logs(arguments: argparse.Namespace) -> int:

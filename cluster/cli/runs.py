@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import shlex
 import time
 
@@ -9,6 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from bruno_ray.passwords import VARIABLE
 from cluster import fetching
 from cluster.cli.machines import status_view
 from cluster.errors import ClusterError, ClusterSettingsError
@@ -28,7 +30,10 @@ def progress_view(shell: Shell, run: str | None) -> RenderableType:
     """The study's trials and the best of its front, rates as raw counts."""
     from bruno_ray.selection import TrialRecord, front_table
 
-    answer = json.loads(shell.run(f"python -m cluster.at_head progress {shlex.quote(run) if run else ''}"))
+    # A study elsewhere may need its password, which the run does not keep; on standard input no process list has it.
+    command = f"IFS= read -r {VARIABLE}; export {VARIABLE}; python -m cluster.at_head progress"
+    told = os.environ.get(VARIABLE, "") + "\n"
+    answer = json.loads(shell.run(f"{command} {shlex.quote(run) if run else ''}", input=told))
     states = answer["states"]
     line = f"{answer['name']}: {states.get('COMPLETE', 0)}/{answer['target']} trials complete"
     line += "".join(f", {count} {state.lower()}" for state, count in states.items() if state != "COMPLETE")

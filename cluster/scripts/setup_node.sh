@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs this project on a node, from the checkout that was copied to ~/bruno-ray, into ~/.bruno-ray/venv: with the
-# Python version of the laptop and the versions of constraints.txt. Safe to run again; then it takes a few seconds.
+# pages that `bruno-ray serve` shows, the Python version of the laptop and the versions of constraints.txt. Safe to run again; then it takes a few seconds.
 set -euo pipefail
 cd ~/bruno-ray
 venv=~/.bruno-ray/venv
@@ -13,4 +13,4 @@ if [ -n "${missing:-}" ]; then
 fi
 command -v uv > /dev/null || python3 -m pip install --quiet --break-system-packages uv || python3 -m pip install --quiet uv
 [ -x "$venv/bin/python" ] || uv venv --quiet --python "$python" "$venv"
-uv pip install --quiet --python "$venv/bin/python" -c constraints.txt -e .
+uv pip install --quiet --python "$venv/bin/python" -c constraints.txt -e '.[serve]'

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cluster.cli.jobs import variable
 from cluster.cli.machines import gpu_use
+from cluster.errors import ClusterSettingsError
 from cluster.submitting import RUNS_FOLDER, entrypoint_of
 from tests.cluster.fake_vast.api import API_KEY, FakeApi
 from tests.cluster.fake_vast.server import FakeServer
@@ -127,3 +129,13 @@ def test_the_command_of_a_job_keeps_its_words() -> None:
 def test_gpu_use_reads_nvidia_smi() -> None:
     assert gpu_use("97, 20582, 24564\n3, 512, 24564\n") == "97 %, 20.1/24.0 GB; 3 %, 0.5/24.0 GB"
     assert gpu_use("") == "-"
+
+
+def test_a_variable_for_the_job_is_given_or_taken_from_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FROM_HERE", "secret=1")
+    monkeypatch.delenv("NOWHERE", raising=False)
+    assert variable("A=b=c") == ("A", "b=c") and variable("A=") == ("A", "")
+    assert variable("FROM_HERE") == ("FROM_HERE", "secret=1")
+    for wrong in ("NOWHERE", "=x", ""):
+        with pytest.raises(ClusterSettingsError, match="--env"):
+            variable(wrong)

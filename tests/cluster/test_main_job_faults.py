@@ -121,5 +121,9 @@ def test_the_job_survives_what_happens_to_machines_network_and_api(laptop: Lapto
 
 def test_no_machine_leaks(laptop: Laptop) -> None:
     wait_for(lambda: not laptop.cluster.billed("worker"), "the end of the idle workers", 200, laptop.cluster.logs)
-    assert "nothing is billed" in laptop.run("down", "--yes")
+    laptop.run("submit", "--detach", "--", "sleep 3000")
+    assert "jobs are running" in laptop.run("down", "--yes", code=2)
+    assert len(laptop.cluster.billed("head")) == 1
+    said = laptop.run("stop", "--yes")
+    assert "running jobs: raysubmit_" in said and "nothing is billed" in said
     assert laptop.cluster.vast.billed() == []

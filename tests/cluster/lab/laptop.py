@@ -1,12 +1,18 @@
 """`bruno-ray cluster` as its user calls it, on the laptop of the lab."""
 
 import logging
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+import httpx
 import yaml
 
 from bruno_ray.cache import cache_folder
@@ -51,6 +57,33 @@ class Laptop:
         logger.info("%s took %.0f s", words[0], self.steps[words[0]])
         assert process.returncode == code, f"{words} ended with {process.returncode}:\n{output[-6000:]}"
         return output
+
+    @contextmanager
+    def door(self, *words: str) -> Iterator[str]:
+        """The address that a command of a tunnel prints; the tunnel is closed by Ctrl-C."""
+        process = self.start(*words, "--port", "0")
+        lines = []
+        try:
+            assert process.stdout is not None
+            for line in process.stdout:
+                lines.append(line)
+                if "Ctrl-C" in line:
+                    break
+            addresses = re.findall(r"http://127\.0\.0\.1:\d+", "".join(lines))
+            assert addresses, f"{words} ended with {process.wait(60)}:\n{''.join(lines)}"
+            yield addresses[0]
+            process.send_signal(signal.SIGINT)
+            assert process.wait(60) == 130
+        finally:
+            process.kill()
+
+    def ask(self, url: str, token: str = "", **content: Any) -> httpx.Response:
+        """A GET, or a POST of ``content``, from the laptop."""
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        method = "POST" if content else "GET"
+        return self.cluster.lab.on_internet(
+            lambda: httpx.request(method, url, headers=headers, json=content or None, timeout=120)
+        )
 
     def give_organism(self) -> None:
         """The head alone has it, as if it had trained it; workers must get it from there."""
