@@ -21,6 +21,7 @@ from bruno_ray.live import LiveEditor, ResolvedEdit
 from bruno_ray.models import LoadedModel
 from serve.engine_types import Row
 from serve.kv_cache import BatchCache, prefill_cache
+from serve.lean_forward import lean_forward
 from serve.sampling import Choices, Sampler, TokenLogprob, token_logprobs
 
 UNUSED_EDITS = 16  # edits that stay in the editor's tables after their last row has left: stacking them costs more
@@ -36,6 +37,7 @@ class EditedModel:
         self.pad_id = loaded.tokenizer.pad_token_id or 0  # masked wherever it stands
         self.config = loaded.model.config
         self._editor = editor
+        self._lean = lean_forward(loaded.model)
         self._table: list[ResolvedEdit] = []
         self._set: list[ResolvedEdit | None] = []
 
@@ -63,6 +65,8 @@ class EditedModel:
         self, ids_BT: Tensor, mask_BC: Tensor, positions_BT: Tensor, cache: DynamicCache | None, keep: int
     ) -> Float[Tensor, "B keep V"]:
         """Logits at the last ``keep`` positions, in the model's dtype."""
+        if self._lean is not None:
+            return self._lean(ids_BT, mask_BC, positions_BT, cache, keep)
         output = self.model(
             input_ids=ids_BT,
             attention_mask=mask_BC,

@@ -7,7 +7,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 CHROMIUM = Path("/usr/bin/chromium")
 Side = Literal["left", "right"]
@@ -85,13 +85,21 @@ class ChatPage:
         return {urlsplit(url).netloc for url in self.requests if not url.startswith(("data:", "blob:"))}
 
     def set_sampling(self, temperature: float, max_tokens: int, seed: int) -> None:
-        self.page.get_by_text("System prompt and sampling").click()
-        for field_id, value in (("temperature", temperature), ("max-tokens", max_tokens)):
-            box = self.page.locator(f"#{field_id} input[type=number]")
+        self.open_sampling()
+        for field_id, value in (("temperature", temperature), ("max-tokens", max_tokens), ("seed", seed)):
+            box = self.page.locator(f"#{field_id} :is(input:not([type=range]), textarea)")
             box.fill(str(value))
             box.press("Tab")
-        self.page.fill("#seed input, #seed textarea", str(seed))
-        self.page.press("#seed input, #seed textarea", "Tab")
+            expect(box).to_have_value(str(value))
+
+    def open_sampling(self) -> None:
+        """Until its fields can be filled: Gradio makes them when they are first shown, and writes their values once
+        more in the animation frame after that."""
+        self.page.get_by_text("System prompt and sampling").click()
+        self.page.locator("#seed").get_by_role("textbox").wait_for()
+        self.page.evaluate(
+            "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => setTimeout(done))))"
+        )
 
     def pick(self, side: Side, model: str) -> None:
         """Type a model's id into a picker, as of a trial that is not listed."""

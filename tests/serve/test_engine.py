@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from bruno_ray.errors import ModelError
 from bruno_ray.live import bake
-from bruno_ray.models import load_model
+from bruno_ray.models import LoadedModel, load_model
 from bruno_ray.settings import ModelSettings
 from serve.engine import Event, GenerationRequest, ServingEngine
 from serve.errors import EngineError, InvalidRequest, Overloaded, TooLong
@@ -48,6 +49,11 @@ def logprobs_of(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
 
 
 # ----- what an answer is -----
+
+
+def writer_in(loaded: LoadedModel, layer: int) -> nn.Module:
+    """What attention ends with in this layer: called in every forward pass, the lean one as well."""
+    return next(w.module for w in loaded.architecture.writers if (w.layer, w.component) == (layer, "attention"))
 
 
 def test_events_make_the_answer_and_it_ends_where_it_should() -> None:
@@ -313,16 +319,16 @@ def test_out_of_memory_changes_no_text(family: str, place: str, monkeypatch: pyt
     asked = [request(prompt(5 + 3 * i, seed=i), str(i) if i else None, 14, ignore_eos=True) for i in range(6)]
     passes = 0
 
-    def fail(module: object, args: tuple, kwargs: dict) -> None:
+    def fail(module: object, args: tuple) -> None:
         nonlocal passes
-        length = (args[0] if args else kwargs["hidden_states"]).shape[1]
+        length = args[0].shape[1]
         if (length == 1) == (place == "decode"):
             passes += 1
             if passes == 3:
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     with engine_of(loaded, prefill_tokens=16) as engine:
-        loaded.architecture.layers[1].register_forward_pre_hook(fail, with_kwargs=True)
+        writer_in(loaded, 1).register_forward_pre_hook(fail)
         found = answers(engine, asked)
         stats = engine.stats()
     check_texts(loaded, asked, found)
@@ -332,12 +338,12 @@ def test_out_of_memory_changes_no_text(family: str, place: str, monkeypatch: pyt
 def test_a_request_that_never_fits_ends_with_an_error_and_the_others_go_on() -> None:
     loaded = load()
 
-    def fail(module: object, args: tuple, kwargs: dict) -> None:
-        if (args[0] if args else kwargs["hidden_states"]).shape[1] > 40:
+    def fail(module: object, args: tuple) -> None:
+        if args[0].shape[1] > 40:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     with engine_of(loaded) as engine:
-        loaded.architecture.layers[1].register_forward_pre_hook(fail, with_kwargs=True)
+        writer_in(loaded, 1).register_forward_pre_hook(fail)
         small = [request(prompt(4, seed=i), str(i), 8) for i in range(3)]
         found = answers(engine, [*small, request(prompt(200))])
         check_texts(loaded, small, found[:3])
@@ -350,14 +356,14 @@ def test_a_failed_step_ends_its_rows_and_the_engine_goes_on(place: str) -> None:
     loaded = load()
     armed = True
 
-    def fail(module: object, args: tuple, kwargs: dict) -> None:
-        length = (args[0] if args else kwargs["hidden_states"]).shape[1]
+    def fail(module: object, args: tuple) -> None:
+        length = args[0].shape[1]
         if armed and (length == 1) == (place == "decode"):
             raise RuntimeError("kernel launch failed")
 
     asked = [request(prompt(5, seed=i), str(i), 6) for i in range(3)]
     with engine_of(loaded) as engine:
-        loaded.architecture.layers[0].register_forward_pre_hook(fail, with_kwargs=True)
+        writer_in(loaded, 0).register_forward_pre_hook(fail)
         found = answers(engine, asked)
         assert engine.stats().failed_steps > 0
         armed = False

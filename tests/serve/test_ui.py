@@ -165,7 +165,7 @@ def test_front_click_loads_a_trial_and_history_survives(place: Place):
     chat.wait_ready()  # the key, too, is still there in this tab
     assert {side: chat.answers(side) for side in ("left", "right")} == before
     assert chat.model("right").startswith(trial)
-    chat.page.get_by_text("System prompt and sampling").click()
+    chat.open_sampling()
     assert chat.page.locator("#max-tokens input").first.input_value() == "30"
     chat.ask(prompts[0])
     chat.wait_answered(3)

@@ -1,0 +1,202 @@
+"""The forward pass of llama-like models in float32 on a CPU, without what transformers' own does around it.
+
+On a CPU a step of a small batch is short, and half of it is spent between the matrix products: a dozen operations for
+each rotation and norm, masks built and converted in every layer, keys and values repeated for grouped heads. Here
+
+* queries, keys and values come from one product, gate and up from another. The fused weights take no memory of their
+  own: the model's parameters become views of them;
+* queries and keys are rotated together, in three operations;
+* the mask is made once, in the form that attention adds.
+
+The modules that write to the residual stream are called as modules, so that hooks on them work. ``lean_forward`` gives
+None for models of other kinds, and for one whose logits it does not reproduce.
+
+Axes: B rows, T tokens, C columns (with those of the cache), H heads, K key-value heads, D head size, V vocabulary.
+"""
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+log = logging.getLogger(__name__)
+
+FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
+"""Model types whose blocks are computed below; all others are left to transformers."""
+
+TOLERANCE = 1e-4
+"""Of the largest logit, for the comparison at the start."""
+
+
+def lean_forward(model: nn.Module) -> "LeanForward | None":
+    """The lean form of ``model``, or None if it has to compute for itself. Call it when all hooks are in place."""
+    if not _is_known(model):
+        return None
+    lean = LeanForward(model)
+    with torch.inference_mode():
+        difference = lean.difference_from_model()
+    if difference > TOLERANCE:
+        log.warning("a lean forward pass of %s differs by %.1e: it is not used", model.config.model_type, difference)
+        return None
+    return lean
+
+
+class LeanForward:
+    """See above."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model = model
+        self._trunk = model.model
+        self._blocks = [_Block(layer, i) for i, layer in enumerate(model.model.layers)]
+        self._norm = _Norm(model.model.norm)
+
+    def __call__(
+        self,
+        ids_BT: Int[Tensor, "B T"],
+        mask_BC: Int[Tensor, "B C"],
+        positions_BT: Int[Tensor, "B T"],
+        cache: DynamicCache | None,
+        keep: int,
+    ) -> Float[Tensor, "B keep V"]:
+        """Logits at the last ``keep`` positions. Row b sees the columns where its mask is not 0, up to its own."""
+        x_BTd = F.embedding(ids_BT, self._trunk.embed_tokens.weight)
+        cos_BTD, sin_BTD = self._trunk.rotary_emb(x_BTd, positions_BT)
+        half = sin_BTD.shape[-1] // 2
+        # rotate_half(x) * sin = swapped halves of x * (-sin, sin)
+        signed_BTD = torch.cat([-sin_BTD[..., :half], sin_BTD[..., half:]], dim=-1)
+        rotation = cos_BTD[:, :, None], signed_BTD[:, :, None]
+        bias_B1TC = _bias(mask_BC, ids_BT.shape[1], x_BTd.dtype)
+        for block in self._blocks:
+            x_BTd = block(x_BTd, rotation, bias_B1TC, cache)
+        return self._model.lm_head(self._norm(x_BTd[:, -keep:]))
+
+    def difference_from_model(self) -> float:
+        """The largest difference of any logit, of padded rows read with and without a cache, over the largest logit."""
+        ids_BT = torch.arange(10).view(2, 5) % self._trunk.embed_tokens.weight.shape[0]
+        mask_BC = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]])
+        positions_BT = (mask_BC.cumsum(-1) - 1).clamp(min=0)
+        wanted = self._model(
+            input_ids=ids_BT, attention_mask=mask_BC, position_ids=positions_BT, use_cache=False
+        ).logits[:, 2:]
+        whole = self(ids_BT, mask_BC, positions_BT, None, 3)
+        cache = DynamicCache(config=self._model.config)
+        pieces = [
+            self(ids_BT[:, a:b], mask_BC[:, :b], positions_BT[:, a:b], cache, b - max(a, 2))
+            for a, b in ((0, 3), (3, 5))
+        ]
+        differences = [(found - wanted).abs().max() for found in (whole, torch.cat(pieces, dim=1))]
+        return float(max(differences) / wanted.abs().max())
+
+
+class _Norm:
+    """An RMS norm as one operation."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._weight = module.weight
+        self._eps = module.variance_epsilon
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self._weight.shape, self._weight, self._eps)
+
+
+class _Block:
+    """One layer: attention and MLP."""
+
+    def __init__(self, layer: nn.Module, index: int) -> None:
+        attention, mlp = layer.self_attn, layer.mlp
+        self._index = index
+        self._norms = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
+        self._qkv, self._qkv_bias = _fused(attention.q_proj, attention.k_proj, attention.v_proj)
+        self._gate_up, self._gate_up_bias = _fused(mlp.gate_proj, mlp.up_proj)
+        self._head_norms = (_Norm(attention.q_norm), _Norm(attention.k_norm)) if hasattr(attention, "q_norm") else None
+        self._size, self._scale = attention.head_dim, attention.scaling
+        self._heads = attention.q_proj.out_features // self._size
+        self._kv_heads = attention.k_proj.out_features // self._size
+        self._activation = mlp.act_fn
+        self._out, self._down = attention.o_proj, mlp.down_proj
+
+    def __call__(
+        self,
+        x_BTd: Tensor,
+        rotation: tuple[Float[Tensor, "B T 1 D"], Float[Tensor, "B T 1 D"]],
+        bias_B1TC: Float[Tensor, "B 1 T C"],
+        cache: DynamicCache | None,
+    ) -> Tensor:
+        x_BTd = x_BTd + self._out(self._attend(self._norms[0](x_BTd), rotation, bias_B1TC, cache))
+        gate, up = F.linear(self._norms[1](x_BTd), self._gate_up, self._gate_up_bias).chunk(2, dim=-1)
+        return x_BTd + self._down(self._activation(gate) * up)
+
+    def _attend(
+        self, x_BTd: Tensor, rotation: tuple[Tensor, Tensor], bias_B1TC: Tensor, cache: DynamicCache | None
+    ) -> Tensor:
+        (B, T), (cos, signed) = x_BTd.shape[:2], rotation
+        qkv_BTHD = F.linear(x_BTd, self._qkv, self._qkv_bias).view(B, T, -1, self._size)
+        qk_BTHD, values_BTKD = qkv_BTHD.split([self._heads + self._kv_heads, self._kv_heads], dim=2)
+        if self._head_norms is not None:
+            parts = qk_BTHD.split([self._heads, self._kv_heads], dim=2)
+            qk_BTHD = torch.cat([norm(part) for norm, part in zip(self._head_norms, parts)], dim=2)
+        swapped_BTHD = qk_BTHD.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+        rotated_BHTD = torch.addcmul(qk_BTHD * cos, swapped_BTHD, signed).transpose(1, 2)
+        queries_BHTD, keys_BKCD = rotated_BHTD.split([self._heads, self._kv_heads], dim=1)
+        values_BKCD = values_BTKD.transpose(1, 2)
+        if cache is not None:
+            keys_BKCD, values_BKCD = cache.layers[self._index].update(keys_BKCD, values_BKCD)
+        seen_BHTD = F.scaled_dot_product_attention(
+            queries_BHTD,
+            keys_BKCD,
+            values_BKCD,
+            attn_mask=bias_B1TC,
+            scale=self._scale,
+            enable_gqa=self._heads != self._kv_heads,
+        )
+        return seen_BHTD.transpose(1, 2).reshape(B, T, -1)
+
+
+def _bias(mask_BC: Tensor, n_tokens: int, dtype: torch.dtype) -> Float[Tensor, "B 1 T C"]:
+    """0 where a token may look and the least number elsewhere: padding, which may look nowhere, stays finite."""
+    seen_B1TC = mask_BC.bool()[:, None, None]
+    if n_tokens > 1:
+        columns = torch.arange(mask_BC.shape[1], device=mask_BC.device)
+        seen_B1TC = seen_B1TC & (columns <= columns[-n_tokens:, None])
+    return torch.zeros(seen_B1TC.shape, dtype=dtype, device=mask_BC.device).masked_fill_(
+        ~seen_B1TC, torch.finfo(dtype).min
+    )
+
+
+def _fused(*modules: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """Weights and biases of maps of one input, one below the other; the modules' own become views of them."""
+    weight = torch.cat([module.weight.detach() for module in modules])
+    for module, view in zip(modules, weight.split([module.out_features for module in modules])):
+        module.weight = nn.Parameter(view, requires_grad=False)
+    if modules[0].bias is None:
+        return weight, None
+    return weight, torch.cat([module.bias.detach() for module in modules])
+
+
+def _is_known(model: nn.Module) -> bool:
+    """Whether the blocks are those computed here, with plain weights and no hook on what is not called as a module."""
+    config = model.config
+    if config.model_type not in FAMILIES:
+        return False
+    if (getattr(config, "sliding_window", None) or config.max_position_embeddings) < config.max_position_embeddings:
+        return False
+    if set(getattr(config, "layer_types", None) or ["full_attention"]) != {"full_attention"}:
+        return False
+    plain = {("cpu", torch.float32)}
+    if {(parameter.device.type, parameter.dtype) for parameter in model.parameters()} != plain:
+        return False
+    called = {model.lm_head}
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        maps = (attention.q_proj, attention.k_proj, attention.v_proj, mlp.gate_proj, mlp.up_proj)
+        if any(type(module) is not nn.Linear for module in maps):
+            return False
+        called |= {attention.o_proj, mlp.down_proj}
+    return not any(
+        module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook")
+        for module in model.modules()
+        if module not in called
+    )
