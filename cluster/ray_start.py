@@ -24,6 +24,10 @@ logger = logging.getLogger(__name__)
 
 INDEX_VARIABLE = "CLUSTER_NODE_INDEX"
 MAX_CPUS_VARIABLE = "CLUSTER_MAX_CPUS"
+ATTEMPTS = 3
+RAYS_PATIENCE_S = 30.0
+"""How long `ray start` waits for the processes that it has started. What fails sooner fails for another reason."""
+
 OPTIONS_VARIABLE = "BRUNO_RAY_START_OPTIONS"
 
 TUNNEL_TIMEOUT_S = 180.0
@@ -118,7 +122,20 @@ def main() -> int:
         logger.error("%s", error)
         return 2
     more += shlex.split(os.environ.get(OPTIONS_VARIABLE, ""))
-    return subprocess.run(command_line(here, more), env={**os.environ, **ENVIRONMENT}).returncode
+    return start(command_line(here, more))
+
+
+def start(command: Sequence[str]) -> int:
+    """Run `ray start`; its exit code. Ray gives its own processes 30 s, which a slow machine needs more than once."""
+    environment = {**os.environ, **ENVIRONMENT}
+    for left in reversed(range(ATTEMPTS)):
+        began = time.monotonic()
+        code = subprocess.run(command, env=environment).returncode
+        if code == 0 or not left or time.monotonic() - began < RAYS_PATIENCE_S:
+            break
+        logger.warning("ray start ended with %d after %.0f s: trying again", code, time.monotonic() - began)
+        subprocess.run([command[0], "stop", "--force"], env=environment)
+    return code
 
 
 if __name__ == "__main__":

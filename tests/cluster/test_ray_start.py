@@ -10,6 +10,7 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
+from cluster import ray_start
 from cluster.addresses import NodeAddress
 from cluster.errors import ClusterSettingsError, NodeError
 from cluster.mounts import TOKEN_MOUNT, VERSIONS_MOUNT, add_mounts, ensure_token, installed_versions, without_head_files
@@ -137,3 +138,17 @@ def test_every_setting_in_cluster_yaml_has_a_comment_above() -> None:
     bare = [lines[number] for number in top if not lines[number - 1].startswith("#")]
     allowed = {"available_node_types:", "provider:", "auth:", "worker_setup_commands: []"}
     assert {line for line in bare if line not in allowed} == {"file_mounts_sync_continuously: false"}
+
+
+@pytest.mark.parametrize(("patience", "attempts"), [(0.0, 3), (60.0, 1)])
+def test_ray_is_started_again_where_it_ran_out_of_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, patience: float, attempts: int
+) -> None:
+    program, log = tmp_path / "ray", tmp_path / "log"
+    program.write_text(f'#!/bin/sh\necho "$1" >> {log}\n[ "$1" = stop ]\n')
+    program.chmod(0o700)
+    monkeypatch.setattr(ray_start, "RAYS_PATIENCE_S", patience)
+    assert ray_start.start([str(program), "start"]) == 1
+    assert log.read_text().split() == ["start", "stop"] * (attempts - 1) + ["start"]
+    program.write_text("#!/bin/sh\nexit 0\n")
+    assert ray_start.start([str(program), "start"]) == 0

@@ -67,7 +67,9 @@ class FakeApi:
         self.vast = vast
         self.faults: deque[Fault | None] = deque()
         self.outage: Fault | None = None
-        """Hits every request while set."""
+        """Hits every request while set, or those to `outage_path` only."""
+        self.outage_path = ""
+        """Regular expression."""
         self.min_interval_s = min_interval_s
         """Rate limit: requests to one route closer together than this get a 429."""
         self.requests: list[tuple[str, str]] = []
@@ -80,7 +82,8 @@ class FakeApi:
         with self._lock:
             self.requests.append((method, path))
             creating = method == "PUT" and "/asks/" in path
-            fault = self.outage or self._next_fault(creating)
+            out = self.outage if re.search(self.outage_path, path) else None
+            fault = out or self._next_fault(creating)
         return self._faulty(fault, method, path, query, headers, body)
 
     def _next_fault(self, creating: bool) -> Fault | None:
