@@ -48,6 +48,8 @@ ENVIRONMENT = {
     "RAY_health_check_failure_threshold": str(HEALTH_CHECK_FAILURES),
     "RAY_gcs_rpc_server_reconnect_timeout_s": str(GCS_RECONNECT_S),
     "RAY_USAGE_STATS_ENABLED": "0",
+    # A job that is cancelled gives back what it holds before it is killed: a server its replicas, with their GPUs.
+    "RAY_JOB_STOP_WAIT_TIME_S": "30",
 }
 """For every process of Ray on every node."""
 

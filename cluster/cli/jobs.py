@@ -81,7 +81,9 @@ def serve(arguments: argparse.Namespace) -> int:
     with session.head_shell().tunnel("127.0.0.1", arguments.remote_port, arguments.port) as port:
         url = f"http://127.0.0.1:{port}"
         try:
-            httpx.get(f"{url}/v1/models", timeout=10)
+            answer = httpx.get(f"{url}/v1/models", timeout=10)
+            if answer.status_code != 401:  # it asks for a key
+                answer.raise_for_status()  # the proxy outlives what it served
         except httpx.HTTPError as error:
             raise ClusterSettingsError(
                 f"nothing is served at port {arguments.remote_port} of the head ({error}): start it with `{SERVE_HINT}`"

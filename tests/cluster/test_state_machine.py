@@ -45,14 +45,15 @@ SETTLED_S = 160
 MAX_PRICE = 2.0
 """Dollars per hour: room for five machines."""
 
+INDEX_REST_S = 60
 SETTINGS: dict[str, Any] = {
     "budget": {"max_price_per_hour": MAX_PRICE, "max_total_cost": 1000.0},
     "boot_timeout_s": 300,
     "join_timeout_s": 300,
     "avoid_machine_s": 600,
-    "index_rest_s": 60,
+    "index_rest_s": INDEX_REST_S,
 }
-ONE_INSTANCE = r"/v0/instances/\d+/$"
+ONE_INSTANCE, ALL_INSTANCES, CREATIONS = r"/v0/instances/\d+/$", "/v1/instances/", "/v0/asks/"
 FOREIGN_LABELS = ("bruno-ray:demo-two:w1:up-to-date", "", "somebody else's", "bruno-ray:demo-two:h0:up-to-date")
 BID_CONFIG = {**NODE_CONFIG, "requirements": {**NODE_CONFIG["requirements"], "interruptible": True}}
 
@@ -79,6 +80,8 @@ class ClusterHistory(RuleBasedStateMachine):
         """What creations returned, and what a process that died may have left to its successor."""
         self.given_back: set[str] = set()
         """What the living process of the head was told to terminate."""
+        self.rented: set[int] = set()
+        """What creations returned to the living process of the head."""
 
     @initialize(
         boot_s=st.sampled_from([5.0, 60.0]),
@@ -124,11 +127,40 @@ class ClusterHistory(RuleBasedStateMachine):
             self.laptop.set_node_tags(heads[0], {TAG_RAY_NODE_STATUS: STATUS_UP_TO_DATE})
         except LAPTOP_ERRORS:
             return
+        self._a_new_head_starts()
+
+    @precondition(lambda self: self.head is None and not self._ours())
+    @rule(set_up=st.booleans())
+    def two_laptops_ray_up_at_once(self, set_up: bool) -> None:
+        """Both ask before one of them creates; neither sees the other's until the list shows it."""
+        self._start_laptop_process()
+        laptops = [self.laptop, self.world.provider("elsewhere", **SETTINGS)]
+        heads: dict[str, VastNodeProvider] = {}
+        for laptop in laptops:
+            with contextlib.suppress(*LAPTOP_ERRORS):
+                laptop.non_terminated_nodes({})
+        for laptop in laptops:
+            with contextlib.suppress(*LAPTOP_ERRORS):
+                heads.update({head: laptop for head in laptop.create_node(NODE_CONFIG, head_tags(), 1)})
+        self.ordered.update(heads)
+        for head, laptop in heads.items():
+            if set_up:
+                with contextlib.suppress(*LAPTOP_ERRORS):
+                    laptop.set_node_tags(head, {TAG_RAY_NODE_STATUS: STATUS_UP_TO_DATE})
+        for _ in range(8):
+            self.world.clock.sleep(20)
+            for laptop in laptops:
+                with contextlib.suppress(*LAPTOP_ERRORS):
+                    laptop.non_terminated_nodes({})
+        self._a_new_head_starts()
+
+    def _a_new_head_starts(self) -> None:
+        """Set-up takes longer than the list lags; a new head is a new machine, with nothing remembered."""
         if self.head is None:
-            # Set-up takes longer than the list lags; a new head is a new machine, with nothing remembered.
             self._wait(60, step=30.0)
             self.heads += 1
             self._start_head_process()
+            self._head_process_lives_with_its_machine()
 
     @rule()
     def ray_down(self) -> None:
@@ -156,6 +188,13 @@ class ClusterHistory(RuleBasedStateMachine):
         assert set(created) <= set(listed), "new nodes are listed at once"
         addresses = [self.head.internal_ip(node) for node in listed]
         assert len(set(addresses)) == len(addresses)
+        for node in map(self.world.vast.instances.get, map(int, created)):
+            assert node is not None
+            for former in map(self.world.vast.instances.get, self.rented):
+                assert former is not None
+                if former.destroyed_at is not None and former.label.split(":")[2] == node.label.split(":")[2]:
+                    assert node.created_at >= former.destroyed_at + INDEX_REST_S, "an address rests a while"
+        self.rented.update(map(int, created))
 
     @precondition(lambda self: self.head is not None)
     @rule(data=st.data(), away=st.booleans())
@@ -163,10 +202,11 @@ class ClusterHistory(RuleBasedStateMachine):
         """Also while the API is away."""
         assert self.head is not None
         if (node := self._some_worker(data)) is not None:
-            before = self.world.api.outage
-            self.world.api.outage = Fault.SERVER_ERROR if away else before
+            before = self.world.api.outage, self.world.api.outage_path
+            if away:
+                self.world.api.outage, self.world.api.outage_path = Fault.SERVER_ERROR, ""
             self.head.terminate_node(node)
-            self.world.api.outage = before
+            self.world.api.outage, self.world.api.outage_path = before
             self.given_back.add(node)
 
     @precondition(lambda self: self.head is not None)
@@ -214,12 +254,15 @@ class ClusterHistory(RuleBasedStateMachine):
         self._head_process_lives_with_its_machine()
 
     @precondition(lambda self: self.head is not None and not self.world.api.outage and not self.world.api.faults)
-    @rule(data=st.data(), speechless=st.booleans())
-    def the_list_forgets_a_machine(self, data: st.DataObject, speechless: bool) -> None:
+    @rule(data=st.data(), meanwhile=st.sampled_from(["nothing", "no answer", "new process"]))
+    def the_list_forgets_a_machine(self, data: st.DataObject, meanwhile: str) -> None:
         """Asked for the machine alone, the API may have nothing to say either."""
         assert self.head is not None
         if (node := self._some_worker(data)) is not None:
             self.world.vast.unlisted_until[int(node)] = self.world.clock.time() + 20
+            speechless = meanwhile == "no answer"
+            if meanwhile == "new process":
+                self._start_head_process()
             self.world.api.outage, self.world.api.outage_path = Fault.SERVER_ERROR if speechless else None, ONE_INSTANCE
             self._wait(6, step=6)
             self.world.api.outage, self.world.api.outage_path = None, ""
@@ -236,14 +279,17 @@ class ClusterHistory(RuleBasedStateMachine):
     def requests_will_fail(self, faults: list[Fault | None]) -> None:
         self.world.api.faults.extend(faults)
 
-    @rule(outage=st.sampled_from([None, *OUTAGES]))
-    def the_api_goes_and_comes(self, outage: Fault | None) -> None:
-        self.world.api.outage = outage
+    @rule(
+        outage=st.sampled_from([None, *OUTAGES]), path=st.sampled_from(["", "", ALL_INSTANCES, ONE_INSTANCE, CREATIONS])
+    )
+    def the_api_goes_and_comes(self, outage: Fault | None, path: str) -> None:
+        """The whole of it, or a part."""
+        self.world.api.outage, self.world.api.outage_path = outage, path
 
     @rule()
     def the_dust_settles(self) -> None:
         """All faults pass, the lags too, and every deadline for machines that do not work."""
-        self.world.api.outage = None
+        self.world.api.outage, self.world.api.outage_path = None, ""
         self.world.api.faults.clear()
         # Longer than the list lags, shorter than any deadline for machines, which would hide what is left behind.
         self._wait(SETTLED_S, step=20.0)
@@ -317,6 +363,7 @@ class ClusterHistory(RuleBasedStateMachine):
     def _start_head_process(self) -> None:
         self._what_exists_may_stay()
         self.given_back.clear()
+        self.rented.clear()
         folder = Path(self.folder.name) / f"head-{self.heads}"
         self.head = self.world.provider("head", **SETTINGS, state_folder=str(folder))
 
