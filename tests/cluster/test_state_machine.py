@@ -11,6 +11,7 @@ provider knows; none is left that nobody ordered, that was given back, or that c
 """
 
 import contextlib
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -36,8 +37,12 @@ from tests.cluster.fake_vast.api import CREATIONS_ONLY, Fault
 from tests.cluster.fake_vast.cluster import NODE_CONFIG, ImitatedCluster, head_tags, worker_tags
 from tests.cluster.fake_vast.state import FakeInstance
 
-RUNS = 1000
+RUNS = int(os.environ.get("BRUNO_HISTORIES", "250"))
+"""A thousand take some eight minutes: BRUNO_HISTORIES=1000 pytest tests/cluster/test_state_machine.py"""
+
 STEPS = 18
+IN_MEMORY = Path("/dev/shm")
+"""Each history writes hundreds of small files."""
 
 SETTLED_S = 160
 """How long after the last fault nothing may be left that nobody wants."""
@@ -70,7 +75,9 @@ class ClusterHistory(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = tempfile.TemporaryDirectory(prefix="bruno-history-")
+        self.folder = tempfile.TemporaryDirectory(
+            prefix="bruno-history-", dir=IN_MEMORY if IN_MEMORY.is_dir() else None
+        )
         self.world: ImitatedCluster
         self.head: VastNodeProvider | None = None
         self.laptop: VastNodeProvider
@@ -375,7 +382,7 @@ class ClusterHistory(RuleBasedStateMachine):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(max(600, 2 * RUNS))
 def test_no_history_loses_money() -> None:
     """RUNS histories of up to STEPS steps."""
     histories = settings(
