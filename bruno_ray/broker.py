@@ -35,8 +35,9 @@ LOSSES_IN_A_ROW = 3
 LANE_PAUSE_S = 1.0
 """Longest time that a lane without a batch waits before the study is asked again."""
 
-LANES_START_S = 15.0
-"""Longest time that lanes wait for each other at the start."""
+LANES_START_S, LANE_START_S = 15.0, 1.5
+"""Longest time that lanes wait for each other at the start: the first, and the second for each of them, because they
+share the cores of one machine."""
 
 ATTEMPTS = 2
 """How many workers a call may lose before it counts as failed."""
@@ -137,6 +138,7 @@ class PoolBroker:
         self._tasks: list[asyncio.Task[None]] = []
         self._cancelled = asyncio.Event()
         self._lanes_missing = 0
+        self._lanes_start_s = LANES_START_S
         self._lanes_here = asyncio.Event()
         self._came_back = asyncio.Event()
 
@@ -176,6 +178,7 @@ class PoolBroker:
 
     async def expect_lanes(self, number: int) -> None:
         self._lanes_missing = number
+        self._lanes_start_s = LANES_START_S + number * LANE_START_S
         self._lanes_here = asyncio.Event()
 
     async def lane_started(self) -> None:
@@ -191,7 +194,7 @@ class PoolBroker:
         the start of a process.
         """
         with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._lanes_here.wait(), LANES_START_S)
+            await asyncio.wait_for(self._lanes_here.wait(), self._lanes_start_s)
 
     async def pause(self) -> None:
         """Returns when the next call comes back, or after a while."""

@@ -1,5 +1,7 @@
 """`bruno-ray cluster` as its user calls it, against the imitation's API (machines without a body)."""
 
+import io
+import json
 import os
 import subprocess
 import sys
@@ -8,9 +10,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from rich.console import Console
 
 from cluster.cli.jobs import variable
 from cluster.cli.machines import gpu_use
+from cluster.cli.runs import progress_view
 from cluster.errors import ClusterSettingsError
 from cluster.submitting import RUNS_FOLDER, entrypoint_of
 from tests.cluster.fake_vast.api import API_KEY, FakeApi
@@ -139,3 +143,22 @@ def test_a_variable_for_the_job_is_given_or_taken_from_here(monkeypatch: pytest.
     for wrong in ("NOWHERE", "=x", ""):
         with pytest.raises(ClusterSettingsError, match="--env"):
             variable(wrong)
+
+
+def test_the_password_of_a_study_elsewhere_goes_to_the_head_by_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = "postgresql://me:w0rd@db.example/studies"
+    asked = {}
+
+    class Head:
+        def run(self, command: str, *, input: str = "") -> str:
+            asked.update(command=command, input=input)
+            shell = ["bash", "-c", command.replace("python -m cluster.at_head progress", "env")]
+            asked["seen"] = subprocess.run(shell, input=input, capture_output=True, text=True, check=True).stdout
+            numbers = {"states": {"COMPLETE": 3, "RUNNING": 1}, "target": 9, "running": True}
+            return json.dumps({"name": "r", **numbers, "unedited": {}, "front": [], "objectives": []})
+
+    monkeypatch.setenv("BRUNO_STUDY__STORAGE", whole)
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(progress_view(Head(), "r"))
+    assert "r: 3/9 trials complete, 1 running" in console.export_text()
+    assert whole not in asked["command"] and f"BRUNO_STUDY__STORAGE={whole}" in asked["seen"].splitlines()

@@ -137,8 +137,8 @@ class ClusterHistory(RuleBasedStateMachine):
         self._a_new_head_starts()
 
     @precondition(lambda self: self.head is None and not self._ours())
-    @rule(set_up=st.booleans())
-    def two_laptops_ray_up_at_once(self, set_up: bool) -> None:
+    @rule(then=st.sampled_from(["both go on", "both are set up", "the second dies"]))
+    def two_laptops_ray_up_at_once(self, then: str) -> None:
         """Both ask before one of them creates; neither sees the other's until the list shows it."""
         self._start_laptop_process()
         laptops = [self.laptop, self.world.provider("elsewhere", **SETTINGS)]
@@ -151,12 +151,12 @@ class ClusterHistory(RuleBasedStateMachine):
                 heads.update({head: laptop for head in laptop.create_node(NODE_CONFIG, head_tags(), 1)})
         self.ordered.update(heads)
         for head, laptop in heads.items():
-            if set_up:
+            if then == "both are set up":
                 with contextlib.suppress(*LAPTOP_ERRORS):
                     laptop.set_node_tags(head, {TAG_RAY_NODE_STATUS: STATUS_UP_TO_DATE})
         for _ in range(8):
             self.world.clock.sleep(20)
-            for laptop in laptops:
+            for laptop in laptops[:1] if then == "the second dies" else laptops:
                 with contextlib.suppress(*LAPTOP_ERRORS):
                     laptop.non_terminated_nodes({})
         self._a_new_head_starts()
@@ -244,12 +244,26 @@ class ClusterHistory(RuleBasedStateMachine):
     def time_passes(self, seconds: int) -> None:
         self._wait(seconds, step=max(seconds / 4, 1.0))
 
-    @rule(data=st.data(), event=st.sampled_from(["deletes", "outbids", "offline", "back", "stuck"]))
-    def something_happens_to_a_machine(self, data: st.DataObject, event: str) -> None:
-        ours = [instance.id for instance in self._ours()]
-        if not ours:
+    @rule(data=st.data(), event=st.sampled_from(["outbids", "deletes"]))
+    def a_worker_is_lost(self, data: st.DataObject, event: str) -> None:
+        self._happens(data, ":w", event)
+
+    @rule(data=st.data(), event=st.sampled_from(["offline", "stuck"]))
+    def a_worker_cannot_be_used(self, data: st.DataObject, event: str) -> None:
+        self._happens(data, ":w", event)
+
+    @rule(data=st.data(), event=st.sampled_from(["deletes", "outbids", "offline", "stuck"]))
+    def something_happens_to_the_head(self, data: st.DataObject, event: str) -> None:
+        self._happens(data, ":h", event)
+
+    @rule(data=st.data())
+    def a_host_is_back(self, data: st.DataObject) -> None:
+        self._happens(data, "", "back")
+
+    def _happens(self, data: st.DataObject, kind: str, event: str) -> None:
+        machines = [instance.id for instance in self._ours() if kind in instance.label]
+        if not machines:
             return
-        number = data.draw(st.sampled_from(ours))
         happen = {
             "deletes": self.world.vast.host_deletes,
             "outbids": self.world.vast.outbid,
@@ -257,7 +271,7 @@ class ClusterHistory(RuleBasedStateMachine):
             "back": self.world.vast.host_back,
             "stuck": self.world.vast.never_boots,
         }[event]
-        happen(number)
+        happen(data.draw(st.sampled_from(machines)))
         self._head_process_lives_with_its_machine()
 
     @precondition(lambda self: self.head is not None and not self.world.api.outage and not self.world.api.faults)
