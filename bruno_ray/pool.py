@@ -56,7 +56,8 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
         except (ConnectionError, RuntimeError, ValueError) as error:
             reason = str(error).strip().splitlines()[0]
             raise SettingsError(
-                f"no Ray cluster at {address} ({reason}): check ray.address, or start it first"
+                f"no Ray cluster at {address} ({reason}): check ray.address, start it first, or set RAY_AUTH_MODE=token"
+                " if it asks for a token"
             ) from error
     else:
         ray.init(

@@ -39,16 +39,25 @@ def add_trial(path: Path, number: int) -> None:
     study.tell(trial, (rate, kl))
 
 
-def make_run(path: Path, model: Path, n_trials: int = 4, selected: int | None = 1, **prompts) -> RunDirectory:
+def make_run(
+    path: Path,
+    model: Path | ModelSettings,
+    n_trials: int = 4,
+    selected: int | None = 1,
+    d_model: int = tiny_models.HIDDEN,
+    **prompts,
+) -> RunDirectory:
     settings = Settings(
-        model=ModelSettings(id=str(model)), prompts=PromptSettings(**prompts), study=StudySettings(name=path.name)
+        model=model if isinstance(model, ModelSettings) else ModelSettings(id=str(model)),
+        prompts=PromptSettings(**prompts),
+        study=StudySettings(name=path.name),
     )
     chosen = None
     if selected is not None:
         scores = ScoresRecord(values={"behaviour_rate": 0.2, "kl_divergence": 0.03})
         chosen = SelectedRecord(number=selected, edit=edit_of(selected).to_dict(), validation=scores)
     run = RunDirectory.create(path, RunRecord(settings=settings, response_prefix="Well,", selected=chosen))
-    run.save_directions({"difference_in_means@0": torch.randn(5, 1, 32)})
+    run.save_directions({"difference_in_means@0": torch.randn(5, 1, d_model)})
     optuna.create_study(study_name=path.name, storage=open_storage(None, path), directions=["minimize"] * 2)
     for number in range(n_trials):
         add_trial(path, number)
