@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Installs this project on a node, from the checkout that was copied to ~/bruno-ray, into ~/.bruno-ray/venv: with the
-# pages that `bruno-ray serve` shows, the Python version of the laptop and the versions of constraints.txt. Safe to run again; then it takes a few seconds.
+# pages that `bruno-ray serve` shows, the Python version of the laptop and the versions of constraints.txt. Safe to run
+# again; then it takes a few seconds.
 set -euo pipefail
 cd ~/bruno-ray
 venv=~/.bruno-ray/venv
