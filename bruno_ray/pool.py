@@ -32,6 +32,9 @@ BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml").expanduser()
 SMALLEST_STORE = 80 * 1024**2
 """Bytes; Ray refuses a smaller object store."""
 
+STARTS = 3
+TIMED_OUT = "timed out during startup"
+
 
 @contextmanager
 def ray_session(settings: RaySettings) -> Iterator[None]:
@@ -60,8 +63,7 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
                 " if it asks for a token"
             ) from error
     else:
-        ray.init(
-            address="local",
+        start_local(
             num_cpus=max(os.cpu_count() or 1, math.ceil(settings.workers * settings.cpus_per_worker)),
             object_store_memory=max(settings.object_store_memory, SMALLEST_STORE),
             include_dashboard=False,
@@ -71,6 +73,26 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def start_local(**options: Any) -> None:
+    """Start a cluster in this process. Ray gives its own processes 30 s, which a busy machine needs more than once.
+
+    Raises WorkerError when they were not enough STARTS times.
+    """
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(address="local", **options)
+            return
+        except Exception as error:  # Ray has no type of its own for it
+            if TIMED_OUT not in str(error):
+                raise
+            if not left:
+                raise WorkerError(
+                    f"Ray did not start within 30 s, {STARTS} times: end what else keeps this machine busy, or join a"
+                    " cluster with ray.address"
+                ) from error
+            logger.warning("Ray did not start within 30 s: trying again")
 
 
 def cluster_address(settings: RaySettings) -> str | None:

@@ -8,7 +8,7 @@ import ray
 import yaml
 
 from bruno_ray.errors import ModelError, TrialError, WorkerError
-from bruno_ray.pool import WorkerPool, autoscaler_has_gpus, ray_session
+from bruno_ray.pool import STARTS, WorkerPool, autoscaler_has_gpus, ray_session, start_local
 from bruno_ray.settings import RaySettings
 from tests.fakes import BrokenWorker, FakeWorker
 
@@ -28,6 +28,31 @@ def pool(session):
     with WorkerPool(FakeWorker, (), SETTINGS) as pool:
         pool.wait_ready()
         yield pool
+
+
+@pytest.mark.parametrize(
+    ("failures", "message", "expected", "tries"),
+    [
+        (STARTS - 1, "The current node timed out during startup.", None, STARTS),
+        (STARTS, "The current node timed out during startup.", WorkerError, STARTS),
+        (1, "no room for sockets", OSError, 1),
+    ],
+)
+def test_ray_gets_more_time_on_a_busy_machine_and_for_nothing_else(monkeypatch, failures, message, expected, tries):
+    calls = []
+
+    def init(**options):
+        calls.append(options)
+        if len(calls) <= failures:
+            raise (Exception if "timed out" in message else OSError)(message)
+
+    monkeypatch.setattr(ray, "init", init)
+    if expected is None:
+        start_local(num_cpus=1)
+    else:
+        with pytest.raises(expected):
+            start_local(num_cpus=1)
+    assert calls == [{"address": "local", "num_cpus": 1}] * tries
 
 
 def test_calls_reach_a_worker_and_its_errors_come_back_as_they_are(pool):
