@@ -19,7 +19,7 @@ from tests.cluster.lab.ray_cluster import RayCluster, wait_for
 
 logger = logging.getLogger(__name__)
 pytest_plugins = ["tests.organism_fixture"]
-pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2400)]
 
 TRIALS = 1000
 NAME = "fault-run"
@@ -108,7 +108,7 @@ def test_the_job_survives_what_happens_to_machines_network_and_api(laptop: Lapto
     assert first.destroyed_at is None
     vast.host_deletes(second.id)
     assert states(cluster)["COMPLETE"] < TRIALS, "the faults must happen during the job: raise TRIALS"
-    output = laptop.run("logs", job, timeout=600)
+    output = laptop.run("logs", job, timeout=1500)
     logger.info("the job said:\n%s", output[-2500:])
 
     laptop.run("fetch", NAME)
