@@ -7,7 +7,7 @@ from typing import Literal
 from urllib.parse import urlsplit
 
 import pytest
-from playwright.sync_api import Browser, Page, expect, sync_playwright
+from playwright.sync_api import Browser, Page, TimeoutError, expect, sync_playwright
 
 CHROMIUM = Path("/usr/bin/chromium")
 Side = Literal["left", "right"]
@@ -132,11 +132,18 @@ class ChatPage:
         )
 
     def wait_for_caption(self, side: Side, text: str) -> None:
-        self.page.wait_for_function(
-            "([side, text]) => document.querySelector(`#caption-${side}`).innerText.includes(text)",
-            arg=[side, text],
-            timeout=90_000,
-        )
+        try:
+            self.page.wait_for_function(
+                "([side, text]) => document.querySelector(`#caption-${side}`).innerText.includes(text)",
+                arg=[side, text],
+                timeout=90_000,
+            )
+        except TimeoutError as error:
+            lengths = [len(answer) for answer in self.answers(side)]
+            raise AssertionError(
+                f"the caption of {side} is {self.caption(side)!r} and not {text!r}; characters in its answers:"
+                f" {lengths}; what failed: {self.failures}"
+            ) from error
 
     def close(self) -> None:
         self.page.context.close()

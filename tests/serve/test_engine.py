@@ -40,6 +40,8 @@ from tests.serve.engine_helpers import (
 )
 
 HYBRIDS = ("llama", "gemma3_text", "qwen3_5_text")
+ROUNDING = 5e-4
+"""Between a prompt read in pieces and one read as a whole, in float32: linear attention sums in another order."""
 
 
 def logprobs_of(model: torch.nn.Module, ids: list[int]) -> torch.Tensor:
@@ -139,10 +141,10 @@ def test_logprobs_are_those_of_a_direct_forward_pass(family: str, prefill_tokens
         assert [entry.token_id for entry in entries] == ids
         assert entries[0].logprob is None and entries[0].top == ()
         for t, entry in enumerate(entries[1:]):
-            assert entry.logprob == pytest.approx(expected[t, ids[t + 1]].item(), abs=1e-4)
+            assert entry.logprob == pytest.approx(expected[t, ids[t + 1]].item(), abs=ROUNDING)
             best = expected[t].topk(one.top_logprobs)
-            assert [value for _, value in entry.top] == pytest.approx(best.values.tolist(), abs=1e-4)
-            assert all(value == pytest.approx(expected[t, token].item(), abs=1e-4) for token, value in entry.top)
+            assert [value for _, value in entry.top] == pytest.approx(best.values.tolist(), abs=ROUNDING)
+            assert all(value == pytest.approx(expected[t, token].item(), abs=ROUNDING) for token, value in entry.top)
 
 
 def test_only_the_prompt_s_logprobs() -> None:

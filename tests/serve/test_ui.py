@@ -25,7 +25,7 @@ TALKATIVE = "talkative"
 
 @pytest.fixture(scope="module")
 def talkative(served_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The saved model without a way to end its answer, so that there is something to watch and to stop."""
+    """The saved model without a way to end a greedy answer, so that there is something to watch and to stop."""
     folder = tmp_path_factory.mktemp("models") / TALKATIVE
     shutil.copytree(served_run / "model", folder)
     config = json.loads((folder / "config.json").read_text())
@@ -92,7 +92,7 @@ def test_two_answers_stream_side_by_side_and_stop(place: Place):
     chat = place.open()
     chat.pick("left", TALKATIVE)
     chat.pick("right", TALKATIVE)
-    chat.set_sampling(temperature=1, max_tokens=9000, seed=1)
+    chat.set_sampling(temperature=0, max_tokens=9000, seed=1)
     chat.page.evaluate(RECORD)
     chat.ask("tell me everything")
     chat.page.wait_for_function("window.lengths.length > 8", timeout=60_000)
@@ -116,7 +116,7 @@ def test_two_answers_stream_side_by_side_and_stop(place: Place):
 def test_a_closed_tab_stops_its_answers(place: Place):
     chat = place.open()
     chat.pick("left", TALKATIVE)
-    chat.set_sampling(temperature=1, max_tokens=9000, seed=1)
+    chat.set_sampling(temperature=0, max_tokens=9000, seed=1)
     chat.ask("tell me everything")
     assert until(lambda: place.server.running() > 0)
     chat.close()
