@@ -7,6 +7,7 @@ there is no carrier (yet), an answer's events come through its own call.
 """
 
 import asyncio
+import contextvars
 import itertools
 import logging
 import uuid
@@ -77,7 +78,9 @@ class Inbox:
             yield None, asyncio.Queue()
             return
         if engine not in self._tasks:
-            self._tasks[engine] = [asyncio.create_task(self._receive(engine)) for _ in range(self._n_carriers)]
+            # In a context of its own: Serve cancels what belongs to a request when that is cancelled.
+            start = contextvars.Context().run
+            self._tasks[engine] = [start(asyncio.create_task, self._receive(engine)) for _ in range(self._n_carriers)]
         number, queue = next(self._numbers), asyncio.Queue()
         self._queues[number] = queue
         try:

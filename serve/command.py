@@ -41,7 +41,10 @@ def run(arguments: argparse.Namespace) -> None:
 
         from serve.app import application
 
-        host, port = start_serve(arguments.host, arguments.port)
+        joined = joins(arguments)
+        host, port = start_serve(arguments.host, arguments.port, with_proxy=joined)
+        if not joined:
+            args = args.model_copy(update={"listen": address_of(host, port), "route_prefix": arguments.route_prefix})
         refuse_second()
         if not (args.require_key or arguments.no_key or is_loopback(host)):
             raise SettingsError(
@@ -61,17 +64,22 @@ def run(arguments: argparse.Namespace) -> None:
                 serve.delete(APPLICATION)
 
 
-def start_serve(host: str, port: int) -> tuple[str, int]:
-    """Where it listens: as asked for, or, on a cluster that serves something already, as it was started there."""
+def start_serve(host: str, port: int, with_proxy: bool) -> tuple[str, int]:
+    """Where it listens: as asked for, or, on a cluster that serves something already, as it was started there.
+
+    Without Serve's proxy nothing listens yet: the API will.
+    """
     from ray import serve
     from ray.serve.context import _get_global_client  # says what is; Serve's public functions do not
     from ray.serve.schema import LoggingConfig
 
     serve.start(
-        proxy_location="HeadOnly",
+        proxy_location="HeadOnly" if with_proxy else "Disabled",
         http_options={"host": host, "port": port},
         logging_config=LoggingConfig(enable_access_log=False),
     )
+    if not with_proxy:
+        return host, port
     options = _get_global_client().http_config
     return options.host, options.port
 
@@ -109,7 +117,11 @@ def deploy(application, route_prefix: str, stopped: threading.Event) -> None:
 
 def url_of(host: str, port: int, route_prefix: str) -> str:
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{port}{route_prefix.rstrip('/')}"
+    return f"http://{address_of(host, port)}{route_prefix.rstrip('/')}"
+
+
+def address_of(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def announcement(args: ServeArgs, url: str, catalog: "Catalog", made_key: str | None) -> Iterator[str]:

@@ -3,7 +3,7 @@
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ from serve.catalog import Catalog
 from serve.documented import COMMON
 from serve.engines import Engines
 from serve.errors import KINDS, RequestError
+from serve.front import listening
 from serve.guard import Guard
 from serve.metrics import Metrics
 from serve.protocol import Unsupported
@@ -60,8 +61,13 @@ def build(service: Service, keys: Keys | None, evaluations: DeploymentHandle) ->
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        args = service.args
         watching = asyncio.create_task(service.watch_loading())
-        yield
+        async with AsyncExitStack() as open_until_then:
+            if args.listen is not None:
+                shared = args.api_replicas > 1
+                await open_until_then.enter_async_context(listening(app, args.listen, args.route_prefix, shared))
+            yield
         watching.cancel()
 
     app = FastAPI(

@@ -92,6 +92,13 @@ class ServeArgs(BaseModel):
     api_on_head: bool = True
     """Keep the API on the head node, where runs and models are read from local folders."""
 
+    listen: str | None = None
+    """HOST:PORT where the API speaks HTTP itself, past Serve's proxy, which takes about a millisecond for each piece
+    of an answer. `bruno-ray serve` does so on a cluster of its own. Replicas of the API share the port."""
+
+    route_prefix: str = "/"
+    """Path that everything is below at ``listen``."""
+
     min_replicas: PositiveInt = 1
     """Copies of each base model that are always there."""
 

@@ -1,0 +1,102 @@
+"""The API's own HTTP server, spoken to over sockets."""
+
+import asyncio
+import socket
+from collections.abc import Awaitable, Callable
+
+import httpx
+import pytest
+from starlette.responses import JSONResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from bruno_ray.errors import SettingsError
+from serve import front
+from serve.front import listening
+from tests.serve.server import free_port
+
+
+class App:
+    """Tells where it believes to be; at /slow it answers much later, at /eager before it has read anything."""
+
+    def __init__(self) -> None:
+        self.cancelled = asyncio.Event()
+        self.started = asyncio.Event()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["path"].endswith("/slow"):
+            self.started.set()
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                self.cancelled.set()
+                raise
+        body = b""
+        if not scope["path"].endswith("/eager"):
+            more = True
+            while more:
+                message = await receive()
+                body, more = body + message.get("body", b""), message.get("more_body", False)
+        response: Response = JSONResponse({"path": scope["path"], "root": scope["root_path"], "body": len(body)})
+        await response(scope, receive, send)
+
+
+def with_app(use: Callable[[App, str], Awaitable[None]], prefix: str = "/") -> None:
+    async def main() -> None:
+        app, address = App(), f"127.0.0.1:{free_port()}"
+        async with listening(app, address, prefix, shared=False):
+            await asyncio.wait_for(use(app, f"http://{address}"), 30)
+
+    asyncio.run(main())
+
+
+@pytest.mark.parametrize(("prefix", "root"), [("/", ""), ("/some/prefix", "/some/prefix")])
+def test_requests_arrive_whole_below_the_prefix(prefix: str, root: str) -> None:
+    async def use(app: App, url: str) -> None:
+        async with httpx.AsyncClient(base_url=url) as client:
+            for path, body in (("/what", b""), ("/what", b"x" * 3_000_000), ("/eager", b"x" * 3_000_000)):
+                answer = (await client.post(f"{root}{path}", content=body)).json()
+                assert (answer["path"], answer["root"]) == (f"{root}{path}", root)
+                assert answer["body"] == (0 if path == "/eager" else len(body))
+            if root:
+                for path in ("/what", "/some/prefixed", "/"):
+                    assert (await client.get(path)).status_code == 404
+
+    with_app(use, prefix)
+
+
+def test_what_runs_for_a_client_that_has_gone_is_cancelled() -> None:
+    async def use(app: App, url: str) -> None:
+        async with httpx.AsyncClient(base_url=url) as client:
+            asking = asyncio.create_task(client.post("/slow", content=b"x"))
+            await app.started.wait()
+            assert not app.cancelled.is_set()
+            asking.cancel()
+            await app.cancelled.wait()
+
+    with_app(use)
+
+
+def test_a_port_that_stays_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            address = f"127.0.0.1:{taken.getsockname()[1]}"
+            with pytest.raises(SettingsError, match=f"cannot listen on {address}"):
+                async with listening(App(), address, "/", shared=False):
+                    pass
+
+    monkeypatch.setattr(front, "TAKEN_SECONDS", 0.3)
+    asyncio.run(main())
+
+
+def test_a_port_that_becomes_free_is_taken() -> None:
+    """As that of a replica which is being replaced."""
+
+    async def main() -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            asyncio.get_running_loop().call_later(0.5, taken.close)
+            async with listening(App(), f"127.0.0.1:{port}", "/", shared=False):
+                async with httpx.AsyncClient() as client:
+                    assert (await client.get(f"http://127.0.0.1:{port}/what")).status_code == 200
+
+    asyncio.run(main())
