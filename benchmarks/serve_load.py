@@ -231,7 +231,7 @@ def play(server: Server, asked: list[Request], n: int, connections: int, seed: i
     if not _wait(lambda: len(server.engines()) == 2 and _replicas(server) == 2, BACK_SECONDS):
         result.wrong.append(f"{_replicas(server)} copies instead of 2")
     _wait(lambda: server.get("/ready").status_code == 200, QUIET_SECONDS)
-    for kind in ("Engine-0", "Api", "ProxyActor"):
+    for kind in ("Engine-0", "Api"):
         result.memory[kind] = private_bytes(server.processes(kind))
     return result
 
@@ -262,8 +262,8 @@ def table(rounds: list[Round], head: str) -> str:
         "",
         head,
         "",
-        f"| round | requests/s | {' | '.join(kinds)} | defects | rows left over | engines, MB | API, MB | proxy, MB |",
-        "|---" * (len(kinds) + 7) + "|",
+        f"| round | requests/s | {' | '.join(kinds)} | defects | rows left over | engines, MB | API, MB |",
+        "|---" * (len(kinds) + 6) + "|",
     ]
     for number, result in enumerate(rounds, start=1):
         counts = " | ".join(str(result.outcomes[kind]) for kind in kinds)

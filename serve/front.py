@@ -6,6 +6,7 @@ Serve's proxy uses too. Serve still starts, watches and replaces the replica, an
 """
 
 import asyncio
+import contextlib
 import logging
 import socket
 from collections.abc import AsyncIterator, Iterator
@@ -20,6 +21,9 @@ from bruno_ray.errors import SettingsError
 log = logging.getLogger(__name__)
 
 KEEP_ALIVE_SECONDS = 90
+CLEARING_UP_SECONDS = 10.0
+"""For a stream whose client has gone to end by itself."""
+
 TAKEN_SECONDS = 60.0
 """For which a port may still be held by the replica that this one replaces."""
 
@@ -86,10 +90,19 @@ class Mounted:
             return
         scope = {**scope, "root_path": scope.get("root_path", "") + self._prefix}
         messages: asyncio.Queue[Message] = asyncio.Queue(1)  # no more of a body is read than the application wants
-        answering = asyncio.create_task(self._app(scope, messages.get, send))
+        started = False
+
+        async def note_and_send(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        answering = asyncio.create_task(self._app(scope, messages.get, note_and_send))
         watching = asyncio.create_task(_watch(receive, messages))
         try:
             await asyncio.wait((answering, watching), return_when=asyncio.FIRST_COMPLETED)
+            if started:  # a stream notices by itself, and may have something to clear up
+                await asyncio.wait((answering,), timeout=CLEARING_UP_SECONDS)
         finally:  # also when this server ends
             watching.cancel()
             if not answering.done():
@@ -105,5 +118,7 @@ async def _watch(receive: Receive, messages: "asyncio.Queue[Message]") -> None:
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
+            with contextlib.suppress(asyncio.QueueFull):  # it has not even read what was sent
+                messages.put_nowait(message)
             return
         await messages.put(message)

@@ -1,12 +1,14 @@
 """The API's own HTTP server, spoken to over sockets."""
 
 import asyncio
+import contextlib
 import socket
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import httpx
 import pytest
-from starlette.responses import JSONResponse, Response
+from starlette.background import BackgroundTask
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from bruno_ray.errors import SettingsError
@@ -16,11 +18,13 @@ from tests.serve.server import free_port
 
 
 class App:
-    """Tells where it believes to be; at /slow it answers much later, at /eager before it has read anything."""
+    """Tells where it believes to be; at /slow it answers much later, at /eager before it has read anything, at /stream
+    it goes on until it is told that the client has gone, and then has something to clear up."""
 
     def __init__(self) -> None:
         self.cancelled = asyncio.Event()
         self.started = asyncio.Event()
+        self.cleared_up = asyncio.Event()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"].endswith("/slow"):
@@ -30,14 +34,30 @@ class App:
             except asyncio.CancelledError:
                 self.cancelled.set()
                 raise
+        if scope["path"].endswith("/stream"):
+            response: Response = StreamingResponse(self.pieces(), background=BackgroundTask(self.clear_up))
+            await response(scope, receive, send)
+            return
         body = b""
         if not scope["path"].endswith("/eager"):
             more = True
             while more:
                 message = await receive()
                 body, more = body + message.get("body", b""), message.get("more_body", False)
-        response: Response = JSONResponse({"path": scope["path"], "root": scope["root_path"], "body": len(body)})
+        response = JSONResponse({"path": scope["path"], "root": scope["root_path"], "body": len(body)})
         await response(scope, receive, send)
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """Ends like the stream that Gradio keeps open for each tab."""
+        with contextlib.suppress(asyncio.CancelledError):
+            while True:
+                self.started.set()
+                yield b"x"
+                await asyncio.sleep(0.05)
+
+    async def clear_up(self) -> None:
+        await asyncio.sleep(0.2)
+        self.cleared_up.set()
 
 
 def with_app(use: Callable[[App, str], Awaitable[None]], prefix: str = "/") -> None:
@@ -72,6 +92,17 @@ def test_what_runs_for_a_client_that_has_gone_is_cancelled() -> None:
             assert not app.cancelled.is_set()
             asking.cancel()
             await app.cancelled.wait()
+
+    with_app(use)
+
+
+def test_a_stream_whose_client_has_gone_clears_up() -> None:
+    async def use(app: App, url: str) -> None:
+        async with httpx.AsyncClient(base_url=url) as client:
+            reading = asyncio.create_task(client.get("/stream"))
+            await app.started.wait()
+            reading.cancel()
+            await app.cleared_up.wait()
 
     with_app(use)
 
