@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import optuna
 
 from benchmarks.results import write_section
-from benchmarks.tune_overhead import OBJECTIVES, SleepingWorker
+from benchmarks.simulated import OBJECTIVES, StampingWorker
 from bruno_ray import search_space
 from bruno_ray.broker import IDLE
 from bruno_ray.pool import WorkerPool, ray_session
@@ -27,22 +27,8 @@ from bruno_ray.search import BatchOptunaSearch
 from bruno_ray.settings import RaySettings, SearchSettings
 from bruno_ray.storage import open_study
 from bruno_ray.study import lanes_for, schedule
-from bruno_ray.worker import TrialOutcome
 
 TRIALS_PER_BATCH = 8
-
-
-class StampingWorker(SleepingWorker):
-    """Leaves a file behind at its first evaluation."""
-
-    def __init__(self, seconds: float, stamp: Path):
-        super().__init__(seconds)
-        self.stamp = stamp
-
-    def evaluate(self, context: object, edits: list) -> list[TrialOutcome]:
-        if not self.stamp.exists():
-            self.stamp.touch()
-        return super().evaluate(context, edits)
 
 
 def measure(workers: int, seconds: float, batches: int) -> tuple[float, float]:

@@ -31,8 +31,8 @@ from results import write_section
 from scipy.stats import rankdata, spearmanr
 
 from bruno_ray import organism
-from bruno_ray.ablation import Edit
 from bruno_ray.directions import build_bank
+from bruno_ray.edit import Edit
 from bruno_ray.prompts import Prompt
 from bruno_ray.scoring import SCORERS
 from bruno_ray.search_space import edit_from_params, search_space, suggest

@@ -40,7 +40,7 @@ def edits(n_layers: int, width: int) -> tuple[list, dict]:
     """Seven edits of attention and MLP, and the bank with their directions."""
     import torch
 
-    from bruno_ray.ablation import AblationParameters, Edit
+    from bruno_ray.edit import AblationParameters, Edit
 
     generator = torch.Generator().manual_seed(0)
     directions_LRD = torch.randn(n_layers + 1, RANK, width, generator=generator)

@@ -20,31 +20,18 @@ import optuna
 import ray
 
 from benchmarks.results import write_section
+from benchmarks.simulated import OBJECTIVES, SleepingWorker
 from bruno_ray import search_space
 from bruno_ray.pool import WorkerPool, ray_session
 from bruno_ray.sampler import NumberedTPESampler
-from bruno_ray.scoring import Scores
 from bruno_ray.search import Batch, BatchOptunaSearch
 from bruno_ray.settings import RaySettings, SearchSettings
 from bruno_ray.storage import open_study
 from bruno_ray.study import lanes_for, schedule
-from bruno_ray.worker import TrialOutcome
 
-OBJECTIVES = ("behaviour_rate", "kl_divergence")
 SETTINGS = RaySettings(workers=1, cpus_per_worker=0.5, gpus_per_worker=0, object_store_memory=100 * 1024**2)
 SECONDS = (0.0, 1.0)
 """How long a batch takes in the worker: nothing, and what a small model takes."""
-
-
-class SleepingWorker:
-    """Gives the same scores for every edit, after a pause."""
-
-    def __init__(self, seconds: float):
-        self.seconds = seconds
-
-    def evaluate(self, context: object, edits: list) -> list[TrialOutcome]:
-        time.sleep(self.seconds)
-        return [TrialOutcome(Scores({"behaviour_rate": 0.5, "kl_divergence": 0.1})) for _ in edits]
 
 
 def make_search(study: optuna.Study, batch_size: int, batches: int, on_batch: Callable[[Batch], None]):

@@ -1,4 +1,4 @@
-"""Directional ablation as data and as closed forms. Tensors in, tensors out; modules are touched in ``live.py``.
+"""Directional ablation as closed forms. Tensors in, tensors out; modules are touched in ``live.py``.
 
 An edit removes a subspace V (rows orthonormal, ``rank`` x ``d_model``) from what a module writes to the residual
 stream. With W the module's weight (``d_model`` x ``in``), rho its row norms, What = W / rho, lambda the strength
@@ -26,14 +26,13 @@ Dimension names: d = d_model, r = rank, n = any number of direction rows, L = la
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-NormMode = Literal["none", "pre", "full"]
+from bruno_ray.edit import Edit, NormMode
 
 DirectionBank = dict[str, Tensor]
 """Name of a direction set -> (n_layers + 1, rank, d_model) float32, orthonormal rows per point. Point 0 is the
@@ -44,58 +43,6 @@ DEAD_ROW = 1e-10
 
 SMALLEST_REMAINDER = 1e-6
 """Floor of |row|^2 / |row before|^2 in `full`: a row that the edit wipes out is not blown up more than 1000 times."""
-
-
-@dataclass(frozen=True)
-class AblationParameters:
-    """Ablation kernel of one component over layers; positions and distances are in layers."""
-
-    max_weight: float
-    max_weight_position: float
-    min_weight: float
-    min_weight_distance: float
-
-    def strength(self, layer: int) -> float:
-        """Falls linearly from ``max_weight`` at the peak to ``max_weight * min_weight`` at the edge, 0 beyond it."""
-        peak = max(self.max_weight, 0.0)
-        distance = abs(layer - self.max_weight_position)
-        if distance > self.min_weight_distance:
-            return 0.0
-        if self.min_weight_distance == 0:
-            return peak
-        return peak * (1 + (distance / self.min_weight_distance) * (self.min_weight - 1))
-
-
-@dataclass(frozen=True)
-class Edit:
-    """A whole edit of a model, small enough to send to any worker and to write into any JSON file."""
-
-    components: dict[str, AblationParameters]
-    """Kernel per component ("attention", "mlp"); a component that is missing is not edited."""
-
-    direction_set: str
-    """Key into the direction bank."""
-
-    direction_index: float | None
-    """Layer whose direction is used everywhere, fractions interpolate; None gives each layer its own."""
-
-    norm_mode: NormMode
-
-    def __post_init__(self) -> None:
-        if self.norm_mode not in get_args(NormMode):
-            raise ValueError(f"norm_mode must be one of {', '.join(get_args(NormMode))}, not {self.norm_mode!r}")
-
-    def strength(self, component: str, layer: int) -> float:
-        kernel = self.components.get(component)
-        return kernel.strength(layer) if kernel else 0.0
-
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Edit":
-        kernels = {name: AblationParameters(**kernel) for name, kernel in values["components"].items()}
-        return cls(kernels, values["direction_set"], values["direction_index"], values["norm_mode"])
 
 
 @dataclass(frozen=True)

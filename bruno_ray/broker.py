@@ -78,7 +78,7 @@ class WorkerActor:
 
     def evaluate(self, context: Any, edits: list[dict[str, Any]]) -> tuple[None, list[dict[str, Any]]]:
         """Like ``call``, with edits and outcomes as plain dicts."""
-        from bruno_ray.ablation import Edit
+        from bruno_ray.edit import Edit
 
         outcomes = self._worker.evaluate(context, [Edit.from_dict(edit) for edit in edits])
         return None, [asdict(outcome) for outcome in outcomes]

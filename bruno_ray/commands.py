@@ -10,11 +10,11 @@ from rich.table import Table
 from bruno_ray import figures, selection
 from bruno_ray import organism as organisms
 from bruno_ray import report as reports
-from bruno_ray.ablation import Edit
 from bruno_ray.architectures import coverage as coverage_of
 from bruno_ray.architectures import format_coverage
 from bruno_ray.artifacts import RunDirectory, ScoresRecord
 from bruno_ray.chat import chat_loop
+from bruno_ray.edit import Edit
 from bruno_ray.errors import OutputError
 from bruno_ray.finishing import choose, print_front, score_selected, study_of, trials_of, write_model
 from bruno_ray.generation import Engine

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.prompt import IntPrompt
 
 from bruno_ray import organism, selection
-from bruno_ray.ablation import Edit
 from bruno_ray.artifacts import RunDirectory, Sample, ScoresRecord, SelectedRecord
+from bruno_ray.edit import Edit
 from bruno_ray.errors import TrialError
 from bruno_ray.generation import Engine
 from bruno_ray.models import load_model

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 from bruno_ray.ablation import (
     DirectionBank,
-    Edit,
     Factors,
     apply_to_output,
     apply_to_weight,
@@ -30,6 +29,7 @@ from bruno_ray.ablation import (
     row_norms,
 )
 from bruno_ray.architectures import Architecture
+from bruno_ray.edit import Edit
 from bruno_ray.writers import Writer
 
 

@@ -192,7 +192,7 @@ def parallel(study: optuna.Study, objective: int, name: str) -> go.Figure | None
 
 def kernels(edit: dict[str, Any], n_layers: int) -> go.Figure:
     """Ablation strength of every component over the layers."""
-    from bruno_ray.ablation import Edit
+    from bruno_ray.edit import Edit
 
     parsed = Edit.from_dict(edit)
     figure = go.Figure()

@@ -20,7 +20,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from bruno_ray import __version__
-from bruno_ray.ablation import DirectionBank, Edit
+from bruno_ray.ablation import DirectionBank
 from bruno_ray.artifacts import (
     RunDirectory,
     ScoresRecord,
@@ -31,6 +31,7 @@ from bruno_ray.artifacts import (
 )
 from bruno_ray.card import license_of, render_card
 from bruno_ray.compatibility import readable_config, readable_processor_files, readable_tokenizer_config
+from bruno_ray.edit import Edit
 from bruno_ray.errors import ModelError, OutputError
 from bruno_ray.live import bake
 from bruno_ray.models import LoadedModel, load_model

@@ -25,7 +25,7 @@ from optuna.trial import FrozenTrial, TrialState
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
-from bruno_ray.ablation import Edit
+from bruno_ray.edit import Edit
 from bruno_ray.errors import BrunoError, StudyError, WorkerError
 from bruno_ray.storage import batched
 

@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
-from bruno_ray.ablation import AblationParameters, Edit
+from bruno_ray.edit import AblationParameters, Edit
 from bruno_ray.errors import SettingsError
 from bruno_ray.settings import Range, SearchSettings
 

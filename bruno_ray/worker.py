@@ -15,9 +15,9 @@ import numpy as np
 import psutil
 import torch
 
-from bruno_ray.ablation import Edit
 from bruno_ray.architectures import CoverageRow, coverage
 from bruno_ray.batching import TokenBudget
+from bruno_ray.edit import Edit
 from bruno_ray.errors import TrialError
 from bruno_ray.generation import Engine
 from bruno_ray.live import ResolvedEdit

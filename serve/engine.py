@@ -20,7 +20,8 @@ from collections.abc import AsyncIterator, Callable, Sequence
 import numpy as np
 import torch
 
-from bruno_ray.ablation import DirectionBank, Edit
+from bruno_ray.ablation import DirectionBank
+from bruno_ray.edit import Edit
 from bruno_ray.live import LiveEditor, ResolvedEdit
 from bruno_ray.models import LoadedModel
 from serve.engine_batch import EditedModel

@@ -240,7 +240,7 @@ def joined(events: "Sequence[Event]") -> "Event":
 def _add_edit(engine: Any, source: EditSource, directions: np.ndarray) -> None:
     import torch
 
-    from bruno_ray.ablation import Edit
+    from bruno_ray.edit import Edit
 
     edit = Edit.from_dict(source.edit)
     engine.add_edit(source.key, edit, {edit.direction_set: torch.from_numpy(np.array(directions))})

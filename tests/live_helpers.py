@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from bruno_ray.ablation import AblationParameters, DirectionBank, Edit
+from bruno_ray.ablation import DirectionBank
+from bruno_ray.edit import AblationParameters, Edit
 from bruno_ray.writers import Matrix
 from tests import tiny_models
 

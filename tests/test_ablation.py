@@ -8,8 +8,6 @@ import torch
 from torch.nn.functional import normalize
 
 from bruno_ray.ablation import (
-    AblationParameters,
-    Edit,
     apply_to_output,
     apply_to_weight,
     directions_for,
@@ -18,6 +16,7 @@ from bruno_ray.ablation import (
     responses,
     row_norms,
 )
+from bruno_ray.edit import AblationParameters, Edit
 
 D, IN, LAYERS = 24, 40, 6
 MODES = ("none", "pre", "full")

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from bruno_ray.ablation import AblationParameters, Edit
 from bruno_ray.architectures import FAMILIES, coverage, find_architecture, format_coverage
+from bruno_ray.edit import AblationParameters, Edit
 from bruno_ray.errors import ModelError
 from bruno_ray.live import LiveEditor
 from tests import tiny_models

@@ -6,8 +6,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from bruno_ray.ablation import AblationParameters, Edit
 from bruno_ray.chat import Chat, chat_loop, converse
+from bruno_ray.edit import AblationParameters, Edit
 from bruno_ray.generation import Engine
 from bruno_ray.models import load_model
 from bruno_ray.settings import ModelSettings

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bruno_ray.ablation import AblationParameters, Edit
+from bruno_ray.edit import AblationParameters, Edit
 from bruno_ray.generation import Engine
 from bruno_ray.live import bake
 from bruno_ray.models import LoadedModel, load_model

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bruno_ray.ablation import AblationParameters, DirectionBank, Edit
+from bruno_ray.ablation import DirectionBank
 from bruno_ray.architectures import find_architecture
+from bruno_ray.edit import AblationParameters, Edit
 from bruno_ray.errors import ModelError
 from bruno_ray.live import LiveEditor, Resolver, bake
 from bruno_ray.models import LoadedModel, load_model

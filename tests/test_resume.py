@@ -12,7 +12,7 @@ import psutil
 import pytest
 from optuna.trial import TrialState
 
-from bruno_ray.ablation import Edit
+from bruno_ray.edit import Edit
 from bruno_ray.sampler import NumberedTPESampler
 from bruno_ray.search import BatchOptunaSearch
 from bruno_ray.search_space import suggest

@@ -16,9 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
-from bruno_ray.ablation import AblationParameters, Edit
 from bruno_ray.artifacts import RunDirectory, RunRecord, ScoresRecord, SelectedRecord
 from bruno_ray.compatibility import readable_config, readable_processor_files, readable_tokenizer_config
+from bruno_ray.edit import AblationParameters, Edit
 from bruno_ray.errors import ModelError, OutputError
 from bruno_ray.live import LiveEditor
 from bruno_ray.models import load_model

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bruno_ray.ablation import AblationParameters, Edit
+from bruno_ray.edit import AblationParameters, Edit
 from bruno_ray.errors import SettingsError, TrialError
 from bruno_ray.generation import Engine, Response
 from bruno_ray.models import load_model

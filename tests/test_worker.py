@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bruno_ray.ablation import AblationParameters, Edit
+from bruno_ray.edit import AblationParameters, Edit
 from bruno_ray.errors import ModelError
 from bruno_ray.prompts import Prompt
 from bruno_ray.settings import ModelSettings, ResidualSettings, ScoringSettings

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from bruno_ray.ablation import AblationParameters, DirectionBank, Edit
+from bruno_ray.ablation import DirectionBank
 from bruno_ray.architectures import find_architecture
+from bruno_ray.edit import AblationParameters, Edit
 from bruno_ray.live import bake
 from bruno_ray.models import LoadedModel
 from serve.engine import Event, GenerationRequest, ServingEngine

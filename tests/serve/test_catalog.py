@@ -10,8 +10,8 @@ import optuna
 import pytest
 import torch
 
-from bruno_ray.ablation import AblationParameters, Edit
 from bruno_ray.artifacts import RunDirectory, RunRecord, ScoresRecord, SelectedRecord
+from bruno_ray.edit import AblationParameters, Edit
 from bruno_ray.errors import SettingsError
 from bruno_ray.settings import ModelSettings, PromptSettings, Settings, StudySettings
 from bruno_ray.storage import open_storage
