@@ -26,7 +26,7 @@ from bruno_ray.sampler import NumberedTPESampler
 from bruno_ray.search import BatchOptunaSearch
 from bruno_ray.settings import RaySettings, SearchSettings
 from bruno_ray.storage import open_study
-from bruno_ray.study import lanes_for, schedule
+from bruno_ray.study import LANES, schedule, window_for
 
 TRIALS_PER_BATCH = 8
 
@@ -56,8 +56,9 @@ def measure_in(folder: Path, workers: int, seconds: float, batches: int) -> tupl
                 OBJECTIVES,
                 target=TRIALS_PER_BATCH * batches * workers,
                 batch_size=TRIALS_PER_BATCH,
-                lanes=lanes_for(workers),
+                window=window_for(workers),
                 workers=workers,
+                lanes=LANES,
                 on_batch=lambda batch: told.append(time.time()),
             )
             schedule(search, pool)

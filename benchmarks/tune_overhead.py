@@ -27,7 +27,7 @@ from bruno_ray.sampler import NumberedTPESampler
 from bruno_ray.search import Batch, BatchOptunaSearch
 from bruno_ray.settings import RaySettings, SearchSettings
 from bruno_ray.storage import open_study
-from bruno_ray.study import lanes_for, schedule
+from bruno_ray.study import LANES, schedule, window_for
 
 SETTINGS = RaySettings(workers=1, cpus_per_worker=0.5, gpus_per_worker=0, object_store_memory=100 * 1024**2)
 SECONDS = (0.0, 1.0)
@@ -42,28 +42,25 @@ def make_search(study: optuna.Study, batch_size: int, batches: int, on_batch: Ca
         OBJECTIVES,
         target=batch_size * batches,
         batch_size=batch_size,
-        lanes=lanes_for(SETTINGS.workers),
+        window=window_for(SETTINGS.workers),
         workers=SETTINGS.workers,
+        lanes=LANES,
         on_batch=on_batch,
     )
 
 
 def plain_loop(search: BatchOptunaSearch, pool: WorkerPool) -> None:
     """Suggest, submit to the broker, ``ray.wait``, complete: what Tune does, without Tune."""
-    flying: dict[ray.ObjectRef, str] = {}
-    number = 0
-    while True:
-        while isinstance(config := search.suggest(str(number)), dict):
-            if not config["edits"]:  # wait for what is flying
-                search.on_trial_complete(str(number), {"paused": True})
-                break
-            flying[pool.broker.evaluate.remote(config["edits"])] = str(number)
-            number += 1
-        if not flying:
-            return
-        (done, *_), _ = ray.wait(list(flying))
-        worker, (value,) = ray.get(done)
-        search.on_trial_complete(flying.pop(done), {"worker": worker, "outcomes": ray.get(value)})
+    flying: dict[ray.ObjectRef, int] = {}
+    while isinstance(config := search.suggest("trip"), dict):
+        for number, edits in config["batches"]:
+            flying[pool.broker.evaluate.remote(edits)] = number
+        results = []
+        if config["wait"]:
+            (done, *_), _ = ray.wait(list(flying))
+            worker, (value,) = ray.get(done)
+            results = [(flying.pop(done), {"worker": worker, "outcomes": ray.get(value)})]
+        search.on_trial_complete("trip", {"results": results})
 
 
 def measure(run: Callable, pool: WorkerPool | None, batch_size: int, batches: int) -> tuple[float, float]:
@@ -79,10 +76,9 @@ def measure(run: Callable, pool: WorkerPool | None, batch_size: int, batches: in
 
 def without_ray(search: BatchOptunaSearch, pool: None) -> None:
     scores = {"scores": {"values": {"behaviour_rate": 0.5, "kl_divergence": 0.1}, "counts": {}}}
-    number = 0
-    while isinstance(config := search.suggest(str(number)), dict):
-        search.on_trial_complete(str(number), {"outcomes": [scores] * len(config["edits"])})
-        number += 1
+    while isinstance(config := search.suggest("trip"), dict):
+        results = [(number, {"outcomes": [scores] * len(edits)}) for number, edits in config["batches"]]
+        search.on_trial_complete("trip", {"results": results})
 
 
 def main() -> None:

@@ -25,15 +25,13 @@ from ray import cloudpickle
 from ray.exceptions import RayError, RayTaskError
 
 from bruno_ray.errors import BrunoError, WorkerError
+from bruno_ray.exchange import Exchange, Reply
 
 HEARTBEAT_S = 2.0
 """How often a worker is asked for its memory; also how soon the death of an idle worker is noticed."""
 
 LOSSES_IN_A_ROW = 3
 """A worker that dies this many times without finishing a call in between is not started again."""
-
-LANE_PAUSE_S = 1.0
-"""Longest time that a lane without a batch waits before the study is asked again."""
 
 LANES_START_S, LANE_START_S = 15.0, 1.5
 """Longest time that lanes wait for each other at the start: the first, and the second for each of them, because they
@@ -140,7 +138,7 @@ class PoolBroker:
         self._lanes_missing = 0
         self._lanes_start_s = LANES_START_S
         self._lanes_here = asyncio.Event()
-        self._came_back = asyncio.Event()
+        self._exchange = Exchange(self.evaluate)
 
     async def open(self) -> None:
         self._tasks = [asyncio.create_task(self._keep(slot)) for slot in self._slots]
@@ -176,9 +174,11 @@ class PoolBroker:
                 raise NoWorkerLeft(f"no worker is left ({error}): see to that, then resume the run") from error
             raise
 
-    async def expect_lanes(self, number: int) -> None:
-        self._lanes_missing = number
-        self._lanes_start_s = LANES_START_S + number * LANE_START_S
+    async def begin_study(self, lanes: int) -> None:
+        """Expect this many lanes, and forget what the last study has left behind."""
+        self._exchange = Exchange(self.evaluate)
+        self._lanes_missing = lanes
+        self._lanes_start_s = LANES_START_S + lanes * LANE_START_S
         self._lanes_here = asyncio.Event()
 
     async def lane_started(self) -> None:
@@ -189,17 +189,16 @@ class PoolBroker:
     async def lanes_started(self) -> None:
         """Returns once all expected lanes have started (or have had time enough).
 
-        A lane must not finish its first batch before: Tune would give its process to the next lane, throw away
-        the process that was being started for that one, and go on like this for as long as a batch is faster than
+        A lane must not finish its first trip before: Tune would give its process to the next lane, throw away
+        the process that was being started for that one, and go on like this for as long as a trip is faster than
         the start of a process.
         """
         with suppress(asyncio.TimeoutError):
             await asyncio.wait_for(self._lanes_here.wait(), self._lanes_start_s)
 
-    async def pause(self) -> None:
-        """Returns when the next call comes back, or after a while."""
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._came_back.wait(), LANE_PAUSE_S)
+    async def exchange(self, lane: str, batches: list[tuple[int, Any]], wait: bool, again: bool) -> list[Reply]:
+        """See ``Exchange.trip``; a batch is a list of edits, and replies are what ``evaluate`` returns or raises."""
+        return await self._exchange.trip(lane, batches, wait, again)
 
     async def cancel(self) -> None:
         """Calls that wait or run now return WorkerError at once; workers finish what they are at."""
@@ -243,8 +242,6 @@ class PoolBroker:
             slot.state.calls += 1
             slot.state.state = IDLE
             self._deal()
-            self._came_back.set()
-            self._came_back = asyncio.Event()
             return slot.name, [value]
         raise WorkerError(f"it lost {' and then '.join(losses)}: look at the memory and logs of the workers")
 

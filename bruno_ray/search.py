@@ -1,10 +1,10 @@
-"""The searcher between Tune and Optuna: one Tune trial is a batch of K Optuna trials.
+"""The searcher between Tune and Optuna: one Tune trial takes batches of K Optuna trials out and brings results back.
 
 The Optuna study is the record; Tune only schedules. Three rules keep it so.
 
 * Results are stored with their trial as soon as they arrive, and trials that a dead driver left RUNNING are
   adopted: those with results are told, the others are evaluated again under their own numbers and parameters.
-* Batch n is sampled when batch n - lanes is told and not before, in that order, whatever order batches come back
+* Batch n is sampled when batch n - window is told and not before, in that order, whatever order batches come back
   in. What the sampler knows then depends on the schedule alone, not on timing, so a study that was killed and
   resumed samples what it would have sampled. Only when a worker would otherwise stand idle, because another is
   slow or lost, is the order given up.
@@ -35,6 +35,12 @@ FEWEST_FAILURES = 10
 FAILURE_SHARE = 0.25
 """A driver gives up after max(10, a quarter of the target) failed trials of its own."""
 
+BATCHES_PER_TRIP = 4
+"""So that workers which wait get these before the next ones are sampled."""
+
+LANES_LOST_IN_A_ROW = 4
+"""A driver gives up when this many lanes die and none of them has brought anything back."""
+
 
 @dataclass
 class Batch:
@@ -47,7 +53,8 @@ class Batch:
     results: dict[int, dict[str, Any]] = field(default_factory=dict)
     """By trial number: what goes into the trial's user attribute ``result``."""
 
-    lanes_lost: int = 0
+    losses: int = 0
+    """How often its outcomes were lost with the machine that had them."""
 
     @property
     def missing(self) -> list[int]:
@@ -55,7 +62,7 @@ class Batch:
 
 
 class BatchOptunaSearch(OptunaSearch):
-    """Asks and tells K Optuna trials per Tune trial. Lives in the driver; Tune calls it from one thread."""
+    """Asks and tells Optuna trials in batches of K. Lives in the driver; Tune calls it from one thread."""
 
     def __init__(
         self,
@@ -65,8 +72,9 @@ class BatchOptunaSearch(OptunaSearch):
         objectives: Sequence[str],
         target: int,
         batch_size: int,
-        lanes: int,
+        window: int,
         workers: int,
+        lanes: int,
         on_batch: Callable[[Batch], None] = lambda batch: None,
     ):
         """
@@ -75,8 +83,9 @@ class BatchOptunaSearch(OptunaSearch):
             suggest: samples one edit.
             objectives: metric names in the order of the study's directions; all minimised.
             target: COMPLETE trials to reach.
-            lanes: batches asked and not yet told, at most.
+            window: batches asked and not yet told, at most.
             workers: fewer unfinished batches than this leave a worker idle.
+            lanes: Tune trials at a time. They carry batches and results; any of them may bring any result.
             on_batch: called with every batch that has come back.
         """
         super().__init__(
@@ -92,8 +101,9 @@ class BatchOptunaSearch(OptunaSearch):
         self.objectives = list(objectives)
         self.target = target
         self.batch_size = batch_size
-        self.lanes = lanes
+        self.window = window
         self.workers = workers
+        self.lanes = lanes
         self.on_batch = on_batch
 
         self.stopping = False
@@ -110,8 +120,12 @@ class BatchOptunaSearch(OptunaSearch):
         """FAIL trials of this driver."""
 
         self._order: deque[Batch] = deque()  # asked and not yet told, by number
-        self._to_run: deque[Batch] = deque()  # not in a lane yet
-        self._flying: dict[str, Batch | None] = {}  # by Tune's trial id; None is a lane that waits
+        self._to_run: deque[Batch] = deque()  # not in the pool yet
+        self._out: dict[int, Batch] = {}  # in the pool, or on the way there or back, by number
+        self._trips: dict[str, list[Batch]] = {}  # batches that each Tune trial takes along, by its id
+        self._lanes_lost = 0  # in a row
+        self._again = False  # a lane was lost, and the pool does not know yet
+        self._something_came = False
         self._next_number = 0
         self._last_error = ""
         self._traceback_logged = False
@@ -120,33 +134,39 @@ class BatchOptunaSearch(OptunaSearch):
     # ----- what Tune calls -----
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
-        """The next batch as a Tune config; no edits while one lane must wait for others; FINISHED at the end."""
-        batch = self._next_batch()
-        if batch is not None:
-            self._flying[trial_id] = batch
-            return {"edits": [batch.edits[number].to_dict() for number in batch.missing]}
-        if self.stopping or self.failure is not None or not self._order:
+        """The next trip as a Tune config; None when there are lanes enough under way; FINISHED at the end.
+
+        There is a trip for every lane as long as anything is out, even with no batch to take along: Tune ends the
+        process of a lane that has nothing to do, and starting one takes seconds.
+        """
+        if self.cancelled:
             return Searcher.FINISHED
-        if self._wanted() > 0 and len(self._flying) < self.lanes:
-            self._flying[trial_id] = None
-            return {"edits": []}
-        return None
+        if len(self._trips) >= self.lanes:
+            return None
+        batches = self._due()
+        if not batches and len(self._trips) >= len(self._out):
+            return None if self._out else Searcher.FINISHED
+        self._trips[trial_id] = batches
+        again, self._again = self._again, False
+        return {
+            "batches": [(batch.number, self._missing_edits(batch)) for batch in batches],
+            "wait": len(batches) < BATCHES_PER_TRIP,  # a full trip comes back for more
+            "again": again,
+        }
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        batch = self._flying.pop(trial_id, None)
-        if batch is None or self.cancelled:
+        batches = self._trips.pop(trial_id, None)
+        if batches is None or self.cancelled:
             return
-        if result and "stop" in result:
-            self.failure = WorkerError(result["stop"])
+        if error or not result or "results" not in result:
+            self._lane_lost(batches)
             return
-        if error or not result or not ("outcomes" in result or "error" in result):
-            batch.lanes_lost += 1
-            if batch.lanes_lost < 2:
-                self._to_run.appendleft(batch)
-                return
-            result = {"error": "its scheduling process died twice: is the driver's machine out of memory?"}
-        self._store(batch, result)
-        self.on_batch(batch)
+        for number, outcome in result["results"]:
+            self._lanes_lost = 0
+            self._something_came = True
+            batch = self._out.pop(number, None)
+            if batch is not None:  # else it has come before, with a lane that was thought to be lost
+                self._take(batch, outcome)
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Nothing is pruned half-way."""
@@ -172,13 +192,25 @@ class BatchOptunaSearch(OptunaSearch):
         """Tell every result that has arrived. Called when Tune has returned."""
         self._tell_finished()
 
+    def _due(self) -> list[Batch]:
+        """The batches for one trip; at the start all of them, because there is nothing to bring back meanwhile."""
+        batches: list[Batch] = []
+        most = BATCHES_PER_TRIP if self._something_came else self.window
+        while len(batches) < most and (batch := self._next_batch()) is not None:
+            self._out[batch.number] = batch
+            batches.append(batch)
+        return batches
+
     def _next_batch(self) -> Batch | None:
         if self.stopping or self.failure is not None:
             self._tell_finished()
             return None
         if not self._to_run:
             self._ask_if_due()
-        return self._to_run.popleft() if self._to_run and len(self._flying) < self.lanes else None
+        return self._to_run.popleft() if self._to_run and len(self._out) < self.window else None
+
+    def _missing_edits(self, batch: Batch) -> list[dict[str, Any]]:
+        return [batch.edits[number].to_dict() for number in batch.missing]
 
     def _wanted(self) -> int:
         """Trials still to be asked if all that are under way succeed."""
@@ -187,11 +219,11 @@ class BatchOptunaSearch(OptunaSearch):
     def _ask_if_due(self) -> None:
         if self._wanted() <= 0:
             self._tell_finished()  # no more sampling depends on the order, unless failures make room again
-        if self._wanted() <= 0 or self.failure is not None or len(self._flying) >= self.lanes:
+        if self._wanted() <= 0 or self.failure is not None or len(self._out) >= self.window:
             return
-        while len(self._order) >= self.lanes and not self._order[0].missing:
+        while len(self._order) >= self.window and not self._order[0].missing:
             self._tell(self._order.popleft())
-        if len(self._order) >= self.lanes:
+        if len(self._order) >= self.window:
             unfinished = sum(bool(batch.missing) for batch in self._order)
             if unfinished >= self.workers:
                 return
@@ -256,8 +288,37 @@ class BatchOptunaSearch(OptunaSearch):
 
     # ----- results -----
 
+    def _lane_lost(self, batches: list[Batch]) -> None:
+        """What it took along goes out again, unless it is there; what it was bringing back is asked for again."""
+        self._again = True
+        self._lanes_lost += 1
+        if self._lanes_lost >= LANES_LOST_IN_A_ROW:
+            self.failure = WorkerError(
+                "scheduling processes die one after another (is the driver's machine out of memory?): see to that, then"
+                " resume the run"
+            )
+            self._out.clear()
+            return
+        for batch in reversed(batches):
+            if self._out.pop(batch.number, None) is not None:
+                self._to_run.appendleft(batch)
+
+    def _take(self, batch: Batch, result: dict[str, Any]) -> None:
+        """What came back of a batch: outcomes, an error, or the news that there are none."""
+        if "stop" in result:
+            self.failure = WorkerError(result["stop"])
+            return
+        if "lost" in result:
+            batch.losses += 1
+            if batch.losses < 2:
+                self._to_run.appendleft(batch)
+                return
+            result = {"error": f"its outcomes were lost twice ({result['lost']})"}
+        self._store(batch, result)
+        self.on_batch(batch)
+
     def _store(self, batch: Batch, result: dict[str, Any]) -> None:
-        """Turn a lane's result into one result per trial, and put them into the study's storage."""
+        """Turn a batch's result into one result per trial, and put them into the study's storage."""
         missing = batch.missing
         if "error" in result:
             if "traceback" in result and not self._traceback_logged:

@@ -39,11 +39,15 @@ from bruno_ray.storage import open_study
 
 logger = logging.getLogger(__name__)
 
-LANES_PER_WORKER = 2
-"""Batches asked per worker: one is evaluated, one waits, so a worker never waits for Tune and the sampler."""
+BATCHES_PER_WORKER = 2
+"""One is evaluated, one waits, so a worker never waits for Tune and the sampler."""
 
-MOST_SPARE_LANES = 4
-"""With many workers a few spare batches are enough, and each costs a process on the driver's machine."""
+MOST_SPARE_BATCHES = 4
+"""With many workers a few that wait are enough; the sampler does not know yet how those under way end."""
+
+LANES = 2
+"""Processes between Tune and the pool: one waits there while the other's results are stored. More would only take
+turns: the driver deals with one at a time."""
 
 TUNE_ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # no CSV, JSON and TensorBoard files per batch
@@ -86,8 +90,9 @@ def study_fingerprint(settings: Settings, info: Any, prompts_fingerprint: str) -
     }
 
 
-def lanes_for(workers: int) -> int:
-    return min(LANES_PER_WORKER * workers, workers + MOST_SPARE_LANES)
+def window_for(workers: int) -> int:
+    """Batches asked and not yet told, at most."""
+    return min(BATCHES_PER_WORKER * workers, workers + MOST_SPARE_BATCHES)
 
 
 def run_study(
@@ -129,8 +134,9 @@ def run_study(
             objectives=objectives,
             target=settings.study.n_trials,
             batch_size=settings.study.trials_per_batch,
-            lanes=lanes_for(settings.ray.workers),
+            window=window_for(settings.ray.workers),
             workers=settings.ray.workers,
+            lanes=LANES,
         )
         monitor = Monitor(search, pool)
         with view(monitor.snapshot) as shown:
@@ -159,7 +165,7 @@ def schedule(search: BatchOptunaSearch, pool: WorkerPool) -> None:
         tune.PlacementGroupFactory([{place: 0.001}]),
     )
     batches = math.ceil((search.target - search.complete) / search.batch_size)
-    ray.get(pool.broker.expect_lanes.remote(min(search.lanes, batches)))
+    ray.get(pool.broker.begin_study.remote(min(search.lanes, batches)))
     with tempfile.TemporaryDirectory(prefix="bruno-ray-tune-") as folder, tune_environment(search.lanes):
         tune.Tuner(
             lane,

@@ -17,6 +17,7 @@ import pytest
         ("bruno_ray.artifacts", {"torch", "ray", "transformers"}),
         ("bruno_ray.residual_store", {"torch", "ray", "transformers"}),
         ("bruno_ray.lane", {"torch", "transformers"}),
+        ("bruno_ray.exchange", {"torch", "ray", "transformers"}),
         ("bruno_ray.edit", {"torch", "numpy", "ray", "transformers", "bruno_ray.settings"}),
         ("bruno_ray.search", {"torch", "transformers"}),
         ("benchmarks.simulated", {"torch", "numpy", "ray", "transformers", "optuna"}),

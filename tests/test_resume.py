@@ -13,8 +13,9 @@ import pytest
 from optuna.trial import TrialState
 
 from bruno_ray.edit import Edit
+from bruno_ray.errors import WorkerError
 from bruno_ray.sampler import NumberedTPESampler
-from bruno_ray.search import BatchOptunaSearch
+from bruno_ray.search import LANES_LOST_IN_A_ROW, BatchOptunaSearch
 from bruno_ray.search_space import suggest
 from bruno_ray.selection import load_trials
 from bruno_ray.settings import SearchSettings
@@ -31,7 +32,7 @@ SETS = ("a", "b")
 class Driver:
     """What Tune does with a searcher, one step at a time; dropping it is a kill."""
 
-    def __init__(self, folder: Path, lanes: int = 2, workers: int = 1, target: int = 30, batch: int = 4, url=None):
+    def __init__(self, folder: Path, window: int = 2, workers: int = 1, target: int = 30, batch: int = 4, url=None):
         self._opened = open_study("test", url, folder, OBJECTIVES, {"model": "A"})
         study = self._opened.__enter__()
         self.search = BatchOptunaSearch(
@@ -41,27 +42,41 @@ class Driver:
             OBJECTIVES,
             target=target,
             batch_size=batch,
-            lanes=lanes,
+            window=window,
             workers=workers,
+            lanes=2,
         )
-        self.flying: list[tuple[str, list[dict]]] = []
+        self.trips: list[str] = []
+        self.configs: list[dict] = []
+        self.flying: list[tuple[int, list[dict]]] = []
         self._id = 0
 
     def fill(self) -> None:
+        """Trips until no more are wanted; those that do not wait come back at once."""
         while True:
             self._id += 1
-            config = self.search.suggest(f"t{self._id}")
+            trip = f"t{self._id}"
+            config = self.search.suggest(trip)
             if config is None or config == "FINISHED":
                 return
-            if not config["edits"]:  # the lane is to wait
-                self.search.on_trial_complete(f"t{self._id}", {"paused": True})
-                return
-            self.flying.append((f"t{self._id}", config["edits"]))
+            self.configs.append(config)
+            self.flying += config["batches"]
+            if config["wait"]:
+                self.trips.append(trip)
+            else:
+                self.search.on_trial_complete(trip, {"results": []})
 
     def finish(self, index: int = 0) -> None:
-        trial_id, edits = self.flying.pop(index)
+        number, edits = self.flying.pop(index)
+        self.bring(number, edits)
+
+    def bring(self, number: int, edits: list[dict]) -> None:
         outcomes = [{"scores": {"values": fake_scores(Edit.from_dict(edit)), "counts": {}}} for edit in edits]
-        self.search.on_trial_complete(trial_id, {"outcomes": outcomes, "worker": "worker 0"})
+        result = {"outcomes": outcomes, "worker": "worker 0"}
+        self.search.on_trial_complete(self.trips.pop(0), {"results": [(number, result)]})
+
+    def lose_lane(self) -> None:
+        self.search.on_trial_complete(self.trips.pop(0), None, error=True)
 
     def run(self, batches: int = 1000, order=lambda flying: 0) -> None:
         self.fill()
@@ -121,7 +136,7 @@ def test_killed_at_every_write_and_resumed_is_the_same_study(uninterrupted, tmp_
 def test_batches_that_come_back_in_another_order_change_nothing(tmp_path):
     studies = []
     for name, turns in {"first": itertools.repeat(0), "swapped": itertools.cycle((1, 0))}.items():
-        driver = Driver(tmp_path / name, lanes=4, workers=2, target=40)
+        driver = Driver(tmp_path / name, window=4, workers=2, target=40)
         driver.run(order=lambda flying, turns=turns: min(next(turns), flying - 1))
         studies.append(params(driver.leave()))
     assert studies[0] == studies[1]
@@ -129,12 +144,83 @@ def test_batches_that_come_back_in_another_order_change_nothing(tmp_path):
 
 def test_a_stuck_batch_does_not_stop_the_others(tmp_path):
     """The order is given up when a worker would stand idle."""
-    driver = Driver(tmp_path, lanes=4, workers=2, target=40)
+    driver = Driver(tmp_path, window=4, workers=2, target=40)
     driver.fill()
     for _ in range(6):
         driver.finish(index=1)  # batch 0 never comes back
         driver.fill()
     assert driver.search.complete >= 16
+
+
+def test_many_batches_are_out_with_two_lanes(tmp_path):
+    driver = Driver(tmp_path, window=12, workers=8, target=160)
+    driver.fill()
+    assert len(driver.flying) == 12 and len(driver.trips) == 2
+    driver.run(order=lambda flying: flying // 2)
+    study = driver.leave()
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 160
+
+
+def test_results_that_come_together_are_made_up_for_in_small_trips(tmp_path):
+    driver = Driver(tmp_path, window=12, workers=8, target=160)
+    driver.fill()
+    results = []
+    for number, edits in driver.flying:
+        outcomes = [{"scores": {"values": fake_scores(Edit.from_dict(edit)), "counts": {}}} for edit in edits]
+        results.append((number, {"outcomes": outcomes, "worker": "worker 0"}))
+    driver.flying.clear()
+    driver.configs.clear()
+    driver.search.on_trial_complete(driver.trips.pop(0), {"results": results})
+    driver.fill()
+    assert [len(config["batches"]) for config in driver.configs] == [4, 4, 4, 0]
+    assert [config["wait"] for config in driver.configs] == [False, False, False, True]
+
+
+def test_a_lost_lane_costs_nothing_and_what_comes_twice_counts_once(uninterrupted, tmp_path):
+    driver = Driver(tmp_path)
+    driver.fill()
+    assert [len(config["batches"]) for config in driver.configs] == [2, 0]
+    driver.lose_lane()  # it had both batches
+    driver.flying.clear()
+    driver.fill()
+    assert driver.configs[-1]["again"] and [number for number, _ in driver.configs[-1]["batches"]] == [0, 1]
+    first = driver.flying[0]
+    driver.finish()
+    driver.fill()
+    assert not driver.configs[-1]["again"]
+    driver.bring(*first)
+    driver.fill()
+    driver.run()
+    study = driver.leave()
+    assert params(study) == uninterrupted
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 30
+
+
+def test_lanes_that_keep_dying_end_the_run_and_its_trials_wait_for_the_next(uninterrupted, tmp_path):
+    driver = Driver(tmp_path)
+    driver.run(2)
+    for _ in range(LANES_LOST_IN_A_ROW):
+        driver.lose_lane()
+        driver.fill()
+    assert isinstance(driver.search.failure, WorkerError)
+    assert driver.search.suggest("last") in (None, "FINISHED")
+    driver.leave()
+    again = Driver(tmp_path)
+    again.run()
+    assert params(again.leave()) == uninterrupted
+
+
+def test_outcomes_that_are_lost_with_a_machine_are_made_again_once(tmp_path):
+    driver = Driver(tmp_path, target=8)
+    for lost in (1, 2):
+        driver.fill()
+        assert [number for number, _ in driver.flying][-1] == (1 if lost == 1 else 0)
+        number, _ = driver.flying.pop(0 if lost == 1 else -1)
+        driver.search.on_trial_complete(driver.trips.pop(0), {"results": [(number, {"lost": "its node is dead"})]})
+    driver.run()
+    study = driver.leave()
+    states = [trial.state for trial in study.trials]
+    assert states.count(TrialState.FAIL) == 4 and states.count(TrialState.COMPLETE) == 8
 
 
 def test_a_database_study_cut_off_while_sampling_keeps_its_numbers(tmp_path):
