@@ -1,11 +1,12 @@
 """How the study scales with workers: simulated evaluations of a fixed time, so that only orchestration is measured.
 
-    python -m benchmarks.scaling [--workers 1 3 64] [--seconds 20] [--batches 6]
+    python -m benchmarks.scaling [--workers 1 3 64] [--seconds 30] [--batches 6]
 
 Everything but the evaluation is the product's own: broker, actors, lanes, Tune, searcher and journal, on one machine.
 Efficiency is the time that the evaluations alone would take, divided by the time from the start of the first
-evaluation to the return of the last one; the rest is workers that wait, in the beginning for the lanes to start. The
-sampler is in its random phase.
+evaluation to the return of the last one; the rest is workers that wait. All begin together and take the same time, so
+all of them wait at once after their first batch while the driver samples one batch after another; from then on they
+come back one by one. The sampler is in its random phase.
 """
 
 import argparse
@@ -71,7 +72,7 @@ def measure_in(folder: Path, workers: int, seconds: float, batches: int) -> tupl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 3, 64])
-    parser.add_argument("--seconds", type=float, default=20.0)
+    parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--batches", type=int, default=6, help="per worker")
     arguments = parser.parse_args()
     logging.getLogger("bruno_ray").setLevel(logging.WARNING)

@@ -53,8 +53,8 @@ def plain_loop(search: BatchOptunaSearch, pool: WorkerPool) -> None:
     """Suggest, submit to the broker, ``ray.wait``, complete: what Tune does, without Tune."""
     flying: dict[ray.ObjectRef, int] = {}
     while isinstance(config := search.suggest("trip"), dict):
-        for number, edits in config["batches"]:
-            flying[pool.broker.evaluate.remote(edits)] = number
+        for ticket, edits in config["batches"]:
+            flying[pool.broker.evaluate.remote(edits)] = ticket
         results = []
         if config["wait"]:
             (done, *_), _ = ray.wait(list(flying))
@@ -77,7 +77,7 @@ def measure(run: Callable, pool: WorkerPool | None, batch_size: int, batches: in
 def without_ray(search: BatchOptunaSearch, pool: None) -> None:
     scores = {"scores": {"values": {"behaviour_rate": 0.5, "kl_divergence": 0.1}, "counts": {}}}
     while isinstance(config := search.suggest("trip"), dict):
-        results = [(number, {"outcomes": [scores] * len(edits)}) for number, edits in config["batches"]]
+        results = [(ticket, {"outcomes": [scores] * len(edits)}) for ticket, edits in config["batches"]]
         search.on_trial_complete("trip", {"results": results})
 
 

@@ -28,7 +28,7 @@ class BatchLane(tune.Trainable):
         return True
 
     def step(self) -> dict[str, Any]:
-        """``results``: (number, result) of every batch that has come back. A result holds ``worker`` and ``outcomes``
+        """``results``: (ticket, result) of every batch that has come back. A result holds ``worker`` and ``outcomes``
         (one dict per edit), or ``error`` for the whole batch, or ``stop``: the pool has no worker left and the batch
         was not evaluated, or ``lost``: so were its outcomes.
 
@@ -38,7 +38,7 @@ class BatchLane(tune.Trainable):
             self._broker.lane_started.remote()
         trip = {name: self.config[name] for name in ("batches", "wait", "again")}
         replies = ray.get(self._broker.exchange.remote(self._name, **trip))
-        results = [(number, _result(reply)) for number, reply in replies]
+        results = [(ticket, _result(reply)) for ticket, reply in replies]
         if self._first:
             ray.get(self._broker.lanes_started.remote())
             self._first = False

@@ -12,6 +12,7 @@ The Optuna study is the record; Tune only schedules. Three rules keep it so.
   new trial; too many of those end the study.
 """
 
+import itertools
 import logging
 import math
 from collections import deque
@@ -52,6 +53,9 @@ class Batch:
 
     results: dict[int, dict[str, Any]] = field(default_factory=dict)
     """By trial number: what goes into the trial's user attribute ``result``."""
+
+    ticket: int = -1
+    """Names this evaluation of it in the pool."""
 
     losses: int = 0
     """How often its outcomes were lost with the machine that had them."""
@@ -121,7 +125,8 @@ class BatchOptunaSearch(OptunaSearch):
 
         self._order: deque[Batch] = deque()  # asked and not yet told, by number
         self._to_run: deque[Batch] = deque()  # not in the pool yet
-        self._out: dict[int, Batch] = {}  # in the pool, or on the way there or back, by number
+        self._out: dict[int, Batch] = {}  # in the pool, or on the way there or back, by ticket
+        self._tickets = itertools.count()
         self._trips: dict[str, list[Batch]] = {}  # batches that each Tune trial takes along, by its id
         self._lanes_lost = 0  # in a row
         self._again = False  # a lane was lost, and the pool does not know yet
@@ -149,7 +154,7 @@ class BatchOptunaSearch(OptunaSearch):
         self._trips[trial_id] = batches
         again, self._again = self._again, False
         return {
-            "batches": [(batch.number, self._missing_edits(batch)) for batch in batches],
+            "batches": [(batch.ticket, self._missing_edits(batch)) for batch in batches],
             "wait": len(batches) < BATCHES_PER_TRIP,  # a full trip comes back for more
             "again": again,
         }
@@ -161,10 +166,10 @@ class BatchOptunaSearch(OptunaSearch):
         if error or not result or "results" not in result:
             self._lane_lost(batches)
             return
-        for number, outcome in result["results"]:
+        for ticket, outcome in result["results"]:
             self._lanes_lost = 0
             self._something_came = True
-            batch = self._out.pop(number, None)
+            batch = self._out.pop(ticket, None)
             if batch is not None:  # else it has come before, with a lane that was thought to be lost
                 self._take(batch, outcome)
 
@@ -197,7 +202,7 @@ class BatchOptunaSearch(OptunaSearch):
         batches: list[Batch] = []
         most = BATCHES_PER_TRIP if self._something_came else self.window
         while len(batches) < most and (batch := self._next_batch()) is not None:
-            self._out[batch.number] = batch
+            self._out[batch.ticket] = batch
             batches.append(batch)
         return batches
 
@@ -247,6 +252,7 @@ class BatchOptunaSearch(OptunaSearch):
     def _enqueue(self, batch: Batch) -> None:
         self._order.append(batch)
         if batch.missing:
+            batch.ticket = next(self._tickets)
             self._to_run.append(batch)
 
     def _adopt(self) -> None:
@@ -300,7 +306,7 @@ class BatchOptunaSearch(OptunaSearch):
             self._out.clear()
             return
         for batch in reversed(batches):
-            if self._out.pop(batch.number, None) is not None:
+            if self._out.pop(batch.ticket, None) is not None:
                 self._to_run.appendleft(batch)
 
     def _take(self, batch: Batch, result: dict[str, Any]) -> None:
@@ -311,6 +317,7 @@ class BatchOptunaSearch(OptunaSearch):
         if "lost" in result:
             batch.losses += 1
             if batch.losses < 2:
+                batch.ticket = next(self._tickets)
                 self._to_run.appendleft(batch)
                 return
             result = {"error": f"its outcomes were lost twice ({result['lost']})"}

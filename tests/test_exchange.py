@@ -48,7 +48,7 @@ def test_any_lane_takes_what_has_finished():
         pool.results["one"].set_result("1")
         await settle()
         brought = other.result() + await trip(exchange, "c", wait=False)
-        assert [number for number, _ in brought] == [0, 1] and isinstance(brought[0][1], ValueError)
+        assert [ticket for ticket, _ in brought] == [0, 1] and isinstance(brought[0][1], ValueError)
         assert await trip(exchange, "b") == [], "nothing runs: nothing to wait for"
 
     run(test)
@@ -93,6 +93,7 @@ def test_what_a_lane_has_brought_is_forgotten_when_it_comes_again():
         pool.results["zero"].set_result("0")
         assert await bringing == [(0, "0")]
         assert await trip(exchange, "a") == []
-        assert await trip(exchange, "b", again=True) == []
+        assert await trip(exchange, "b", [(0, "zero")], again=True) == []
+        assert pool.begun == ["zero"]
 
     run(test)

@@ -67,13 +67,12 @@ class Driver:
                 self.search.on_trial_complete(trip, {"results": []})
 
     def finish(self, index: int = 0) -> None:
-        number, edits = self.flying.pop(index)
-        self.bring(number, edits)
+        self.bring(*self.flying.pop(index))
 
-    def bring(self, number: int, edits: list[dict]) -> None:
+    def bring(self, ticket: int, edits: list[dict]) -> None:
         outcomes = [{"scores": {"values": fake_scores(Edit.from_dict(edit)), "counts": {}}} for edit in edits]
         result = {"outcomes": outcomes, "worker": "worker 0"}
-        self.search.on_trial_complete(self.trips.pop(0), {"results": [(number, result)]})
+        self.search.on_trial_complete(self.trips.pop(0), {"results": [(ticket, result)]})
 
     def lose_lane(self) -> None:
         self.search.on_trial_complete(self.trips.pop(0), None, error=True)
@@ -165,9 +164,9 @@ def test_results_that_come_together_are_made_up_for_in_small_trips(tmp_path):
     driver = Driver(tmp_path, window=12, workers=8, target=160)
     driver.fill()
     results = []
-    for number, edits in driver.flying:
+    for ticket, edits in driver.flying:
         outcomes = [{"scores": {"values": fake_scores(Edit.from_dict(edit)), "counts": {}}} for edit in edits]
-        results.append((number, {"outcomes": outcomes, "worker": "worker 0"}))
+        results.append((ticket, {"outcomes": outcomes, "worker": "worker 0"}))
     driver.flying.clear()
     driver.configs.clear()
     driver.search.on_trial_complete(driver.trips.pop(0), {"results": results})
@@ -183,7 +182,7 @@ def test_a_lost_lane_costs_nothing_and_what_comes_twice_counts_once(uninterrupte
     driver.lose_lane()  # it had both batches
     driver.flying.clear()
     driver.fill()
-    assert driver.configs[-1]["again"] and [number for number, _ in driver.configs[-1]["batches"]] == [0, 1]
+    assert driver.configs[-1]["again"] and [ticket for ticket, _ in driver.configs[-1]["batches"]] == [0, 1]
     first = driver.flying[0]
     driver.finish()
     driver.fill()
@@ -214,9 +213,9 @@ def test_outcomes_that_are_lost_with_a_machine_are_made_again_once(tmp_path):
     driver = Driver(tmp_path, target=8)
     for lost in (1, 2):
         driver.fill()
-        assert [number for number, _ in driver.flying][-1] == (1 if lost == 1 else 0)
-        number, _ = driver.flying.pop(0 if lost == 1 else -1)
-        driver.search.on_trial_complete(driver.trips.pop(0), {"results": [(number, {"lost": "its node is dead"})]})
+        ticket, _ = driver.flying.pop(0 if lost == 1 else -1)
+        assert ticket == (0 if lost == 1 else 2)
+        driver.search.on_trial_complete(driver.trips.pop(0), {"results": [(ticket, {"lost": "its node is dead"})]})
     driver.run()
     study = driver.leave()
     states = [trial.state for trial in study.trials]

@@ -70,8 +70,7 @@ def test_a_trial_that_is_not_a_number_fails_alone_and_is_replaced(session, tmp_p
     states = [trial.state for trial in study.trials]
     assert states.count(TrialState.COMPLETE) == 12 and states.count(TrialState.FAIL) == 1
     (failed,) = [trial for trial in load_trials(study) if trial.state == "FAIL"]
-    # Either of the first two batches may be evaluated second: their lanes start at the same time.
-    assert failed.number in (0, 4) and "kl_divergence is nan" in failed.error
+    assert failed.number == 4 and "kl_divergence is nan" in failed.error
 
 
 def test_a_worker_that_dies_in_a_batch_costs_no_trial(session, tmp_path):
@@ -88,6 +87,15 @@ def test_a_batch_that_kills_two_workers_fails_and_is_replaced(session, tmp_path)
     states = [trial.state for trial in study.trials]
     assert states.count(TrialState.COMPLETE) == 12 and states.count(TrialState.FAIL) == 4
     assert all("it lost worker" in trial.error for trial in load_trials(study) if trial.state == "FAIL")
+
+
+def test_lanes_that_are_killed_cost_no_trial_and_no_evaluation(session, tmp_path):
+    with WorkerPool(LaneKiller, (str(tmp_path), 0.2), settings().ray) as pool:
+        study = run(pool, tmp_path / "run", n_trials=24)
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 24
+    assert len({tuple(trial.params.values()) for trial in study.trials}) == 24
+    assert (tmp_path / "batches").stat().st_size == 6
+    assert (tmp_path / "killed").stat().st_size == 2
 
 
 def test_a_study_whose_trials_all_fail_ends_with_the_reason(session, tmp_path):
@@ -112,6 +120,18 @@ class AlwaysNaN(FakeWorker):
         for outcome in outcomes:
             outcome.scores.values["kl_divergence"] = float("nan")
         return outcomes
+
+
+class LaneKiller(FakeWorker):
+    """Kills all lanes during the third batch."""
+
+    def evaluate(self, context, edits):
+        if self._count("batches", only_read=True) == 2:
+            for process in psutil.Process().parent().children():
+                if "Trainable" in process.cmdline()[0]:
+                    process.kill()
+                    self._count("killed")
+        return super().evaluate(context, edits)
 
 
 class Suicidal(FakeWorker):
