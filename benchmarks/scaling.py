@@ -1,6 +1,6 @@
 """How the study scales with workers: simulated evaluations of a fixed time, so that only orchestration is measured.
 
-    python -m benchmarks.scaling [--workers 1 3 64] [--seconds 30] [--batches 6]
+    python -m benchmarks.scaling [--workers 1 3 64] [--seconds 40] [--batches 4]
 
 Everything but the evaluation is the product's own: broker, actors, lanes, Tune, searcher and journal, on one machine.
 Efficiency is the time that the evaluations alone would take, divided by the time from the start of the first
@@ -72,8 +72,8 @@ def measure_in(folder: Path, workers: int, seconds: float, batches: int) -> tupl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 3, 64])
-    parser.add_argument("--seconds", type=float, default=30.0)
-    parser.add_argument("--batches", type=int, default=6, help="per worker")
+    parser.add_argument("--seconds", type=float, default=40.0)
+    parser.add_argument("--batches", type=int, default=4, help="per worker")
     arguments = parser.parse_args()
     logging.getLogger("bruno_ray").setLevel(logging.WARNING)
     optuna.logging.set_verbosity(optuna.logging.WARNING)

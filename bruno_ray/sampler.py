@@ -38,6 +38,9 @@ class NumberedTPESampler(TPESampler):
     def reseed_rng(self) -> None:
         """Optuna calls this in worker processes to tell streams apart; ours are told apart by trial number."""
 
+    def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        return {} if self._is_random(trial) else super().infer_relative_search_space(study, trial)
+
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
     ) -> dict[str, Any]:
@@ -48,7 +51,12 @@ class NumberedTPESampler(TPESampler):
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
         self._reseed([self._study_seed, trial.number, zlib.crc32(param_name.encode())])
-        return super().sample_independent(study, trial, param_name, param_distribution)
+        sampler = self._random_sampler if self._is_random(trial) else super()
+        return sampler.sample_independent(study, trial, param_name, param_distribution)
+
+    def _is_random(self, trial: FrozenTrial) -> bool:
+        """Whether there are too few trials for TPE whatever their states; it would look through them all every time."""
+        return trial.number < self._n_startup_trials
 
     def _reseed(self, key: Sequence[int]) -> None:
         state = np.random.SeedSequence(key).generate_state(8)
