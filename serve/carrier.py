@@ -12,7 +12,7 @@ import itertools
 import logging
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,11 +41,21 @@ class Carrier:
     def __init__(self) -> None:
         self._batch: list[tuple[int, Any]] = []
         self._ready = asyncio.Event()
+        self._urgent = asyncio.Event()
         self.closed = False
 
-    def put(self, ticket: Ticket, event: Any) -> None:
+    def put(self, ticket: Ticket, event: Any, urgent: bool = False) -> None:
         self._batch.append((ticket.number, event))
         self._ready.set()
+        if urgent:
+            self._urgent.set()
+
+    async def pause(self, seconds: float) -> None:
+        """Let events gather for a while; not beyond one that is urgent."""
+        if seconds > 0:
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(self._urgent.wait(), seconds)
+        self._urgent.clear()
 
     async def batch(self) -> list[tuple[int, Any]]:
         """Everything since the last call; at least one event."""

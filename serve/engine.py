@@ -7,7 +7,7 @@
 
 A thread of its own runs the step loop. A step reads some prompts (``prefill_tokens`` at most), then makes one token
 for every running row; so rows join and leave at any step, and neither a long prompt nor a long answer holds up the
-others. What happens in a step is told to each event loop in one call.
+others. What happens in a part of a step is told to each event loop in one call.
 
 Greedy text is the same whatever else is in the batch up to rounding: see ``engine_batch``.
 """
@@ -25,7 +25,7 @@ from bruno_ray.edit import Edit
 from bruno_ray.live import LiveEditor, ResolvedEdit
 from bruno_ray.models import LoadedModel
 from serve.engine_batch import EditedModel
-from serve.engine_loop import StepLoop
+from serve.engine_loop import Outbox, StepLoop
 from serve.engine_scores import ScoreJob
 from serve.engine_types import EngineStats, Event, GenerationRequest, Mailbox, Row
 from serve.errors import EngineError, InvalidRequest, Overloaded, TooLong
@@ -184,10 +184,10 @@ class ServingEngine:
                 if self._closing:
                     return
                 self._steps.take_new()
-            self._deliver(self._steps.step())
+            self._steps.step(self._deliver)
 
-    def _deliver(self, outbox: list[tuple[asyncio.AbstractEventLoop, Callable[[], None]]]) -> None:
-        """One call into every event loop, whatever has happened in it."""
+    def _deliver(self, outbox: Outbox) -> None:
+        """One call into every event loop, whatever it holds."""
         by_loop: dict[asyncio.AbstractEventLoop, list[Callable[[], None]]] = {}
         for loop, call in outbox:
             by_loop.setdefault(loop, []).append(call)

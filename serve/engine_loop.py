@@ -32,6 +32,7 @@ SHORTEST_CHUNK = 64  # prompt tokens per step, however short memory is
 RECOVERY_STEPS = 200  # good steps after which limits that were cut for lack of memory are doubled again
 
 Call = Callable[[], None]
+Outbox = list[tuple[asyncio.AbstractEventLoop, Call]]
 
 
 class StepLoop:
@@ -54,7 +55,7 @@ class StepLoop:
         self.scores: list[ScoreJob] = []
         self._queue: deque[Row] = deque()
         self._prefills: list[Prefill] = []
-        self._outbox: list[tuple[asyncio.AbstractEventLoop, Call]] = []
+        self._outbox: Outbox = []
         self._row_limit = settings.max_rows
         on_cpu = model.device.type == "cpu"
         self._most_prefill = min(settings.prefill_tokens, CPU_PREFILL_TOKENS) if on_cpu else settings.prefill_tokens
@@ -104,11 +105,17 @@ class StepLoop:
 
     # ----- one step -----
 
-    def step(self) -> list[tuple[asyncio.AbstractEventLoop, Call]]:
-        """Read some prompts, score some, make one token for every running row. Returns calls for the event loops."""
+    def step(self, deliver: Callable[[Outbox], None]) -> None:
+        """Read some prompts, score some, make one token for every running row. ``deliver`` gets calls for the event
+        loops: first tokens do not wait for the second ones."""
         self._outbox = []
-        parts = [self._drop_cancelled, self._read, self._score, self._decode]
-        if all([self._attempt(part) for part in parts]):
+        went_well = True
+        for part in (self._drop_cancelled, self._read, self._score, self._decode):
+            went_well &= self._attempt(part)
+            if self._outbox:
+                deliver(self._outbox)
+                self._outbox = []
+        if went_well:
             self.n_failed = 0
             self._n_good += 1
             if self._n_good % RECOVERY_STEPS == 0:
@@ -118,10 +125,9 @@ class StepLoop:
             self.n_failed += 1
             self._n_good = 0
         self._n_steps += 1
-        return self._outbox
 
-    def abandon(self, reason: str) -> list[tuple[asyncio.AbstractEventLoop, Call]]:
-        """End everything with an error."""
+    def abandon(self, reason: str) -> Outbox:
+        """End everything with an error. Returns calls for the event loops."""
         self._outbox = []
         self._fail([*self._batch.rows, *self._being_read(), *self._queue, *self.waiting], reason)
         for job in self.scores:

