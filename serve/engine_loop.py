@@ -111,7 +111,10 @@ class StepLoop:
         self._outbox = []
         went_well = True
         for part in (self._drop_cancelled, self._read, self._score, self._decode):
-            went_well &= self._attempt(part)
+            if not self._attempt(part) and went_well:
+                went_well = False
+                self.n_failed += 1
+                self._n_good = 0
             if self._outbox:
                 deliver(self._outbox)
                 self._outbox = []
@@ -121,9 +124,6 @@ class StepLoop:
             if self._n_good % RECOVERY_STEPS == 0:
                 self._row_limit = min(self._settings.max_rows, 2 * self._row_limit)
                 self._prefill_tokens = min(self._most_prefill, 2 * self._prefill_tokens)
-        else:
-            self.n_failed += 1
-            self._n_good = 0
         self._n_steps += 1
 
     def abandon(self, reason: str) -> Outbox:
