@@ -128,7 +128,7 @@ class LaneKiller(FakeWorker):
     def evaluate(self, context, edits):
         if self._count("batches", only_read=True) == 2:
             for process in psutil.Process().parent().children():
-                if "Trainable" in process.cmdline()[0]:
+                if "Trainable" in process.cmdline()[0] or "BatchLane" in process.cmdline()[0]:  # on a trip, or not
                     process.kill()
                     self._count("killed")
         return super().evaluate(context, edits)
