@@ -108,7 +108,6 @@ class StepLoop:
     def step(self, deliver: Callable[[Outbox], None]) -> None:
         """Read some prompts, score some, make one token for every running row. ``deliver`` gets calls for the event
         loops: first tokens do not wait for the second ones."""
-        self._outbox = []
         went_well = True
         for part in (self._drop_cancelled, self._read, self._score, self._decode):
             if not self._attempt(part) and went_well:

@@ -6,11 +6,10 @@ Serve's proxy uses too. Serve still starts, watches and replaces the replica, an
 """
 
 import asyncio
-import contextlib
 import logging
 import socket
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 
 import uvicorn
 from starlette.responses import PlainTextResponse
@@ -118,7 +117,7 @@ async def _watch(receive: Receive, messages: "asyncio.Queue[Message]") -> None:
     while True:
         message = await receive()
         if message["type"] == "http.disconnect":
-            with contextlib.suppress(asyncio.QueueFull):  # it has not even read what was sent
+            with suppress(asyncio.QueueFull):  # it has not even read what was sent
                 messages.put_nowait(message)
             return
         await messages.put(message)

@@ -40,7 +40,7 @@ from tests.serve.engine_helpers import (
 )
 
 HYBRIDS = ("llama", "gemma3_text", "qwen3_5_text")
-ROUNDING = 5e-4
+ROUNDING = {"llama": 1e-4, "gemma3_text": 1e-4, "qwen3_5_text": 5e-4}
 """Between a prompt read in pieces and one read as a whole, in float32: linear attention sums in another order."""
 
 
@@ -141,10 +141,12 @@ def test_logprobs_are_those_of_a_direct_forward_pass(family: str, prefill_tokens
         assert [entry.token_id for entry in entries] == ids
         assert entries[0].logprob is None and entries[0].top == ()
         for t, entry in enumerate(entries[1:]):
-            assert entry.logprob == pytest.approx(expected[t, ids[t + 1]].item(), abs=ROUNDING)
+            assert entry.logprob == pytest.approx(expected[t, ids[t + 1]].item(), abs=ROUNDING[family])
             best = expected[t].topk(one.top_logprobs)
-            assert [value for _, value in entry.top] == pytest.approx(best.values.tolist(), abs=ROUNDING)
-            assert all(value == pytest.approx(expected[t, token].item(), abs=ROUNDING) for token, value in entry.top)
+            assert [value for _, value in entry.top] == pytest.approx(best.values.tolist(), abs=ROUNDING[family])
+            assert all(
+                value == pytest.approx(expected[t, token].item(), abs=ROUNDING[family]) for token, value in entry.top
+            )
 
 
 def test_only_the_prompt_s_logprobs() -> None:
