@@ -36,7 +36,7 @@ from tests.serve.server import environment, free_port, serving
 
 PATH = "/v1/chat/completions"
 STREAMS = (1, 8, 32)
-REQUESTS = {1: 4, 8: 24, 32: 64}
+REQUESTS = {1: 12, 8: 24, 32: 64}
 """Per round, by the number of streams."""
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import os
 import signal
 import socket
 import sys
@@ -21,6 +22,14 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 APPLICATION = "bruno-ray"
+OWN_CLUSTER = {
+    # Two threads less that every request and every piece of an answer go through. Nothing of ours blocks their loop.
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_worker_niceness": "0",  # by default replicas give way to whatever else runs, and readers of streams see it
+}
+"""Environment of a cluster that is for serving alone."""
+
 DESCRIPTION = "Serve runs and saved models behind an OpenAI-compatible API, with a chat page."
 
 
@@ -179,6 +188,9 @@ def ray_for(args: ServeArgs, arguments: argparse.Namespace, n_engines: int) -> I
         cpus_per_worker=args.cpus_per_replica,
         **({"object_store_memory": arguments.object_store_memory} if arguments.object_store_memory else {}),
     )
+    if not joins(arguments):
+        for name, value in OWN_CLUSTER.items():
+            os.environ.setdefault(name, value)
     with ray_session(settings):
         try:
             yield

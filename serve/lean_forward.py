@@ -70,9 +70,10 @@ class LeanForward:
         signed_BTD = torch.cat([-sin_BTD[..., :half], sin_BTD[..., half:]], dim=-1)
         rotation = cos_BTD[:, :, None], signed_BTD[:, :, None]
         bias_B1TC = _bias(mask_BC, ids_BT.shape[1], x_BTd.dtype)
-        for block in self._blocks:
+        for block in self._blocks[:-1]:
             x_BTd = block(x_BTd, rotation, bias_B1TC, cache)
-        return self._model.lm_head(self._norm(x_BTd[:, -keep:]))
+        # Of the other tokens, the last layer leaves only its keys and values.
+        return self._model.lm_head(self._norm(self._blocks[-1](x_BTd, rotation, bias_B1TC, cache, keep)))
 
     def difference_from_model(self) -> float:
         """The largest difference of any logit, of padded rows read with and without a cache, over the largest logit."""
@@ -128,13 +129,17 @@ class _Block:
         rotation: tuple[Float[Tensor, "B T 1 D"], Float[Tensor, "B T 1 D"]],
         bias_B1TC: Float[Tensor, "B 1 T C"],
         cache: DynamicCache | None,
+        keep: int | None = None,
     ) -> Tensor:
-        x_BTd = x_BTd + self._out(self._attend(self._norms[0](x_BTd), rotation, bias_B1TC, cache))
+        """The residual stream behind the layer: at all positions, or at the last ``keep``."""
+        keep = keep or x_BTd.shape[1]
+        seen_BTd = self._attend(self._norms[0](x_BTd), rotation, bias_B1TC, cache, keep)
+        x_BTd = x_BTd[:, -keep:] + self._out(seen_BTd)
         gate, up = F.linear(self._norms[1](x_BTd), self._gate_up, self._gate_up_bias).chunk(2, dim=-1)
         return x_BTd + self._down(self._activation(gate) * up)
 
     def _attend(
-        self, x_BTd: Tensor, rotation: tuple[Tensor, Tensor], bias_B1TC: Tensor, cache: DynamicCache | None
+        self, x_BTd: Tensor, rotation: tuple[Tensor, Tensor], bias_B1TC: Tensor, cache: DynamicCache | None, keep: int
     ) -> Tensor:
         (B, T), (cos, signed) = x_BTd.shape[:2], rotation
         qkv_BTHD = F.linear(x_BTd, self._qkv, self._qkv_bias).view(B, T, -1, self._size)
@@ -149,14 +154,14 @@ class _Block:
         if cache is not None:
             keys_BKCD, values_BKCD = cache.layers[self._index].update(keys_BKCD, values_BKCD)
         seen_BHTD = F.scaled_dot_product_attention(
-            queries_BHTD,
+            queries_BHTD[:, :, -keep:],
             keys_BKCD,
             values_BKCD,
-            attn_mask=bias_B1TC,
+            attn_mask=bias_B1TC[:, :, -keep:],
             scale=self._scale,
             enable_gqa=self._heads != self._kv_heads,
         )
-        return seen_BHTD.transpose(1, 2).reshape(B, T, -1)
+        return seen_BHTD.transpose(1, 2).reshape(B, keep, -1)
 
 
 def _bias(mask_BC: Tensor, n_tokens: int, dtype: torch.dtype) -> Float[Tensor, "B 1 T C"]:

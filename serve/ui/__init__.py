@@ -12,6 +12,9 @@ from serve.ui.page import HERE, Page
 
 PATH = "/chat"
 
+LOOKS_EVERY_SECONDS = 0.02
+"""For clicks."""
+
 # Answers are shown as markdown, and a model may write an image of any address: nothing is loaded from elsewhere.
 POLICY = b"default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'; form-action 'self'"
 
@@ -58,6 +61,8 @@ def mount(app: FastAPI, *, auth_required: bool) -> None:
         ),
         css=(HERE / "page.css").read_text(),
     )
+    # Gradio looks for clicks a thousand times a second, in the loop that passes on everybody's answers.
+    page.blocks._queue.sleep_when_free = page.blocks._queue.progress_update_sleep_when_free = LOOKS_EVERY_SECONDS
     app.routes[-1].app = _Adapted(app.routes[-1].app, (HERE / "page.js").read_text())
 
 
