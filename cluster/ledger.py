@@ -62,12 +62,15 @@ class Ledger:
         self._lock = FileLock(folder / "ledger.lock")
         self._clock = clock
 
-    def observe(self, nodes: Iterable[ClusterNode], settled: Iterable[str] = ()) -> None:
+    def observe(
+        self, nodes: Iterable[ClusterNode], settled: Iterable[str] = (), unaccounted: Iterable[str] = ()
+    ) -> None:
         """Note everything that exists now; contracts that are not among it have ended.
 
-        `settled` are marks of creations begun whose instances the API lists by now, or that are gone again.
+        `settled` are marks of creations begun whose instances the API lists by now, or that are gone again;
+        `unaccounted` are contracts of which it could not be learned whether they exist.
         """
-        now = self._clock.time()
+        now, unknown = self._clock.time(), set(unaccounted)
         with self._changed() as entries:
             existing = {node.id: node.instance for node in nodes}
             for contract_id, instance in existing.items():
@@ -76,7 +79,7 @@ class Ledger:
                 )
                 contract.price, contract.ended = max(contract.price, instance.dph_total), None
             for contract_id, contract in entries.contracts.items():
-                if contract_id not in existing and contract.ended is None:
+                if contract_id not in existing and contract_id not in unknown and contract.ended is None:
                     contract.ended = now
             for times in (entries.avoided, entries.resting):
                 for name in [name for name, until in times.items() if until <= now]:

@@ -107,6 +107,11 @@ class NodeList:
         with self._lock:
             self._expected.update(contracts)
 
+    def unaccounted(self) -> list[str]:
+        """Contracts of an earlier process that the list did not show and that could not be asked for one by one."""
+        with self._lock:
+            return sorted(self._expected)
+
     def created(self, node: ClusterNode) -> None:
         """A creation was answered."""
         with self._lock:

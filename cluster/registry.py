@@ -55,7 +55,7 @@ class NodeRegistry:
         """The nodes at the last look, to notice which are gone."""
         self._former: dict[str, ClusterNode] = {}
         """What was known of nodes that are gone; a few hundred bytes each."""
-        self._noted: tuple[dict[str, float], set[str]] | None = None
+        self._noted: tuple[dict[str, float], set[str], list[str]] | None = None
         """What the ledger was last told."""
         self._ended_cost = 0.0
 
@@ -80,9 +80,10 @@ class NodeRegistry:
                 self._tags.pop(name, None)
             self._unwritten -= gone.keys()
             unwritten = self._unwritten & nodes.keys()
-        noted = {node.id: node.instance.dph_total for node in nodes.values()}, self._nodes.listed_launches()
+        prices = {node.id: node.instance.dph_total for node in nodes.values()}
+        noted = prices, self._nodes.listed_launches(), self._nodes.unaccounted()
         if noted != self._noted:
-            self._ledger.observe(nodes.values(), noted[1] | {node.launch for node in gone.values()})
+            self._ledger.observe(nodes.values(), noted[1] | {node.launch for node in gone.values()}, noted[2])
             self._noted, self._ended_cost = noted, self._ledger.ended_cost()
         if gone:
             self._ledger.rest({node.label.index for node in gone.values()} - {0}, self._settings.index_rest_s)
@@ -143,6 +144,11 @@ class NodeRegistry:
             raise NodeError("the cluster has a head already, which another `ray up` has just rented; run it again")
         if is_head and 0 in self._ledger.unavailable_indices():
             raise NodeError("another `ray up` has just rented a head that is not listed yet; try again in 3 minutes")
+        if unaccounted := self._nodes.unaccounted():
+            raise NodeError(
+                f"an earlier process rented {', '.join(unaccounted)}, which the API does not list (yet) and could not"
+                " be asked for: what the machines cost together is not known; try again"
+            )
         if self._settings.role == "head" and not has_head:
             raise NodeError(
                 "the API does not list this head itself (yet), so its list is not to be relied on; try again"

@@ -419,3 +419,15 @@ def test_no_history_loses_money() -> None:
     begun = ClusterHistory.begun
     run_state_machine_as_test(ClusterHistory, settings=histories)
     assert ClusterHistory.begun - begun >= RUNS
+
+
+def test_what_nobody_can_be_asked_about_counts_for_the_budget() -> None:
+    """Found by a history: two successors in a row, while the list lags and single instances cannot be asked for."""
+    history = ClusterHistory()
+    history.begin(boot_s=5.0, listing_lag_s=100.0, destroying_lag_s=0.0, foreign=1, workers=3)
+    history.autoscaler_dies_while_renting()
+    history.the_api_goes_and_comes(Fault.TOO_FREQUENT, ONE_INSTANCE)
+    history.autoscaler_dies_while_renting()
+    history.the_budget_holds()
+    history.the_dust_settles()
+    history.folder.cleanup()
