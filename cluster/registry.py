@@ -81,9 +81,9 @@ class NodeRegistry:
             self._unwritten -= gone.keys()
             unwritten = self._unwritten & nodes.keys()
         prices = {node.id: node.instance.dph_total for node in nodes.values()}
-        noted = prices, self._nodes.listed_launches(), self._nodes.unaccounted()
-        if noted != self._noted:
-            self._ledger.observe(nodes.values(), noted[1] | {node.launch for node in gone.values()}, noted[2])
+        launches, unaccounted = self._nodes.listed_launches(), self._nodes.unaccounted()
+        if (noted := (prices, launches, unaccounted)) != self._noted:
+            self._ledger.observe(nodes.values(), launches | {node.launch for node in gone.values()}, unaccounted)
             self._noted, self._ended_cost = noted, self._ledger.ended_cost()
         if gone:
             self._ledger.rest({node.label.index for node in gone.values()} - {0}, self._settings.index_rest_s)

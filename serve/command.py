@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 
 APPLICATION = "bruno-ray"
 OWN_CLUSTER = {
-    # Two threads less that every request and every piece of an answer go through. Nothing of ours blocks their loop.
+    # Two threads less that every request and every piece of an answer go through. What takes long does so in threads
+    # of its own, but for the loading of a model, when there is nothing to pass on yet.
     "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_worker_niceness": "0",  # by default replicas give way to whatever else runs, and readers of streams see it
