@@ -30,6 +30,8 @@ from bruno_ray.storage import open_study
 from bruno_ray.study import LANES, schedule, window_for
 
 TRIALS_PER_BATCH = 8
+SPACE = (SearchSettings(), ("a", "b"), 32, ("attention", "mlp"))
+"""What `search_space` makes one of."""
 
 
 def measure(workers: int, seconds: float, batches: int) -> tuple[float, float]:
@@ -52,8 +54,8 @@ def measure_in(folder: Path, workers: int, seconds: float, batches: int) -> tupl
         with open_study("s", None, folder, OBJECTIVES, {}) as study:
             search = BatchOptunaSearch(
                 study,
-                NumberedTPESampler(n_startup_trials=10**9, seed=0),
-                lambda trial: search_space.suggest(trial, SearchSettings(), ("a", "b"), 32, ("attention", "mlp")),
+                NumberedTPESampler(n_startup_trials=10**9, seed=0, names=tuple(search_space.search_space(*SPACE))),
+                lambda trial: search_space.suggest(trial, *SPACE),
                 OBJECTIVES,
                 target=TRIALS_PER_BATCH * batches * workers,
                 batch_size=TRIALS_PER_BATCH,

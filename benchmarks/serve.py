@@ -1,6 +1,7 @@
 """`bruno-ray serve` against `transformers serve` with its continuous batching: same model, machine, client, one run.
 
     python -m benchmarks.serve [--layers 8] [--width 256] [--tokens 64] [--rounds 3]
+    python -m benchmarks.serve --device cuda --layers 16 --width 2048
 
 Both servers are up all the time and are measured in turns; both have one torch thread. Each of 1, 8 and 32 readers
 streams one chat answer after another, all of the same number of tokens, greedy, to prompts of 8 to 96 words. Medians
@@ -40,6 +41,9 @@ REQUESTS = {1: 12, 8: 24, 32: 64}
 """Per round, by the number of streams."""
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
+"""Of the model, by device."""
+
 BLOCKS = 128
 """Of 256 tokens each, for transformers: one request takes one. By default it takes most of the memory."""
 
@@ -54,10 +58,10 @@ class Contender:
 
 
 @contextmanager
-def transformers_server(model: Path, folder: Path) -> Iterator[Contender]:
+def transformers_server(model: Path, folder: Path, device: str) -> Iterator[Contender]:
     port = free_port()
     command = [str(Path(sys.executable).with_name("transformers")), "serve", str(model), "--continuous-batching"]
-    options = ["--cb-num-blocks", str(BLOCKS), "--device", "cpu", "--port", str(port)]
+    options = ["--cb-num-blocks", str(BLOCKS), "--device", device, "--port", str(port)]
     with (folder / "transformers.log").open("wb") as log:
         process = subprocess.Popen([*command, *options], env=environment(**ONE_THREAD), stdout=log, stderr=log)
         try:
@@ -73,8 +77,8 @@ def transformers_server(model: Path, folder: Path) -> Iterator[Contender]:
 
 
 @contextmanager
-def our_server(model: Path, folder: Path) -> Iterator[Contender]:
-    with serving(folder, "--model", str(model), key="", **ONE_THREAD) as server:
+def our_server(model: Path, folder: Path, options: list[str]) -> Iterator[Contender]:
+    with serving(folder, "--model", str(model), *options, key="", **ONE_THREAD) as server:
         port = httpx.URL(server.url).port
         yield Contender("bruno-ray serve", port, server.process.pid, {"model": server.saved, "ignore_eos": True})
 
@@ -154,23 +158,28 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", choices=DTYPES, default="cpu", help="ours takes a GPU if there is one")
+    parser.add_argument("--no-pages", action="store_true", help="ours without its pages, for want of Gradio")
     parser.add_argument("--no-table", action="store_true", help="leave RESULTS.md as it is")
     settings = parser.parse_args()
     end_in_order()
     with tempfile.TemporaryDirectory(prefix="bench-serve-") as name:
         folder = Path(name)
-        n_parameters = make_model(folder / "model", settings.layers, settings.width)
-        with our_server(folder / "model", folder) as ours, transformers_server(folder / "model", folder) as theirs:
+        model, device, dtype = folder / "model", settings.device, DTYPES[settings.device]
+        n_parameters = make_model(model, settings.layers, settings.width, dtype=dtype, device=device)
+        options = ["--no-pages"] if settings.no_pages else []
+        with our_server(model, folder, options) as ours, transformers_server(model, folder, device) as theirs:
             found = compare([ours, theirs], settings.tokens, settings.rounds, lambda line: print(line, flush=True))
         head = (
             f"Random llama, {settings.layers} layers of width {settings.width} ({n_parameters / 1e6:.1f} M parameters),"
-            f" float32, one torch thread each; answers of {settings.tokens} tokens, {settings.rounds} rounds in turns;"
-            f" load of the machine meanwhile {os.getloadavg()[1]:.0f} on {os.cpu_count()} cores."
+            f" {dtype} on {device}, one torch thread each; answers of {settings.tokens} tokens,"
+            f" {settings.rounds} rounds in turns; load of the machine meanwhile {os.getloadavg()[1]:.0f} on"
+            f" {os.cpu_count()} cores."
         )
         result = table(found, [ours.name, theirs.name], head)
     print(result)
     if not settings.no_table:
-        write_section("serve", result)
+        write_section("serve" if device == "cpu" else "serve_cuda", result)
 
 
 if __name__ == "__main__":

@@ -167,7 +167,9 @@ def private_bytes(processes: Iterable[psutil.Process]) -> int:
 # ----- model and prompts -----
 
 
-def make_model(folder: Path, layers: int, width: int, context: int = 1024) -> int:
+def make_model(
+    folder: Path, layers: int, width: int, context: int = 1024, dtype: str = "float32", device: str = "cpu"
+) -> int:
     """A random llama with the organism's tokenizer and chat template. Returns the number of its parameters.
 
     It never ends an answer by itself: special tokens have a logit of 0, which the largest of the others exceeds.
@@ -193,7 +195,8 @@ def make_model(folder: Path, layers: int, width: int, context: int = 1024) -> in
         tie_word_embeddings=False,
     )
     torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
+    with torch.device(device):
+        model = LlamaForCausalLM(config).to(getattr(torch, dtype))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:

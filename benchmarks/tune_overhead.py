@@ -30,6 +30,9 @@ from bruno_ray.storage import open_study
 from bruno_ray.study import LANES, schedule, window_for
 
 SETTINGS = RaySettings(workers=1, cpus_per_worker=0.5, gpus_per_worker=0, object_store_memory=100 * 1024**2)
+SPACE = (SearchSettings(), ("a", "b"), 32, ("attention", "mlp"))
+"""What `search_space` makes one of."""
+
 SECONDS = (0.0, 1.0)
 """How long a batch takes in the worker: nothing, and what a small model takes."""
 
@@ -37,8 +40,8 @@ SECONDS = (0.0, 1.0)
 def make_search(study: optuna.Study, batch_size: int, batches: int, on_batch: Callable[[Batch], None]):
     return BatchOptunaSearch(
         study,
-        NumberedTPESampler(n_startup_trials=10**9, seed=0),
-        lambda trial: search_space.suggest(trial, SearchSettings(), ("a", "b"), 32, ("attention", "mlp")),
+        NumberedTPESampler(n_startup_trials=10**9, seed=0, names=tuple(search_space.search_space(*SPACE))),
+        lambda trial: search_space.suggest(trial, *SPACE),
         OBJECTIVES,
         target=batch_size * batches,
         batch_size=batch_size,

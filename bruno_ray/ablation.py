@@ -208,7 +208,7 @@ def apply_to_output(
     if scale is None:
         return (exact - removed).to(y.dtype)  # the bias cancels: y + b - left(right y)
     # Written as a change of y, so that a row with scale 1 and nothing removed is y itself, also with a bias.
-    return (exact + (scale - 1) * linear - scale * removed).to(y.dtype)
+    return torch.addcmul(exact, scale - 1, linear).addcmul_(scale, removed, value=-1).to(y.dtype)
 
 
 def _inverse(rho: Float[Tensor, " d"]) -> Float[Tensor, " d"]:

@@ -24,6 +24,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from bruno_ray.batching import TokenBudget, map_batches, pad_left
 from bruno_ray.decoding import Answers, BufferedLayer, Detokenizer, Drafts, Response, TokenIds
+from bruno_ray.lean_forward import lean_forward
 from bruno_ray.live import LiveEditor, ResolvedEdit
 from bruno_ray.models import LoadedModel
 
@@ -32,7 +33,7 @@ Decide = Callable[[str], bool]
 
 CPU_ANSWER_TOKENS = 8192  # of an answer's tokens all but the prompt's come one per step and row: a step needs many rows
 LEAVING_SHARE = 0.2  # finished rows stay until they are this share of the batch: taking them out copies the cache
-SHARED_TOKENS = 512  # a common beginning is read apart, in a forward pass of its own, if that spares so many
+SHARED_TOKENS = 64  # a common beginning is read apart, in a forward pass of its own, if that spares so many
 DRAFT_TOKENS = 8  # most tokens proposed at a time
 DRAFT_LOGITS_BYTES = 2**28  # a draft is cut so that the logits at all of its tokens stay below this
 
@@ -46,6 +47,7 @@ class Engine:
         self.model: PreTrainedModel = loaded.model
         self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
         self.editor = LiveEditor(loaded.architecture)
+        self._lean = lean_forward(self.model)
         self.device = loaded.device
         self.texts = Detokenizer(self.tokenizer)
         self.end_ids = frozenset(loaded.eos_token_ids)
@@ -297,6 +299,8 @@ class Engine:
         self, ids_BJ: Tensor, mask_BC: Tensor, positions_BJ: Tensor, cache: DynamicCache | None, keep: int
     ) -> Float[Tensor, "B J V"]:
         """Logits at the last ``keep`` positions, in the model's dtype."""
+        if self._lean is not None:
+            return self._lean(ids_BJ, mask_BC, positions_BJ, cache, keep)
         output = self.model(
             input_ids=ids_BJ,
             attention_mask=mask_BC,

@@ -225,7 +225,7 @@ class StudySettings(Section):
     """Completed trials in total, over all resumptions."""
 
     n_startup_trials: NonNegativeInt = 60
-    """Trials sampled at random before TPE takes over."""
+    """Trials spread evenly over the search space before TPE takes over."""
 
     seed: NonNegativeInt = 0
     """Seeds the sampler. Trial number i has the same random stream in every schedule."""

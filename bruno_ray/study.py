@@ -117,6 +117,7 @@ def run_study(
         StudyInterrupted: after Ctrl-C, when the target was not reached.
     """
     direction_sets = tuple(context.bank)
+    space = search_space.search_space(settings.search, direction_sets, info.n_layers, info.components)
     objectives = settings.scoring.objectives
     name = settings.study.name or run_dir.name
     pool.set_context(context)
@@ -127,7 +128,7 @@ def run_study(
     ):
         search = BatchOptunaSearch(
             study,
-            sampler=NumberedTPESampler(settings.study.n_startup_trials, settings.study.seed),
+            sampler=NumberedTPESampler(settings.study.n_startup_trials, settings.study.seed, tuple(space)),
             suggest=lambda trial: search_space.suggest(
                 trial, settings.search, direction_sets, info.n_layers, info.components
             ),

@@ -17,11 +17,11 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from bruno_ray.batching import PaddedBatch, pad_left
+from bruno_ray.lean_forward import lean_forward
 from bruno_ray.live import LiveEditor, ResolvedEdit
 from bruno_ray.models import LoadedModel
 from serve.engine_types import Row
 from serve.kv_cache import BatchCache, prefill_cache
-from serve.lean_forward import lean_forward
 from serve.sampling import Choices, Sampler, TokenLogprob, token_logprobs
 
 UNUSED_EDITS = 16  # edits that stay in the editor's tables after their last row has left: stacking them costs more

@@ -17,6 +17,12 @@ import pytest  # noqa: E402 - the libraries read the environment when they are i
 pytest_plugins = ["tests.organism_fixture"]
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """GPUs are for tests that are marked so (`-m gpu`): all others compare with what a CPU computes."""
+    if config.getoption("-m") != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_torch_thread() -> None:
     """Two spinning thread pools on two cores are ten times slower than one thread each."""

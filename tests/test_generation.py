@@ -157,15 +157,15 @@ def test_a_common_beginning_is_read_once_per_edit(family: str, tmp_path: Path, m
 def test_running_out_of_memory_halves_the_batch(llama: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = Engine(llama)
     expected = engine.generate(prompts(), [None, None], N)
-    forward, refused = llama.model.forward, []
+    forward, refused = Engine._forward, []
 
-    def small_memory(input_ids: torch.Tensor, **kwargs: object) -> object:
-        if len(input_ids) > 4:
-            refused.append(len(input_ids))
+    def small_memory(engine: Engine, ids_BJ: torch.Tensor, *rest: object) -> torch.Tensor:
+        if len(ids_BJ) > 4:
+            refused.append(len(ids_BJ))
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(input_ids=input_ids, **kwargs)
+        return forward(engine, ids_BJ, *rest)
 
-    monkeypatch.setattr(llama.model, "forward", small_memory)
+    monkeypatch.setattr(Engine, "_forward", small_memory)
     small = Engine(llama)
     assert small.generate(prompts(), [None, None], N) == expected
     assert refused == [14, 7, 7]

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from bruno_ray.architectures import find_architecture
+from bruno_ray.lean_forward import FAMILIES, lean_forward
 from bruno_ray.live import LiveEditor, bake
 from tests import tiny_models
 from tests.live_helpers import EDITS, batch, difference, logits, make_bank
@@ -41,6 +42,12 @@ def test_low_precision_on_a_gpu(dtype: torch.dtype) -> None:
     for editor in editors:
         editor.set(editor.resolve_all(EDITS, bank), [0, 1, 2, 3])
     assert difference(logits(model, inputs), logits(exact_model, inputs)) < 3 * cost
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_lean_forward_pass_on_a_gpu(family: str, dtype: torch.dtype) -> None:
+    assert lean_forward(tiny_models.build(family, dtype=dtype).cuda()) is not None
 
 
 def test_4bit_on_a_gpu(tmp_path) -> None:

@@ -16,7 +16,7 @@ from bruno_ray.edit import Edit
 from bruno_ray.errors import WorkerError
 from bruno_ray.sampler import NumberedTPESampler
 from bruno_ray.search import LANES_LOST_IN_A_ROW, BatchOptunaSearch
-from bruno_ray.search_space import suggest
+from bruno_ray.search_space import search_space, suggest
 from bruno_ray.selection import load_trials
 from bruno_ray.settings import SearchSettings
 from bruno_ray.storage import load_study, open_study
@@ -24,6 +24,7 @@ from tests.fakes import fake_scores
 
 OBJECTIVES = ("behaviour_rate", "kl_divergence")
 SETS = ("a", "b")
+NAMES = tuple(search_space(SearchSettings(), SETS, 8, ("attention", "mlp")))
 
 
 # ----- the schedule alone: a searcher driven by hand -----
@@ -37,7 +38,7 @@ class Driver:
         study = self._opened.__enter__()
         self.search = BatchOptunaSearch(
             study,
-            NumberedTPESampler(n_startup_trials=8, seed=3),
+            NumberedTPESampler(n_startup_trials=8, seed=3, names=NAMES),
             lambda trial: suggest(trial, SearchSettings(), SETS, 8, ("attention", "mlp")),
             OBJECTIVES,
             target=target,

@@ -11,10 +11,12 @@ from bruno_ray.settings import SearchSettings
 SETS = ("difference_in_means@0", "difference_in_means@1")
 COMPONENTS = ("attention", "mlp")
 LAYERS = 11
+NAMES = tuple(search_space(SearchSettings(), SETS, LAYERS, COMPONENTS))
 
 
 def make_study(seed: int = 0, n_startup_trials: int = 5) -> optuna.Study:
-    return optuna.create_study(directions=["minimize", "minimize"], sampler=NumberedTPESampler(n_startup_trials, seed))
+    sampler = NumberedTPESampler(n_startup_trials, seed, NAMES)
+    return optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
 
 
 def ask(study: optuna.Study):
@@ -117,9 +119,23 @@ def test_a_trial_whose_sampling_was_cut_short_gets_the_rest_of_its_own_parameter
     trial.suggest_categorical("direction_scope", SearchSettings().direction_scopes)
     trial.suggest_float("direction_index", 2.0, 10.0)
     again = optuna.Trial(cut, trial._trial_id)
-    cut.sampler = NumberedTPESampler(n_startup_trials, 0)
+    cut.sampler = NumberedTPESampler(n_startup_trials, 0, NAMES)
     suggest(again, SearchSettings(), SETS, LAYERS, COMPONENTS)
     assert cut.trials[6].params == expected
+
+
+def test_startup_trials_leave_no_part_of_the_space_out():
+    """Each eighth of every range, and each choice, has its share of 32 trials; drawn one by one, hardly ever."""
+    study = make_study(n_startup_trials=32)
+    params = [ask(study)[0].params for _ in range(32)]
+    space = search_space(SearchSettings(), SETS, LAYERS, COMPONENTS)
+    for name, distribution in space.items():
+        values = [trial[name] for trial in params]
+        if hasattr(distribution, "choices"):
+            assert {values.count(choice) for choice in distribution.choices} == {16}
+        else:
+            eighths = [int(8 * (v - distribution.low) / (distribution.high - distribution.low)) for v in values]
+            assert [eighths.count(i) for i in range(8)] == [4] * 8
 
 
 def test_seeds_differ():

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from serve.lean_forward import FAMILIES, lean_forward
+from bruno_ray.lean_forward import FAMILIES, lean_forward
 from tests import tiny_models
 from tests.serve.engine_helpers import load
 
@@ -57,9 +57,20 @@ def test_other_kinds_and_other_weights_are_left_to_themselves() -> None:
     assert lean_forward(model) is None
 
 
-def test_the_engine_computes_lean() -> None:
-    from bruno_ray.live import LiveEditor
+def test_both_engines_compute_lean() -> None:
+    from bruno_ray.generation import Engine
     from serve.engine_batch import EditedModel
 
     loaded = load("llama")
-    assert EditedModel(loaded, LiveEditor(loaded.architecture))._lean is not None
+    engine = Engine(loaded)
+    assert engine._lean is not None
+    assert EditedModel(loaded, engine.editor)._lean is not None
+
+
+def test_more_positions_than_there_are_give_all_of_them() -> None:
+    lean, ids = lean_forward(tiny_models.build("llama")), torch.arange(6).view(2, 3)
+    assert lean is not None
+    mask = torch.ones_like(ids)
+    positions = mask.cumsum(-1) - 1
+    with torch.inference_mode():
+        assert torch.equal(lean(ids, mask, positions, None, 9), lean(ids, mask, positions, None, 3))
