@@ -184,7 +184,7 @@ def truth(model: Path, folder: Path) -> organism.TruthScore:
 
 def table(results: dict[int, tuple[Result, Result]], settings: argparse.Namespace) -> str:
     lines = [
-        f"Organism `{settings.recipe}`, {settings.trials} trials ({settings.startup} at random), up to "
+        f"Organism `{settings.recipe}`, {settings.trials} trials ({settings.startup} at startup), up to "
         f"{settings.prompts} prompts a side, at most {settings.tokens} answer tokens, float32, one thread each.",
         "",
         "| seed | tool | s/trial | whole command, s | hypervolume | chosen trial (validation) | test: refusals"
