@@ -12,12 +12,14 @@ The budget doubles on a GPU while throughput and free memory allow, and halves w
 """
 
 import gc
+import itertools
 import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+import numpy as np
 import torch
 from jaxtyping import Int
 from torch import Tensor
@@ -176,11 +178,11 @@ def pad_left(sequences: Sequence[Sequence[int]], pad_id: int, device: torch.devi
 
     Without explicit position ids a model with learned positions (gpt2) would count the padding.
     """
-    width = max(len(sequence) for sequence in sequences)
-    input_ids = torch.full((len(sequences), width), pad_id, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, sequence in enumerate(sequences):
-        input_ids[row, width - len(sequence) :] = torch.as_tensor(sequence, dtype=torch.long)
-        attention_mask[row, width - len(sequence) :] = 1
+    lengths = np.array([len(sequence) for sequence in sequences])
+    width = int(lengths.max())
+    real = np.arange(width) >= width - lengths[:, None]
+    ids = np.full(real.shape, pad_id, dtype=np.int64)
+    ids[real] = np.fromiter(itertools.chain.from_iterable(sequences), dtype=np.int64, count=int(lengths.sum()))
+    input_ids, attention_mask = torch.from_numpy(ids), torch.from_numpy(real.astype(np.int64))
     position_ids = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
     return PaddedBatch(input_ids.to(device), attention_mask.to(device), position_ids.to(device))

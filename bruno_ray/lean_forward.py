@@ -155,7 +155,7 @@ class _Block:
         if self._head_norms is not None:
             parts = qk_BTHD.split([self._heads, self._kv_heads], dim=2)
             qk_BTHD = torch.cat([norm(part) for norm, part in zip(self._head_norms, parts)], dim=2)
-        swapped_BTHD = qk_BTHD.unflatten(-1, (2, -1)).flip(-2).flatten(-2)
+        swapped_BTHD = qk_BTHD.roll(self._size // 2, dims=-1)
         rotated_BHTD = torch.addcmul(qk_BTHD * cos, swapped_BTHD, signed).transpose(1, 2)
         queries_BHTD, keys_BKCD = rotated_BHTD.split([self._heads, self._kv_heads], dim=1)
         values_BKCD = values_BTKD.transpose(1, 2)
