@@ -4,8 +4,9 @@
     python -m benchmarks.serve --device cuda --layers 16 --width 2048
 
 Both servers are up all the time and are measured in turns; both have one torch thread. Each of 1, 8 and 32 readers
-streams one chat answer after another, all of the same number of tokens, greedy, to prompts of 8 to 96 words. Medians
-over the rounds of the tokens per second, and percentiles over all answers of all rounds:
+streams one chat answer after another, all of the same number of tokens, greedy, to prompts of 8 to 96 words. Tokens per
+second are all tokens over the time of all rounds (a machine whose speed changes within a round makes single ratios
+useless), and percentiles are over all answers of all rounds:
 
 * TTFT: from sending the request to the first text;
 * gap: between two arrivals of text, so a message with several tokens counts as one long wait and not as several
@@ -118,8 +119,17 @@ def compare(contenders: list[Contender], tokens: int, rounds: int, say: Callable
     return found
 
 
-def median(rounds: list[Measured], name: str) -> float:
-    return statistics.median(getattr(measured, name) for measured in rounds)
+def speed(rounds: list[Measured]) -> float:
+    """Tokens per second of all rounds together: each has the same number of tokens."""
+    return statistics.harmonic_mean([measured.tokens_per_second for measured in rounds])
+
+
+def mean(rounds: list[Measured], name: str) -> float:
+    return statistics.mean(getattr(measured, name) for measured in rounds)
+
+
+def first_texts(rounds: list[Measured]) -> float:
+    return statistics.median(seconds for measured in rounds for seconds in measured.first)
 
 
 def table(found: dict, names: list[str], head: str) -> str:
@@ -142,14 +152,13 @@ def table(found: dict, names: list[str], head: str) -> str:
                 for kind in ("first", "gaps", "pace")
             )
             lines.append(
-                f"| {n} | {name} | {median(rounds, 'tokens_per_second'):.0f} | {median(rounds, 'cpu_per_1000'):.2f}"
-                f" | {first} | {gaps} | {pace} | {median(rounds, 'client_share'):.0%} |"
+                f"| {n} | {name} | {speed(rounds):.0f} | {mean(rounds, 'cpu_per_1000'):.2f}"
+                f" | {first} | {gaps} | {pace} | {mean(rounds, 'client_share'):.0%} |"
             )
-        pairs = list(zip(found[ours, n], found[theirs, n]))
-        speed = statistics.median(a.tokens_per_second / b.tokens_per_second for a, b in pairs)
-        wait = statistics.median(statistics.median(a.first) / statistics.median(b.first) for a, b in pairs)
-        ratios.append(f"{n} streams: {speed:.2f}x the throughput, {wait:.2f}x the TTFT")
-    return "\n".join([*lines, "", f"Median over the rounds of ours over theirs: {'; '.join(ratios)}."])
+        faster = speed(found[ours, n]) / speed(found[theirs, n])
+        wait = first_texts(found[ours, n]) / first_texts(found[theirs, n])
+        ratios.append(f"{n} streams: {faster:.2f}x the throughput, {wait:.2f}x the TTFT")
+    return "\n".join([*lines, "", f"Ours over theirs: {'; '.join(ratios)}."])
 
 
 def main() -> None:
