@@ -1,7 +1,11 @@
 """Settings of the whole suite: offline, one thread per process, nothing read from the user's environment."""
 
 import os
+import signal
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    # A suite that was started in the background: the commands that it ends by Ctrl-C would not notice.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
     os.environ.setdefault(variable, "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait must not spin
