@@ -128,7 +128,7 @@ def mean(rounds: list[Measured], name: str) -> float:
     return statistics.mean(getattr(measured, name) for measured in rounds)
 
 
-def first_texts(rounds: list[Measured]) -> float:
+def median_ttft(rounds: list[Measured]) -> float:
     return statistics.median(seconds for measured in rounds for seconds in measured.first)
 
 
@@ -156,7 +156,7 @@ def table(found: dict, names: list[str], head: str) -> str:
                 f" | {first} | {gaps} | {pace} | {mean(rounds, 'client_share'):.0%} |"
             )
         faster = speed(found[ours, n]) / speed(found[theirs, n])
-        wait = first_texts(found[ours, n]) / first_texts(found[theirs, n])
+        wait = median_ttft(found[ours, n]) / median_ttft(found[theirs, n])
         ratios.append(f"{n} streams: {faster:.2f}x the throughput, {wait:.2f}x the TTFT")
     return "\n".join([*lines, "", f"Ours over theirs: {'; '.join(ratios)}."])
 
