@@ -6,6 +6,7 @@ Everything here runs in the engine's thread, but for ``waiting``, ``scores`` and
 import asyncio
 import gc
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -29,6 +30,10 @@ LOOK_AHEAD = 128  # waiting rows among which those of like length are looked for
 MOST_READING = 8  # prompts that are read in turns
 CPU_PREFILL_TOKENS = 512  # measured: more at a time are not faster, and hold up the running answers
 SHORTEST_CHUNK = 64  # prompt tokens per step, however short memory is
+HEAD_START_SECONDS = 0.001
+"""For first tokens: else the event loop waits for the interpreter, which the next step takes again and again. Measured
+with one stream: 48 ms to the first token instead of 52; eight streams were as fast as before."""
+
 RECOVERY_STEPS = 200  # good steps after which limits that were cut for lack of memory are doubled again
 
 Call = Callable[[], None]
@@ -117,6 +122,8 @@ class StepLoop:
             if self._outbox:
                 deliver(self._outbox)
                 self._outbox = []
+                if part == self._read:
+                    time.sleep(HEAD_START_SECONDS)
         if went_well:
             self.n_failed = 0
             self._n_good += 1
