@@ -24,7 +24,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from bruno_ray.batching import TokenBudget, map_batches, pad_left
 from bruno_ray.decoding import Answers, BufferedLayer, Detokenizer, Drafts, Response, TokenIds
-from bruno_ray.lean_forward import lean_forward
+from bruno_ray.lean_forward import lean_forward, own_forward
 from bruno_ray.live import LiveEditor, ResolvedEdit
 from bruno_ray.models import LoadedModel
 
@@ -301,15 +301,7 @@ class Engine:
         """Logits at the last ``keep`` positions, in the model's dtype."""
         if self._lean is not None:
             return self._lean(ids_BJ, mask_BC, positions_BJ, cache, keep)
-        output = self.model(
-            input_ids=ids_BJ,
-            attention_mask=mask_BC,
-            position_ids=positions_BJ,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            logits_to_keep=keep,
-        )
-        return output.logits[:, -keep:]
+        return own_forward(self.model, ids_BJ, mask_BC, positions_BJ, cache, keep)
 
     def _set(self, edits: Edits, edit_of_row: list[int]) -> None:
         if any(edit is not None for edit in edits):

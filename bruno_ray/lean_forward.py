@@ -49,6 +49,26 @@ def lean_forward(model: nn.Module) -> "LeanForward | None":
     return lean
 
 
+def own_forward(
+    model: nn.Module,
+    ids_BT: Int[Tensor, "B T"],
+    mask_BC: Int[Tensor, "B C"],
+    positions_BT: Int[Tensor, "B T"],
+    cache: DynamicCache | None,
+    keep: int,
+) -> Float[Tensor, "B keep V"]:
+    """What ``LeanForward`` gives, computed by the model itself."""
+    output = model(
+        input_ids=ids_BT,
+        attention_mask=mask_BC,
+        position_ids=positions_BT,
+        past_key_values=cache,
+        use_cache=cache is not None,
+        logits_to_keep=keep,
+    )
+    return output.logits[:, -keep:]
+
+
 class LeanForward:
     """See above."""
 
@@ -89,9 +109,7 @@ class LeanForward:
         ids_BT = torch.arange(10, device=device).view(2, 5) % vocabulary
         mask_BC = torch.tensor([[1, 1, 1, 1, 1], [0, 0, 1, 1, 1]], device=device)
         positions_BT = (mask_BC.cumsum(-1) - 1).clamp(min=0)
-        wanted = self._model(
-            input_ids=ids_BT, attention_mask=mask_BC, position_ids=positions_BT, use_cache=False
-        ).logits[:, 2:]
+        wanted = own_forward(self._model, ids_BT, mask_BC, positions_BT, None, 3)
         whole = self(ids_BT, mask_BC, positions_BT, None, 3)
         cache = DynamicCache(config=self._model.config)
         pieces = [

@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from bruno_ray.batching import PaddedBatch, pad_left
-from bruno_ray.lean_forward import lean_forward
+from bruno_ray.lean_forward import lean_forward, own_forward
 from bruno_ray.live import LiveEditor, ResolvedEdit
 from bruno_ray.models import LoadedModel
 from serve.engine_types import Row
@@ -67,15 +67,8 @@ class EditedModel:
         """Logits at the last ``keep`` positions, in the model's dtype."""
         if self._lean is not None:
             return self._lean(ids_BT, mask_BC, positions_BT, cache, keep)
-        output = self.model(
-            input_ids=ids_BT,
-            attention_mask=mask_BC,
-            position_ids=positions_BT,
-            past_key_values=cache,
-            use_cache=cache is not None,
-            logits_to_keep=keep,
-        )
-        return output.logits[:, -keep:].to(self.device)  # a model over several devices has them on the last one
+        logits_BNV = own_forward(self.model, ids_BT, mask_BC, positions_BT, cache, keep)
+        return logits_BNV.to(self.device)  # a model over several devices has them on the last one
 
 
 class RunningBatch:
