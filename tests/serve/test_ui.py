@@ -145,8 +145,10 @@ def test_front_click_loads_a_trial_and_history_survives(place: Place):
     markers = Markers(next(iter(config.values()))["markers"])
     shown = [answer for side in ("left", "right") for answer in chat.answers(side) if markers.seen_in(answer)]
     assert shown  # the unedited model refuses
-    assert len(chat.highlighted()) >= len(shown)
-    assert all(markers.seen_in(text) for text in chat.highlighted())
+    # Marks follow the text by a moment; until then those of a text that was drawn anew are empty.
+    assert until(lambda: len(marked := chat.highlighted()) >= len(shown) and all(map(markers.seen_in, marked))), (
+        chat.highlighted()
+    )
 
     with chat.page.expect_download() as download:
         chat.page.click("#export")
