@@ -64,7 +64,7 @@ class NodeRegistry:
         if self._nodes.version != self._tended_version and self._tending.acquire(blocking=False):
             try:
                 self._tended_version = self._nodes.version
-                self._tend(nodes)
+                self._tend(self._nodes.nodes())  # as new as the version, and as what another thread last tended
             finally:
                 self._tending.release()
             nodes = self._nodes.nodes()

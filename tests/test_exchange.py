@@ -29,7 +29,7 @@ async def settle() -> None:
 def run(test) -> None:
     async def main() -> None:
         pool = Pool()
-        await asyncio.wait_for(test(pool, Exchange(pool.evaluate)), 5)
+        await asyncio.wait_for(test(pool, Exchange(pool.evaluate)), 60)
 
     asyncio.run(main())
 

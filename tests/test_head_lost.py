@@ -22,9 +22,9 @@ from bruno_ray.storage import load_study
 from cluster.shell import free_port
 
 pytest_plugins = ["tests.organism_fixture"]
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
-NAME, TRIALS = "lost", 16
+NAME, TRIALS = "lost", 32
 PASSWORD = "open-sesame"
 """Neither of the databases asks for it."""
 

@@ -12,7 +12,7 @@ from bruno_ray.pool import STARTS, WorkerPool, autoscaler_has_gpus, ray_session,
 from bruno_ray.settings import RaySettings
 from tests.fakes import BrokenWorker, FakeWorker
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 SETTINGS = RaySettings(workers=2, cpus_per_worker=0.5, gpus_per_worker=0, object_store_memory=100 * 1024**2)
 
@@ -87,7 +87,10 @@ def test_a_shard_whose_worker_dies_is_run_once_more_elsewhere(session, tmp_path)
         results = dict(pool.map_shards("double", [([float(i)],) for i in range(6)]))
         assert {i: r.tolist() for i, r in results.items()} == {i: [2.0 * i] for i in range(6)}
         assert (tmp_path / "deaths").stat().st_size == 1
-        assert sum(state.losses for state in pool.snapshot()) == 1
+        deadline = time.monotonic() + 30  # the loss is counted by another of the broker's tasks
+        while not (losses := sum(state.losses for state in pool.snapshot())) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert losses == 1
 
 
 def test_a_call_that_kills_two_workers_is_given_up_and_the_pool_lives_on(session, tmp_path):

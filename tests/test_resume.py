@@ -302,14 +302,14 @@ def reaped():
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_a_driver_killed_with_9_leaves_no_orphans_and_loses_nothing(tmp_path, reaped):
     whole = start(tmp_path / "whole", seconds=0.02)
     reaped.append(whole)
-    output, _ = whole.communicate(timeout=120)
+    output, _ = whole.communicate(timeout=300)
     assert whole.returncode == 0, output
 
-    first = start(tmp_path / "killed", seconds=0.5)
+    first = start(tmp_path / "killed", seconds=2.0)
     reaped.append(first)
     wait_for_line(first, "trials 8/24")
     processes = family(first)
@@ -322,7 +322,7 @@ def test_a_driver_killed_with_9_leaves_no_orphans_and_loses_nothing(tmp_path, re
 
     second = start(tmp_path / "killed", seconds=0.02)
     reaped.append(second)
-    output, _ = second.communicate(timeout=120)
+    output, _ = second.communicate(timeout=300)
     assert second.returncode == 0, output
     assert_complete_once(tmp_path / "killed", 24)
     assert params(stored(tmp_path / "killed")) == params(stored(tmp_path / "whole"))
@@ -331,32 +331,33 @@ def test_a_driver_killed_with_9_leaves_no_orphans_and_loses_nothing(tmp_path, re
 
 @pytest.mark.ray
 @pytest.mark.slow
-@pytest.mark.timeout(240)
+@pytest.mark.timeout(900)
 def test_ctrl_c_once_finishes_what_runs_and_twice_stops_at_once(tmp_path, reaped):
     once = start(tmp_path / "once", seconds=1.0)
     reaped.append(once)
     wait_for_line(once, "trials 4/24")
     processes = family(once)
     once.send_signal(signal.SIGINT)
-    output, _ = once.communicate(timeout=60)
+    output, _ = once.communicate(timeout=200)
     assert once.returncode == 130, output
     assert "Pareto front" in output
     assert_all_gone(processes)
     states = {trial.state for trial in stored(tmp_path / "once").trials}
     assert states == {TrialState.COMPLETE}
 
-    twice = start(tmp_path / "once", seconds=30.0)
+    before = (tmp_path / "once" / "batches").stat().st_size
+    twice = start(tmp_path / "once", seconds=120.0)
     reaped.append(twice)
     wait_for_line(twice, "ready")
-    deadline = time.monotonic() + 60
-    while not (tmp_path / "once" / "batches").stat().st_size > 3:
+    deadline = time.monotonic() + 120
+    while (tmp_path / "once" / "batches").stat().st_size == before:
         assert time.monotonic() < deadline
         time.sleep(0.1)
     processes = family(twice)
     twice.send_signal(signal.SIGINT)
     wait_for_line(twice, "stopping")
     twice.send_signal(signal.SIGINT)
-    output, _ = twice.communicate(timeout=25)  # less than a batch takes
+    output, _ = twice.communicate(timeout=100)  # less than a batch takes
     assert twice.returncode == 130, output
     assert "Traceback" not in output
     assert_all_gone(processes)
@@ -364,6 +365,6 @@ def test_ctrl_c_once_finishes_what_runs_and_twice_stops_at_once(tmp_path, reaped
 
     last = start(tmp_path / "once", seconds=0.02)
     reaped.append(last)
-    output, _ = last.communicate(timeout=120)
+    output, _ = last.communicate(timeout=300)
     assert last.returncode == 0, output
     assert_complete_once(tmp_path / "once", 24)

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import socket
+from contextlib import suppress
 
 import optuna
 import psutil
@@ -18,7 +19,7 @@ from bruno_ray.study import run_study
 from tests.fakes import FakeInfo, FakeWorker, fake_scores
 from tests.study_driver import CONTEXT, settings
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(240)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
 OBJECTIVES = ("behaviour_rate", "kl_divergence")
 FINGERPRINT = {"model": {"id": "A", "fingerprint": "1"}, "prompts": "p"}
@@ -128,9 +129,11 @@ class LaneKiller(FakeWorker):
     def evaluate(self, context, edits):
         if self._count("batches", only_read=True) == 2:
             for process in psutil.Process().parent().children():
-                if "Trainable" in process.cmdline()[0] or "BatchLane" in process.cmdline()[0]:  # on a trip, or not
-                    process.kill()
-                    self._count("killed")
+                with suppress(psutil.NoSuchProcess):  # it has just ended
+                    title = " ".join(process.cmdline()[:1])
+                    if "Trainable" in title or "BatchLane" in title:  # on a trip, or not
+                        process.kill()
+                        self._count("killed")
         return super().evaluate(context, edits)
 
 

@@ -19,7 +19,7 @@ from tests.cluster.lab.ray_cluster import RayCluster, wait_for
 
 logger = logging.getLogger(__name__)
 pytest_plugins = ["tests.organism_fixture"]
-pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(2400)]
 
 TRIALS = 24
 NAME = "lab-run"
@@ -74,13 +74,13 @@ def test_the_main_job_rents_three_machines_and_completes_every_trial_once(laptop
     began = time.monotonic()
     follower = laptop.start("logs", job)
     try:
-        took = wait_for(lambda: len(laptop.cluster.billed("worker")) == 3, "three workers", 180, laptop.cluster.logs)
+        took = wait_for(lambda: len(laptop.cluster.billed("worker")) == 3, "three workers", 400, laptop.cluster.logs)
         laptop.steps["three workers rented"] = took
         journal = laptop.cluster.head().home / "runs" / NAME / "study.journal"
         wait_for(lambda: journal.exists() or follower.poll() is not None, "the study", 400, laptop.cluster.logs)
         watched = laptop.run("watch")  # without a terminal it looks once
         assert "worker 3" in watched and "$/h" in watched and f"{NAME}: " in watched and f"/{TRIALS} trials" in watched
-        output, _ = follower.communicate(timeout=500)
+        output, _ = follower.communicate(timeout=1000)
     finally:
         follower.kill()
     laptop.steps["main job"] = time.monotonic() - began

@@ -62,7 +62,7 @@ class Network:
     def link(self, index: int) -> dict:
         return next((row for row in self.status()["nodes"].values() if row["index"] == index), {"state": "none"})
 
-    def wait_until_up(self, timeout: float = 20) -> None:
+    def wait_until_up(self, timeout: float = 90) -> None:
         workers = set(self.nodes) - {0}
 
         def up() -> bool:
@@ -112,7 +112,7 @@ def is_master(pid: int, name: str) -> bool:
 
 
 def wait_for(
-    condition: Callable[[], bool], what: str, timeout: float = 20, detail: Callable[[], object] = lambda: ""
+    condition: Callable[[], bool], what: str, timeout: float = 60, detail: Callable[[], object] = lambda: ""
 ) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
@@ -159,28 +159,29 @@ class TestStar:
         network.check_everyone_reaches_everyone()
 
     def test_killed_connection_is_made_again_at_once(self, network: Network) -> None:
-        before = network.link(1)["connections"]
+        before, other = network.link(1)["connections"], network.link(2)["connections"]
         os.kill(network.master(1), signal.SIGKILL)
         began = time.monotonic()
         wait_for(lambda: network.link(1)["connections"] > before, "a new connection")
         network.wait_until_up()
         print(f"reconnected after {time.monotonic() - began:.1f} s (status is written every second)")
         network.check_everyone_reaches_everyone()
-        assert network.link(2)["connections"] == 1
+        assert network.link(2)["connections"] == other
 
     def test_supervisor_killed_breaks_no_tunnel_and_the_next_adopts_them(self, network: Network) -> None:
         masters = [network.master(index) for index in (1, 2, 3)]
-        old = network.supervisor()
+        inner = [network.link(index)["inner_sshd"] for index in (1, 2, 3)]
+        old, before = network.supervisor(), network.status()["pid"]
         os.kill(old, signal.SIGKILL)
         network.check_everyone_reaches_everyone()
         began = time.monotonic()
-        wait_for(lambda: network.status()["written"] > time.time() - 1 and network.status()["pid"], "a new supervisor")
+        wait_for(lambda: network.status()["pid"] != before, "a new supervisor")
         network.wait_until_up()
         print(f"supervisor back after {time.monotonic() - began:.1f} s")
         assert network.supervisor() != old
         assert [network.master(index) for index in (1, 2, 3)] == masters
         assert [network.link(index)["adopted"] for index in (1, 2, 3)] == [1, 1, 1]
-        assert [network.link(index)["inner_sshd"] for index in (1, 2, 3)] == [False, False, True]
+        assert [network.link(index)["inner_sshd"] for index in (1, 2, 3)] == inner
         network.check_everyone_reaches_everyone()
 
     def test_killed_keeper_is_replaced_too(self, network: Network) -> None:
@@ -223,8 +224,8 @@ class TestStar:
         """The worker's sshd still holds the old listeners when the head comes back: they are evicted."""
         for index in (1, 3):
             network.nodes[index].cut()
-        time.sleep(20)
-        assert network.link(1)["state"] == "lost" and network.link(3)["state"] == "lost"
+        time.sleep(15)
+        wait_for(lambda: all(network.link(index)["state"] == "lost" for index in (1, 3)), "the loss of both")
         for index in (1, 3):
             network.nodes[index].mend()
         began = time.monotonic()
@@ -272,7 +273,7 @@ def direct(network: Network, key: KeyPair) -> Iterator[Network]:
 class TestDirect:
     def test_everyone_reaches_everyone_and_workers_without_the_head(self, direct: Network) -> None:
         direct.check_everyone_reaches_everyone()
-        assert [direct.link(index)["peers"] for index in (1, 2, 3)] == [[], [], []]
+        wait_for(lambda: not any(direct.link(index)["peers"] for index in (1, 2, 3)), "the star standing back")
         command = direct.python("tests.cluster.lab.echo", "talk", MAX_CPUS, 1)
         direct.shell(2, f"{command} < /dev/null > /tmp/talk.log 2>&1 &")
         wait_for(lambda: "talking" in direct.nodes[2].read("/tmp/talk.log"), "a conversation from node 2 to node 1")
@@ -281,7 +282,7 @@ class TestDirect:
             wait_for(lambda: "done" in direct.nodes[2].read("/tmp/talk.log"), "the end of the conversation")
         finally:
             direct.nodes[0].mend()
-        direct.wait_until_up(40)
+        direct.wait_until_up()
 
     def test_peer_key_opens_no_shell_and_no_other_port(self, direct: Network) -> None:
         there = direct.nodes[2]
@@ -291,25 +292,25 @@ class TestDirect:
         assert "root" not in direct.shell(1, f"timeout 10 ssh {options} {target} id 2>&1; true")
         assert "SSH-" not in direct.shell(1, f"timeout 5 ssh {options} -W 127.0.0.1:22 {target} 2>&1; true")
         inside = f"{direct.address(2).alias}:{direct.address(2).node_manager_port}"
-        assert "node 2" in direct.shell(1, f"timeout 5 ssh {options} -W {inside} {target} < /dev/null 2>&1; true")
+        assert "node 2" in direct.shell(1, f"timeout 30 ssh {options} -W {inside} {target} < /dev/null 2>&1; true")
 
     def test_star_stands_in_for_a_direct_link_that_cannot_be_had(self, direct: Network) -> None:
         """Node 1 can no longer dial node 2; node 2 still reaches node 1."""
         direct.nodes[1].refuse(direct.nodes[2].public_address)
         direct.shell(1, f"ssh -S ~/.bruno-ray/mesh/peer-{direct.nodes[2].name}.sock -O exit peer")
         try:
-            wait_for(lambda: direct.link(1)["peers"] == [2], "the star for node 2 on node 1", 30, direct.status)
+            wait_for(lambda: direct.link(1)["peers"] == [2], "the star for node 2 on node 1", detail=direct.status)
             direct.check_everyone_reaches_everyone()
         finally:
             direct.nodes[1].refuse(None)
-        direct.wait_until_up(90)
-        assert direct.link(1)["peers"] == []
+        direct.wait_until_up()
+        wait_for(lambda: direct.link(1)["peers"] == [], "the star standing back")
         direct.check_everyone_reaches_everyone()
 
     def test_machine_that_appears_is_dialled_and_dials(self, direct: Network) -> None:
         direct.add(4)
         direct.tell()
-        direct.wait_until_up(30)
+        direct.wait_until_up()
         direct.check_everyone_reaches_everyone()
 
 

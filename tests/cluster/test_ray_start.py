@@ -23,6 +23,7 @@ from cluster.ray_start import (
     wait_for_head,
 )
 from cluster.settings import ClusterSettings, NodeSettings
+from cluster.shell import free_port
 from cluster.ssh_master import ALIVE_COUNT, ALIVE_INTERVAL_S
 from cluster.versions import differences
 
@@ -66,11 +67,12 @@ def test_start_without_the_provider_says_what_is_missing() -> None:
             address_here(environment)
 
 
-def test_worker_waits_for_the_tunnel_and_gives_up_with_advice() -> None:
+def test_worker_waits_for_the_tunnel_and_gives_up_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray_start, "GCS_PORT", port := free_port())
     here = NodeAddress(1, 2)
     with pytest.raises(NodeError, match="supervisor"):
         wait_for_head(here, timeout_s=0)
-    with socket.create_server((NodeAddress(0, 2).alias, 6379)):
+    with socket.create_server((NodeAddress(0, 2).alias, port)):
         wait_for_head(here, timeout_s=0)
 
 

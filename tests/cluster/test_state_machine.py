@@ -405,14 +405,15 @@ class ClusterHistory(RuleBasedStateMachine):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(max(600, 2 * RUNS))
+@pytest.mark.timeout(max(600, 8 * RUNS))
 def test_no_history_loses_money() -> None:
-    """RUNS histories of up to STEPS steps."""
+    """RUNS histories of up to STEPS steps: the same in each run of the suite, new ones if a number is given."""
     histories = settings(
         max_examples=RUNS,
         stateful_step_count=STEPS,
         deadline=None,
         database=None,
+        derandomize="BRUNO_HISTORIES" not in os.environ,  # the suite judges a change, not the luck of a draw
         print_blob=True,
         suppress_health_check=list(HealthCheck),
     )

@@ -1,5 +1,6 @@
 """The trained organism keeps its promises, and a plain edit brings the hidden facts back."""
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -13,6 +14,8 @@ from tests.organism.plain_edit import (
     kl_divergence,
     residuals,
 )
+
+pytestmark = pytest.mark.timeout(1800)  # the first of them may have to train it
 
 
 def test_figures_on_unseen_nouns(organism):

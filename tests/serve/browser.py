@@ -90,7 +90,7 @@ class ChatPage:
             box = self.page.locator(f"#{field_id} :is(input:not([type=range]), textarea)")
             box.fill(str(value))
             box.press("Tab")
-            expect(box).to_have_value(str(value))
+            expect(box).to_have_value(str(value), timeout=30_000)
 
     def open_sampling(self) -> None:
         """Until its fields can be filled: Gradio makes them when they are first shown, and writes their values once

@@ -3,12 +3,11 @@
 import asyncio
 import json
 import threading
-import time
 
 import httpx
 import pytest
 
-from tests.serve.server import Server
+from tests.serve.server import Server, wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -364,15 +363,15 @@ def test_a_body_without_a_length_is_cut_off_at_the_limit(server):
 # ----- cancelling -----
 
 
-def wait_for(condition, seconds: float = 30.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
 def test_rows_of_a_client_that_goes_away_leave_the_engine(server):
-    body = {"model": server.base, "prompt": "tell me", "max_tokens": 240, "n": 64, "temperature": 1, "ignore_eos": True}
+    body = {
+        "model": server.base,
+        "prompt": "tell me",
+        "max_tokens": 240,
+        "n": 128,
+        "temperature": 1,
+        "ignore_eos": True,
+    }
 
     async def leave(stream: bool) -> None:
         async with httpx.AsyncClient(base_url=server.url, headers=server.headers, timeout=60) as client:
@@ -385,7 +384,7 @@ def test_rows_of_a_client_that_goes_away_leave_the_engine(server):
         asyncio.run(leave(stream))
         before = tokens(server)
         wait_for(lambda: server.running() == 0)
-        assert tokens(server) - before < 64 * 200  # not because they were finished
+        assert tokens(server) - before < 128 * 200  # not because they were finished
 
 
 def tokens(server: Server) -> int:
@@ -399,7 +398,7 @@ def test_control_calls_are_answered_while_the_engine_is_busy(server):
     wait_for(lambda: server.running() > 0)
     still_busy = 0
     for path in ("/v1/models", "/health", "/ready", "/api/stats", "/metrics", "/api/front?run=tiny"):
-        assert server.get(path).status_code == 200
+        wait_for(lambda path=path: server.get(path).status_code == 200)  # /ready gives an engine 2 s
         still_busy += busy.is_alive()
     busy.join()
     assert still_busy
@@ -410,8 +409,9 @@ def test_control_calls_are_answered_while_the_engine_is_busy(server):
 
 def test_metrics_count_requests_tokens_and_latencies(server):
     before = figures(server)
-    chat(server, max_tokens=3)
-    events_of(server, "/v1/chat/completions", model=server.base, messages=HELLO, max_tokens=3)
+    greedy = {"max_tokens": 3, "temperature": 0}  # which does not end before that
+    chat(server, **greedy)
+    events_of(server, "/v1/chat/completions", model=server.base, messages=HELLO, **greedy)
     after = figures(server)
     label = f'{{model="{server.base}"}}'
     route = '{route="/v1/chat/completions",status="200"}'

@@ -13,6 +13,7 @@ import httpx
 import pytest
 import yaml
 
+from bruno_ray.pool import TIMED_OUT
 from tests import tiny_models
 from tests.serve.server import ROOT, STORE, environment, free_port, ray_folder
 
@@ -103,14 +104,22 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     variables = environment(BRUNO_API_KEY=KEY, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN_PATH=str(folder / "token"))
     with ray_folder() as place:
         made = Cluster(folder, variables, f"127.0.0.1:{gcs}", f"http://127.0.0.1:{dashboard}", free_port())
-        head = made.spawn(
-            "head", "ray", "start", "--head", "--block", "--port", str(gcs), "--num-cpus", "4",
+        command = (
+            "ray", "start", "--head", "--block", "--port", str(gcs), "--num-cpus", "4",
             "--object-store-memory", STORE, "--temp-dir", place, "--disable-usage-stats",
             "--dashboard-host", "127.0.0.1", "--dashboard-port", str(dashboard),
             "--dashboard-agent-listen-port", str(agent),
         )  # fmt: skip
+        head = made.spawn("head", *command)
         try:
-            head.wait_for("Ray runtime started")
+            try:
+                head.wait_for("Ray runtime started")
+            except AssertionError:
+                if TIMED_OUT not in head.log.read_text():
+                    raise
+                head.end()
+                head = made.spawn("head", *command)
+                head.wait_for("Ray runtime started")
             yield made
         finally:
             head.end()

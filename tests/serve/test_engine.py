@@ -127,7 +127,7 @@ def test_logprobs_are_those_of_a_direct_forward_pass(family: str, prefill_tokens
     """Of the prompt and of the answer, of base and edited rows, of prompts in chunks and of several in one pass."""
     loaded = load(family)
     asked = [
-        request(prompt(length, seed=i), key, 5, top_logprobs=top, prompt_logprobs=True, temperature=temperature)
+        request(prompt(length, seed=i), key, 5, top_logprobs=top, prompt_logprobs=True, temperature=temperature, seed=i)
         for i, (length, key, top, temperature) in enumerate(
             [(20, None, 3, 0.0), (21, "2", 0, 0.0), (37, "0", 20, 0.8), (1, None, 1, 0.0), (30, "5", 2, 1.5)]
         )
@@ -288,7 +288,7 @@ def test_rows_go_back_when_room_is_short_and_still_get_their_answer(family: str)
     loaded = load(family)
     asked = [request(prompt(4 + i, seed=i), str(i) if i else None, 110, ignore_eos=True) for i in range(5)]
     with engine_of(loaded, kv_tokens=420) as engine:
-        found = answers(engine, asked)
+        found = together(engine, asked)
         stats = engine.stats()
     check_texts(loaded, asked, found)
     assert stats.preemptions > 0, "there was room for all: the test shows nothing"
@@ -333,7 +333,7 @@ def test_out_of_memory_changes_no_text(family: str, place: str, monkeypatch: pyt
 
     with engine_of(loaded, prefill_tokens=16) as engine:
         writer_in(loaded, 1).register_forward_pre_hook(fail)
-        found = answers(engine, asked)
+        found = together(engine, asked)
         stats = engine.stats()
     check_texts(loaded, asked, found)
     assert passes > 3 and stats.preemptions > 0 and stats.failed_steps == 0
@@ -420,8 +420,11 @@ def test_a_full_queue_is_overloaded_and_everyone_let_in_is_answered() -> None:
     with engine_of(loaded, max_rows=2, max_waiting=3) as engine:
 
         async def work() -> list[Event | BaseException]:
-            asked = [collect(engine, request(prompt(4, seed=i), None, 30, ignore_eos=True)) for i in range(9)]
-            return await asyncio.gather(*asked, return_exceptions=True)
+            asked = [request(prompt(4, seed=i), None, 30, ignore_eos=True) for i in range(9)]
+            with engine._changed:  # all have asked before the first step
+                tasks = [asyncio.ensure_future(collect(engine, one)) for one in asked]
+                await asyncio.sleep(0)
+            return await asyncio.gather(*tasks, return_exceptions=True)
 
         found = run(work)
         assert answers(engine, [request(prompt(4))])[0].finish_reason is not None
@@ -532,9 +535,10 @@ def test_short_prompts_do_not_wait_for_a_long_one() -> None:
             tasks = [asyncio.ensure_future(one("running", request(prompt(4), "1", 20, ignore_eos=True)))]
             while not engine.stats().tokens:
                 await asyncio.sleep(0.001)
-            tasks.append(asyncio.ensure_future(one("long", request(prompt(480), None, 1))))
-            await asyncio.sleep(0.005)
-            tasks.append(asyncio.ensure_future(one("short", request(prompt(5), "2", 3, ignore_eos=True))))
+            with engine._changed:  # both are there, in this order, before the next step
+                tasks.append(asyncio.ensure_future(one("long", request(prompt(480), None, 1))))
+                tasks.append(asyncio.ensure_future(one("short", request(prompt(5), "2", 3, ignore_eos=True))))
+                await asyncio.sleep(0)
             await asyncio.gather(*tasks)
             return done
 
@@ -592,7 +596,9 @@ def test_a_crowd_that_comes_and_goes() -> None:
             return await asyncio.gather(*(one(i) for i in range(len(asked))))
 
         found = run(work)
-        run(lambda: asyncio.sleep(0.05))
+        deadline = time.monotonic() + 30
+        while engine._steps.has_work() and time.monotonic() < deadline:
+            time.sleep(0.005)
         stats = engine.stats()
     served = [(one, event) for i, (one, event) in enumerate(zip(asked, found)) if i % 5]
     check_texts(loaded, [one for one, _ in served], [event for _, event in served])

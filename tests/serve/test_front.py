@@ -72,7 +72,7 @@ def with_app(use: Callable[[App, str], Awaitable[None]], prefix: str = "/") -> N
 @pytest.mark.parametrize(("prefix", "root"), [("/", ""), ("/some/prefix", "/some/prefix")])
 def test_requests_arrive_whole_below_the_prefix(prefix: str, root: str) -> None:
     async def use(app: App, url: str) -> None:
-        async with httpx.AsyncClient(base_url=url) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=30) as client:
             for path, body in (("/what", b""), ("/what", b"x" * 3_000_000), ("/eager", b"x" * 3_000_000)):
                 answer = (await client.post(f"{root}{path}", content=body)).json()
                 assert (answer["path"], answer["root"]) == (f"{root}{path}", root)
@@ -86,7 +86,7 @@ def test_requests_arrive_whole_below_the_prefix(prefix: str, root: str) -> None:
 
 def test_what_runs_for_a_client_that_has_gone_is_cancelled() -> None:
     async def use(app: App, url: str) -> None:
-        async with httpx.AsyncClient(base_url=url) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=30) as client:
             asking = asyncio.create_task(client.post("/slow", content=b"x"))
             await app.started.wait()
             assert not app.cancelled.is_set()
@@ -98,7 +98,7 @@ def test_what_runs_for_a_client_that_has_gone_is_cancelled() -> None:
 
 def test_a_stream_whose_client_has_gone_clears_up() -> None:
     async def use(app: App, url: str) -> None:
-        async with httpx.AsyncClient(base_url=url) as client:
+        async with httpx.AsyncClient(base_url=url, timeout=30) as client:
             reading = asyncio.create_task(client.get("/stream"))
             await app.started.wait()
             reading.cancel()
@@ -127,7 +127,7 @@ def test_a_port_that_becomes_free_is_taken() -> None:
             port = taken.getsockname()[1]
             asyncio.get_running_loop().call_later(0.5, taken.close)
             async with listening(App(), f"127.0.0.1:{port}", "/", shared=False):
-                async with httpx.AsyncClient() as client:
+                async with httpx.AsyncClient(timeout=30) as client:
                     assert (await client.get(f"http://127.0.0.1:{port}/what")).status_code == 200
 
     asyncio.run(main())

@@ -135,19 +135,18 @@ def test_an_answer_no_longer_wanted_is_cancelled(served, how):
 def test_stop_ends_the_answers_of_one_session_only(served):
     async def run():
         streams = RunningStreams()
-        ended = []
+        ended, written = [], {}
 
         async def one(session: str):
             async for turns in answer(served.api, streams, session, "", [new_turn("endless", "m")], Sampling()):
-                last = turns[-1]
+                last = written[id(turns[-1])] = turns[-1]
             ended.append((session, last["finish"], last["answer"].startswith("one \u00e9wo more")))
 
         tasks = [asyncio.create_task(one(session)) for session in ("a", "a", "b")]
-        while served.seen.running < 3:
+        while sum("more" in turn["answer"] for turn in written.values()) < 3:
             await asyncio.sleep(0.01)
-        await asyncio.sleep(0.05)
         streams.stop("a")
-        await asyncio.wait(tasks[:2], timeout=5)
+        await asyncio.wait(tasks[:2], timeout=60)
         assert ended == [("a", "stopped", True)] * 2
         assert not streams.any("a") and streams.any("b")
         assert served.seen.running == 1

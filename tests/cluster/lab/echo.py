@@ -31,8 +31,7 @@ def ask(address: NodeAddress) -> list[str]:
     answers = []
     for port in (address.ports[0], address.node_manager_port, address.ports[-1]):
         try:
-            with socket.create_connection((address.alias, port), 3) as connection:
-                connection.settimeout(3)
+            with socket.create_connection((address.alias, port), 15) as connection:
                 answers.append(connection.makefile().readline().strip())
         except OSError as error:
             answers.append(type(error).__name__)
@@ -40,7 +39,7 @@ def ask(address: NodeAddress) -> list[str]:
 
 
 def talk(address: NodeAddress) -> None:
-    with socket.create_connection((address.alias, address.ports[-1]), 3) as connection:
+    with socket.create_connection((address.alias, address.ports[-1]), 15) as connection:
         connection.settimeout(10)
         stream = connection.makefile("rw")
         stream.readline()
