@@ -107,6 +107,8 @@ class Inbox:
                             queue.put_nowait(event)
             except (RayError, RayServeException) as error:
                 log.info("a carrier of %s ended: %s", engine, " ".join(str(error).split())[:200])
+            except Exception:  # a fault of ours must not leave every later answer without its events
+                log.exception("a carrier of %s failed and is opened again", engine)
             await asyncio.sleep(RECONNECT_SECONDS)
 
 

@@ -4,8 +4,9 @@ import asyncio
 import time
 
 import pytest
+from ray.serve.exceptions import RayServeException
 
-from serve import engines
+from serve import carrier, engines
 from serve.carrier import Carrier, Ended, Ticket, pumped
 from serve.engine_types import Event
 from serve.errors import RequestError
@@ -110,3 +111,28 @@ def test_the_end_of_an_answers_own_call_is_passed_on_as_it_was():
 
     assert isinstance(asyncio.run(ends(None))[1], Ended)
     assert isinstance(asyncio.run(ends(ValueError("x")))[1], ValueError)
+
+
+def test_a_carrier_that_fails_is_told_of_and_opened_again(monkeypatch, caplog):
+    """Whatever it fails with: without carriers no later answer gets its events."""
+    monkeypatch.setattr(carrier, "RECONNECT_SECONDS", 0.01)
+    problems = [KeyError("a fault of ours"), RayServeException("the replica is gone")]
+
+    class Handle:
+        carry = property(lambda self: self)
+
+        def options(self, stream: bool) -> "Handle":
+            return self
+
+        async def remote(self, name: str):
+            if problems:
+                raise problems.pop(0)
+            yield [(0, "hello")]
+            await asyncio.sleep(60)
+
+    async def read() -> str:
+        with carrier.Inbox({"m": Handle()}, 1).ticket("m") as (_, queue):
+            return await asyncio.wait_for(queue.get(), 30)
+
+    assert asyncio.run(read()) == "hello"
+    assert "a fault of ours" in caplog.text
