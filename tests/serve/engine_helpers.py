@@ -20,6 +20,7 @@ from tests import tiny_models
 from tests.live_helpers import EDITS, KERNEL, NARROW, make_bank
 
 END = 258
+HYBRIDS = ("llama", "gemma3_text", "qwen3_5_text")
 EIGHT_EDITS = [
     *EDITS,
     Edit({"attention": KERNEL}, "a", 1.7, "none"),
@@ -121,3 +122,29 @@ def answers(engine: ServingEngine, asked: Sequence[GenerationRequest]) -> list[E
         return await asyncio.gather(*(collect(engine, one) for one in asked))
 
     return run(work)
+
+
+def writer_in(loaded: LoadedModel, layer: int) -> nn.Module:
+    """What attention ends with in this layer: called in every forward pass, the lean one as well."""
+    return next(w.module for w in loaded.architecture.writers if (w.layer, w.component) == (layer, "attention"))
+
+
+def together(engine: ServingEngine, asked: list[GenerationRequest]) -> list[Event]:
+    """Answers that all begin in the same step: the engine's thread does not see them one by one."""
+
+    async def work() -> list[Event]:
+        with engine._changed:
+            tasks = [asyncio.ensure_future(collect(engine, one)) for one in asked]
+            # The lock is re-entrant, and the coroutines run in this thread.
+            while engine._steps.n_rows < len(asked):
+                await asyncio.sleep(0)
+        return await asyncio.gather(*tasks)
+
+    return run(work)
+
+
+def check_texts(loaded: object, asked: list[GenerationRequest], found: list[Event]) -> None:
+    for one, event in zip(asked, found):
+        assert event.finish_reason in ("length", "stop"), event.error
+        assert event.n_completion == one.max_tokens or event.token_ids[-1] == END
+        assert is_greedy(edited_copy(loaded, one.edit), one.prompt_ids, event.token_ids)
