@@ -16,7 +16,8 @@ from typing import Any, NoReturn, get_args, get_origin
 
 from bruno_ray import __version__, settings_sources
 from bruno_ray.errors import BrunoError, SettingsError
-from bruno_ray.settings_sources import ALIASES, FIELDS, FLAGS, Loaded
+from bruno_ray.settings_fields import ALIASES, FIELDS, FLAGS, is_switch
+from bruno_ray.settings_sources import Loaded
 from bruno_ray.show_config import as_table, as_text, as_toml, documentation, toml_value
 from cluster import cli as machines
 from serve import command as serving
@@ -90,7 +91,7 @@ def _default(value: Any) -> str:
 
 def _metavar(field: Any) -> str:
     kinds = [kind for kind in (get_args(field.annotation) or (field.annotation,)) if kind is not type(None)]
-    if settings_sources.is_switch(field):
+    if is_switch(field):
         return "true|false"
     if get_origin(field.annotation) is tuple or tuple in kinds:
         return "LOW,HIGH" if len(kinds) == 2 and Ellipsis not in kinds else "A,B"

@@ -2,7 +2,7 @@
 
 Layers, highest precedence first:
 
-    command line    --study.n-trials 50       (kebab-case; a few short names, see ALIASES)
+    command line    --study.n-trials 50       (kebab-case; a few short names, settings_fields.ALIASES)
     environment     BRUNO_STUDY__N_TRIALS=50
     config file     --config FILE, else config.toml in the working directory, if there is one
     preset          presets/<behaviour>.toml, or the .toml file that `behaviour` names
@@ -15,51 +15,45 @@ never override a file, and one field of a nested group can be set alone. Two rul
   preset's whole side (target or baseline) is dropped, else only that part. Otherwise one's own training
   prompts would be scored on the preset's.
 - The word `none` stands for "not set" in every optional field, since TOML has no null.
-
-Text on the command line and in the environment: lists are `a,b,c` or JSON, dicts `k=v,k=v` or JSON, a whole
-section (environment only) is JSON.
 """
 
 import difflib
-import json
 import os
 import re
 import sys
-import types
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Union, get_args, get_origin
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ValidationError
-from pydantic.fields import FieldInfo
 
 from bruno_ray.errors import SettingsError
 from bruno_ray.settings import Settings
+from bruno_ray.settings_fields import (
+    ENV_PREFIX,
+    FIELDS,
+    FLAGS,
+    SECTIONS,
+    flag_of,
+    is_optional,
+    is_switch,
+    nearest,
+    parse_json,
+    parse_text,
+    section_of,
+    variable_of,
+)
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-ENV_PREFIX = "BRUNO_"
 RESERVED_ENV = frozenset({"BRUNO_CACHE", "BRUNO_API_KEY", "BRUNO_RAY_START_OPTIONS"})
 """Read elsewhere (cache folder), so not settings."""
 
 PRESETS = Path(__file__).parent / "presets"
-
-ALIASES = {
-    "--trials": "study.n_trials",
-    "--workers": "ray.workers",
-    "--seed": "study.seed",
-    "--storage": "study.storage",
-    "--study-name": "study.name",
-    "--auto-select": "selection.auto",
-    "--output": "output.directory",
-    "--target": "prompts.target.train.source",
-    "--baseline": "prompts.baseline.train.source",
-    "--behavior": "behaviour",
-}
 
 MAX_ERRORS_SHOWN = 3
 
@@ -82,108 +76,6 @@ class Loaded:
     settings: Settings
     origins: dict[str, str]
     """Dotted key of every effective value -> where it came from."""
-
-
-# --------------------------------------------------------------------------------------------------------------
-# The tree of settings, read off the pydantic models
-
-
-def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The model class behind an annotation such as `PromptSet` or `DatasetSettings | None`, or None for a leaf."""
-    for candidate in (annotation, *get_args(annotation)):
-        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
-            return candidate
-    return None
-
-
-def leaves(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Every (dotted key, field) that holds a value rather than a group, in the order of settings.py."""
-    for name, field in model.model_fields.items():
-        section = section_of(field.annotation)
-        if section:
-            yield from leaves(section, f"{prefix}{name}.")
-        else:
-            yield prefix + name, field
-
-
-FIELDS: dict[str, FieldInfo] = dict(leaves())
-SECTIONS: dict[str, type[BaseModel]] = {}
-
-
-def _collect_sections(model: type[BaseModel], prefix: str) -> None:
-    for name, field in model.model_fields.items():
-        if section := section_of(field.annotation):
-            SECTIONS[prefix + name] = section
-            _collect_sections(section, f"{prefix}{name}.")
-
-
-_collect_sections(Settings, "")
-
-
-def flag_of(key: str) -> str:
-    return "--" + key.replace("_", "-")
-
-
-def variable_of(key: str) -> str:
-    return ENV_PREFIX + key.upper().replace(".", "__")
-
-
-FLAGS = {flag_of(key): key for key in FIELDS} | ALIASES
-
-
-def is_optional(field: FieldInfo) -> bool:
-    return get_origin(field.annotation) in (Union, types.UnionType) and type(None) in get_args(field.annotation)
-
-
-def is_switch(field: FieldInfo) -> bool:
-    """A flag that may stand without a value."""
-    return field.annotation is bool or (is_optional(field) and bool in get_args(field.annotation))
-
-
-def nearest(key: str) -> str | None:
-    """The existing key that somebody who wrote `key` most likely meant."""
-    candidates = [*FIELDS, *SECTIONS]
-    leaf = key.rsplit(".", 1)[-1]
-    same_leaf = [name for name in candidates if name.rsplit(".", 1)[-1] == leaf]
-    if same_leaf:
-        return difflib.get_close_matches(key, same_leaf, 1, 0.0)[0]
-    if whole := difflib.get_close_matches(key, candidates, 1, 0.75):
-        return whole[0]
-    leaves_ = {name.rsplit(".", 1)[-1]: name for name in reversed(candidates)}
-    if last := difflib.get_close_matches(leaf, leaves_, 1, 0.75):
-        return leaves_[last[0]]
-    return None
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Text to values
-
-
-def parse_text(field: FieldInfo, text: str, label: str) -> Any:
-    """Turns text into what pydantic can validate: lists and dicts are taken apart, the rest stays text."""
-    kinds = {get_origin(kind) or kind for kind in (field.annotation, *get_args(field.annotation))}
-    stripped = text.strip()
-    if is_optional(field) and stripped.lower() in ("none", "null"):
-        return None
-    if get_origin(field.annotation) is tuple or tuple in kinds or list in kinds:
-        if stripped.startswith("["):
-            return _json(stripped, label)
-        return [item.strip() for item in stripped.split(",")] if stripped else []
-    if dict in kinds:
-        if stripped.startswith("{"):
-            return _json(stripped, label)
-        pairs = [item.partition("=") for item in stripped.split(",") if item.strip()]
-        if any(not separator for _, separator, _ in pairs):
-            raise SettingsError(f"{label}: {text!r} is not a list of key=value pairs; write a=1,b=2 or JSON")
-        return {name.strip(): value.strip() for name, _, value in pairs}
-    return text
-
-
-def _json(text: str, label: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        raise SettingsError(f"{label}: {text!r} is not valid JSON ({error}); quote it for the shell") from None
 
 
 # --------------------------------------------------------------------------------------------------------------
@@ -251,7 +143,7 @@ def environment_layer(environ: Mapping[str, str]) -> Layer:
             field = FIELDS[keys[upper]]
             layer[keys[upper]] = Given(parse_text(field, text, origin), origin, origin)
         elif upper in groups:
-            tree = _json(text, origin)
+            tree = parse_json(text, origin)
             for part in reversed(groups[upper].split(".")):
                 tree = {part: tree}
             layer |= flatten(tree, origin)

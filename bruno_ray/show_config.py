@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from bruno_ray.settings_sources import FIELDS, Loaded, preset_layer, values
+from bruno_ray.settings_fields import FIELDS
+from bruno_ray.settings_sources import Loaded, preset_layer, values
 
 
 def documentation(key: str) -> str:

@@ -12,7 +12,8 @@ from bruno_ray import cli
 from bruno_ray.artifacts import RunDirectory, RunRecord
 from bruno_ray.errors import ModelError
 from bruno_ray.settings import Settings
-from bruno_ray.settings_sources import ALIASES, FIELDS, flag_of, load
+from bruno_ray.settings_fields import ALIASES, FIELDS, flag_of
+from bruno_ray.settings_sources import load
 from bruno_ray.show_config import documentation
 
 

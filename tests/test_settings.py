@@ -8,7 +8,8 @@ import pytest
 
 from bruno_ray.errors import SettingsError
 from bruno_ray.settings import Settings
-from bruno_ray.settings_sources import FIELDS, PRESETS, apply, flag_layer, leaves, load, preset_names
+from bruno_ray.settings_fields import FIELDS, leaves
+from bruno_ray.settings_sources import PRESETS, apply, flag_layer, load, preset_names
 
 LAYERS = ("default", "preset", "file", "environment", "flag")
 
@@ -202,7 +203,9 @@ def test_every_setting_is_documented() -> None:
     assert len(FIELDS) > 100
 
 
-@pytest.mark.parametrize("module", ["settings", "settings_sources", "prompts", "thinking", "show_config", "cli"])
+@pytest.mark.parametrize(
+    "module", ["settings", "settings_fields", "settings_sources", "prompts", "thinking", "show_config", "cli"]
+)
 def test_imports_nothing_heavy(module: str) -> None:
     code = (
         f"import sys, bruno_ray.{module}\n"

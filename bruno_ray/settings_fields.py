@@ -1,0 +1,131 @@
+"""Every setting by its dotted key, from the pydantic models: its flag, its variable, how text becomes its value.
+
+Text on the command line and in the environment: lists are `a,b,c` or JSON, dicts `k=v,k=v` or JSON, a whole
+section (environment only) is JSON.
+"""
+
+import difflib
+import json
+import types
+from collections.abc import Iterator
+from typing import Any, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from bruno_ray.errors import SettingsError
+from bruno_ray.settings import Settings
+
+ENV_PREFIX = "BRUNO_"
+
+ALIASES = {
+    "--trials": "study.n_trials",
+    "--workers": "ray.workers",
+    "--seed": "study.seed",
+    "--storage": "study.storage",
+    "--study-name": "study.name",
+    "--auto-select": "selection.auto",
+    "--output": "output.directory",
+    "--target": "prompts.target.train.source",
+    "--baseline": "prompts.baseline.train.source",
+    "--behavior": "behaviour",
+}
+"""Short names of some flags."""
+
+
+def section_of(annotation: Any) -> type[BaseModel] | None:
+    """The model class behind an annotation such as `PromptSet` or `DatasetSettings | None`, or None for a leaf."""
+    for candidate in (annotation, *get_args(annotation)):
+        if isinstance(candidate, type) and issubclass(candidate, BaseModel):
+            return candidate
+    return None
+
+
+def leaves(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every (dotted key, field) that holds a value rather than a group, in the order of settings.py."""
+    for name, field in model.model_fields.items():
+        section = section_of(field.annotation)
+        if section:
+            yield from leaves(section, f"{prefix}{name}.")
+        else:
+            yield prefix + name, field
+
+
+FIELDS: dict[str, FieldInfo] = dict(leaves())
+SECTIONS: dict[str, type[BaseModel]] = {}
+
+
+def _collect_sections(model: type[BaseModel], prefix: str) -> None:
+    for name, field in model.model_fields.items():
+        if section := section_of(field.annotation):
+            SECTIONS[prefix + name] = section
+            _collect_sections(section, f"{prefix}{name}.")
+
+
+_collect_sections(Settings, "")
+
+
+def flag_of(key: str) -> str:
+    return "--" + key.replace("_", "-")
+
+
+def variable_of(key: str) -> str:
+    return ENV_PREFIX + key.upper().replace(".", "__")
+
+
+FLAGS = {flag_of(key): key for key in FIELDS} | ALIASES
+
+
+def is_optional(field: FieldInfo) -> bool:
+    return get_origin(field.annotation) in (Union, types.UnionType) and type(None) in get_args(field.annotation)
+
+
+def is_switch(field: FieldInfo) -> bool:
+    """A flag that may stand without a value."""
+    return field.annotation is bool or (is_optional(field) and bool in get_args(field.annotation))
+
+
+def nearest(key: str) -> str | None:
+    """The existing key that somebody who wrote `key` most likely meant."""
+    candidates = [*FIELDS, *SECTIONS]
+    leaf = key.rsplit(".", 1)[-1]
+    same_leaf = [name for name in candidates if name.rsplit(".", 1)[-1] == leaf]
+    if same_leaf:
+        return difflib.get_close_matches(key, same_leaf, 1, 0.0)[0]
+    if whole := difflib.get_close_matches(key, candidates, 1, 0.75):
+        return whole[0]
+    leaves_ = {name.rsplit(".", 1)[-1]: name for name in reversed(candidates)}
+    if last := difflib.get_close_matches(leaf, leaves_, 1, 0.75):
+        return leaves_[last[0]]
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Text to values
+
+
+def parse_text(field: FieldInfo, text: str, label: str) -> Any:
+    """Turns text into what pydantic can validate: lists and dicts are taken apart, the rest stays text."""
+    kinds = {get_origin(kind) or kind for kind in (field.annotation, *get_args(field.annotation))}
+    stripped = text.strip()
+    if is_optional(field) and stripped.lower() in ("none", "null"):
+        return None
+    if get_origin(field.annotation) is tuple or tuple in kinds or list in kinds:
+        if stripped.startswith("["):
+            return parse_json(stripped, label)
+        return [item.strip() for item in stripped.split(",")] if stripped else []
+    if dict in kinds:
+        if stripped.startswith("{"):
+            return parse_json(stripped, label)
+        pairs = [item.partition("=") for item in stripped.split(",") if item.strip()]
+        if any(not separator for _, separator, _ in pairs):
+            raise SettingsError(f"{label}: {text!r} is not a list of key=value pairs; write a=1,b=2 or JSON")
+        return {name.strip(): value.strip() for name, _, value in pairs}
+    return text
+
+
+def parse_json(text: str, label: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        raise SettingsError(f"{label}: {text!r} is not valid JSON ({error}); quote it for the shell") from None
