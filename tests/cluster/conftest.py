@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.cluster.fake_vast.cluster import ImitatedCluster
 from tests.cluster.lab import Lab, missing_for_lab, sweep
 
 
@@ -42,3 +43,9 @@ def lab(namespaces: None) -> Iterator[Lab]:
 @pytest.fixture(scope="session")
 def key(tmp_path_factory: pytest.TempPathFactory) -> KeyPair:
     return make_key(tmp_path_factory.mktemp("ssh"))
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> ImitatedCluster:
+    """Vast.ai's API with offers, and providers that rent from it."""
+    return ImitatedCluster.make(tmp_path)

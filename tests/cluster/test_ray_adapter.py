@@ -39,11 +39,6 @@ def eventually(condition: Callable[[], object]) -> None:
 
 
 @pytest.fixture
-def world(tmp_path: Path) -> ImitatedCluster:
-    return ImitatedCluster.make(tmp_path)
-
-
-@pytest.fixture
 def config_file(tmp_path: Path) -> Path:
     config = yaml.safe_load(CLUSTER_YAML.read_text())
     (tmp_path / "key").write_text("Ray hashes it with the configuration of a node")
