@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 pytest_plugins = ["tests.organism_fixture"]
 pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3600)]
 
-TRIALS = 1000
+TRIALS = 1400
 NAME = "fault-run"
 JOB = (
     *("bruno-ray", "run", "--behaviour", "organism", "--study.name", NAME, "--study.n-trials", str(TRIALS)),
