@@ -149,8 +149,8 @@ class BatchOptunaSearch(OptunaSearch):
         if len(self._trips) >= self.lanes:
             return None
         batches = self._due()
-        if not batches and len(self._trips) >= len(self._out):
-            return None if self._out else Searcher.FINISHED
+        if not batches and not self._out:
+            return Searcher.FINISHED
         self._trips[trial_id] = batches
         again, self._again = self._again, False
         return {

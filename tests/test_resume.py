@@ -103,6 +103,17 @@ def uninterrupted(tmp_path_factory) -> list[dict]:
     return params(study)
 
 
+def test_every_lane_is_under_way_as_long_as_anything_is_out(tmp_path):
+    """Tune ends the process of a lane without a trip, and starts another when there is one: seconds each time."""
+    driver = Driver(tmp_path)
+    driver.fill()
+    while driver.flying:
+        assert len(driver.trips) == driver.search.lanes
+        driver.finish()
+        driver.fill()
+    assert driver.search.finished
+
+
 @pytest.mark.parametrize("batches", [0, 1, 3, 6])
 def test_killed_between_batches_and_resumed_is_the_same_study(batches, uninterrupted, tmp_path):
     driver = Driver(tmp_path)
