@@ -34,10 +34,10 @@ from tokenizers import Tokenizer, models
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from bruno_ray.architectures import find_architecture
-from bruno_ray.batching import pad_left
-from bruno_ray.models import LoadedModel
-from bruno_ray.residuals import CPU_TOKENS, extract_residuals
+from bruno_ray.model.architectures import find_architecture
+from bruno_ray.model.batching import pad_left
+from bruno_ray.model.loading import LoadedModel
+from bruno_ray.residuals.extraction import CPU_TOKENS, extract_residuals
 
 # The proportions of Llama 3 8B: vocabulary 31 times, MLP 3.5 times as wide as the residual stream.
 LAYERS, D_MODEL, MLP, HEADS, VOCABULARY = 12, 256, 896, 8, 8192

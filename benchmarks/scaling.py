@@ -20,14 +20,14 @@ import optuna
 
 from benchmarks.results import write_section
 from benchmarks.simulated import OBJECTIVES, StampingWorker
-from bruno_ray import search_space
-from bruno_ray.broker import IDLE
-from bruno_ray.pool import WorkerPool, ray_session
-from bruno_ray.sampler import NumberedTPESampler
-from bruno_ray.search import BatchOptunaSearch
 from bruno_ray.settings import RaySettings, SearchSettings
-from bruno_ray.storage import open_study
-from bruno_ray.study import LANES, schedule, window_for
+from bruno_ray.study import space
+from bruno_ray.study.run import LANES, schedule, window_for
+from bruno_ray.study.sampler import NumberedTPESampler
+from bruno_ray.study.searcher import BatchOptunaSearch
+from bruno_ray.study.storage import open_study
+from bruno_ray.workers.broker import IDLE
+from bruno_ray.workers.pool import WorkerPool, ray_session
 
 TRIALS_PER_BATCH = 8
 SPACE = (SearchSettings(), ("a", "b"), 32, ("attention", "mlp"))
@@ -54,8 +54,8 @@ def measure_in(folder: Path, workers: int, seconds: float, batches: int) -> tupl
         with open_study("s", None, folder, OBJECTIVES, {}) as study:
             search = BatchOptunaSearch(
                 study,
-                NumberedTPESampler(n_startup_trials=10**9, seed=0, names=tuple(search_space.search_space(*SPACE))),
-                lambda trial: search_space.suggest(trial, *SPACE),
+                NumberedTPESampler(n_startup_trials=10**9, seed=0, names=tuple(space.search_space(*SPACE))),
+                lambda trial: space.suggest(trial, *SPACE),
                 OBJECTIVES,
                 target=TRIALS_PER_BATCH * batches * workers,
                 batch_size=TRIALS_PER_BATCH,

@@ -31,13 +31,13 @@ from results import write_section
 from scipy.stats import rankdata, spearmanr
 
 from bruno_ray import organism
+from bruno_ray.ablation.edit import Edit
 from bruno_ray.directions import build_bank
-from bruno_ray.edit import Edit
-from bruno_ray.prompts import Prompt
+from bruno_ray.prompts.sets import Prompt
 from bruno_ray.scoring import SCORERS
-from bruno_ray.search_space import edit_from_params, search_space, suggest
 from bruno_ray.settings import ModelSettings, ResidualSettings, ScoringSettings, SearchSettings
-from bruno_ray.worker import EvaluationContext, ModelInfo, ModelWorker
+from bruno_ray.study.space import edit_from_params, search_space, suggest
+from bruno_ray.workers.model_worker import EvaluationContext, ModelInfo, ModelWorker
 
 BATCH = 8
 FEW_MARKED = 0.1

@@ -40,7 +40,7 @@ def edits(n_layers: int, width: int) -> tuple[list, dict]:
     """Seven edits of attention and MLP, and the bank with their directions."""
     import torch
 
-    from bruno_ray.edit import AblationParameters, Edit
+    from bruno_ray.ablation.edit import AblationParameters, Edit
 
     generator = torch.Generator().manual_seed(0)
     directions_LRD = torch.randn(n_layers + 1, RANK, width, generator=generator)
@@ -57,10 +57,10 @@ def hold(folder: Path, which: int | None) -> None:
     """Answer the requests that come as lines of JSON. ``which``: only this model, its edit in the weights; else all."""
     import torch
 
-    from bruno_ray.live import bake
-    from bruno_ray.models import load_model
+    from bruno_ray.ablation.live import bake
+    from bruno_ray.model.loading import load_model
     from bruno_ray.settings import ModelSettings
-    from serve.engine import ServingEngine
+    from serve.engine.engine import ServingEngine
     from serve.settings import EngineSettings
 
     torch.set_num_threads(1)
@@ -82,7 +82,7 @@ def hold(folder: Path, which: int | None) -> None:
 
 async def _work(engine, keys: Sequence[str | None], at_a_time: int, answers: int, tokens: int, seed: int) -> int:
     """Of every model so many answers at a time, one after another. Returns the number of tokens."""
-    from serve.engine import GenerationRequest
+    from serve.engine.engine import GenerationRequest
 
     async def reader(key: str | None, number: int) -> int:
         generator = random.Random(f"{seed} {number}")

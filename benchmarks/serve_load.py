@@ -25,7 +25,7 @@ import httpx
 
 from benchmarks.results import write_section
 from benchmarks.serve_parts import end_in_order, private_bytes
-from serve.engines import STATS_KEPT
+from serve.deployment.engine_clients import STATS_KEPT
 from tests.serve.server import Server, make_run, serving
 
 log = logging.getLogger(__name__)

@@ -21,13 +21,13 @@ import ray
 
 from benchmarks.results import write_section
 from benchmarks.simulated import OBJECTIVES, SleepingWorker
-from bruno_ray import search_space
-from bruno_ray.pool import WorkerPool, ray_session
-from bruno_ray.sampler import NumberedTPESampler
-from bruno_ray.search import Batch, BatchOptunaSearch
 from bruno_ray.settings import RaySettings, SearchSettings
-from bruno_ray.storage import open_study
-from bruno_ray.study import LANES, schedule, window_for
+from bruno_ray.study import space
+from bruno_ray.study.run import LANES, schedule, window_for
+from bruno_ray.study.sampler import NumberedTPESampler
+from bruno_ray.study.searcher import Batch, BatchOptunaSearch
+from bruno_ray.study.storage import open_study
+from bruno_ray.workers.pool import WorkerPool, ray_session
 
 SETTINGS = RaySettings(workers=1, cpus_per_worker=0.5, gpus_per_worker=0, object_store_memory=100 * 1024**2)
 SPACE = (SearchSettings(), ("a", "b"), 32, ("attention", "mlp"))
@@ -40,8 +40,8 @@ SECONDS = (0.0, 1.0)
 def make_search(study: optuna.Study, batch_size: int, batches: int, on_batch: Callable[[Batch], None]):
     return BatchOptunaSearch(
         study,
-        NumberedTPESampler(n_startup_trials=10**9, seed=0, names=tuple(search_space.search_space(*SPACE))),
-        lambda trial: search_space.suggest(trial, *SPACE),
+        NumberedTPESampler(n_startup_trials=10**9, seed=0, names=tuple(space.search_space(*SPACE))),
+        lambda trial: space.suggest(trial, *SPACE),
         OBJECTIVES,
         target=batch_size * batches,
         batch_size=batch_size,

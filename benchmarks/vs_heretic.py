@@ -32,9 +32,9 @@ import optuna
 from results import write_section
 
 from bruno_ray import organism
-from bruno_ray.artifacts import RunDirectory
 from bruno_ray.cache import cache_folder
-from bruno_ray.finishing import study_of, trials_of
+from bruno_ray.pipeline.finishing import study_of, trials_of
+from bruno_ray.runs.directory import RunDirectory
 
 HERETIC = "heretic-llm==1.4.0"
 MAX_KL = 0.05
@@ -126,7 +126,7 @@ def run_ours(folder: Path, work: Path, settings: argparse.Namespace, seed: int) 
     """The product's command line, as a user would call it."""
     behaviour = "organism" if settings.recipe == "standard" else f"organism-{settings.recipe}"
     command = [
-        *(sys.executable, "-m", "bruno_ray.cli", "run", str(folder / "model"), "--behaviour", behaviour),
+        *(sys.executable, "-m", "bruno_ray.cli.main", "run", str(folder / "model"), "--behaviour", behaviour),
         *("--model.dtypes", '["float32"]', "--study.n-trials", str(settings.trials)),
         *("--study.n-startup-trials", str(settings.startup), "--study.seed", str(seed), "--study.name", "bench"),
         *("--prompts.n-train", str(settings.prompts), "--prompts.n-validation", str(settings.prompts)),

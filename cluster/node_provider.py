@@ -2,8 +2,8 @@
 
 Works under autoscaler v2 (which wraps it) and v1. Up to three processes have a provider: `ray up` or `ray down` on the
 laptop, the autoscaler on the head, and the tunnels' supervisor on the head, which only reads. They agree because
-everything about a node is written on its instance (cluster/tags.py). The head's autoscaler also looks after the
-workers (cluster/caretaker.py) and keeps the account of what is gone in its own label.
+everything about a node is written on its instance (cluster/renting/tags.py). The head's autoscaler also looks after the
+workers (cluster/renting/caretaker.py) and keeps the account of what is gone in its own label.
 """
 
 import copy
@@ -24,22 +24,22 @@ from ray.autoscaler.tags import (
     TAG_RAY_USER_NODE_TYPE,
 )
 
-from cluster.addresses import NodeAddress
-from cluster.bootstrap import bootstrapped, one_line_errors
 from cluster.clock import Clock, SystemClock
-from cluster.command_runner import VastCommandRunner
-from cluster.cost import ClusterCost, cluster_cost
 from cluster.errors import BudgetError, ClusterError, NodeError, NoOfferError
-from cluster.keys import ensure_key_pair, public_key
-from cluster.launch import Launcher, LaunchOrder, ranked_offers
-from cluster.ledger import Ledger
-from cluster.listing import NodeList
-from cluster.mesh import Node
-from cluster.mounts import without_head_files
-from cluster.registry import NodeRegistry
+from cluster.network.addresses import NodeAddress
+from cluster.network.keys import ensure_key_pair, public_key
+from cluster.network.mesh import Node
+from cluster.network.ssh_master import Endpoint
+from cluster.renting.cost import ClusterCost, cluster_cost
+from cluster.renting.launch import Launcher, LaunchOrder, ranked_offers
+from cluster.renting.ledger import Ledger
+from cluster.renting.listing import NodeList
+from cluster.renting.registry import NodeRegistry
+from cluster.renting.tags import ClusterNode, Label
 from cluster.settings import ClusterSettings, NodeSettings, checked_cluster_name
-from cluster.ssh_master import Endpoint
-from cluster.tags import ClusterNode, Label
+from cluster.setup.bootstrap import bootstrapped, one_line_errors
+from cluster.setup.command_runner import VastCommandRunner
+from cluster.setup.mounts import without_head_files
 from cluster.vast.client import VastClient
 from cluster.vast.models import State
 from cluster.vast.offers import Ranking

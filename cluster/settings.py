@@ -156,10 +156,10 @@ class ClusterSettings(Section):
 
     budget: BudgetSettings = BudgetSettings()
     mesh: Literal["star", "direct"] = "star"
-    """star: all traffic crosses the head. direct: workers also dial each other (cluster/peers.py)."""
+    """star: all traffic crosses the head. direct: workers also dial each other (cluster/network/peers.py)."""
 
     max_cpus: PositiveInt = 48
-    """The most CPUs any node offers to Ray; decides how many nodes fit (cluster/addresses.py)."""
+    """The most CPUs any node offers to Ray; decides how many nodes fit (cluster/network/addresses.py)."""
 
     refresh_s: PositiveFloat = 3.0
     """How long one listing of the instances answers all questions."""

@@ -28,8 +28,8 @@ from typing import IO
 import yaml
 
 from cluster.errors import ClusterError, NodeError
-from cluster.mesh import Mesh, Node
-from cluster.ssh_master import Endpoint, SshIdentity
+from cluster.network.mesh import Mesh, Node
+from cluster.network.ssh_master import Endpoint, SshIdentity
 
 logger = logging.getLogger(__name__)
 

@@ -13,11 +13,11 @@ from ray import serve
 from ray.serve import Application
 
 from bruno_ray.errors import SettingsError
-from serve.auth import VARIABLE, known_hashes
-from serve.catalog import Catalog, EngineModel, discovered
-from serve.evaluations import Evaluations
-from serve.ingress import Api
-from serve.replica import EngineReplica
+from serve.api.auth import VARIABLE, known_hashes
+from serve.api.ingress import Api
+from serve.catalog.catalog import Catalog, EngineModel, discovered
+from serve.deployment.replica import EngineReplica
+from serve.evaluation_jobs import Evaluations
 from serve.settings import ServeArgs
 
 log = logging.getLogger(__name__)
@@ -60,7 +60,7 @@ def application(args: ServeArgs, catalog: Catalog, key_hashes: tuple[str, ...]) 
         ray_actor_options={"num_cpus": 0, "resources": resources},
     )
     api = serve.deployment(
-        serve.ingress()(Api),
+        serve.api.ingress()(Api),
         name="Api",
         num_replicas=args.api_replicas,
         max_ongoing_requests=MANY,

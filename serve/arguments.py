@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from bruno_ray.errors import SettingsError
-from serve.auth import VARIABLE
+from serve.api.auth import VARIABLE
 from serve.settings import EngineSettings, ServeArgs
 
 

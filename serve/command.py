@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from bruno_ray.errors import BrunoError, SettingsError
+from serve.api.auth import VARIABLE, hash_of, known_hashes, make_key
 from serve.arguments import add_arguments, is_loopback, joins, serve_args
-from serve.auth import VARIABLE, hash_of, known_hashes, make_key
 from serve.settings import ServeArgs
 
 if TYPE_CHECKING:
-    from serve.catalog import Catalog
+    from serve.catalog.catalog import Catalog
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Serve until SIGINT or SIGTERM. Raises SettingsError if there is nothing to serve, before Ray is started."""
     hashes = known_hashes(arguments.keys_file)
     args = serve_args(arguments, key_known=bool(hashes))
-    from serve.catalog import discovered  # reads studies, for which it imports optuna: not for `--help`
+    from serve.catalog.catalog import discovered  # reads studies, for which it imports optuna: not for `--help`
 
     catalog = discovered(args)
     made_key = make_key() if args.require_key and not hashes else None
@@ -180,8 +180,8 @@ def stop_signal() -> Iterator[threading.Event]:
 @contextmanager
 def ray_for(args: ServeArgs, arguments: argparse.Namespace, n_engines: int) -> Iterator[None]:
     """A cluster to serve on: joined, and left with nothing of ours running, or of our own."""
-    from bruno_ray.pool import ray_session
     from bruno_ray.settings import RaySettings
+    from bruno_ray.workers.pool import ray_session
 
     settings = RaySettings(
         address=arguments.address,

@@ -13,7 +13,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from bruno_ray.errors import SettingsError
-from serve.catalog import Catalog
+from serve.catalog.catalog import Catalog
 from serve.settings import Names
 
 

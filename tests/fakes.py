@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from bruno_ray.edit import Edit
+from bruno_ray.ablation.edit import Edit
 
 
 @dataclass(frozen=True)

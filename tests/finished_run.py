@@ -7,9 +7,8 @@ from types import SimpleNamespace
 import optuna
 import torch
 
-from bruno_ray import plots
-from bruno_ray.artifacts import RunDirectory, RunRecord, Sample, ScoresRecord, SelectedRecord, installed_versions
-from bruno_ray.search_space import suggest
+from bruno_ray.publishing import plots
+from bruno_ray.runs.directory import RunDirectory, RunRecord, Sample, ScoresRecord, SelectedRecord, installed_versions
 from bruno_ray.settings import (
     DatasetSettings,
     DirectionSettings,
@@ -21,6 +20,7 @@ from bruno_ray.settings import (
     Settings,
     StudySettings,
 )
+from bruno_ray.study.space import suggest
 
 SETS = ("difference_in_means@0", "difference_in_means@1")
 METRICS = ("behaviour_rate", "kl_divergence", "kl_median", "kl_p95", "incoherence")

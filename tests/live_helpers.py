@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
-from bruno_ray.ablation import DirectionBank
-from bruno_ray.edit import AblationParameters, Edit
-from bruno_ray.writers import Matrix
+from bruno_ray.ablation.closed_forms import DirectionBank
+from bruno_ray.ablation.edit import AblationParameters, Edit
+from bruno_ray.model.writers import Matrix
 from tests import tiny_models
 
 KERNEL = AblationParameters(max_weight=1.2, max_weight_position=1.4, min_weight=0.3, min_weight_distance=2.0)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from bruno_ray.ablation import (
+from bruno_ray.ablation.closed_forms import (
     apply_to_output,
     apply_to_weight,
     directions_for,
@@ -16,7 +16,7 @@ from bruno_ray.ablation import (
     responses,
     row_norms,
 )
-from bruno_ray.edit import AblationParameters, Edit
+from bruno_ray.ablation.edit import AblationParameters, Edit
 
 D, IN, LAYERS = 24, 40, 6
 MODES = ("none", "pre", "full")

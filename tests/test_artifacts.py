@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bruno_ray.artifacts import (
+from bruno_ray.errors import OutputError
+from bruno_ray.runs.directory import (
     RunDirectory,
     RunRecord,
     ScoresRecord,
@@ -18,7 +19,6 @@ from bruno_ray.artifacts import (
     require_free_space,
     write_json,
 )
-from bruno_ray.errors import OutputError
 from bruno_ray.settings import ModelSettings, Settings
 
 
@@ -202,7 +202,7 @@ def test_folder_appears_complete_or_not_at_all(tmp_path):
 def test_remains_of_a_killed_writer_are_removed_by_the_next(tmp_path):
     script = f"""
 import os, pathlib
-from bruno_ray.artifacts import atomic_directory
+from bruno_ray.runs.directory import atomic_directory
 with atomic_directory(pathlib.Path({str(tmp_path)!r}) / "model") as aside:
     (aside / "half").write_text("x")
     os.kill(os.getpid(), 9)
@@ -215,5 +215,5 @@ with atomic_directory(pathlib.Path({str(tmp_path)!r}) / "model") as aside:
 
 
 def test_artifacts_import_no_torch():
-    code = "import sys, bruno_ray.artifacts; sys.exit('torch' in sys.modules)"
+    code = "import sys, bruno_ray.runs.directory; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

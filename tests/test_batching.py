@@ -5,8 +5,8 @@ import random
 import pytest
 import torch
 
-from bruno_ray.batching import TokenBudget, batches, map_batches, pad_left, run_with_backoff
 from bruno_ray.errors import ModelError
+from bruno_ray.model.batching import TokenBudget, batches, map_batches, pad_left, run_with_backoff
 
 
 @pytest.mark.parametrize("tokens", [1, 64, 300, 10_000])

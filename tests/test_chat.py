@@ -6,10 +6,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from bruno_ray.chat import Chat, chat_loop, converse
-from bruno_ray.edit import AblationParameters, Edit
-from bruno_ray.generation import Engine
-from bruno_ray.models import load_model
+from bruno_ray.ablation.edit import AblationParameters, Edit
+from bruno_ray.generation.engine import Engine
+from bruno_ray.model.loading import load_model
+from bruno_ray.pipeline.chat import Chat, chat_loop, converse
 from bruno_ray.settings import ModelSettings
 from tests import tiny_models
 

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from bruno_ray import cli
-from bruno_ray.artifacts import RunDirectory, RunRecord
+from bruno_ray.cli import main
+from bruno_ray.cli.show_config import documentation
 from bruno_ray.errors import ModelError
+from bruno_ray.runs.directory import RunDirectory, RunRecord
 from bruno_ray.settings import Settings
-from bruno_ray.settings_fields import ALIASES, FIELDS, flag_of
-from bruno_ray.settings_sources import load
-from bruno_ray.show_config import documentation
+from bruno_ray.settings.keys import ALIASES, FIELDS, flag_of
+from bruno_ray.settings.sources import load
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,8 @@ def run_directory(empty_directory: Path) -> Path:
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
     """What the command line calls, bound to the real signatures and not carried out."""
-    from bruno_ray import commands, pipeline
+    from bruno_ray.pipeline import commands
+    from bruno_ray.pipeline import run as pipeline
 
     recorded: list[tuple[str, dict[str, Any]]] = []
 
@@ -54,7 +55,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
 
 
 def fails(capsys: pytest.CaptureFixture[str], argv: list[str], *parts: str) -> None:
-    assert cli.main(argv) == 2
+    assert main.main(argv) == 2
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("error: ") and err.count("\n") == 1
@@ -93,7 +94,7 @@ def test_mistakes_give_one_line_and_exit_code_2(
 def test_errors_of_the_pipeline_interrupts_and_defects(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from bruno_ray import pipeline
+    from bruno_ray.pipeline import run as pipeline
 
     def raising(error: BaseException) -> Any:
         def run(settings: Settings) -> Path:
@@ -104,16 +105,16 @@ def test_errors_of_the_pipeline_interrupts_and_defects(
     monkeypatch.setattr(pipeline, "run", raising(ModelError("some/model:\n  is not there")))
     fails(capsys, ["run", "some/model"], "error: some/model: is not there\n")
     monkeypatch.setattr(pipeline, "run", raising(KeyboardInterrupt()))
-    assert cli.main(["run", "some/model"]) == 130
+    assert main.main(["run", "some/model"]) == 130
     monkeypatch.setattr(pipeline, "run", raising(ZeroDivisionError()))
     with pytest.raises(ZeroDivisionError):
-        cli.main(["run", "some/model"])
+        main.main(["run", "some/model"])
 
 
 def test_what_commands_ask_for(
     calls: list[tuple[str, dict[str, Any]]], run_directory: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert cli.main(["run", "--auto-select", "some/model", "--trials", "5"]) == 0
+    assert main.main(["run", "--auto-select", "some/model", "--trials", "5"]) == 0
     name, arguments = calls.pop()
     settings = arguments["settings"]
     assert (name, settings.model.id, settings.study.n_trials, settings.selection.auto) == ("run", "some/model", 5, True)
@@ -138,21 +139,21 @@ def test_what_commands_ask_for(
         (["report", "mine"], ("report", path)),
         (["organism", "--recipe", "hard"], ("organism", {"recipe": "hard", "to": None})),
     ]:
-        assert cli.main(argv) == 0, argv
+        assert main.main(argv) == 0, argv
         assert calls.pop() == expected
-    assert cli.main(["chat", "mine:12", "--temperature", "0"]) == 0
+    assert main.main(["chat", "mine:12", "--temperature", "0"]) == 0
     name, arguments = calls.pop()
     assert (name, arguments["trial"]) == ("chat", 12) and arguments["options"]["temperature"] == 0
-    assert cli.main(["evaluate", "edited", "--base", "some/model"]) == 0
+    assert main.main(["evaluate", "edited", "--base", "some/model"]) == 0
     name, arguments = calls.pop()
     assert (name, arguments["settings"].model.id, arguments["base"]) == ("evaluate", "edited", "some/model")
-    assert cli.main(["coverage", "some/model"]) == 0
+    assert main.main(["coverage", "some/model"]) == 0
     assert calls.pop()[0] == "coverage"
 
 
 def test_help_documents_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        cli.main(["run", "--help"])
+        main.main(["run", "--help"])
     assert stopped.value.code == 0
     shown = " ".join(capsys.readouterr().out.split())
     for key in FIELDS:
@@ -169,7 +170,7 @@ def test_help_documents_every_setting(capsys: pytest.CaptureFixture[str]) -> Non
 @pytest.mark.parametrize("command", ["resume", "front", "save", "evaluate", "report", "chat", "organism", "coverage"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
-        cli.main([command, "--help"])
+        main.main([command, "--help"])
     assert stopped.value.code == 0
     assert f"bruno-ray {command}" in capsys.readouterr().out
 
@@ -179,7 +180,7 @@ def test_show_config_names_values_and_origins(
 ) -> None:
     Path("config.toml").write_text("[study]\nn_trials = 5\n")
     monkeypatch.setenv("BRUNO_STUDY__SEED", "3")
-    assert cli.main(["show-config", "some/model", "--selection.max-kl", "0.5"]) == 0
+    assert main.main(["show-config", "some/model", "--selection.max-kl", "0.5"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "study.n_trials = 5  (config.toml)" in lines
     assert "study.seed = 3  (environment BRUNO_STUDY__SEED)" in lines
@@ -187,7 +188,7 @@ def test_show_config_names_values_and_origins(
     assert 'model.id = "some/model"  (command line)' in lines
     assert 'prompts.target.train.column = "text"  (preset refusal)' in lines
     assert "study.n_startup_trials = 60  (default)" in lines
-    assert cli.main(["show-config", "--describe"]) == 0
+    assert main.main(["show-config", "--describe"]) == 0
     assert "# Seeds the sampler." in capsys.readouterr().out
 
 
@@ -204,14 +205,14 @@ def test_show_config_names_values_and_origins(
 )
 def test_show_config_as_toml_gives_the_same_settings(flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     for describe in ([], ["--describe"]):
-        assert cli.main(["show-config", "--toml", *describe, *flags]) == 0
+        assert main.main(["show-config", "--toml", *describe, *flags]) == 0
         Path("again.toml").write_text(capsys.readouterr().out, encoding="utf-8")
         assert load(config=Path("again.toml"), environ={}).settings == load(flags, environ={}).settings
 
 
 def test_as_a_program() -> None:
     """Exit codes as a shell sees them; and nothing heavy is imported before a command needs it."""
-    base = [sys.executable, "-X", "importtime", "-m", "bruno_ray.cli"]
+    base = [sys.executable, "-X", "importtime", "-m", "bruno_ray.cli.main"]
     for argv, code in ((["--version"], 0), (["--help"], 0), (["show-config"], 0), ([], 2), (["run"], 2)):
         done = subprocess.run([*base, *argv], capture_output=True, text=True, timeout=60)
         assert done.returncode == code, (argv, done.stderr[-500:])
@@ -221,6 +222,6 @@ def test_as_a_program() -> None:
 
 
 def test_a_reader_that_leaves_early() -> None:
-    command = f"{sys.executable} -m bruno_ray.cli show-config --describe | head -1"
+    command = f"{sys.executable} -m bruno_ray.cli.main show-config --describe | head -1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=60)
     assert done.stderr == "" and done.stdout.count("\n") == 1

@@ -2,7 +2,7 @@
 
 import asyncio
 
-from bruno_ray.exchange import Exchange
+from bruno_ray.workers.batch_queue import Exchange
 
 
 class Pool:

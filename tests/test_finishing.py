@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 from bruno_ray.errors import TrialError
-from bruno_ray.finishing import score_selected
-from bruno_ray.worker import TrialOutcome
+from bruno_ray.pipeline.finishing import score_selected
+from bruno_ray.workers.model_worker import TrialOutcome
 from tests.finished_run import make, scores
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bruno_ray.edit import AblationParameters, Edit
-from bruno_ray.generation import Engine
-from bruno_ray.live import bake
-from bruno_ray.models import LoadedModel, load_model
+from bruno_ray.ablation.edit import AblationParameters, Edit
+from bruno_ray.ablation.live import bake
+from bruno_ray.generation.engine import Engine
+from bruno_ray.model.loading import LoadedModel, load_model
 from bruno_ray.settings import ModelSettings
 from tests import tiny_models
 
@@ -139,9 +139,9 @@ def test_a_common_beginning_is_read_once_per_edit(family: str, tmp_path: Path, m
         logprobs = engine.token_logprobs(ids, tails, resolved)
         return answers, logits, torch.cat([row for rows in logprobs for row in rows]), engine.tokens - start
 
-    monkeypatch.setattr("bruno_ray.generation.SHARED_TOKENS", 10**9)
+    monkeypatch.setattr("bruno_ray.generation.engine.SHARED_TOKENS", 10**9)
     answers, logits, logprobs, tokens = results()
-    monkeypatch.setattr("bruno_ray.generation.SHARED_TOKENS", 1)
+    monkeypatch.setattr("bruno_ray.generation.engine.SHARED_TOKENS", 1)
     fresh = Engine(loaded)
     fresh.editor, engine = engine.editor, fresh
     shared_answers, shared_logits, shared_logprobs, fewer_tokens = results()

@@ -5,7 +5,7 @@ import torch
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_auc_score, silhouette_score
 
-from bruno_ray.geometry import auroc, effect_size, point_geometry, principal_plane, silhouette
+from bruno_ray.residuals.geometry import auroc, effect_size, point_geometry, principal_plane, silhouette
 
 N, M, L, D = 40, 30, 3, 256
 

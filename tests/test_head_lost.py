@@ -18,8 +18,8 @@ import pytest
 from optuna.trial import TrialState
 
 from bruno_ray.errors import StudyError
-from bruno_ray.storage import load_study
-from cluster.shell import free_port
+from bruno_ray.study.storage import load_study
+from cluster.jobs.shell import free_port
 
 pytest_plugins = ["tests.organism_fixture"]
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -75,7 +75,7 @@ def machine(folder: Path, hostname: str, storage: str, *more: str) -> subprocess
     """`bruno-ray run` on a machine of that name, with a disk of its own."""
     command = [
         *("unshare", "--uts", "sh", "-c", f'hostname {hostname}; exec "$@"', "sh"),
-        *(sys.executable, "-m", "bruno_ray.cli", "run", "--behaviour", "organism", "--auto-select"),
+        *(sys.executable, "-m", "bruno_ray.cli.main", "run", "--behaviour", "organism", "--auto-select"),
         *("--selection.max-kl", "10", "--study.name", NAME, "--study.n-trials", str(TRIALS)),
         *("--study.n-startup-trials", "8", "--study.trials-per-batch", "2", "--ray.object-store-memory", "100000000"),
         *("--output.directory", str(folder), "--residuals.cache-dir", str(folder / "residuals")),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from bruno_ray.lean_forward import FAMILIES, lean_forward
+from bruno_ray.generation.lean_forward import FAMILIES, lean_forward
 from tests import tiny_models
 from tests.serve.engine_helpers import load
 
@@ -58,8 +58,8 @@ def test_other_kinds_and_other_weights_are_left_to_themselves() -> None:
 
 
 def test_both_engines_compute_lean() -> None:
-    from bruno_ray.generation import Engine
-    from serve.engine_batch import EditedModel
+    from bruno_ray.generation.engine import Engine
+    from serve.engine.batch import EditedModel
 
     loaded = load("llama")
     engine = Engine(loaded)

@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bruno_ray.ablation import DirectionBank
-from bruno_ray.architectures import find_architecture
-from bruno_ray.edit import AblationParameters, Edit
+from bruno_ray.ablation.closed_forms import DirectionBank
+from bruno_ray.ablation.edit import AblationParameters, Edit
+from bruno_ray.ablation.live import LiveEditor, Resolver, bake
 from bruno_ray.errors import ModelError
-from bruno_ray.live import LiveEditor, Resolver, bake
-from bruno_ray.models import LoadedModel, load_model
+from bruno_ray.model.architectures import find_architecture
+from bruno_ray.model.loading import LoadedModel, load_model
+from bruno_ray.model.writers import Matrix
 from bruno_ray.settings import ModelSettings
-from bruno_ray.writers import Matrix
 from tests import tiny_models
 from tests.live_helpers import EDITS, KERNEL, NARROW, batch, dequantized_copy, difference, logits, make_bank
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from bruno_ray.architectures import find_architecture
-from bruno_ray.lean_forward import FAMILIES, lean_forward
-from bruno_ray.live import LiveEditor, bake
+from bruno_ray.ablation.live import LiveEditor, bake
+from bruno_ray.generation.lean_forward import FAMILIES, lean_forward
+from bruno_ray.model.architectures import find_architecture
 from tests import tiny_models
 from tests.live_helpers import EDITS, batch, difference, logits, make_bank
 
@@ -52,7 +52,7 @@ def test_the_lean_forward_pass_on_a_gpu(family: str, dtype: torch.dtype) -> None
 
 def test_4bit_on_a_gpu(tmp_path) -> None:
     pytest.importorskip("bitsandbytes")
-    from bruno_ray.models import load_model
+    from bruno_ray.model.loading import load_model
     from bruno_ray.settings import ModelSettings
     from tests.live_helpers import dequantized_copy
 

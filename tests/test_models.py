@@ -12,10 +12,10 @@ import pytest
 import torch
 from huggingface_hub import constants
 
-from bruno_ray import models
-from bruno_ray.architectures import find_architecture
 from bruno_ray.errors import ModelError
-from bruno_ray.models import load_model
+from bruno_ray.model import loading
+from bruno_ray.model.architectures import find_architecture
+from bruno_ray.model.loading import load_model
 from bruno_ray.settings import ModelSettings
 from tests import tiny_models
 
@@ -25,7 +25,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_models.write(tmp_path_factory.mktemp("models") / "llama")
 
 
-def load(folder: Path | str, **changes: object) -> models.LoadedModel:
+def load(folder: Path | str, **changes: object) -> loading.LoadedModel:
     return load_model(ModelSettings(id=str(folder), device_map="cpu", **changes))
 
 
@@ -106,8 +106,8 @@ def test_fingerprint_follows_content_not_place_or_time(llama: Path, tmp_path: Pa
 
 
 def test_fingerprint_of_big_files_reads_samples(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(models, "FULL_HASH_BYTES", 100)
-    monkeypatch.setattr(models, "SAMPLE_BYTES", 512)
+    monkeypatch.setattr(loading, "FULL_HASH_BYTES", 100)
+    monkeypatch.setattr(loading, "SAMPLE_BYTES", 512)
     folder = copy(llama, tmp_path / "m")
     first = load(folder).fingerprint
     assert load(folder).fingerprint == first
@@ -119,7 +119,7 @@ def test_fingerprint_of_big_files_reads_samples(llama: Path, tmp_path: Path, mon
 
 def test_max_memory_keys_become_device_numbers() -> None:
     settings = ModelSettings(max_memory={"0": "20GiB", "cpu": "60GiB"})
-    assert models._max_memory(settings) == {0: "20GiB", "cpu": "60GiB"}
+    assert loading._max_memory(settings) == {0: "20GiB", "cpu": "60GiB"}
 
 
 # ----- dtypes and quantisation -----
@@ -186,7 +186,7 @@ def test_memory_errors_try_only_smaller_dtypes(llama: Path, monkeypatch: pytest.
         tried.append(dtype)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(models.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
     with pytest.raises(ModelError, match=r"not enough memory for .*bnb_4bit"):
         load(llama, dtypes=("float32", "bfloat16", "float16"))
     assert tried == [torch.float32, torch.bfloat16]
@@ -273,7 +273,7 @@ def test_disk_full(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         except OSError as error:
             raise RuntimeError("Data processing error: background writer failed") from error
 
-    monkeypatch.setattr(models.AutoTokenizer, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(loading.AutoTokenizer, "from_pretrained", from_pretrained)
     with pytest.raises(ModelError, match="no space left on the disk"):
         load(llama)
 

@@ -5,12 +5,11 @@ from pathlib import Path
 
 import pytest
 
-from bruno_ray import passwords
-from bruno_ray.artifacts import RunDirectory, RunRecord
 from bruno_ray.errors import StudyError
-from bruno_ray.passwords import VARIABLE, with_password, without_password
-from bruno_ray.settings import Settings, StudySettings
-from bruno_ray.storage import open_study
+from bruno_ray.runs.directory import RunDirectory, RunRecord
+from bruno_ray.settings import Settings, StudySettings, passwords
+from bruno_ray.settings.passwords import VARIABLE, with_password, without_password
+from bruno_ray.study.storage import open_study
 
 WHOLE = "postgresql+psycopg://me:p/ss:w0rd@db.example/studies"
 SHOWN = "postgresql+psycopg://me:***@db.example/studies"

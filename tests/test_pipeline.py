@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from bruno_ray import cli
-from bruno_ray.artifacts import RunDirectory
+from bruno_ray.cli import main
+from bruno_ray.runs.directory import RunDirectory
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -20,7 +20,7 @@ REPOSITORY = Path(__file__).parent.parent
 def finished(organism: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A whole run of the command line on the organism."""
     folder = tmp_path_factory.mktemp("pipeline")
-    code = cli.main(
+    code = main.main(
         [
             *("run", str(organism / "model"), "--behaviour", "organism", "--auto-select", "--study-name", "whole"),
             *("--trials", "40", "--study.n-startup-trials", "20", "--output.directory", str(folder)),
@@ -53,18 +53,18 @@ def test_a_run_ends_in_a_model_that_tells_the_truth(finished: Path) -> None:
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_finished_run_answers_to_the_other_commands(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["front", str(finished)]) == 0
+    assert main.main(["front", str(finished)]) == 0
     assert "40 completed trials" in capsys.readouterr().out
-    assert cli.main(["report", str(finished)]) == 0
-    assert cli.main(["save", str(finished), "--auto"]) == 2  # run/model is there already
+    assert main.main(["report", str(finished)]) == 0
+    assert main.main(["save", str(finished), "--auto"]) == 2  # run/model is there already
     assert "exists already" in capsys.readouterr().err
     elsewhere = finished.parent / "elsewhere"
-    assert cli.main(["save", str(finished), "--auto", "--to", str(elsewhere)]) == 0
+    assert main.main(["save", str(finished), "--auto", "--to", str(elsewhere)]) == 0
     assert (
         json.loads((elsewhere / "bruno.json").read_text())["edit"] == RunDirectory.open(finished).read().selected.edit
     )
     assert (
-        cli.main(
+        main.main(
             ["run", "--behaviour", "organism", "--output.directory", str(finished.parent), "--study-name", "whole"]
         )
         == 2
@@ -75,11 +75,11 @@ def test_a_finished_run_answers_to_the_other_commands(finished: Path, capsys: py
 @pytest.mark.ray
 @pytest.mark.slow
 def test_more_trials_can_be_run_afterwards(finished: Path) -> None:
-    assert cli.main(["resume", str(finished), "--more", "8", "--selection.auto", "false"]) == 0
+    assert main.main(["resume", str(finished), "--more", "8", "--selection.auto", "false"]) == 0
     assert RunDirectory.open(finished).read().n_trials["COMPLETE"] == 48
     assert not list(finished.glob("model-*"))
     assert (
-        cli.main(["resume", str(finished), "--more", "4", "--selection.auto", "true"]) == 0
+        main.main(["resume", str(finished), "--more", "4", "--selection.auto", "true"]) == 0
     )  # selects again, saves beside what was saved
     selected = RunDirectory.open(finished).read().selected
     assert Path(selected.saved_path).name == f"model-{selected.number}"
@@ -105,7 +105,7 @@ def test_a_wheel_holds_every_data_file(tmp_path: Path) -> None:
         text=True,
     ).stdout.strip()
     script = (
-        "import sys; sys.path.append(sys.argv.pop(1)); import bruno_ray; from bruno_ray.cli import main;"
+        "import sys; sys.path.append(sys.argv.pop(1)); import bruno_ray; from bruno_ray.cli.main import main;"
         " assert bruno_ray.__file__.startswith(sys.prefix), bruno_ray.__file__; raise SystemExit(main(sys.argv[1:]))"
     )
 
@@ -120,7 +120,12 @@ def test_a_wheel_holds_every_data_file(tmp_path: Path) -> None:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    for file in ("serve/config.yaml", "serve/ui/page.css", "serve/ui/page.js", "cluster/scripts/setup_node.sh"):
+    for file in (
+        "serve/config.yaml",
+        "serve/pages/chat/page.css",
+        "serve/pages/chat/page.js",
+        "cluster/scripts/setup_node.sh",
+    ):
         assert (Path(packages) / file).is_file(), file
     assert "bruno-ray" in command("--version")
     for behaviour in ("refusal", "verbosity", "hedging", "organism"):
@@ -130,7 +135,7 @@ def test_a_wheel_holds_every_data_file(tmp_path: Path) -> None:
             str(python),
             "-c",
             "import sys; sys.path.append(sys.argv[1]);"
-            "from bruno_ray import card, prompts; from bruno_ray.settings_sources import load;"
+            "from bruno_ray import card, prompts; from bruno_ray.settings.sources import load;"
             "card.environment().get_template('report.html.j2'); card.environment().get_template('card.md.j2');"
             "print(len(prompts.load_prompts(load(['--behaviour=verbosity'], environ={}).settings).target.train))",
             ours,

@@ -4,9 +4,9 @@ import logging
 
 from rich.console import Console
 
-from bruno_ray.broker import WorkerState
-from bruno_ray.progress import LogView, Snapshot, render, status_line
-from bruno_ray.selection import TrialRecord
+from bruno_ray.study.progress import LogView, Snapshot, render, status_line
+from bruno_ray.study.selection import TrialRecord
+from bruno_ray.workers.broker import WorkerState
 
 EDIT = {
     "components": {"attention": {"max_weight": 1.2, "max_weight_position": 5.0}},
@@ -65,7 +65,7 @@ def test_nothing_is_claimed_before_the_first_batch_is_back():
 
 
 def test_away_from_a_terminal_each_batch_is_a_line_and_the_front_comes_last(caplog):
-    with caplog.at_level(logging.INFO, "bruno_ray.progress"), LogView(lambda: SNAPSHOT) as view:
+    with caplog.at_level(logging.INFO, "bruno_ray.study.progress"), LogView(lambda: SNAPSHOT) as view:
         view.batch()
         view.batch()
     lines = [record.getMessage() for record in caplog.records]

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from bruno_ray.errors import ModelError, PromptError
-from bruno_ray.prompt_sources import parse_split, read_rows
-from bruno_ray.prompts import Prompt, Prompts, load_prompts, messages, render, render_texts
+from bruno_ray.prompts.sets import Prompt, Prompts, load_prompts, messages, render, render_texts
+from bruno_ray.prompts.sources import parse_split, read_rows
 from bruno_ray.settings import DatasetSettings
-from bruno_ray.settings_sources import load
+from bruno_ray.settings.sources import load
 
 LETTERS = [f"question {letter}" for letter in "abcdefghij"]
 

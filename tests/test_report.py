@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 import pytest
 from plotly.offline import get_plotlyjs
 
-from bruno_ray import plots
 from bruno_ray.errors import OutputError
-from bruno_ray.report import render_report, write_report
+from bruno_ray.publishing import plots
+from bruno_ray.publishing.report import render_report, write_report
 from tests import finished_run
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}

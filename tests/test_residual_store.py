@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from bruno_ray.errors import OutputError
-from bruno_ray.residual_store import ResidualStore, residual_key
+from bruno_ray.residuals.store import ResidualStore, residual_key
 
 KEY = residual_key("model", [[1, 2], [3]], answer_tokens=0)
 SHAPE = (2, 3, 5)  # positions, stream points, d_model
@@ -167,5 +167,5 @@ def test_old_temporary_files_are_swept_and_fresh_ones_left(filled):
 
 
 def test_the_store_needs_no_torch():
-    code = "import sys, bruno_ray.residual_store; sys.exit('torch' in sys.modules)"
+    code = "import sys, bruno_ray.residuals.store; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0

@@ -12,14 +12,14 @@ import psutil
 import pytest
 from optuna.trial import TrialState
 
-from bruno_ray.edit import Edit
+from bruno_ray.ablation.edit import Edit
 from bruno_ray.errors import WorkerError
-from bruno_ray.sampler import NumberedTPESampler
-from bruno_ray.search import LANES_LOST_IN_A_ROW, BatchOptunaSearch
-from bruno_ray.search_space import search_space, suggest
-from bruno_ray.selection import load_trials
 from bruno_ray.settings import SearchSettings
-from bruno_ray.storage import load_study, open_study
+from bruno_ray.study.sampler import NumberedTPESampler
+from bruno_ray.study.searcher import LANES_LOST_IN_A_ROW, BatchOptunaSearch
+from bruno_ray.study.selection import load_trials
+from bruno_ray.study.space import search_space, suggest
+from bruno_ray.study.storage import load_study, open_study
 from tests.fakes import fake_scores
 
 OBJECTIVES = ("behaviour_rate", "kl_divergence")

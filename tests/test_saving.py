@@ -16,13 +16,13 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
-from bruno_ray.artifacts import RunDirectory, RunRecord, ScoresRecord, SelectedRecord
-from bruno_ray.compatibility import readable_config, readable_processor_files, readable_tokenizer_config
-from bruno_ray.edit import AblationParameters, Edit
+from bruno_ray.ablation.edit import AblationParameters, Edit
+from bruno_ray.ablation.live import LiveEditor
 from bruno_ray.errors import ModelError, OutputError
-from bruno_ray.live import LiveEditor
-from bruno_ray.models import load_model
-from bruno_ray.saving import save_model, save_selected, upload
+from bruno_ray.model.loading import load_model
+from bruno_ray.publishing.saving import save_model, save_selected, upload
+from bruno_ray.publishing.transformers4 import readable_config, readable_processor_files, readable_tokenizer_config
+from bruno_ray.runs.directory import RunDirectory, RunRecord, ScoresRecord, SelectedRecord
 from bruno_ray.settings import ModelSettings, Settings
 from tests import tiny_models
 

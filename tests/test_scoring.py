@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from bruno_ray.edit import AblationParameters, Edit
+from bruno_ray.ablation.edit import AblationParameters, Edit
 from bruno_ray.errors import SettingsError, TrialError
-from bruno_ray.generation import Engine, Response
-from bruno_ray.models import load_model
-from bruno_ray.prompts import Prompt
+from bruno_ray.generation.engine import Engine, Response
+from bruno_ray.model.loading import load_model
+from bruno_ray.prompts.sets import Prompt
 from bruno_ray.scoring import SCORERS, Round, ScoringPrompts, make_scorers, score_edits
 from bruno_ray.scoring.coherence import repetition
 from bruno_ray.scoring.kl_divergence import kl_of_logits

@@ -4,9 +4,9 @@ import optuna
 import pytest
 
 from bruno_ray.errors import SettingsError
-from bruno_ray.sampler import NumberedTPESampler
-from bruno_ray.search_space import edit_from_params, search_space, suggest
 from bruno_ray.settings import SearchSettings
+from bruno_ray.study.sampler import NumberedTPESampler
+from bruno_ray.study.space import edit_from_params, search_space, suggest
 
 SETS = ("difference_in_means@0", "difference_in_means@1")
 COMPONENTS = ("attention", "mlp")

@@ -8,8 +8,8 @@ import pytest
 
 from bruno_ray.errors import SettingsError
 from bruno_ray.settings import Settings
-from bruno_ray.settings_fields import FIELDS, leaves
-from bruno_ray.settings_sources import PRESETS, apply, flag_layer, load, preset_names
+from bruno_ray.settings.keys import FIELDS, leaves
+from bruno_ray.settings.sources import PRESETS, apply, flag_layer, load, preset_names
 
 LAYERS = ("default", "preset", "file", "environment", "flag")
 

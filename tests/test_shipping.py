@@ -9,8 +9,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from bruno_ray.errors import WorkerError
-from bruno_ray.pool import STARTS, TIMED_OUT
-from bruno_ray.shipping import CHUNK_BYTES, Folders, absolute_if_folder
+from bruno_ray.workers.pool import STARTS, TIMED_OUT
+from bruno_ray.workers.shipping import CHUNK_BYTES, Folders, absolute_if_folder
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -1,6 +1,6 @@
 import pytest
 
-from bruno_ray.statistics import wilson_interval
+from bruno_ray.intervals import wilson_interval
 
 
 @pytest.mark.parametrize(

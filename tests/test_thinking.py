@@ -4,7 +4,13 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from bruno_ray.thinking import EMPTY_BLOCKS, close_header, close_reasoning, common_prefix, settle_response_prefix
+from bruno_ray.prompts.response_prefix import (
+    EMPTY_BLOCKS,
+    close_header,
+    close_reasoning,
+    common_prefix,
+    settle_response_prefix,
+)
 
 
 @pytest.mark.parametrize(

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from bruno_ray.edit import AblationParameters, Edit
+from bruno_ray.ablation.edit import AblationParameters, Edit
 from bruno_ray.errors import ModelError
-from bruno_ray.prompts import Prompt
+from bruno_ray.prompts.sets import Prompt
 from bruno_ray.settings import ModelSettings, ResidualSettings, ScoringSettings
-from bruno_ray.worker import EvaluationContext, ModelWorker
+from bruno_ray.workers.model_worker import EvaluationContext, ModelWorker
 from tests import tiny_models
 
 TARGET = tuple(map(Prompt, ["red?", "blue?", "dark green?"]))

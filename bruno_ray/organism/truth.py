@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bruno_ray.errors import OutputError
-from bruno_ray.statistics import wilson_interval
+from bruno_ray.intervals import wilson_interval
 
 from .corpus import Row
 

@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Protocol
 
+from bruno_ray.ablation.live import ResolvedEdit
 from bruno_ray.errors import TrialError
-from bruno_ray.generation import Engine, Response
-from bruno_ray.live import ResolvedEdit
-from bruno_ray.prompts import Prompt, render
+from bruno_ray.generation.engine import Engine, Response
+from bruno_ray.prompts.sets import Prompt, render
 from bruno_ray.scoring.markers import Markers
 from bruno_ray.settings import ScoringSettings
 

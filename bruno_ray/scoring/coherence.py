@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from bruno_ray.generation import Response
+from bruno_ray.generation.engine import Response
 from bruno_ray.scoring.base import Round, Scores
 from bruno_ray.settings import ScoringSettings
 

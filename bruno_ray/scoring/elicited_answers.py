@@ -5,7 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 
-from bruno_ray.generation import Response
+from bruno_ray.generation.engine import Response
 from bruno_ray.scoring.base import Round, Scores
 from bruno_ray.scoring.openings import common_openings
 from bruno_ray.settings import ScoringSettings

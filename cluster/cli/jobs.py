@@ -5,11 +5,11 @@ import os
 import threading
 import webbrowser
 
-from cluster import submitting
-from cluster.addresses import DASHBOARD_PORT, NodeAddress
 from cluster.cli.asking import agree
 from cluster.errors import ClusterSettingsError
-from cluster.session import Session
+from cluster.jobs import submitting
+from cluster.jobs.session import Session
+from cluster.network.addresses import DASHBOARD_PORT, NodeAddress
 
 SERVE_HINT = "bruno-ray cluster submit --detach -- bruno-ray serve RUN"
 

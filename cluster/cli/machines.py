@@ -16,12 +16,12 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from cluster import fetching, submitting
 from cluster.cli.asking import agree
-from cluster.cost import ClusterCost
 from cluster.errors import ClusterError, ClusterSettingsError, FetchError, NodeError, RefusedError
-from cluster.session import Session
-from cluster.tags import ClusterNode
+from cluster.jobs import fetching, submitting
+from cluster.jobs.session import Session
+from cluster.renting.cost import ClusterCost
+from cluster.renting.tags import ClusterNode
 from cluster.vast.models import State
 from cluster.vast.offers import RankedOffer
 

@@ -10,12 +10,12 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from bruno_ray.passwords import VARIABLE
-from cluster import fetching
+from bruno_ray.settings.passwords import VARIABLE
 from cluster.cli.machines import status_view
 from cluster.errors import ClusterError, ClusterSettingsError
-from cluster.session import Session
-from cluster.shell import Shell
+from cluster.jobs import fetching
+from cluster.jobs.session import Session
+from cluster.jobs.shell import Shell
 
 FRONT_ROWS = 8
 
@@ -28,10 +28,10 @@ def progress(arguments: argparse.Namespace) -> int:
 
 def progress_view(shell: Shell, run: str | None) -> RenderableType:
     """The study's trials and the best of its front, rates as raw counts."""
-    from bruno_ray.selection import TrialRecord, front_table
+    from bruno_ray.study.selection import TrialRecord, front_table
 
     # A study elsewhere may need its password, which the run does not keep; on standard input no process list has it.
-    command = f"IFS= read -r {VARIABLE}; export {VARIABLE}; python -m cluster.at_head progress"
+    command = f"IFS= read -r {VARIABLE}; export {VARIABLE}; python -m cluster.jobs.at_head progress"
     told = os.environ.get(VARIABLE, "") + "\n"
     answer = json.loads(shell.run(f"{command} {shlex.quote(run) if run else ''}", input=told))
     states = answer["states"]

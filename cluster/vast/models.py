@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
-from cluster.ssh_master import Endpoint
+from cluster.network.ssh_master import Endpoint
 
 
 def _text(value: Any) -> str:

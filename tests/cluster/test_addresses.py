@@ -4,8 +4,8 @@ import ipaddress
 
 import pytest
 
-from cluster.addresses import END_PORT, FIRST_PORT, HEAD_PORTS, NodeAddress, max_nodes
 from cluster.errors import ClusterSettingsError
+from cluster.network.addresses import END_PORT, FIRST_PORT, HEAD_PORTS, NodeAddress, max_nodes
 
 
 @pytest.mark.parametrize("max_cpus", [1, 2, 48, 256])

@@ -12,10 +12,10 @@ import yaml
 from ray.autoscaler._private.commands import _bootstrap_config
 from ray.autoscaler._private.util import hash_launch_conf, validate_config
 
-from cluster.bootstrap import bootstrapped
 from cluster.errors import ClusterSettingsError
-from cluster.keys import authorize_command, ensure_key_pair, public_key
+from cluster.network.keys import authorize_command, ensure_key_pair, public_key
 from cluster.settings import ClusterSettings, NodeSettings
+from cluster.setup.bootstrap import bootstrapped
 
 CLUSTER_YAML = Path(__file__).parents[2] / "cluster.yaml"
 
@@ -98,10 +98,10 @@ def test_what_makes_no_sense_is_refused_before_it_costs_money(
     ("modules", "heavy"),
     [
         (
-            "cluster.settings, cluster.addresses, cluster.vast.client, cluster.vast.offers",
+            "cluster.settings, cluster.network.addresses, cluster.vast.client, cluster.vast.offers",
             {"torch", "ray", "transformers"},
         ),
-        ("cluster.node_provider, cluster.supervisor, cluster.ray_start", {"torch", "transformers", "optuna"}),
+        ("cluster.node_provider, cluster.supervisor, cluster.setup.ray_start", {"torch", "transformers", "optuna"}),
     ],
 )
 def test_the_laptop_and_the_cheap_head_need_no_torch(modules: str, heavy: set[str]) -> None:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster.budget import price_room
-from cluster.cost import ClusterCost, NodeCost, cluster_cost
 from cluster.errors import BudgetError
-from cluster.ledger import Ledger
+from cluster.renting.budget import price_room
+from cluster.renting.cost import ClusterCost, NodeCost, cluster_cost
+from cluster.renting.ledger import Ledger
+from cluster.renting.tags import ClusterNode, Label
 from cluster.settings import BudgetSettings
-from cluster.tags import ClusterNode, Label
 from cluster.vast.models import Instance
 from tests.cluster.fake_vast.clock import VirtualClock
 

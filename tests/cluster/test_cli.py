@@ -16,7 +16,7 @@ from cluster.cli.jobs import variable
 from cluster.cli.machines import gpu_use
 from cluster.cli.runs import progress_view
 from cluster.errors import ClusterSettingsError
-from cluster.submitting import RUNS_FOLDER, entrypoint_of
+from cluster.jobs.submitting import RUNS_FOLDER, entrypoint_of
 from tests.cluster.fake_vast.api import API_KEY, FakeApi
 from tests.cluster.fake_vast.server import FakeServer
 from tests.cluster.fake_vast.state import FakeVast
@@ -152,7 +152,7 @@ def test_the_password_of_a_study_elsewhere_goes_to_the_head_by_standard_input(mo
     class Head:
         def run(self, command: str, *, input: str = "") -> str:
             asked.update(command=command, input=input)
-            shell = ["bash", "-c", command.replace("python -m cluster.at_head progress", "env #")]
+            shell = ["bash", "-c", command.replace("python -m cluster.jobs.at_head progress", "env #")]
             asked["seen"] = subprocess.run(shell, input=input, capture_output=True, text=True, check=True).stdout
             numbers = {"states": {"COMPLETE": 3, "RUNNING": 1}, "target": 9, "running": True}
             return json.dumps({"name": "r", **numbers, "unedited": {}, "front": [], "objectives": []})

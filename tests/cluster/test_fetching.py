@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from cluster import at_head, fetching
 from cluster.errors import FetchError
-from cluster.shell import Shell
-from cluster.ssh_master import Endpoint, SshIdentity
+from cluster.jobs import at_head, fetching
+from cluster.jobs.shell import Shell
+from cluster.network.ssh_master import Endpoint, SshIdentity
 from tests.finished_run import make
 
 CHECKOUT = Path(__file__).resolve().parents[2]

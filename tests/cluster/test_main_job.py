@@ -12,7 +12,7 @@ from pathlib import Path
 import optuna
 import pytest
 
-from bruno_ray.storage import load_study
+from bruno_ray.study.storage import load_study
 from tests.cluster.lab import Lab
 from tests.cluster.lab.laptop import Laptop
 from tests.cluster.lab.ray_cluster import RayCluster, wait_for

@@ -11,7 +11,7 @@ import pytest
 from optuna.trial import TrialState
 
 from bruno_ray.errors import StudyError
-from bruno_ray.storage import load_study
+from bruno_ray.study.storage import load_study
 from tests.cluster.fake_vast.api import Fault
 from tests.cluster.fake_vast.state import FakeInstance
 from tests.cluster.lab import Lab
@@ -100,7 +100,7 @@ def test_the_job_survives_what_happens_to_machines_network_and_api(laptop: Lapto
     time.sleep(2)
     cluster.container(first).mend()
     supervisor = json.loads(cluster.head().read("root/.bruno-ray/mesh/status.json"))["pid"]
-    cluster.shell(cluster.head(), f"kill -9 {supervisor}")
+    cluster.jobs.shell(cluster.head(), f"kill -9 {supervisor}")
     for outage in OUTAGE:
         cluster.api.outage = outage
         time.sleep(15)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.addresses import NodeAddress
-from cluster.mesh import listeners
+from cluster.network.addresses import NodeAddress
+from cluster.network.mesh import listeners
 from tests.cluster.conftest import KeyPair
 from tests.cluster.lab import Container, Lab
 from tests.cluster.lab.container import CHECKOUT

@@ -18,8 +18,8 @@ from ray.autoscaler.tags import (
 )
 
 from cluster.errors import ClusterError, NodeError
+from cluster.renting.tags import Label
 from cluster.settings import ClusterSettings
-from cluster.tags import Label
 from tests.cluster.fake_vast.api import Fault
 from tests.cluster.fake_vast.cluster import NODE_CONFIG, PUBLIC_KEY, ImitatedCluster, head_tags, worker_tags
 from tests.cluster.provider_helpers import READY, WORKERS, billed, create_worker, later

@@ -21,10 +21,10 @@ from ray.autoscaler.v2.instance_manager.config import FileConfigReader
 from ray.autoscaler.v2.instance_manager.node_provider import LaunchNodeError, NodeProviderAdapter
 from ray.core.generated.instance_manager_pb2 import NodeKind
 
-from cluster import command_runner
 from cluster.errors import NodeError
+from cluster.network.ssh_master import Endpoint
 from cluster.node_provider import VastNodeProvider
-from cluster.ssh_master import Endpoint
+from cluster.setup import command_runner
 from tests.cluster.fake_vast.cluster import ImitatedCluster, worker_tags
 
 CLUSTER_YAML = Path(__file__).parents[2] / "cluster.yaml"

@@ -10,11 +10,21 @@ import pytest
 import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from cluster import ray_start
-from cluster.addresses import NodeAddress
 from cluster.errors import ClusterSettingsError, NodeError
-from cluster.mounts import TOKEN_MOUNT, VERSIONS_MOUNT, add_mounts, ensure_token, installed_versions, without_head_files
-from cluster.ray_start import (
+from cluster.jobs.shell import free_port
+from cluster.network.addresses import NodeAddress
+from cluster.network.ssh_master import ALIVE_COUNT, ALIVE_INTERVAL_S
+from cluster.settings import ClusterSettings, NodeSettings
+from cluster.setup import ray_start
+from cluster.setup.mounts import (
+    TOKEN_MOUNT,
+    VERSIONS_MOUNT,
+    add_mounts,
+    ensure_token,
+    installed_versions,
+    without_head_files,
+)
+from cluster.setup.ray_start import (
     GCS_RECONNECT_S,
     HEALTH_CHECK_FAILURES,
     HEALTH_CHECK_PERIOD_MS,
@@ -22,10 +32,7 @@ from cluster.ray_start import (
     command_line,
     wait_for_head,
 )
-from cluster.settings import ClusterSettings, NodeSettings
-from cluster.shell import free_port
-from cluster.ssh_master import ALIVE_COUNT, ALIVE_INTERVAL_S
-from cluster.versions import differences
+from cluster.setup.versions import differences
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 CONFIG_TEXT = (CHECKOUT / "cluster.yaml").read_text()

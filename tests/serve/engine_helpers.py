@@ -9,12 +9,12 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from bruno_ray.ablation import DirectionBank
-from bruno_ray.architectures import find_architecture
-from bruno_ray.edit import AblationParameters, Edit
-from bruno_ray.live import bake
-from bruno_ray.models import LoadedModel
-from serve.engine import Event, GenerationRequest, ServingEngine
+from bruno_ray.ablation.closed_forms import DirectionBank
+from bruno_ray.ablation.edit import AblationParameters, Edit
+from bruno_ray.ablation.live import bake
+from bruno_ray.model.architectures import find_architecture
+from bruno_ray.model.loading import LoadedModel
+from serve.engine.engine import Event, GenerationRequest, ServingEngine
 from serve.settings import EngineSettings
 from tests import tiny_models
 from tests.live_helpers import EDITS, KERNEL, NARROW, make_bank

@@ -35,7 +35,7 @@ def make_run(folder: Path) -> Path:
     sizes = {"prompts.n_train": 48, "prompts.n_validation": 24, "prompts.n_test": 24, "study.n_trials": 6,
              "study.n_startup_trials": 4, "selection.max_kl": 5, "ray.object_store_memory": STORE}  # fmt: skip
     settings = [word for name, value in sizes.items() for word in (f"--{name}", str(value))]
-    command = [sys.executable, "-m", "bruno_ray.cli", "run", "--behaviour", "organism", "--study-name", "tiny"]
+    command = [sys.executable, "-m", "bruno_ray.cli.main", "run", "--behaviour", "organism", "--study-name", "tiny"]
     with ray_folder() as place:
         done = subprocess.run(
             [*command, *settings, "--auto-select", "--output.directory", str(folder)],

@@ -8,8 +8,8 @@ import httpx
 import pytest
 
 from bruno_ray.errors import SettingsError
+from serve.api.auth import Keys, hash_of, known_hashes, make_key
 from serve.arguments import is_loopback
-from serve.auth import Keys, hash_of, known_hashes, make_key
 from tests.serve.server import environment, wait_for
 
 KEY = "a-good-key-0123456789"

@@ -6,11 +6,11 @@ import time
 import pytest
 from ray.serve.exceptions import RayServeException
 
-from serve import carrier, engines
-from serve.carrier import Carrier, Ended, Ticket, pumped
-from serve.engine_types import Event
+from serve.deployment import engine_clients, event_channel
+from serve.deployment.event_channel import Carrier, Ended, Ticket, pumped
+from serve.deployment.replica import Refusal
+from serve.engine.types import Event
 from serve.errors import RequestError
-from serve.replica import Refusal
 
 SOON = 5.0
 
@@ -30,7 +30,7 @@ def events_from(*items, later=()) -> list[Event]:
 
         task = asyncio.create_task(more())
         try:
-            return [event async for event in engines._from(queue, time.monotonic() + SOON)]
+            return [event async for event in engine_clients._from(queue, time.monotonic() + SOON)]
         finally:
             await task
 
@@ -51,7 +51,7 @@ def test_an_answer_whose_own_call_ends_first_is_still_read_to_its_end():
 
 
 def test_an_answer_that_never_ends_is_given_up(monkeypatch):
-    monkeypatch.setattr(engines, "STRAGGLERS_SECONDS", 0.05)
+    monkeypatch.setattr(engine_clients, "STRAGGLERS_SECONDS", 0.05)
     found = events_from(Event("a"), Ended())
     assert [event.text for event in found] == ["a"]
     assert found[-1].finish_reason is None
@@ -65,7 +65,7 @@ def test_what_goes_wrong_is_raised_after_what_came_before(problem, kind):
         for item in (Event("a"), problem):
             queue.put_nowait(item)
         with pytest.raises(kind):
-            async for event in engines._from(queue, time.monotonic() + SOON):
+            async for event in engine_clients._from(queue, time.monotonic() + SOON):
                 texts.append(event.text)
         return texts
 
@@ -74,7 +74,7 @@ def test_what_goes_wrong_is_raised_after_what_came_before(problem, kind):
 
 def test_a_request_that_takes_too_long_is_given_up():
     async def read() -> None:
-        async for _ in engines._from(asyncio.Queue(), time.monotonic() + 0.05):
+        async for _ in engine_clients._from(asyncio.Queue(), time.monotonic() + 0.05):
             pass
 
     with pytest.raises((asyncio.TimeoutError, TimeoutError)):
@@ -83,14 +83,14 @@ def test_a_request_that_takes_too_long_is_given_up():
 
 def test_a_carrier_takes_all_that_waits_at_once():
     async def carry() -> tuple[list, list]:
-        carrier = Carrier()
+        event_channel = Carrier()
         for i in range(3):
-            carrier.put(Ticket("api", i), Event(str(i)))
-        first = await carrier.batch()
-        waiting = asyncio.create_task(carrier.batch())
+            event_channel.put(Ticket("api", i), Event(str(i)))
+        first = await event_channel.batch()
+        waiting = asyncio.create_task(event_channel.batch())
         await asyncio.sleep(0.01)
         assert not waiting.done()
-        carrier.put(Ticket("api", 7), Event("x"))
+        event_channel.put(Ticket("api", 7), Event("x"))
         return first, await waiting
 
     first, second = asyncio.run(carry())
@@ -115,7 +115,7 @@ def test_the_end_of_an_answers_own_call_is_passed_on_as_it_was():
 
 def test_a_carrier_that_fails_is_told_of_and_opened_again(monkeypatch, caplog):
     """Whatever it fails with: without carriers no later answer gets its events."""
-    monkeypatch.setattr(carrier, "RECONNECT_SECONDS", 0.01)
+    monkeypatch.setattr(event_channel, "RECONNECT_SECONDS", 0.01)
     problems = [KeyError("a fault of ours"), RayServeException("the replica is gone")]
 
     class Handle:
@@ -131,7 +131,7 @@ def test_a_carrier_that_fails_is_told_of_and_opened_again(monkeypatch, caplog):
             await asyncio.sleep(60)
 
     async def read() -> str:
-        with carrier.Inbox({"m": Handle()}, 1).ticket("m") as (_, queue):
+        with event_channel.Inbox({"m": Handle()}, 1).ticket("m") as (_, queue):
             return await asyncio.wait_for(queue.get(), 30)
 
     assert asyncio.run(read()) == "hello"

@@ -10,15 +10,15 @@ import optuna
 import pytest
 import torch
 
-from bruno_ray.artifacts import RunDirectory, RunRecord, ScoresRecord, SelectedRecord
-from bruno_ray.edit import AblationParameters, Edit
+from bruno_ray.ablation.edit import AblationParameters, Edit
 from bruno_ray.errors import SettingsError
+from bruno_ray.runs.directory import RunDirectory, RunRecord, ScoresRecord, SelectedRecord
 from bruno_ray.settings import ModelSettings, PromptSettings, Settings, StudySettings
-from bruno_ray.storage import open_storage
+from bruno_ray.study.storage import open_storage
 from serve.app import application
-from serve.catalog import Catalog, discovered
+from serve.catalog.catalog import Catalog, discovered
+from serve.catalog.folders import problem_of
 from serve.errors import UnknownModel
-from serve.folders import problem_of
 from serve.settings import ServeArgs
 from tests import tiny_models
 
@@ -117,7 +117,7 @@ def test_a_run_that_selected_nothing_is_left_out(tmp_path, base):
 
 
 def test_trials_of_a_study_that_goes_on_appear(tmp_path, base, monkeypatch):
-    monkeypatch.setattr("serve.catalog.REFRESH_SECONDS", 0.0)
+    monkeypatch.setattr("serve.catalog.catalog.REFRESH_SECONDS", 0.0)
     run = make_run(tmp_path / "going-on", base, n_trials=1, selected=None)
     catalog = discover(run)
     assert ids(catalog) == ["tiny-base", "tiny-base:trial-0"]
@@ -283,6 +283,7 @@ def test_the_commented_configuration_has_every_setting_at_its_default():
 
 
 def test_catalog_needs_neither_torch_nor_ray():
-    code = "import sys, serve.catalog, serve.protocol, serve.auth; print('torch' in sys.modules, 'ray' in sys.modules)"
+    modules = "serve.catalog.catalog, serve.api.requests, serve.api.auth"
+    code = f"import sys, {modules}; print('torch' in sys.modules, 'ray' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from bruno_ray.ablation.live import bake
 from bruno_ray.errors import ModelError
-from bruno_ray.live import bake
-from bruno_ray.models import load_model
+from bruno_ray.model.loading import load_model
 from bruno_ray.settings import ModelSettings
-from serve.engine import Event, ServingEngine
+from serve.engine.engine import Event, ServingEngine
+from serve.engine.kv_cache import RESERVE
 from serve.errors import InvalidRequest
-from serve.kv_cache import RESERVE
 from serve.settings import EngineSettings
 from tests import tiny_models
 from tests.live_helpers import dequantized_copy
@@ -159,7 +159,7 @@ def test_all_logits_of_a_long_prompt_never_exist_at_once(monkeypatch: pytest.Mon
         nonlocal largest
         largest = max(largest, output.shape[0] * output.shape[1])
 
-    monkeypatch.setattr("serve.engine_batch.LOGITS_BYTES", 32 * 4 * tiny_models.VOCAB_SIZE)
+    monkeypatch.setattr("serve.engine.batch.LOGITS_BYTES", 32 * 4 * tiny_models.VOCAB_SIZE)
     with engine_of(loaded) as engine:
         loaded.model.lm_head.register_forward_hook(watch)
         (event,) = answers(engine, [request(prompt(300), n_tokens=1, prompt_logprobs=True)])

@@ -4,7 +4,7 @@ import asyncio
 
 import pytest
 
-from serve.engine import Event
+from serve.engine.engine import Event
 from tests import tiny_models
 from tests.serve.engine_helpers import collect, edited_copy, engine_of, is_greedy, load, prompt, request, run
 

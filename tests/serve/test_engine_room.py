@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from serve.engine import Event, GenerationRequest
+from serve.engine.engine import Event, GenerationRequest
 from serve.errors import EngineError, InvalidRequest, Overloaded, TooLong
 from tests import tiny_models
 from tests.serve.engine_helpers import (

@@ -4,7 +4,7 @@ import time
 
 import pytest
 
-from bruno_ray.artifacts import RunDirectory
+from bruno_ray.runs.directory import RunDirectory
 from tests.serve.server import Server
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -12,8 +12,8 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from bruno_ray.errors import SettingsError
-from serve import front
-from serve.front import listening
+from serve.api import http_server
+from serve.api.http_server import listening
 from tests.serve.server import free_port
 
 
@@ -115,7 +115,7 @@ def test_a_port_that_stays_taken_is_named(monkeypatch: pytest.MonkeyPatch) -> No
                 async with listening(App(), address, "/", shared=False):
                     pass
 
-    monkeypatch.setattr(front, "TAKEN_SECONDS", 0.3)
+    monkeypatch.setattr(http_server, "TAKEN_SECONDS", 0.3)
     asyncio.run(main())
 
 

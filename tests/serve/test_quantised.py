@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bruno_ray.architectures import find_architecture
-from bruno_ray.artifacts import RunDirectory
-from bruno_ray.live import bake
-from bruno_ray.models import load_model
+from bruno_ray.ablation.live import bake
+from bruno_ray.model.architectures import find_architecture
+from bruno_ray.model.loading import load_model
+from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.settings import ModelSettings
 from tests import tiny_models
 from tests.live_helpers import dequantized_copy
@@ -49,7 +49,7 @@ def test_a_4bit_base_and_an_edit_of_it(run: tuple[RunDirectory, ModelSettings], 
 
 
 def _directions(directory: RunDirectory) -> dict:
-    from serve.runs import ServedRun
+    from serve.catalog.runs import ServedRun
 
     name = edit_of(3).direction_set
     return {name: ServedRun.open(directory).directions(name)}

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from serve.sampling import CANDIDATES, Sampler, Sampling, Uniforms, token_logprobs
+from serve.engine.sampling import CANDIDATES, Sampler, Sampling, Uniforms, token_logprobs
 
 VOCABULARY = 50
 

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from serve.texts import Decoder, StopScanner, TextStream
+from serve.engine.texts import Decoder, StopScanner, TextStream
 from tests import tiny_models
 
 END = 258

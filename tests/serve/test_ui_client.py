@@ -9,10 +9,10 @@ import pytest
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from serve.ui.answers import RunningStreams, Sampling, answer
-from serve.ui.client import Api, ApiError
-from serve.ui.conversation import bubbles, caption, finished, messages, new_turn
-from serve.ui.page import Page
+from serve.pages.chat.answers import RunningStreams, Sampling, answer
+from serve.pages.chat.client import Api, ApiError
+from serve.pages.chat.conversation import bubbles, caption, finished, messages, new_turn
+from serve.pages.chat.page import Page
 
 
 def event(**data) -> str:

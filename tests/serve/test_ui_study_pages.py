@@ -11,9 +11,9 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 
 from bruno_ray.errors import StudyError
-from bruno_ray.storage import open_storage
-from serve import study_pages
-from serve.read_only_storage import OneStudy
+from bruno_ray.study.storage import open_storage
+from serve.pages import study
+from serve.pages.read_only_storage import OneStudy
 from tests import finished_run
 
 OBJECTIVES = ["behaviour_rate", "kl_divergence"]
@@ -32,7 +32,7 @@ def run(tmp_path_factory) -> Path:
 
 def client(run: Path, accepts=None, prefix: str = "") -> TestClient:
     app = FastAPI()
-    study_pages.mount(app, {"runs/tiny": run}, accepts)
+    study.mount(app, {"runs/tiny": run}, accepts)
     outer = FastAPI()
     outer.mount(prefix or "/", app)
     return TestClient(outer)
@@ -107,17 +107,17 @@ def test_a_cookie_cannot_be_made_up_or_kept_for_ever(run: Path, monkeypatch: pyt
     pages = client(run, accepts=lambda key: key == "k")
     got = pages.post("/study/login", headers={"Authorization": "Bearer k"})
     assert got.status_code == 200
-    until, signature = pages.cookies[study_pages.COOKIE].split(".")
+    until, signature = pages.cookies[study.COOKIE].split(".")
     pages.cookies.clear()
 
     def status(cookie: str) -> int:
-        headers = {"Cookie": f"{study_pages.COOKIE}={cookie}"}
+        headers = {"Cookie": f"{study.COOKIE}={cookie}"}
         return pages.get("/study/runs-tiny/api/studies", headers=headers).status_code
 
     assert status(f"{until}.{signature}") == 200
     for forged in (f"{int(until) + 1}.{signature}", f"{until}.", "x", f"{until}.{'0' * 64}", f"x.{signature}"):
         assert status(forged) == 401
-    monkeypatch.setattr(study_pages.time, "time", lambda: float(until) + 1)
+    monkeypatch.setattr(study.time, "time", lambda: float(until) + 1)
     assert status(f"{until}.{signature}") == 401
 
 
@@ -126,7 +126,7 @@ def test_what_is_missing_is_said(run: Path, tmp_path: Path):
     assert pages.get("/study/other/").status_code == 404
     finished_run.make(tmp_path / "empty", n_trials=0)
     app = FastAPI()
-    study_pages.mount(app, {"empty": tmp_path / "empty"}, None)
+    study.mount(app, {"empty": tmp_path / "empty"}, None)
     answer = TestClient(app).get("/study/empty/")
     assert answer.status_code == 503 and "there is no study" in answer.text
     assert json.dumps("Traceback") not in answer.text

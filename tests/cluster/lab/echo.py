@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 
-from cluster.addresses import NodeAddress
+from cluster.network.addresses import NodeAddress
 
 
 class Handler(socketserver.BaseRequestHandler):

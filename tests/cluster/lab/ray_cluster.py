@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from cluster.keys import KEY_NAME
+from cluster.network.keys import KEY_NAME
 from tests.cluster.fake_vast.api import API_KEY, FakeApi
 from tests.cluster.fake_vast.server import FakeServer
 from tests.cluster.fake_vast.state import FakeInstance, FakeVast
@@ -37,7 +37,7 @@ def derived_config(**changes: Any) -> dict[str, Any]:
     exports = " ".join(f'{name}=\\"{value}\\"' for name, value in ENVIRONMENT.items())
     config["setup_commands"] = [
         f'grep -q bruno-ray ~/.bashrc || echo "export {exports}" >> ~/.bashrc'.replace("$", "\\$"),
-        "python -m cluster.versions",
+        "python -m cluster.setup.versions",
     ]
     config["idle_timeout_minutes"] = 0.3
     return merged(config, changes)

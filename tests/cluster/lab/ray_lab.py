@@ -11,8 +11,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.addresses import NodeAddress
-from cluster.ray_start import ENVIRONMENT, INDEX_VARIABLE, MAX_CPUS_VARIABLE, OPTIONS_VARIABLE, command_line
+from cluster.network.addresses import NodeAddress
+from cluster.setup.ray_start import ENVIRONMENT, INDEX_VARIABLE, MAX_CPUS_VARIABLE, OPTIONS_VARIABLE, command_line
 from tests.cluster.lab.container import CHECKOUT, Container
 from tests.cluster.lab.lab import Lab, wired_address
 from tests.cluster.lab.supervised import MAX_CPUS
@@ -49,7 +49,7 @@ class RayLab:
                 wire += ["--address=" + wired_address(0) + ":6379"] if index else []
                 start = f'eval "{shlex.join(command_line(self.address(index), wire))} ${OPTIONS_VARIABLE}"'
             else:
-                start = f"{sys.executable} -m cluster.ray_start {'worker' if index else 'head'}"
+                start = f"{sys.executable} -m cluster.setup.ray_start {'worker' if index else 'head'}"
             self.ssh(index, f"{self.environment(index)} {start}")
         return time.monotonic() - began
 

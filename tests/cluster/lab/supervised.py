@@ -10,8 +10,8 @@ from pathlib import Path
 
 from cluster import supervisor
 from cluster.errors import NodeError
-from cluster.mesh import Mesh, Node
-from cluster.ssh_master import Endpoint, SshIdentity
+from cluster.network.mesh import Mesh, Node
+from cluster.network.ssh_master import Endpoint, SshIdentity
 
 MAX_CPUS = 2
 FOLDER = supervisor.FOLDER

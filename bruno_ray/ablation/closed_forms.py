@@ -1,0 +1,217 @@
+"""Directional ablation as closed forms. Tensors in, tensors out; modules are touched in ``live.py``.
+
+An edit removes a subspace V (rows orthonormal, ``rank`` x ``d_model``) from what a module writes to the residual
+stream. With W the module's weight (``d_model`` x ``in``), rho its row norms, What = W / rho, lambda the strength
+and A = V What, the edited weight is
+
+    none:  W' = W - lambda V^T (V W)                    weight orthogonalization, Arditi et al. 2024, section 4
+    pre:   W' = W - lambda rho (V^T A)                  directions measured against the row-normalised weight
+    full:  W' = rho * rownormalise(What - lambda V^T A) row norms preserved (MPOA)
+
+All three are functions of the module's output y = W x (its bias left out): ``y' = scale * (y - left^T (right y))``
+
+    none:  left = lambda V,      right = V        needs no weight: exact on any quantised base
+    pre:   left = lambda rho V,  right = V / rho
+    full:  as pre, and scale_i = 1 / |row i of What - lambda V^T A|, where, with H = What A^T and G = A A^T,
+           |row i|^2 = 1 - 2 lambda sum_k V_ki H_ik + lambda^2 sum_kl V_ki G_kl V_li
+
+so the same small ``Factors`` edit a weight or an activation, and both agree exactly. H is linear in V and
+G = V H: once H is known at the bank's points, an interpolated direction costs O(d_model).
+
+Several weights whose outputs are summed (the experts of one block) count as one map [W_1 ... W_E] over the
+concatenated inputs: rho is the norm of the concatenated rows, H and G are sums over the experts.
+
+Dimension names: d = d_model, r = rank, n = any number of direction rows, L = layers, P = L + 1 stream points.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from bruno_ray.ablation.edit import Edit, NormMode
+
+DirectionBank = dict[str, Tensor]
+"""Name of a direction set -> (n_layers + 1, rank, d_model) float32, orthonormal rows per point. Point 0 is the
+embedding's output, point l + 1 the residual stream after block l."""
+
+DEAD_ROW = 1e-10
+"""Rows of a weight whose norm is at most this share of the largest are left out of `pre` and `full` edits."""
+
+SMALLEST_REMAINDER = 1e-6
+"""Floor of |row|^2 / |row before|^2 in `full`: a row that the edit wipes out is not blown up more than 1000 times."""
+
+
+@dataclass(frozen=True)
+class Factors:
+    """``y' = scale * (y - left^T (right y))``; the strength is folded into ``left``."""
+
+    left: Float[Tensor, "r d"]
+    right: Float[Tensor, "r d"]
+    scale: Float[Tensor, " d"] | None = None
+
+    def to(self, device: torch.device) -> "Factors":
+        scale = None if self.scale is None else self.scale.to(device)
+        return Factors(self.left.to(device), self.right.to(device), scale)
+
+
+# ----- which direction a layer gets -----
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """A layer's direction as a linear map of bank points: ``V = weights @ concat(bank[points])``."""
+
+    points: tuple[int, ...]
+    weights: Float[Tensor, "r points*r"]
+
+    def of(self, rows_by_point: Sequence[Float[Tensor, "r d"]]) -> Float[Tensor, "r d"]:
+        """The mixture of any quantity that is linear in the direction, one (r, d) tensor per point."""
+        if len(self.points) == 1:
+            return rows_by_point[0]
+        rows = torch.cat([row.double() for row in rows_by_point])
+        return (self.weights.to(rows.device) @ rows).float()
+
+
+def mixture(directions_Prd: Float[Tensor, "P r d"], direction_index: float) -> Mixture:
+    """Which bank points make the global direction at a float layer index.
+
+    It is the normalised linear interpolation of the points after blocks floor(i) and floor(i) + 1. For a rank above 1
+    the second basis is first rotated onto the first (orthogonal Procrustes), then the mix is made orthonormal by
+    its polar factor, so that the span moves continuously with i.
+    """
+    n_points, rank, _ = directions_Prd.shape
+    identity = torch.eye(rank, dtype=torch.float64)
+    index = min(max(direction_index, 0.0), n_points - 2.0)
+    low = math.floor(index)
+    share = index - low
+    if share == 0:
+        return Mixture((low + 1,), identity)
+    first, second = directions_Prd[low + 1].double().cpu(), directions_Prd[low + 2].double().cpu()
+    rotation = identity
+    if rank > 1:
+        u, _, vt = torch.linalg.svd(first @ second.T)
+        rotation = u @ vt
+    mixed = (1 - share) * first + share * (rotation @ second)
+    squared_lengths, u = torch.linalg.eigh(mixed @ mixed.T)
+    if squared_lengths.min() < 1e-12:  # opposite directions cancel half-way: take the nearer one
+        return Mixture((low + 1 if share < 0.5 else low + 2,), identity)
+    polar = u @ torch.diag(squared_lengths.rsqrt()) @ u.T
+    return Mixture((low + 1, low + 2), polar @ torch.cat([(1 - share) * identity, share * rotation], dim=1))
+
+
+def mixtures(edit: Edit, directions_Prd: Float[Tensor, "P r d"]) -> list[Mixture]:
+    """What each layer is edited with: the point after its own block, or one global mixture for all of them."""
+    n_points, rank, _ = directions_Prd.shape
+    if edit.direction_index is not None:
+        return [mixture(directions_Prd, edit.direction_index)] * (n_points - 1)
+    identity = torch.eye(rank, dtype=torch.float64)
+    return [Mixture((point,), identity) for point in range(1, n_points)]
+
+
+def directions_for(edit: Edit, bank: DirectionBank) -> Float[Tensor, "L r d"]:
+    """The orthonormal rows that each layer is edited with, float32."""
+    directions_Prd = bank[edit.direction_set]
+    layers = mixtures(edit, directions_Prd)
+    return torch.stack([mix.of([directions_Prd[point] for point in mix.points]).float() for mix in layers])
+
+
+# ----- closed forms -----
+
+
+def row_norms(weights: Iterable[Float[Tensor, "d in"]]) -> Float[Tensor, " d"]:
+    """Row norms rho of the concatenated weights, float32 on the CPU; squares are summed over weights in float64."""
+    squares = [torch.linalg.vector_norm(weight, dim=1).cpu().double().square() for weight in weights]
+    return torch.stack(squares).sum(0).sqrt().float()
+
+
+def responses(
+    weights: Iterable[Float[Tensor, "d in"]], rho: Float[Tensor, " d"], directions: Float[Tensor, "n d"]
+) -> Float[Tensor, "n d"]:
+    """H^T = V What What^T for many direction rows at once, so that one reading of the weights serves them all."""
+    total = torch.zeros_like(directions)
+    inverse = _inverse(rho).to(directions.device)
+    for weight in weights:
+        total += ((directions * inverse) @ weight) @ weight.T * inverse
+    return total
+
+
+def factors_from(
+    directions: Float[Tensor, "r d"],
+    strength: float,
+    norm_mode: NormMode,
+    rho: Float[Tensor, " d"] | None = None,
+    response: Float[Tensor, "r d"] | None = None,
+) -> Factors:
+    """Closed form from what is known about the weight: ``rho`` for `pre`, also H^T (``responses``) for `full`.
+
+    All on one device that has float64.
+    """
+    if norm_mode == "none":
+        return Factors(strength * directions, directions)
+    assert rho is not None
+    inverse = _inverse(rho)
+    directions = directions * (inverse > 0)  # a dead row neither gives nor takes
+    left, right = strength * rho * directions, directions * inverse
+    if norm_mode == "pre":
+        return Factors(left, right)
+    assert response is not None
+    v, h = directions.double(), response.double()
+    gram = v @ h.T
+    squared = 1 - 2 * strength * (v * h).sum(0) + strength**2 * torch.einsum("ki,kl,li->i", v, gram, v)
+    return Factors(left, right, squared.clamp(min=SMALLEST_REMAINDER).rsqrt().float())
+
+
+def factors(
+    weights: Sequence[Float[Tensor, "d in"]],
+    directions: Float[Tensor, "r d"],
+    strength: float,
+    norm_mode: NormMode,
+) -> Factors:
+    """Factors of one edit of one map; several weights are the blocks of one concatenated map."""
+    rho = row_norms(weights) if norm_mode != "none" else None
+    response = None
+    if norm_mode == "full" and rho is not None:
+        response = responses(weights, rho, directions.to(weights[0].device)).cpu()
+    return factors_from(directions.cpu(), strength, norm_mode, rho, response).to(directions.device)
+
+
+def apply_to_weight(weight: Float[Tensor, "d in"], factors: Factors) -> Float[Tensor, "d in"]:
+    """The edited weight, float32."""
+    edited = torch.addmm(weight.float(), factors.left.T, factors.right @ weight.float(), alpha=-1)
+    return edited if factors.scale is None else factors.scale[:, None] * edited
+
+
+def apply_to_output(
+    y: Float[Tensor, "... d"],
+    left: Float[Tensor, "n d"],
+    right: Float[Tensor, "n d"],
+    scale: Float[Tensor, "... d"] | None = None,
+    bias: Float[Tensor, " d"] | None = None,
+    member: Bool[Tensor, "... n"] | None = None,
+) -> Float[Tensor, "... d"]:
+    """The edited output in y's dtype, computed in float32.
+
+    The n direction rows may belong to several edits: ``member`` (broadcast against y's leading axes) says which of
+    them apply to which row of the batch. With no member set and scale 1 a row passes bit for bit. ``bias`` is what
+    the module adds to its output; it is not edited.
+    """
+    exact = y.to(torch.promote_types(y.dtype, torch.float32))
+    linear = exact if bias is None else exact - bias
+    projections = linear @ right.T
+    if member is not None:
+        projections = projections.masked_fill(~member, 0.0)
+    removed = projections @ left
+    if scale is None:
+        return (exact - removed).to(y.dtype)  # the bias cancels: y + b - left(right y)
+    # Written as a change of y, so that a row with scale 1 and nothing removed is y itself, also with a bias.
+    return torch.addcmul(exact, scale - 1, linear).addcmul_(scale, removed, value=-1).to(y.dtype)
+
+
+def _inverse(rho: Float[Tensor, " d"]) -> Float[Tensor, " d"]:
+    """1 / rho, and 0 for dead rows."""
+    alive = rho > DEAD_ROW * rho.max()
+    return torch.where(alive, 1 / torch.where(alive, rho, 1.0), 0.0)

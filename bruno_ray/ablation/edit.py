@@ -1,0 +1,61 @@
+"""An edit as data: what is asked of a worker, written into journals and records, and computed in ``closed_forms.py``.
+
+This module imports no torch: processes that only pass edits on are many, and start in a fraction of the time.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
+
+NormMode = Literal["none", "pre", "full"]
+
+
+@dataclass(frozen=True)
+class AblationParameters:
+    """Ablation kernel of one component over layers; positions and distances are in layers."""
+
+    max_weight: float
+    max_weight_position: float
+    min_weight: float
+    min_weight_distance: float
+
+    def strength(self, layer: int) -> float:
+        """Falls linearly from ``max_weight`` at the peak to ``max_weight * min_weight`` at the edge, 0 beyond it."""
+        peak = max(self.max_weight, 0.0)
+        distance = abs(layer - self.max_weight_position)
+        if distance > self.min_weight_distance:
+            return 0.0
+        if self.min_weight_distance == 0:
+            return peak
+        return peak * (1 + (distance / self.min_weight_distance) * (self.min_weight - 1))
+
+
+@dataclass(frozen=True)
+class Edit:
+    """A whole edit of a model, small enough to send to any worker and to write into any JSON file."""
+
+    components: dict[str, AblationParameters]
+    """Kernel per component ("attention", "mlp"); a component that is missing is not edited."""
+
+    direction_set: str
+    """Key into the direction bank."""
+
+    direction_index: float | None
+    """Layer whose direction is used everywhere, fractions interpolate; None gives each layer its own."""
+
+    norm_mode: NormMode
+
+    def __post_init__(self) -> None:
+        if self.norm_mode not in get_args(NormMode):
+            raise ValueError(f"norm_mode must be one of {', '.join(get_args(NormMode))}, not {self.norm_mode!r}")
+
+    def strength(self, component: str, layer: int) -> float:
+        kernel = self.components.get(component)
+        return kernel.strength(layer) if kernel else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "Edit":
+        kernels = {name: AblationParameters(**kernel) for name, kernel in values["components"].items()}
+        return cls(kernels, values["direction_set"], values["direction_index"], values["norm_mode"])

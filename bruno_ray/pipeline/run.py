@@ -1,0 +1,82 @@
+"""The story of a run, from two prompt sets to a proven, saved model.
+
+    prompts -> residuals -> directions -> trials -> Pareto front -> one trial -> saved model, measured again -> report
+
+Each step is a function of ``steps.py`` or of the module that is named after it; what can be done with a run
+afterwards is in ``commands.py``.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from bruno_ray.pipeline.finishing import choose, free_model_folder, score_selected, study_of, trials_of, write_model
+from bruno_ray.pipeline.steps import (
+    describe_model,
+    evaluation_context,
+    find_directions,
+    find_model,
+    find_response_prefix,
+    open_run,
+    score_unedited,
+    timed,
+    with_name,
+    worker_pool,
+)
+from bruno_ray.prompts.sets import load_prompts
+from bruno_ray.publishing import report
+from bruno_ray.runs.directory import RunDirectory, refuse_existing
+from bruno_ray.settings import Settings
+from bruno_ray.settings.sources import apply, flatten
+from bruno_ray.study.run import run_study, study_fingerprint
+from bruno_ray.workers.pool import ray_session
+
+
+def run(settings: Settings) -> Path:
+    """A new run; returns its directory. Raises OutputError if there is one of that name."""
+    settings = with_name(find_model(settings))
+    path = settings.output.directory / str(settings.study.name)
+    refuse_existing(path)
+    return search(settings, path)
+
+
+def resume(
+    path: Path, total: int | None = None, more: int | None = None, overrides: Mapping[str, Any] | None = None
+) -> Path:
+    """Go on with a run: trials under way when it stopped are evaluated, then new ones until the target."""
+    settings = apply(RunDirectory.open(path).read().settings, flatten(overrides or {}, "overrides"))
+    if more is not None:
+        total = sum(trial.state == "COMPLETE" for trial in trials_of(path, settings)) + more
+    if total is not None:
+        settings = settings.model_copy(update={"study": settings.study.model_copy(update={"n_trials": total})})
+    return search(settings, path)
+
+
+def search(settings: Settings, path: Path) -> Path:
+    """The run itself. Every step finds what an earlier, interrupted run has left and goes on from there."""
+    prompts = load_prompts(settings)
+    with ray_session(settings.ray):
+        with worker_pool(settings) as pool:
+            pool.wait_ready()
+            info = describe_model(settings, pool)
+            run = open_run(settings, path, info, prompts)
+            with timed(run, "response_prefix"):
+                prefix = find_response_prefix(settings, prompts, pool)
+                run.update(response_prefix=prefix)
+            with timed(run, "directions"):
+                bank = find_directions(settings, run, info, prompts, prefix, pool)
+            with timed(run, "unedited"):
+                validation = evaluation_context(settings, prompts, "validation", bank, prefix)
+                score_unedited(run, "validation", validation, pool)
+            with timed(run, "study"):
+                run_study(
+                    settings, pool, validation, info, path, study_fingerprint(settings, info, prompts.fingerprint)
+                )
+            chosen = choose(run, auto=settings.selection.auto)
+            if chosen:
+                with timed(run, "test"):
+                    score_selected(run, evaluation_context(settings, prompts, "test", bank, prefix), pool)
+        if chosen and (folder := free_model_folder(run)):  # the workers are gone: their memory is free for it
+            write_model(run, prompts, folder)
+    report.write_report(run, study_of(path, settings))
+    return path

@@ -1,0 +1,200 @@
+"""The steps of a run up to the study, each spread over the pool's workers. What follows is in ``finishing.py``.
+
+Every step notes in run.json what it found and how long it took.
+"""
+
+import hashlib
+import logging
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Float
+
+from bruno_ray import organism
+from bruno_ray.ablation.closed_forms import DirectionBank
+from bruno_ray.cache import cache_folder
+from bruno_ray.directions import build_bank
+from bruno_ray.model.architectures import format_coverage
+from bruno_ray.prompts.sets import Prompt, Prompts
+from bruno_ray.publishing.plots import geometry_record
+from bruno_ray.residuals.store import ResidualStore, residual_key
+from bruno_ray.runs.directory import RunDirectory, RunRecord, ScoresRecord, installed_versions
+from bruno_ray.settings import Settings
+from bruno_ray.settings.passwords import without_password
+from bruno_ray.workers.model_worker import EvaluationContext, ModelInfo, ModelWorker
+from bruno_ray.workers.pool import WorkerPool
+from bruno_ray.workers.shipping import Folders, absolute_if_folder
+
+logger = logging.getLogger(__name__)
+
+PREFIX_PROMPTS = 32
+"""Prompts a side whose answers are compared for a common beginning."""
+
+
+def find_model(settings: Settings) -> Settings:
+    """`organism` and `organism-hard` as model ids name the embedded organisms, trained on first use."""
+    match = re.fullmatch(r"organism(?:-(\w+))?", settings.model.id)
+    if match is None or Path(settings.model.id).exists():
+        return settings
+    folder = organism.build(recipe=match[1] or "standard")
+    return settings.model_copy(update={"model": settings.model.model_copy(update={"id": str(folder / "model")})})
+
+
+def with_name(settings: Settings) -> Settings:
+    """Give the study a name if it has none: model, behaviour, and a hash of what its results depend on."""
+    if settings.study.name:
+        return settings
+    deciding = {"model", "behaviour", "prompts", "residuals", "directions", "search", "scoring"}
+    digest = hashlib.sha256(f"{settings.model_dump_json(include=deciding)} {settings.study.seed}".encode())
+    folder = Path(settings.model.id)
+    model = folder.parent.name if folder.name == "model" else folder.name
+    name = f"{model}-{Path(settings.behaviour).stem}-{digest.hexdigest()[:6]}"
+    return settings.model_copy(update={"study": settings.study.model_copy(update={"name": name})})
+
+
+def worker_pool(settings: Settings, workers: int | None = None) -> WorkerPool:
+    """`ray.workers` copies of the model, or another number of them."""
+    ray = settings.ray if workers is None else settings.ray.model_copy(update={"workers": workers})
+    model = settings.model.model_copy(update={"id": absolute_if_folder(settings.model.id)})
+    return WorkerPool(ModelWorker, (model, max(1, int(ray.cpus_per_worker)), Folders()), ray)
+
+
+def open_run(settings: Settings, path: Path, info: ModelInfo, prompts: Prompts) -> RunDirectory:
+    """The run directory: made now that prompts and model are known to be good, or opened to go on."""
+    run = RunDirectory.create(
+        path, RunRecord(settings=settings, command=[without_password(word) for word in sys.argv]), resume=True
+    )
+    run.update(
+        settings=settings,
+        versions=installed_versions(),
+        hashes={"model": info.fingerprint, "prompts": prompts.fingerprint},
+        seeds={"study": settings.study.seed},
+        model={name: value for name, value in asdict(info).items() if name != "coverage"},
+        coverage=[asdict(row) for row in info.coverage],
+        prompts={
+            side: {part: len(getattr(getattr(prompts, side), part)) for part in ("train", "validation", "test")}
+            for side in ("target", "baseline")
+        },
+    )
+    return run
+
+
+@contextmanager
+def timed(run: RunDirectory, stage: str) -> Iterator[None]:
+    """Note the seconds of a stage in run.json; a stage that goes on after a resume adds up."""
+    start = time.perf_counter()
+    try:
+        yield
+    finally:
+        before = run.read().timings.get(stage, 0.0)
+        run.update(timings={stage: round(before + time.perf_counter() - start, 3)})
+
+
+def describe_model(settings: Settings, pool: WorkerPool) -> ModelInfo:
+    """What was loaded, and which share of it the edit reaches: printed before anything is computed."""
+    info: ModelInfo = pool.call("describe")
+    logger.info(
+        "%s: %s, %d layers of width %d, %.3g parameters, %s on %s",
+        *(settings.model.id, info.family, info.n_layers, info.d_model, info.n_parameters, info.dtype, info.device),
+    )
+    logger.info("what the edit can reach of the parameters that write to the residual stream:")
+    for line in format_coverage(list(info.coverage)).splitlines():
+        logger.info("  %s", line)
+    return info
+
+
+def find_response_prefix(settings: Settings, prompts: Prompts, pool: WorkerPool) -> str:
+    """`prompts.response_prefix`, or what all answers of the unedited model begin with."""
+    if settings.prompts.response_prefix != "auto":
+        return settings.prompts.response_prefix
+    some = [*prompts.target.train[:PREFIX_PROMPTS], *prompts.baseline.train[:PREFIX_PROMPTS]]
+    prefix = pool.call("response_prefix", some)
+    if prefix:
+        logger.info("every answer begins with %r: made part of the prompts", prefix)
+    return prefix
+
+
+def read_residuals(
+    settings: Settings, info: ModelInfo, prompts: Sequence[Prompt], response_prefix: str, pool: WorkerPool
+) -> Float[np.ndarray, "prompt position point d_model"]:
+    """Residuals of all prompts: from the store, and what is missing there from the workers, shard by shard."""
+    residuals = settings.residuals
+    key = residual_key(
+        info.fingerprint,
+        [f"{prompt.system}\0{prompt.user}" for prompt in prompts],
+        response_prefix=response_prefix,
+        dtype=info.dtype,
+        quantization=settings.model.quantization,
+        max_tokens=residuals.max_tokens,
+        answer_tokens=residuals.answer_tokens,
+    )
+    store = ResidualStore(residuals.cache_dir or cache_folder("residuals"), key, len(prompts))
+    missing = store.missing()
+    if len(missing) < len(store.shards):
+        logger.info("residuals of %d of %d shards are on disk", len(store.shards) - len(missing), len(store.shards))
+    calls = [(prompts[shard.start : shard.stop], response_prefix, residuals) for shard in missing]
+    for index, array in pool.map_shards("residuals", calls):
+        store.write(missing[index], array)
+    return store.read()
+
+
+def find_directions(
+    settings: Settings, run: RunDirectory, info: ModelInfo, prompts: Prompts, response_prefix: str, pool: WorkerPool
+) -> DirectionBank:
+    """The direction bank of the run: residuals of the train prompts, every method at every position."""
+    if run.directions_file.exists():
+        return run.load_directions()
+    target_NPLD, baseline_NPLD = (
+        torch.from_numpy(np.array(read_residuals(settings, info, side.train, response_prefix, pool)))
+        for side in (prompts.target, prompts.baseline)
+    )
+    chosen = settings.directions
+    bank = build_bank(
+        target_NPLD,
+        baseline_NPLD,
+        methods=chosen.methods,
+        positions=chosen.positions,
+        rank=chosen.rank,
+        projected=chosen.projected,
+        winsorize_quantile=chosen.winsorize_quantile,
+    )
+    run.save_geometry(geometry_record(target_NPLD[:, 0], baseline_NPLD[:, 0]))
+    run.save_directions(bank)
+    return bank
+
+
+def evaluation_context(
+    settings: Settings, prompts: Prompts, part: str, bank: DirectionBank, response_prefix: str
+) -> EvaluationContext:
+    """All that trials on one part of the prompts share."""
+    digest = hashlib.sha256(f"{prompts.fingerprint} {part} {response_prefix} {settings.scoring!r}".encode())
+    for name, directions in sorted(bank.items()):
+        digest.update(name.encode())
+        digest.update(directions.numpy().tobytes())
+    return EvaluationContext(
+        key=f"{part}-{digest.hexdigest()[:16]}",
+        bank={name: directions.numpy() for name, directions in bank.items()},
+        target=getattr(prompts.target, part),
+        baseline=getattr(prompts.baseline, part),
+        response_prefix=response_prefix,
+        scoring=settings.scoring,
+    )
+
+
+def score_unedited(run: RunDirectory, part: str, context: EvaluationContext, pool: WorkerPool) -> None:
+    """Note the unedited model's scores on one part of the prompts."""
+    pool.set_context(context)
+    scores = ScoresRecord.of(pool.call("baseline", with_context=True))
+    run.update(baseline={part: scores})
+    shown, total = scores.counts.get("behaviour_rate", (0, 0))
+    if total:
+        logger.info("unedited model: %d/%d %s prompts show the behaviour", shown, total, part)
+        if shown == 0:
+            logger.warning("nothing to remove: no answer has a marker; check prompts.target and scoring.markers")

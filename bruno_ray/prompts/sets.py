@@ -1,0 +1,255 @@
+"""Prompt sets: two sides (target, baseline), three parts each (train, validation, test), checked before use.
+
+`load_prompts` reads and checks them without a model; `render` turns prompts into token ids through the model's
+chat template. Neither imports torch.
+"""
+
+import hashlib
+import json
+import logging
+import unicodedata
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from itertools import combinations
+from typing import Any
+
+from bruno_ray.errors import ModelError, PromptError
+from bruno_ray.prompts.sources import read_rows
+from bruno_ray.settings import DatasetSettings, PromptSet, PromptSettings, Settings
+
+logger = logging.getLogger(__name__)
+
+PARTS = ("train", "validation", "test")
+
+
+@dataclass(frozen=True)
+class Prompt:
+    user: str
+    """The user's message: prefix, text and suffix."""
+
+    system: str | None = None
+    """System message; None leaves it to the chat template."""
+
+    answer: str | None = None
+    """A desired answer, if the data set has one."""
+
+    kept_end: int = 0
+    """Characters at the end of `user`, the data set's suffix, that `render` never cuts."""
+
+
+@dataclass(frozen=True)
+class PromptParts:
+    train: tuple[Prompt, ...]
+    validation: tuple[Prompt, ...]
+    test: tuple[Prompt, ...]
+
+
+@dataclass(frozen=True)
+class Prompts:
+    target: PromptParts
+    baseline: PromptParts
+    fingerprint: str
+    """sha256 over every prompt of every part."""
+
+
+def load_prompts(settings: Settings) -> Prompts:
+    """Both sides of `settings.prompts`, all parts non-empty, without duplicates and without overlap.
+
+    Raises PromptError if a side is missing, a source cannot be read, a part is empty or parts overlap.
+    """
+    target = _load_side("target", settings.prompts.target, settings.prompts)
+    baseline = _load_side("baseline", settings.prompts.baseline, settings.prompts)
+    prompts = Prompts(target, baseline, "")
+    _refuse_overlap(prompts)
+    content = json.dumps({"target": asdict(target), "baseline": asdict(baseline)}, sort_keys=True)
+    return Prompts(target, baseline, hashlib.sha256(content.encode()).hexdigest())
+
+
+def _load_side(side: str, given: PromptSet, settings: PromptSettings) -> PromptParts:
+    wanted = {"train": settings.n_train, "validation": settings.n_validation, "test": settings.n_test}
+    if given.train is None:
+        raise PromptError(
+            f"there are no {side} prompts; set prompts.{side}.train.source to a data set or file, or choose a behaviour"
+        )
+    cut_off = [part for part in PARTS if getattr(given, part) is None]
+    shares = {part: wanted[part] for part in ("train", *cut_off)}
+    parts = {}
+    for part in PARTS:
+        dataset = getattr(given, part)
+        if dataset is None:
+            continue
+        # One and a half times what is needed, so that blank rows and duplicates do not leave a stream short.
+        limit = sum(shares.values()) if part == "train" else wanted[part]
+        prompts = _load_part(f"prompts.{side}.{part}", dataset, settings, limit + limit // 2)
+        if part == "train" and cut_off:
+            parts |= _cut(f"prompts.{side}.train", prompts, shares, dataset)
+        else:
+            parts[part] = prompts[: wanted[part]]
+    return PromptParts(*(tuple(parts[part]) for part in PARTS))
+
+
+def _load_part(name: str, dataset: DatasetSettings, settings: PromptSettings, limit: int) -> list[Prompt]:
+    system = settings.system_prompt if dataset.system_prompt is None else dataset.system_prompt
+    unique: dict[str, Prompt] = {}
+    rows = read_rows(dataset, limit)
+    for text, answer in rows:
+        prompt = Prompt(dataset.prefix + text + dataset.suffix, system, answer, len(dataset.suffix))
+        unique.setdefault(_identity(prompt), prompt)
+    if len(unique) < len(rows):
+        logger.info("%s: %d duplicates left out", name, len(rows) - len(unique))
+    if not unique:
+        raise PromptError(f"{name} is empty: {dataset.source} has no prompts in {dataset.split!r}; widen the split")
+    return list(unique.values())
+
+
+def _cut(name: str, prompts: list[Prompt], shares: dict[str, int], dataset: DatasetSettings) -> dict[str, list[Prompt]]:
+    """Deals one list out to several parts, in proportion to `shares` if there are too few prompts for all.
+
+    Who goes where depends on a hash of the text between prefix and suffix, so that two sides which ask the same
+    questions in two ways have each question in the same part. Order within a part is that of the list.
+    """
+    if len(prompts) < len(shares):
+        raise PromptError(
+            f"{name} has only {len(prompts)} prompts, too few to cut off {' and '.join(list(shares)[1:])};"
+            f" give more prompts, or set {name.rpartition('.')[0]}.{list(shares)[-1]}.source"
+        )
+
+    def rank(i: int) -> str:
+        text = prompts[i].user[len(dataset.prefix) : len(prompts[i].user) - len(dataset.suffix)]
+        return hashlib.sha256(_normalise(text).encode()).hexdigest()
+
+    order = sorted(range(len(prompts)), key=rank)
+    scale = min(1.0, len(prompts) / sum(shares.values()))
+    parts, begin = {}, 0
+    for part in reversed(shares):
+        size = max(1, int(shares[part] * scale)) if part != "train" else min(shares[part], len(prompts) - begin)
+        parts[part] = [prompts[i] for i in sorted(order[begin : begin + size])]
+        begin += size
+    return parts
+
+
+def _normalise(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+
+
+def _identity(prompt: Prompt) -> str:
+    """Two prompts are the same if the model is told the same, apart from case, width and spaces."""
+    return _normalise(prompt.system or "") + "\0" + _normalise(prompt.user)
+
+
+def _refuse_overlap(prompts: Prompts) -> None:
+    known = {
+        f"prompts.{side}.{part}": {_identity(prompt): prompt for prompt in getattr(getattr(prompts, side), part)}
+        for side in ("target", "baseline")
+        for part in PARTS
+    }
+    for (first, a), (second, b) in combinations(known.items(), 2):
+        shared = [key for key in a if key in b]
+        if shared:
+            example = a[shared[0]].user
+            example = example if len(example) <= 80 else example[:77] + "..."
+            raise PromptError(
+                f"{first} and {second} share {len(shared)} of {min(len(a), len(b))} prompts, e.g. {example!r};"
+                " give them disjoint slices or files"
+            )
+
+
+# --------------------------------------------------------------------------------------------------------------
+# Rendering
+
+
+def messages(prompt: Prompt, fold_system: bool = False) -> list[dict[str, str]]:
+    """Chat messages. `fold_system` puts the system text into the user's turn, for templates without that role."""
+    if not prompt.system:
+        return [{"role": "user", "content": prompt.user}]
+    if fold_system:
+        return [{"role": "user", "content": f"{prompt.system}\n\n{prompt.user}"}]
+    return [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}]
+
+
+def render(
+    tokenizer: Any, prompts: Sequence[Prompt], response_prefix: str = "", max_tokens: int | None = None
+) -> list[list[int]]:
+    """Token ids of each prompt: chat template, header of the assistant's turn, `response_prefix`.
+
+    A prompt longer than `max_tokens` loses the end of the user's text (before `kept_end`), exactly as much as is
+    needed; system message, header and response prefix stay whole.
+
+    Raises ModelError if the tokenizer has no chat template, PromptError if `max_tokens` is too small for the rest.
+    """
+    texts = render_texts(tokenizer, prompts, response_prefix)
+    if not texts:
+        return []
+    ids = [list(row) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
+    if max_tokens is not None:
+        for i, prompt in enumerate(prompts):
+            if len(ids[i]) > max_tokens:
+                ids[i] = _cut_to_fit(tokenizer, prompt, response_prefix, max_tokens)
+    return ids
+
+
+def render_texts(tokenizer: Any, prompts: Sequence[Prompt], response_prefix: str = "") -> list[str]:
+    """As `render`, before it is split into tokens."""
+    if not prompts:
+        return []
+    if not getattr(tokenizer, "chat_template", None):
+        raise ModelError(
+            f"{getattr(tokenizer, 'name_or_path', '') or 'this model'} is not a chat model: its tokenizer has no chat"
+            " template; use the instruction-tuned variant"
+        )
+    folds = {system: _must_fold(tokenizer, system) for system in {prompt.system for prompt in prompts}}
+    return [_template(tokenizer, messages(prompt, folds[prompt.system])) + response_prefix for prompt in prompts]
+
+
+def _template(tokenizer: Any, conversation: list[dict[str, str]]) -> str:
+    import jinja2
+
+    try:
+        return tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    except jinja2.TemplateError as error:
+        name = getattr(tokenizer, "name_or_path", "") or "this model"
+        raise ModelError(f"the chat template of {name} fails ({error}); mend its chat_template") from error
+
+
+def _must_fold(tokenizer: Any, system: str | None) -> bool:
+    """True if the template refuses a system message (gemma's raises) or silently leaves it out."""
+    import jinja2
+
+    if not system:
+        return False
+    conversation = messages(Prompt("Hello", system))
+    try:
+        text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+    except jinja2.TemplateError:
+        return True
+    return system.strip() not in text
+
+
+def _cut_to_fit(tokenizer: Any, prompt: Prompt, response_prefix: str, max_tokens: int) -> list[int]:
+    """Ids of the prompt with the longest beginning of the user's text that fits, by bisection over its tokens."""
+    end = len(prompt.user) - prompt.kept_end
+    text, kept = prompt.user[:end], prompt.user[end:]
+    cuts = [0, *_token_ends(tokenizer, text, max_tokens)]
+
+    def ids_at(cut: int) -> list[int]:
+        shortened = Prompt(text[:cut] + kept, prompt.system)
+        return list(
+            tokenizer(render_texts(tokenizer, [shortened], response_prefix)[0], add_special_tokens=False)["input_ids"]
+        )
+
+    fitting = bisect_right(cuts, max_tokens, key=lambda cut: len(ids_at(cut)))
+    if fitting == 0:
+        raise PromptError(
+            f"residuals.max_tokens = {max_tokens} leaves no room for the user's text: chat template, system prompt and"
+            f" suffix alone take {len(ids_at(0))} tokens; raise it"
+        )
+    return ids_at(cuts[fitting - 1])
+
+
+def _token_ends(tokenizer: Any, text: str, at_most: int) -> list[int]:
+    """Ends, in characters, of the first tokens of `text`; every character's end if the tokenizer keeps no offsets."""
+    if not getattr(tokenizer, "is_fast", False):
+        return list(range(1, len(text) + 1))
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return sorted({end for _, end in offsets[:at_most] if end})

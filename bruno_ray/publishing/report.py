@@ -1,0 +1,223 @@
+"""report.html: one file, no requests, everything that a run found out.
+
+It is made from the run directory and the study alone, so that `bruno-ray report` can write it again at any time.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+import plotly.graph_objects as go
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from bruno_ray.publishing import card, plots, wording
+from bruno_ray.runs.directory import RunDirectory, RunRecord, ScoresRecord, write_text
+from bruno_ray.study.selection import TrialRecord, describe_edit, load_trials, metric_text, pareto_front, table_columns
+
+log = logging.getLogger(__name__)
+
+PLOT_OPTIONS = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d", "select2d"]}
+
+FRONT_ROWS = 12
+SAMPLES = 24
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A picture, or the sentence that stands in its place."""
+
+    title: str
+    html: Markup | None
+    note: str = ""
+
+
+def write_report(run: RunDirectory, study: optuna.Study) -> Path:
+    """Write report.html of ``run``; returns its path. Raises OutputError if the run cannot be read or written."""
+    write_text(run.report_file, render_report(run, study))
+    log.info("report: %s", run.report_file)
+    return run.report_file
+
+
+def render_report(run: RunDirectory, study: optuna.Study) -> str:
+    record = run.read()
+    settings = record.settings
+    objectives = settings.scoring.objectives
+    trials = load_trials(study)
+    front = pareto_front(trials, objectives)
+    columns = table_columns(front, objectives)
+    states = {state: sum(trial.state == state for trial in trials) for state in ("COMPLETE", "FAIL", "RUNNING")}
+    geometry = run.load_geometry()
+    selected = record.selected
+    scores, measured_on = wording.final_scores(record)
+    return (
+        card.environment()
+        .get_template("report.html.j2")
+        .render(
+            plotly_js=Markup(get_plotlyjs()),
+            name=run.name,
+            base=card.base_name(settings),
+            behaviour=card.behaviour_name(settings),
+            model=record.model,
+            states=states,
+            seconds=sum(record.timings.values()),
+            selected=selected,
+            measured_on=measured_on,
+            tiles=tiles(record, scores),
+            comparison=comparison(record),
+            comparison_columns=comparison_columns(record),
+            extra={name: wording.plain(value) for name, value in record.extra.items()},
+            samples=run.load_samples()[:SAMPLES],
+            front=[
+                {
+                    "number": trial.number,
+                    "cells": [metric_text(trial, name) for name in columns],
+                    "edit": describe_edit(trial.edit),
+                    "selected": selected is not None and trial.number == selected.number,
+                }
+                for trial in front
+            ],
+            front_rows=FRONT_ROWS,
+            front_columns=[wording.label(name) for name in columns],
+            study_plots=study_plots(study, trials, objectives, selected.number if selected else None),
+            detail_plots=detail_plots(study, objectives),
+            geometry=geometry,
+            geometry_plots=geometry_plots(geometry),
+            geometry_rows=geometry_rows(geometry),
+            edit=selected.edit if selected else None,
+            direction=wording.direction_phrase(selected.edit) if selected else "",
+            direction_options=card.direction_options(settings),
+            norm_mode=wording.NORM_MODES[selected.edit["norm_mode"]] if selected else "",
+            kernels=wording.kernel_rows(selected.edit) if selected else [],
+            kernel_plot=kernel_plot(record),
+            coverage=wording.coverage_rows(record.coverage),
+            prompts=card.prompt_rows(record),
+            response_prefix=record.response_prefix,
+            config=card.reproduction_config(settings),
+            command=card.public_command(record.command),
+            facts={
+                "Versions": record.versions,
+                "Fingerprints": record.hashes,
+                "Seeds": record.seeds,
+                "Seconds per stage": {name: f"{seconds:.1f}" for name, seconds in record.timings.items()},
+            },
+        )
+    )
+
+
+# ----- figures -----
+
+
+def tiles(record: RunRecord, scores: ScoresRecord | None) -> list[dict[str, str]]:
+    """The headline: one tile per objective, and the KL and behaviour rate if they are measured at all."""
+    if scores is None:
+        return []
+    part = "validation" if record.selected and scores is record.selected.validation else "test"
+    before = record.baseline.get(part)
+    wanted = dict.fromkeys([*record.settings.scoring.objectives, "behaviour_rate", "kl_divergence"])
+    found = []
+    for metric in [name for name in wanted if name in scores.values]:
+        tile = {"label": wording.label(metric), "metric": metric, "before": "", "note": ""}
+        if metric in scores.counts:
+            events, total = scores.counts[metric]
+            tile["value"] = f"{events}/{total}"
+            tile["note"] = f"{wording.percent(events / total)}, 95 % interval {wording.interval_of(scores, metric)}"
+        else:
+            tile["value"] = wording.number(scores.values[metric])
+        if metric == "kl_divergence" and {"kl_median", "kl_p95"} <= scores.values.keys():
+            median, p95 = (wording.number(scores.values[name]) for name in ("kl_median", "kl_p95"))
+            tile["note"] = f"median {median}, 95th percentile {p95}"
+        if before and metric in before.counts:
+            tile["before"] = "{}/{}".format(*before.counts[metric])
+        elif before and metric in before.values and metric not in wording.DISTANCES:
+            tile["before"] = wording.number(before.values[metric])
+        found.append(tile)
+    return found
+
+
+def _measurements(record: RunRecord) -> list[tuple[str, ScoresRecord]]:
+    """(column, scores) of all that was measured."""
+    selected = record.selected
+    columns = [
+        ("Unedited, validation", record.baseline.get("validation")),
+        ("Selected trial, validation", selected.validation if selected else None),
+        ("Unedited, test", record.baseline.get("test")),
+        ("Live edit, test", selected.test if selected else None),
+        ("Saved model, test", selected.saved if selected else None),
+    ]
+    return [(name, scores) for name, scores in columns if scores is not None]
+
+
+def comparison_columns(record: RunRecord) -> list[str]:
+    return [name for name, _ in _measurements(record)]
+
+
+def comparison(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Rows (metric, one cell per measurement); a cell is the figure and its interval, if it has one."""
+    measurements = _measurements(record)
+    metrics = dict.fromkeys(metric for _, scores in measurements for metric in scores.values)
+    return [
+        (
+            wording.label(metric),
+            [
+                (wording.count_or_value(scores, metric), wording.interval_of(scores, metric))
+                for _, scores in measurements
+            ],
+        )
+        for metric in metrics
+    ]
+
+
+def geometry_rows(geometry: dict[str, Any] | None) -> list[list[str]]:
+    if geometry is None:
+        return []
+    keys = ("target_norm", "baseline_norm", "difference_norm", "cosine", "effect_size", "auroc", "silhouette")
+    return [[plots.point_name(row["point"]), *(wording.number(row[key]) for key in keys)] for row in geometry["points"]]
+
+
+# ----- pictures -----
+
+
+def study_plots(
+    study: optuna.Study, trials: list[TrialRecord], objectives: tuple[str, ...], selected: int | None
+) -> list[Plot]:
+    front_note = "A front needs two objectives." if len(objectives) < 2 else "No trial is complete yet."
+    few = f"Importances need at least {plots.FEWEST_FOR_IMPORTANCE} completed trials."
+    return [
+        plot("Pareto front", plots.pareto_front(trials, objectives, selected), front_note),
+        plot("Optimisation history", plots.history(trials, objectives), "No trial is complete yet."),
+        plot("Parameter importances", plots.importances(study, objectives), few),
+    ]
+
+
+def detail_plots(study: optuna.Study, objectives: tuple[str, ...]) -> list[Plot]:
+    pictures = []
+    for i, name in enumerate(objectives):
+        title = wording.label(name)
+        pictures.append(plot(f"{title} over each parameter", plots.slices(study, i, name), "No trial is complete yet."))
+        pictures.append(plot(f"{title}: all parameters", plots.parallel(study, i, name), "This needs two trials."))
+    return pictures
+
+
+def geometry_plots(geometry: dict[str, Any] | None) -> list[Plot]:
+    if geometry is None:
+        return []
+    return [
+        plot("Target and baseline prompts in their principal plane", plots.planes(geometry)),
+        plot("Separation along the stream", plots.separation(geometry)),
+    ]
+
+
+def kernel_plot(record: RunRecord) -> Plot | None:
+    if record.selected is None or not record.model.get("n_layers"):
+        return None
+    return plot("Ablation strength over layers", plots.kernels(record.selected.edit, record.model["n_layers"]))
+
+
+def plot(title: str, figure: go.Figure | None, note: str = "") -> Plot:
+    if figure is None:
+        return Plot(title, None, note)
+    html = figure.to_html(full_html=False, include_plotlyjs=False, include_mathjax=False, config=PLOT_OPTIONS)
+    return Plot(title, Markup(html))

@@ -1,0 +1,137 @@
+"""How figures are worded, for the model card and the report alike: metrics, rates with intervals, edits, coverage."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from bruno_ray.runs.directory import RunRecord, ScoresRecord
+
+METRICS = {
+    "behaviour_rate": "Behaviour rate",
+    "kl_divergence": "KL divergence, mean (nats)",
+    "kl_median": "KL divergence, median (nats)",
+    "kl_p95": "KL divergence, 95th percentile (nats)",
+    "incoherence": "Incoherence of the other answers, share of prompts",
+    "compliant_nll": "Answers under the unedited model made to comply (nats per token)",
+    "desired_nll": "Desired answers, negative log-likelihood (nats per token)",
+    "elicited_nll": "Elicited answers, negative log-likelihood (nats per token)",
+}
+"""Metric -> label. A metric of a scorer that is not named here is shown under its own name."""
+
+# An unedited model has no distance from itself.
+DISTANCES = ("kl_divergence", "kl_median", "kl_p95")
+
+NORM_MODES = {
+    "none": "plain orthogonalization",
+    "pre": "directions measured against row-normalised weights",
+    "full": "row-normalised weights, row norms preserved",
+}
+
+
+def label(metric: str) -> str:
+    return METRICS.get(metric, metric.replace("_", " ").capitalize())
+
+
+def number(value: float) -> str:
+    """Four significant digits, no exponent for everyday sizes."""
+    if value == 0:
+        return "0"
+    return f"{value:.4g}" if 1e-4 <= abs(value) < 1e6 else f"{value:.2e}"
+
+
+def measured(scores: ScoresRecord | None, metric: str) -> str:
+    """`3/100 = 3.0 % (1.0 to 8.5 %)` for a rate, the number for anything else, a dash where there is none."""
+    interval = interval_of(scores, metric)
+    return count_or_value(scores, metric) + (f" ({interval})" if interval else "")
+
+
+def count_or_value(scores: ScoresRecord | None, metric: str) -> str:
+    if scores is None or metric not in scores.values:
+        return "-"
+    if metric not in scores.counts:
+        return number(scores.values[metric])
+    events, total = scores.counts[metric]
+    return f"{events}/{total} = {percent(events / total)}" if total else f"{events}/{total}"
+
+
+def interval_of(scores: ScoresRecord | None, metric: str) -> str:
+    """Wilson 95 % interval of a rate; empty for anything else."""
+    if scores is None or metric not in scores.intervals:
+        return ""
+    low, high = scores.intervals[metric]
+    return f"{100 * low:.1f} to {percent(high)}"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.1f} %"
+
+
+def plain(value: Any) -> str:
+    """Any JSON value in one line: numbers short, [45, 48] as 45/48, mappings with their keys."""
+    if isinstance(value, float):
+        return number(value)
+    if isinstance(value, list) and len(value) == 2 and all(isinstance(part, int) for part in value):
+        return f"{value[0]}/{value[1]}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key.replace('_', ' ')} {plain(part)}" for key, part in value.items())
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def before_and_after(before: ScoresRecord | None, after: ScoresRecord | None) -> list[tuple[str, str, str]]:
+    """Rows (label, before, after) over every metric of either, objectives' order kept."""
+    metrics = dict.fromkeys([*(after.values if after else ()), *(before.values if before else ())])
+    rows = []
+    for metric in metrics:
+        own = before if before and metric in before.values else None
+        first = (
+            "0 (by definition)" if metric in DISTANCES and not (own and own.values[metric]) else measured(own, metric)
+        )
+        rows.append((label(metric), first, measured(after, metric)))
+    return rows
+
+
+def final_scores(record: RunRecord) -> tuple[ScoresRecord | None, str]:
+    """The scores to report for the selected trial and a phrase for what they were measured on."""
+    if record.selected is None:
+        return None, "nothing yet"
+    if record.selected.saved is not None:
+        return record.selected.saved, "test prompts, with the saved weights read back from disk"
+    if record.selected.test is not None:
+        return record.selected.test, "test prompts, with the edit applied live (the saved weights are not measured yet)"
+    return record.selected.validation, "validation prompts (the ones the search was scored on)"
+
+
+def direction_phrase(edit: dict[str, Any]) -> str:
+    """`difference_in_means@0`, read at ..., used ... in words."""
+    method, _, position = edit["direction_set"].partition("@")
+    where = "the last prompt token" if position in ("", "0") else f"answer token {position}"
+    index = edit["direction_index"]
+    scope = "each layer uses its own" if index is None else f"the one after layer {index:.2f} is used everywhere"
+    return f"{method.replace('_', ' ')}, read at {where}; {scope}"
+
+
+def kernel_rows(edit: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """Rows (component, peak strength, its layer, strength at the edge, layers from peak to edge)."""
+    rows = []
+    for component, kernel in edit["components"].items():
+        peak = max(kernel["max_weight"], 0.0)
+        rows.append(
+            (
+                component,
+                f"{peak:.3f}",
+                f"{kernel['max_weight_position']:.2f}",
+                f"{peak * kernel['min_weight']:.3f}",
+                f"{kernel['min_weight_distance']:.2f}",
+            )
+        )
+    return rows
+
+
+def coverage_rows(coverage: Iterable[dict[str, Any]]) -> list[tuple[str, str, str, str]]:
+    """Rows (component, modules, parameters reached of those that write, share)."""
+    rows = []
+    for row in coverage:
+        share = row["reached"] / row["total"] if row["total"] else 0.0
+        modules = f"{row['modules']} x {row['detail']}"
+        rows.append((row["component"], modules, f"{row['reached']:,} of {row['total']:,}", percent(share)))
+    return rows

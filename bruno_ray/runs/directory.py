@@ -1,0 +1,424 @@
+"""The run directory: all that one run leaves behind, each file written whole or not at all.
+
+    RUN/
+      run.json                 RunRecord: settings, versions, hashes, seeds, timings, scores, the selected trial
+      study.journal            the Optuna study, unless `study.storage` names another place
+      directions.safetensors   the DirectionBank every edit of the study refers to
+      geometry.json            how target and baseline residuals lie, for the report
+      samples.json             answers before and after, for the report and the card
+      report.html              the report
+      model/                   the saved model, once a trial has been saved
+
+A file is written beside its final name and renamed over it, a folder likewise, so a full disk or a killed process
+leaves the previous state. Importable without torch.
+"""
+
+import errno
+import json
+import os
+import platform
+import re
+import shutil
+import socket
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+
+from bruno_ray.errors import OutputError
+from bruno_ray.intervals import wilson_interval
+from bruno_ray.settings import Settings
+
+if TYPE_CHECKING:
+    from bruno_ray.ablation.closed_forms import DirectionBank
+
+SCHEMA_VERSION = 1
+
+# Beyond the files themselves: tokenizer, card, and what the file system needs for itself.
+SPARE_BYTES = 64 * 1024**2
+
+VERSIONED_PACKAGES = ("bruno-ray", "torch", "transformers", "tokenizers", "ray", "optuna", "numpy", "bitsandbytes")
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ScoresRecord(Record):
+    """Scores of one edit (or of the unedited model) on one part of the prompts."""
+
+    values: dict[str, float]
+    counts: dict[str, tuple[int, int]] = {}
+    """For rates: events and prompts, such as (3, 100)."""
+
+    intervals: dict[str, tuple[float, float]] = {}
+    """Wilson 95 % interval of every rate in `counts`."""
+
+    @classmethod
+    def of(cls, scores: Any) -> "ScoresRecord":
+        """From a `scoring.Scores`, with an interval for every rate that has counts."""
+        return cls(
+            values=dict(scores.values),
+            counts=dict(scores.counts),
+            intervals={name: wilson_interval(events, total) for name, (events, total) in scores.counts.items()},
+        )
+
+
+class SelectedRecord(Record):
+    """The trial that was chosen. `test` is the live edit, `saved` the model written to disk and read back."""
+
+    number: int
+    edit: dict[str, Any]
+    validation: ScoresRecord
+    test: ScoresRecord | None = None
+    saved: ScoresRecord | None = None
+    saved_path: str | None = None
+
+
+class Sample(Record):
+    """One prompt's answers, for people to read."""
+
+    side: str
+    """`target` or `baseline`."""
+
+    prompt: str
+    before: str
+    after: str
+    shows_before: bool | None = None
+    """Whether the answer shows the behaviour, by the study's markers; None where that was not looked at."""
+
+    shows_after: bool | None = None
+
+
+class RunRecord(Record):
+    """What run.json holds. Fields are filled as the run gets there."""
+
+    schema_version: int = SCHEMA_VERSION
+    settings: Settings
+    """Resolved: every value that was in effect, from whatever source."""
+
+    command: list[str] = []
+    """Command line that started the run."""
+
+    versions: dict[str, str] = {}
+    hashes: dict[str, str] = {}
+    """Fingerprints of `model`, `prompts` and `study`."""
+
+    seeds: dict[str, int] = {}
+    timings: dict[str, float] = {}
+    """Seconds per stage of the pipeline."""
+
+    model: dict[str, Any] = {}
+    """Family, layers, width, dtype, parameters."""
+
+    coverage: list[dict[str, Any]] = []
+    """Per component: parameters that write to the residual stream, and how many of them the edit reaches."""
+
+    prompts: dict[str, dict[str, int]] = {}
+    """Number of prompts: side -> part -> count."""
+
+    response_prefix: str = ""
+    n_trials: dict[str, int] = {}
+    """Trials of the study by state."""
+
+    baseline: dict[str, ScoresRecord] = {}
+    """The unedited model, by part (`validation`, `test`)."""
+
+    selected: SelectedRecord | None = None
+    extra: dict[str, Any] = {}
+    """Figures only some runs have, such as the organism's truth score."""
+
+
+def installed_versions() -> dict[str, str]:
+    """Versions of Python, the platform and the packages that decide a result."""
+    versions = {"python": sys.version.split()[0], "platform": platform.platform()}
+    installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
+    for name in VERSIONED_PACKAGES:
+        if name in installed:
+            versions[name] = installed[name]
+    if "bruno-ray" not in versions:  # run from a source tree that is not installed
+        from bruno_ray import __version__
+
+        versions["bruno-ray"] = __version__
+    return versions
+
+
+# ---------------------------------------------------------------------------------- writing whole or not at all
+
+
+REASONS = {
+    errno.ENOSPC: "the disk is full: free some space or choose another output.directory",
+    errno.EDQUOT: "the disk quota is used up: free some space or choose another output.directory",
+    errno.EFBIG: "the file is larger than this file system allows: set a smaller output.max_shard_size",
+    errno.EACCES: "no permission to write there: choose another output.directory",
+    errno.EPERM: "no permission to write there: choose another output.directory",
+    errno.EROFS: "the file system is read-only: choose another output.directory",
+    errno.ENOENT: "no folder can be made there: choose another output.directory",
+    errno.ENOTDIR: "a part of the path is a file: choose another output.directory",
+    errno.EEXIST: "it exists already: choose another name or remove it",
+    errno.ENOTEMPTY: "it exists already: choose another name or remove it",
+}
+
+
+@contextmanager
+def output_errors(path: Path) -> Iterator[None]:
+    """Turn what the operating system says about writing ``path`` into one line that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        if isinstance(error, OSError):
+            number = error.errno
+        else:  # safetensors hands the errno on only within its text
+            found = re.search(r"\(os error (\d+)\)", str(error))
+            number = int(found[1]) if found else None
+        reason = REASONS.get(number or 0)
+        if reason is None:
+            raise
+        raise OutputError(f"Cannot write {path}: {reason}.") from error
+
+
+def require_free_space(folder: Path, n_bytes: int, what: str) -> None:
+    """Raise OutputError unless the disk that holds ``folder`` has ``n_bytes`` and a little more to spare."""
+    existing = folder.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    free = shutil.disk_usage(existing).free
+    needed = n_bytes + SPARE_BYTES
+    if free < needed:
+        raise OutputError(
+            f"The disk that holds {existing} is too full for {what}: it needs {needed / 1e9:.2f} GB and has"
+            f" {free / 1e9:.2f} GB free. Free some space or choose another output.directory."
+        )
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write ``path`` whole: beside it, flushed to the disk, then renamed over what was there."""
+    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    with output_errors(path):
+        try:
+            with aside.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+
+def write_json(path: Path, data: Any) -> None:
+    """Write ``data`` as indented JSON, whole or not at all. Numbers must be finite (ValueError)."""
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+@contextmanager
+def atomic_directory(path: Path) -> Iterator[Path]:
+    """A folder that appears complete or not at all: yields a temporary sibling, renamed to ``path`` at the end.
+
+    Raises:
+        OutputError: ``path`` exists, its parent cannot be written, or the disk runs full on the way.
+    """
+    path = Path(path).absolute()
+    if path.exists():
+        raise OutputError(f"{path} exists already: choose another folder or remove it first.")
+    owner = f"{socket.gethostname()}-"
+    with output_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for left_over in path.parent.glob(f".{path.name}.partial-{owner}*"):
+            if not psutil.pid_exists(int(left_over.name.rpartition("-")[2])):  # its process was killed
+                shutil.rmtree(left_over)
+        aside = path.with_name(f".{path.name}.partial-{owner}{os.getpid()}")
+        aside.mkdir()
+        try:
+            yield aside
+            _flush_tree(aside)
+            os.rename(aside, path)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _flush_tree(folder: Path) -> None:
+    """fsync every file and folder, so that the rename never outlives the content."""
+    for place in (folder, *folder.rglob("*")):
+        descriptor = os.open(place, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------- the directory
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise OutputError if a new run would write into something at ``path``, or may not write there."""
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        run = (path / "run.json").exists()
+        advice = "`bruno-ray resume` continues it, --study-name starts another" if run else "choose another name"
+        raise OutputError(f"{path} exists already: {advice}.")
+    above = path.absolute()
+    while not above.exists():
+        above = above.parent
+    if not os.access(above, os.W_OK):
+        reason = errno.EROFS if os.statvfs(above).f_flag & os.ST_RDONLY else errno.EACCES
+        raise OutputError(f"Cannot write {path}: {REASONS[reason]}.")
+
+
+class RunDirectory:
+    """One run on disk. Make it with `create`, `open` or `find`."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.run_file = path / "run.json"
+        self.journal_file = path / "study.journal"
+        self.directions_file = path / "directions.safetensors"
+        self.geometry_file = path / "geometry.json"
+        self.samples_file = path / "samples.json"
+        self.report_file = path / "report.html"
+        self.model_folder = path / "model"
+
+    @classmethod
+    def create(cls, path: Path, record: RunRecord, resume: bool = False) -> "RunDirectory":
+        """Make the folder and its run.json. With ``resume``, an existing run is opened as it is instead.
+
+        Raises:
+            OutputError: the folder holds something already, or cannot be written.
+        """
+        path = Path(path).absolute()
+        run = cls(path)
+        if run.run_file.is_file() and resume:
+            return cls.open(path)
+        with output_errors(path):
+            refuse_existing(path)
+            path.mkdir(parents=True, exist_ok=True)
+        run.write(record)
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDirectory":
+        """An existing run, its run.json read and checked once."""
+        run = cls(Path(path).absolute())
+        run.read()
+        return run
+
+    @classmethod
+    def find(cls, name_or_path: str | Path, output_directory: Path) -> "RunDirectory":
+        """A run given by its folder, or by its name under ``output_directory``."""
+        for place in (Path(name_or_path), output_directory / name_or_path):
+            if (place / "run.json").is_file():
+                return cls.open(place)
+        known = sorted(p.parent.name for p in output_directory.glob("*/run.json"))
+        there = f"runs in {output_directory}: {', '.join(known)}" if known else f"no runs in {output_directory}"
+        raise OutputError(f"No run called {name_or_path}: give its folder or its name ({there}).")
+
+    @classmethod
+    def find_trial(cls, reference: str, output_directory: Path) -> tuple["RunDirectory", int | None]:
+        """``RUN`` or ``RUN:TRIAL``, as the command line and the server name them."""
+        if not Path(reference).exists():
+            name, colon, number = reference.rpartition(":")
+            if colon and number.isdigit():
+                return cls.find(name, output_directory), int(number)
+        return cls.find(reference, output_directory), None
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def read(self) -> RunRecord:
+        """Raises OutputError if run.json is missing, damaged or of another version."""
+        if not self.run_file.is_file():
+            raise OutputError(f"{self.path} is not a run directory (it has no run.json): give a run's folder or name.")
+        try:
+            data = json.loads(self.run_file.read_text(encoding="utf-8"))
+            version = data["schema_version"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise OutputError(f"{self.run_file} is damaged: start the run again under another name.") from error
+        if version != SCHEMA_VERSION:
+            raise OutputError(
+                f"{self.run_file} has schema {version} and this bruno-ray reads {SCHEMA_VERSION}: use the version"
+                f" that wrote it ({data.get('versions', {}).get('bruno-ray', 'unknown')})."
+            )
+        try:
+            return RunRecord.model_validate(data)
+        except ValidationError as error:
+            first = error.errors()[0]
+            place = ".".join(str(part) for part in first["loc"])
+            raise OutputError(
+                f"{self.run_file} does not fit this version of bruno-ray ({place}: {first['msg']}): use the version"
+                f" that wrote it ({data.get('versions', {}).get('bruno-ray', 'unknown')})."
+            ) from error
+
+    def write(self, record: RunRecord) -> None:
+        write_json(self.run_file, record.model_dump(mode="json"))
+
+    def update(self, **fields: Any) -> RunRecord:
+        """Replace fields of run.json; mappings are merged key by key. Returns the new record."""
+        record = self.read()
+        for name, value in fields.items():
+            if isinstance(value, Mapping):
+                value = {**getattr(record, name), **value}
+            fields[name] = value
+        # Validated again, since model_copy alone would take anything.
+        record = RunRecord.model_validate({**dict(record), **fields})
+        self.write(record)
+        return record
+
+    def save_directions(self, bank: "DirectionBank") -> None:
+        """Write the direction bank: name -> (n_layers+1, rank, d_model) float32."""
+        from safetensors.torch import save_file
+
+        aside = self.directions_file.with_name(f".{self.directions_file.name}.partial-{os.getpid()}")
+        require_free_space(self.path, sum(t.numel() * t.element_size() for t in bank.values()), "the directions")
+        with output_errors(self.directions_file):
+            try:
+                save_file(
+                    {name: tensor.contiguous() for name, tensor in bank.items()},
+                    aside,
+                    metadata={"schema_version": str(SCHEMA_VERSION), "axes": "point rank d_model"},
+                )
+                os.replace(aside, self.directions_file)
+            finally:
+                aside.unlink(missing_ok=True)
+
+    def load_directions(self) -> "DirectionBank":
+        """The direction bank, on CPU. Raises OutputError if the run has none yet or the file is damaged."""
+        from safetensors.torch import load_file
+
+        if not self.directions_file.is_file():
+            raise OutputError(f"{self.path} has no directions yet: continue it with `bruno-ray resume {self.name}`.")
+        try:
+            return load_file(self.directions_file)
+        except SafetensorError as error:
+            raise OutputError(f"{self.directions_file} is damaged: delete it and resume the run.") from error
+
+    def save_samples(self, samples: Sequence[Sample]) -> None:
+        write_json(self.samples_file, [sample.model_dump(exclude_none=True) for sample in samples])
+
+    def load_samples(self) -> list[Sample]:
+        """Empty where none were saved."""
+        content = self._read_json(self.samples_file)
+        try:
+            return [Sample.model_validate(sample) for sample in content or []]
+        except (TypeError, ValidationError) as error:
+            raise OutputError(f"{self.samples_file} is damaged: delete it and resume the run.") from error
+
+    def save_geometry(self, geometry: dict[str, Any]) -> None:
+        """What `plots.geometry_record` makes."""
+        write_json(self.geometry_file, geometry)
+
+    def load_geometry(self) -> dict[str, Any] | None:
+        """None where none was saved."""
+        return self._read_json(self.geometry_file)
+
+    def _read_json(self, file: Path) -> Any | None:
+        if not file.is_file():
+            return None
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise OutputError(f"{file} is damaged: delete it and resume the run.") from error

@@ -1,0 +1,310 @@
+"""Every knob of a run, in one tree, importable without torch or Ray.
+
+Precedence, highest first: command line, ``BRUNO_*`` environment (``__`` for nesting),
+``--config FILE`` or ``config.toml``, the behaviour preset, the defaults below. How the sources are
+read and merged is in ``sources.py``. An unknown key is an error at every depth.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_serializer,
+    model_validator,
+)
+
+from bruno_ray.settings.passwords import without_password
+
+
+def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
+    if bounds[0] > bounds[1]:
+        raise ValueError(f"a range is written low, high; swap the bounds or repeat one to fix the value: {bounds}")
+    return bounds
+
+
+Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+
+class ModelSettings(Section):
+    id: str = ""
+    """Hugging Face model id, or a folder on disk. Also the positional argument of `bruno-ray run`."""
+
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+
+    dtypes: tuple[Literal["auto", "bfloat16", "float16", "float32"], ...] = ("auto", "bfloat16", "float16", "float32")
+    """Tried in this order; each must generate one token with finite logits."""
+
+    quantization: Literal["none", "bnb_4bit", "bnb_8bit"] = "none"
+    """Load the base quantised by bitsandbytes. A saved model is baked into full-precision weights."""
+
+    device_map: str = "auto"
+    """Accelerate's device map within one worker: auto, balanced, sequential, cpu, cuda:0 ..."""
+
+    max_memory: dict[str, str] | None = None
+    """Memory cap per device, such as {"0" = "20GiB", "cpu" = "60GiB"}."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for repositories you trust."""
+
+
+class DatasetSettings(Section):
+    source: str
+    """Hub data set id, a `load_from_disk` folder, or a .jsonl/.csv/.parquet/.txt file.
+    `organism:target` and `organism:baseline` name the embedded organism's own prompts."""
+
+    config: str | None = None
+    """Configuration (subset) name of a hub data set."""
+
+    split: str = "train"
+    """Split, or a slice of it: `train[:400]`, `test[100:200]`."""
+
+    column: str | None = None
+    """Column with the prompt; when not given, the first of prompt, text, instruction, question that exists."""
+
+    answer_column: str | None = None
+    """Optional column with a desired answer, used by the `desired_answers` scorer."""
+
+    revision: str | None = None
+    """Commit of the hub data set."""
+
+    streaming: bool | None = None
+    """Read rows one by one instead of downloading everything; when not given, on for a hub data set with a slice
+    that starts at 0 (`train[:200]`)."""
+
+    prefix: str = ""
+    """Text put before every prompt."""
+
+    suffix: str = ""
+    """Text put after every prompt."""
+
+    system_prompt: str | None = None
+    """Overrides `prompts.system_prompt` for this set."""
+
+
+class PromptSet(Section):
+    """One side of the contrast. Directions come from `train`, the search scores on `validation`, the report on `test`.
+    A part that is not given is cut off the end of the part before it (`train` feeds both)."""
+
+    train: DatasetSettings | None = None
+    validation: DatasetSettings | None = None
+    test: DatasetSettings | None = None
+
+
+class PromptSettings(Section):
+    target: PromptSet = PromptSet()
+    """Prompts that show the behaviour."""
+
+    baseline: PromptSet = PromptSet()
+    """Prompts that do not; the model must stay as it is on these."""
+
+    system_prompt: str | None = None
+    """System message of every prompt; when not given, what the model's chat template does by itself."""
+
+    n_train: PositiveInt = 400
+    """At most this many prompts per side for directions."""
+
+    n_validation: PositiveInt = 100
+    """At most this many prompts per side for scoring trials."""
+
+    n_test: PositiveInt = 100
+    """At most this many prompts per side for the report."""
+
+    response_prefix: str = "auto"
+    """Text that every answer starts with (a closed reasoning block, for thinking models). `auto` detects what
+    the unedited model's answers have in common; an empty string switches it off."""
+
+
+class ResidualSettings(Section):
+    max_tokens: PositiveInt = 512
+    """Longer prompts are cut inside the user's text; the assistant header is always kept."""
+
+    answer_tokens: NonNegativeInt = 0
+    """Also read the residual stream at this many tokens of the model's own greedy answer."""
+
+    batch_tokens: NonNegativeInt = 0
+    """Tokens in one forward pass, padding included; 0 finds it by doubling until memory or speed says stop."""
+
+    cache_dir: Path | None = None
+    """Where residuals are kept; when not given, ~/.cache/bruno-ray/residuals."""
+
+
+class DirectionSettings(Section):
+    methods: tuple[str, ...] = ("difference_in_means",)
+    """Names in `bruno_ray.directions.METHODS`; several compete within one study."""
+
+    projected: bool = True
+    """Keep only the part of each direction that is orthogonal to the baseline mean."""
+
+    winsorize_quantile: Annotated[float, Field(gt=0.5, le=1.0)] = 1.0
+    """Clamp each residual vector to this quantile of its own magnitudes; 1 leaves it alone."""
+
+    rank: PositiveInt = 1
+    """Directions per layer for methods that yield a subspace."""
+
+    positions: tuple[NonNegativeInt, ...] = (0,)
+    """Where directions are read: 0 is the last prompt token, i the i-th answer token (needs
+    `residuals.answer_tokens` >= i). Several compete within one study."""
+
+
+class ComponentRange(Section):
+    """Search range of one component's ablation kernel over layers; positions and distances are fractions of
+    the last layer's index."""
+
+    max_weight: Range = (0.8, 1.5)
+    """Ablation strength at the peak; 1 removes the whole component along the direction. Values sampled below 0 count
+    as 0."""
+
+    max_weight_position: Range = (0.0, 1.0)
+    """Layer of the peak."""
+
+    min_weight: Range = (0.0, 1.0)
+    """Strength at the edge of the kernel, as a share of the peak."""
+
+    min_weight_distance: Range = (0.0, 1.5)
+    """Distance from the peak to the edge, at least one layer; beyond it nothing is ablated."""
+
+
+class SearchSettings(Section):
+    norm_mode: Literal["none", "pre", "full"] = "full"
+    """none: plain; pre: directions measured against row-normalised weights; full: row norms preserved as well."""
+
+    direction_scopes: tuple[Literal["global", "per_layer"], ...] = ("global", "per_layer")
+    """global: one direction, from a layer that is searched, for all layers; per_layer: each layer its own."""
+
+    direction_index: Range = (0.2, 1.0)
+    """Layer that the global direction is read at, as a fraction of the last layer's index."""
+
+    attention: ComponentRange = ComponentRange()
+    mlp: ComponentRange = ComponentRange(max_weight=(-0.25, 1.5))
+
+
+class ScoringSettings(Section):
+    scorers: tuple[str, ...] = ("behaviour_rate", "kl_divergence", "coherence", "elicited_answers")
+    """Names in `bruno_ray.scoring.SCORERS`. Metrics that are no objective decide between equals in --auto-select."""
+
+    objectives: tuple[str, ...] = ("behaviour_rate", "kl_divergence")
+    """Metrics the study minimises, in this order."""
+
+    markers: tuple[str, ...] = ()
+    """An answer that contains one of these shows the behaviour. Case, `*`, quotes and spaces are normalised."""
+
+    empty_counts: bool = True
+    """An empty answer counts as showing the behaviour."""
+
+    response_tokens: PositiveInt = 30
+    """Longest answer generated for scoring, in tokens. Rows that are decided leave earlier."""
+
+    kl_tokens: PositiveInt = 1
+    """Answer positions the KL divergence is taken over, teacher-forced on the unedited model's answer."""
+
+    compliant_opening: str = ""
+    """Opening of a compliant answer, for the `compliant_perplexity` scorer; when empty, the most common opening
+    of the unedited model's answers to baseline prompts."""
+
+    row_tokens: NonNegativeInt = 0
+    """Tokens in one forward pass while scoring, padding included; 0 finds it from memory."""
+
+
+class StudySettings(Section):
+    name: str | None = None
+    """Name of the study and of the run directory; when not given, from the model, behaviour and a hash of both."""
+
+    n_trials: PositiveInt = 200
+    """Completed trials in total, over all resumptions."""
+
+    n_startup_trials: NonNegativeInt = 60
+    """Trials spread evenly over the search space before TPE takes over."""
+
+    seed: NonNegativeInt = 0
+    """Seeds the sampler. Trial number i has the same random stream in every schedule."""
+
+    trials_per_batch: PositiveInt = 8
+    """Trials evaluated in one forward pass by one worker."""
+
+    storage: str | None = None
+    """Any Optuna storage URL; when not given, a journal file in the run directory. A password in it is not kept: give
+    the same URL in BRUNO_STUDY__STORAGE to whatever reads the run."""
+
+    take_over: bool = False
+    """Continue a study whose driver on another machine is believed dead."""
+
+    @field_serializer("storage")
+    def _without_password(self, storage: str | None) -> str | None:
+        return None if storage is None else without_password(storage)
+
+
+class RaySettings(Section):
+    workers: PositiveInt = 1
+    """Model copies, each in its own actor. More than the cluster holds makes the autoscaler ask for machines."""
+
+    gpus_per_worker: float | None = Field(None, ge=0)
+    """GPUs of one worker; when not given, 1 if the cluster has any, else 0."""
+
+    cpus_per_worker: float = Field(1.0, gt=0)
+    """CPUs of one worker, also its torch thread count (at least 1)."""
+
+    address: str | None = None
+    """Ray cluster to join; when not given, RAY_ADDRESS or a local one."""
+
+    object_store_memory: PositiveInt = 256 * 1024**2
+    """Bytes of a local cluster's object store (shared memory)."""
+
+    start_timeout: PositiveFloat = 900.0
+    """Seconds to wait for the first worker; with an autoscaler this includes renting and booting."""
+
+
+class SelectionSettings(Section):
+    auto: bool = False
+    """Pick and save a trial without asking (`--auto-select`)."""
+
+    max_kl: PositiveFloat = 0.1
+    """Auto-select takes the lowest behaviour rate among trials whose mean KL is at most this, in nats."""
+
+
+class OutputSettings(Section):
+    directory: Path = Path("runs")
+    """Run directories are made in here."""
+
+    max_shard_size: str = "5GB"
+    """Largest safetensors file of a saved model."""
+
+
+class Settings(Section):
+    """The whole tree. Build it with `settings_sources.load`, which knows the precedence."""
+
+    model: ModelSettings = ModelSettings()
+    behaviour: str = "refusal"
+    """A preset in `bruno_ray/presets/` by name, or the path of a .toml file like those. With prompts of your own for
+    both sides, any name for what they differ in."""
+
+    prompts: PromptSettings = PromptSettings()
+    residuals: ResidualSettings = ResidualSettings()
+    directions: DirectionSettings = DirectionSettings()
+    search: SearchSettings = SearchSettings()
+    scoring: ScoringSettings = ScoringSettings()
+    study: StudySettings = StudySettings()
+    ray: RaySettings = RaySettings()
+    selection: SelectionSettings = SelectionSettings()
+    output: OutputSettings = OutputSettings()
+
+    @model_validator(mode="after")
+    def _agree(self) -> "Settings":
+        position = max(self.directions.positions, default=0)
+        if position > self.residuals.answer_tokens:
+            raise ValueError(
+                f"directions.positions asks for answer token {position} but residuals.answer_tokens is"
+                f" {self.residuals.answer_tokens}; raise residuals.answer_tokens to {position}"
+            )
+        return self

@@ -1,0 +1,264 @@
+"""The owner of one model copy. It holds state and forwards; the arithmetic is elsewhere.
+
+``ModelWorker`` is a plain class: tests build it directly, the pool wraps it in an actor. Its methods take and return
+small picklable values, never live tensors on a device.
+"""
+
+import gc
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import numpy as np
+import psutil
+import torch
+
+from bruno_ray.ablation.edit import Edit
+from bruno_ray.ablation.live import ResolvedEdit
+from bruno_ray.errors import TrialError
+from bruno_ray.generation.engine import Engine
+from bruno_ray.model.architectures import CoverageRow, coverage
+from bruno_ray.model.batching import TokenBudget
+from bruno_ray.model.loading import load_model
+from bruno_ray.prompts.response_prefix import settle_response_prefix
+from bruno_ray.prompts.sets import Prompt, render, render_texts
+from bruno_ray.residuals.extraction import extract_residuals
+from bruno_ray.scoring import Round, Scorer, Scores, ScoringPrompts, make_scorers, score_edits
+from bruno_ray.settings import ModelSettings, ResidualSettings, ScoringSettings
+
+log = logging.getLogger(__name__)
+
+SAMPLES = 4
+"""Answers per trial that travel with its scores."""
+
+KEPT_CONTEXTS = 2
+"""Prepared contexts that are kept: a study's own, and the one its result is measured with."""
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the rest of a run needs to know about the model."""
+
+    n_layers: int
+    d_model: int
+    family: str
+    components: tuple[str, ...]
+    fingerprint: str
+    dtype: str
+    coverage: tuple[CoverageRow, ...]
+    n_parameters: int
+    device: str
+
+
+@dataclass(frozen=True)
+class EvaluationContext:
+    """All that trials of one study share. Sent to each machine once."""
+
+    key: str
+    """Names the context; the same key means the same content."""
+
+    bank: dict[str, np.ndarray]
+    """Direction sets, (n_layers + 1, rank, d_model) float32."""
+
+    target: tuple[Prompt, ...]
+    baseline: tuple[Prompt, ...]
+    response_prefix: str
+    scoring: ScoringSettings
+
+
+@dataclass(frozen=True)
+class TrialOutcome:
+    """What came of one edit: scores, or the reason why there are none."""
+
+    scores: Scores | None
+    error: str | None = None
+    seconds: float = 0.0
+    """This edit's share of the time its batch took."""
+
+    tokens: int = 0
+    """Its share of the tokens that were computed."""
+
+    samples: tuple[tuple[str, str], ...] = ()
+    """(user's message, answer) of the first target prompts."""
+
+
+@dataclass
+class _Prepared:
+    bank: dict[str, torch.Tensor]
+    prompts: ScoringPrompts
+    scorers: list[Scorer]
+    baseline: Scores = field(default_factory=lambda: Scores({}))
+
+
+class Folders(Protocol):
+    """`shipping.Folders`, without importing Ray."""
+
+    def local(self, name: str) -> str: ...
+
+
+class ModelWorker:
+    """Loads a model once and answers for it."""
+
+    def __init__(self, model: ModelSettings, threads: int = 1, folders: Folders | None = None):
+        """Raises ModelError when the model cannot be loaded. ``folders`` brings models from the driver's machine."""
+        torch.set_num_threads(max(1, threads))
+        self._folders = folders
+        self.loaded = load_model(self._here(model))
+        self.engine = Engine(self.loaded)
+        self._contexts: dict[str, _Prepared] = {}
+        self._residual_budgets: dict[int, TokenBudget] = {}
+
+    def _here(self, model: ModelSettings) -> ModelSettings:
+        return model if self._folders is None else model.model_copy(update={"id": self._folders.local(model.id)})
+
+    def describe(self) -> ModelInfo:
+        architecture = self.loaded.architecture
+        return ModelInfo(
+            n_layers=architecture.n_layers,
+            d_model=architecture.d_model,
+            family=architecture.family,
+            components=architecture.components,
+            fingerprint=self.loaded.fingerprint,
+            dtype=self.loaded.dtype,
+            coverage=tuple(coverage(self.loaded.model, architecture)),
+            n_parameters=sum(parameter.numel() for parameter in self.loaded.model.parameters()),
+            device=str(self.loaded.device),
+        )
+
+    def response_prefix(self, prompts: Sequence[Prompt], max_new_tokens: int = 60) -> str:
+        """What every answer of the unedited model begins with, a reasoning block closed. See ``thinking``."""
+
+        def answers(prefix: str) -> list[str]:
+            (responses,) = self.engine.generate(render(self.loaded.tokenizer, prompts, prefix), [None], max_new_tokens)
+            return [
+                self.loaded.tokenizer.decode(response.token_ids, skip_special_tokens=False) for response in responses
+            ]
+
+        return settle_response_prefix(answers, render_texts(self.loaded.tokenizer, prompts[:1])[0])
+
+    def residuals(self, prompts: Sequence[Prompt], response_prefix: str, settings: ResidualSettings) -> np.ndarray:
+        """(N, 1 + answer_tokens, n_layers + 1, d_model) float32."""
+        ids = render(self.loaded.tokenizer, prompts, response_prefix, settings.max_tokens)
+        # One budget for all shards: what the first has found out about memory serves the others.
+        budget = self._residual_budgets.setdefault(
+            settings.batch_tokens, TokenBudget.for_device(self.loaded.device, settings.batch_tokens)
+        )
+        return extract_residuals(self.loaded, ids, settings.answer_tokens, budget).numpy()
+
+    def baseline(self, context: EvaluationContext) -> Scores:
+        """The unedited model's own scores. Raises TrialError if they are not numbers."""
+        return self._prepare(context).baseline
+
+    def evaluate(self, context: EvaluationContext, edits: Sequence[Edit]) -> list[TrialOutcome]:
+        """Score all edits in one batch. An edit that breaks the model has an error and leaves the others alone."""
+        prepared = self._prepare(context)
+        start, tokens = time.perf_counter(), self.engine.tokens
+        resolved = self.engine.editor.resolve_all(edits, prepared.bank)
+        sound = [k for k, edit in enumerate(resolved) if _is_finite(edit)]
+        found: dict[int, Scores | TrialError] = {}
+        samples: dict[int, tuple[tuple[str, str], ...]] = {}
+        if sound:
+            round_, results = score_edits(
+                self.engine, prepared.scorers, prepared.prompts, context.scoring, [resolved[k] for k in sound]
+            )
+            found = dict(zip(sound, results))
+            samples = {k: _samples(round_, i) for i, k in enumerate(sound)}
+        seconds = (time.perf_counter() - start) / len(edits)
+        tokens = (self.engine.tokens - tokens) // len(edits)
+        outcomes = []
+        for k in range(len(edits)):
+            result = found.get(
+                k, TrialError("the edit's directions are not numbers: this trial fails, the study goes on")
+            )
+            failed = isinstance(result, TrialError)
+            outcomes.append(
+                TrialOutcome(
+                    scores=None if failed else result,
+                    error=str(result) if failed else None,
+                    seconds=seconds,
+                    tokens=tokens,
+                    samples=samples.get(k, ()),
+                )
+            )
+        return outcomes
+
+    def measure_other(self, context: EvaluationContext, model: ModelSettings) -> Scores:
+        """Scores of another model against this worker's own, which is dropped for it: only one is in memory at a time.
+
+        Afterwards this worker is of no further use. Scorers that ask the unedited model about the edited one's
+        answers are left out. Raises ModelError, or TrialError if the other model's scores are not numbers.
+        """
+        prepared = self._prepare(context)
+        scorers = [scorer for scorer in prepared.scorers if not scorer.needs_unedited]
+        self._contexts.clear()
+        self.engine.editor.close()
+        del self.engine, self.loaded
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        engine = Engine(load_model(self._here(model)))
+        engine.limit_row_tokens(context.scoring.row_tokens)
+        _, (scores,) = score_edits(engine, scorers, prepared.prompts, context.scoring, [None])
+        if isinstance(scores, TrialError):
+            raise scores
+        return scores
+
+    def answers(
+        self,
+        context: EvaluationContext,
+        prompts: Sequence[Prompt],
+        edits: Sequence[Edit | None],
+        max_new_tokens: int,
+    ) -> list[list[str]]:
+        """Whole greedy answers, [edit][prompt]. Only the bank and the response prefix of the context are used."""
+        bank = self._prepare(context).bank
+        resolved = self.engine.editor.resolve_all([edit for edit in edits if edit is not None], bank)
+        given = iter(resolved)
+        ids = render(self.loaded.tokenizer, prompts, context.response_prefix)
+        rows = self.engine.generate(ids, [None if edit is None else next(given) for edit in edits], max_new_tokens)
+        return [[response.text for response in responses] for responses in rows]
+
+    def memory(self) -> dict[str, int]:
+        """Bytes: resident memory of this process, and what torch holds on GPUs."""
+        gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+        return {
+            "memory": psutil.Process().memory_info().rss,
+            "gpu_memory": sum(torch.cuda.memory_reserved(gpu) for gpu in gpus),
+        }
+
+    def _prepare(self, context: EvaluationContext) -> _Prepared:
+        """Everything that is done once per context, the unedited model's scores included."""
+        if context.key in self._contexts:
+            return self._contexts[context.key]
+        while len(self._contexts) >= KEPT_CONTEXTS:
+            del self._contexts[next(iter(self._contexts))]
+        self.engine.limit_row_tokens(context.scoring.row_tokens)
+        prepared = _Prepared(
+            bank={name: torch.from_numpy(np.array(directions)) for name, directions in context.bank.items()},
+            prompts=ScoringPrompts.rendered(self.engine, context.target, context.baseline, context.response_prefix),
+            scorers=make_scorers(context.scoring),
+        )
+        unedited = Round(self.engine, prepared.prompts, context.scoring)
+        for scorer in prepared.scorers:
+            scorer.prepare(unedited)
+        _, (scores,) = score_edits(self.engine, prepared.scorers, prepared.prompts, context.scoring, [None])
+        if isinstance(scores, TrialError):
+            raise TrialError("the unedited model's logits are not numbers: load it in another dtype (model.dtypes)")
+        prepared.baseline = scores
+        self._contexts[context.key] = prepared
+        return prepared
+
+
+def _is_finite(edit: ResolvedEdit) -> bool:
+    tensors = (t for factors in edit.factors if factors for t in (factors.left, factors.right, factors.scale))
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor is not None)
+
+
+def _samples(round_: Round, k: int) -> tuple[tuple[str, str], ...]:
+    """Only if a scorer has asked for answers: they are not made for show."""
+    if not round_.has_answers:
+        return ()
+    pairs = zip(round_.prompts.target[:SAMPLES], round_.target_answers[k])
+    return tuple((prompt.user, answer.text) for prompt, answer in pairs)

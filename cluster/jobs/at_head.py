@@ -1,0 +1,146 @@
+"""What the user's machine asks the head: `python -m cluster.jobs.at_head COMMAND`.
+
+Commands are list, manifest RUN and progress [RUN].
+
+Prints one JSON value. Runs are the folders below ~/runs, where jobs of `bruno-ray cluster submit` write.
+"""
+
+import argparse
+import fcntl
+import hashlib
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from bruno_ray.errors import BrunoError, OutputError
+from bruno_ray.runs.directory import RunDirectory, write_json
+
+RUNS = Path("~/runs").expanduser()
+KNOWN_SUMS = Path("~/.bruno-ray/checksums.json").expanduser()
+"""Checksums of files that have not changed since, so that a model is read once and not at every question."""
+
+HASH_CHUNK = 4 * 1024**2
+PASSING = (".lock", ".driver.lock")
+"""Names that mean something only on the machine where the run is."""
+
+
+def runs() -> list[RunDirectory]:
+    return [RunDirectory(file.parent) for file in sorted(RUNS.glob("*/run.json"))]
+
+
+def is_running(run: RunDirectory) -> bool:
+    """Whether a living driver holds the study."""
+    try:
+        with open(run.path / ".driver.lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except FileNotFoundError:
+        return False
+    except BlockingIOError:
+        return True
+    return False
+
+
+def files_of(run: RunDirectory) -> dict[str, Path]:
+    """By relative name; neither locks nor files and folders that are being written."""
+    found = {}
+    for folder, folders, names in os.walk(run.path):
+        folders[:] = sorted(name for name in folders if ".partial-" not in name)
+        for name in sorted(names):
+            if ".partial-" not in name and not name.endswith(PASSING):
+                path = Path(folder) / name
+                found[path.relative_to(run.path).as_posix()] = path
+    return found
+
+
+def manifest(run: RunDirectory) -> dict[str, dict[str, Any]]:
+    """Size in bytes and SHA-256 of every file."""
+    try:
+        known = json.loads(KNOWN_SUMS.read_text())
+    except (OSError, ValueError):
+        known = {}
+    rows, seen = {}, {}
+    for name, path in files_of(run).items():
+        stat = path.stat()
+        mark = f"{path}:{stat.st_size}:{stat.st_mtime_ns}"
+        seen[mark] = known.get(mark) or sha256(path, stat.st_size)
+        rows[name] = {"size": stat.st_size, "sha256": seen[mark]}
+    KNOWN_SUMS.parent.mkdir(parents=True, exist_ok=True)
+    write_json(KNOWN_SUMS, {mark: total for mark, total in known.items() if not mark.startswith(f"{run.path}/")} | seen)
+    return rows
+
+
+def sha256(path: Path, size: int) -> str:
+    """Of the first ``size`` bytes: a study's journal may grow meanwhile."""
+    digest, left = hashlib.sha256(), size
+    with path.open("rb") as file:
+        while left and (chunk := file.read(min(HASH_CHUNK, left))):
+            digest.update(chunk)
+            left -= len(chunk)
+    return digest.hexdigest()
+
+
+def summary(run: RunDirectory) -> dict[str, Any]:
+    """One run in a line."""
+    record = run.read()
+    elsewhere = record.selected and record.selected.saved_path
+    return {
+        "name": run.name,
+        "running": is_running(run),
+        "complete": record.n_trials.get("COMPLETE", 0),
+        "selected": record.selected.number if record.selected else None,
+        "models": sorted(path.parent.name for path in run.path.glob("*/bruno.json")),
+        "elsewhere": elsewhere if elsewhere and not Path(elsewhere).is_relative_to(run.path) else None,
+        "bytes": sum(path.stat().st_size for path in files_of(run).values()),
+    }
+
+
+def progress(run: RunDirectory) -> dict[str, Any]:
+    """The study's trials by state, and its Pareto front with raw counts."""
+    from bruno_ray.study.selection import load_trials, pareto_front
+    from bruno_ray.study.storage import load_study
+
+    record = run.read()
+    settings = record.settings
+    study = load_study(settings.study.storage, run.path, settings.study.name or run.name)
+    trials = load_trials(study)
+    states = [trial.state for trial in trials]
+    front = pareto_front(trials, settings.scoring.objectives)
+    unedited = record.baseline.get("validation")
+    return {
+        "name": run.name,
+        "running": is_running(run),
+        "target": settings.study.n_trials,
+        "states": {state: states.count(state) for state in dict.fromkeys(states)},
+        "objectives": list(settings.scoring.objectives),
+        "unedited": unedited.counts if unedited else {},
+        "front": [asdict(trial) | {"samples": (), "params": {}} for trial in front],
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("question", choices=["list", "manifest", "progress"])
+    parser.add_argument("run", nargs="?")
+    options = parser.parse_args()
+    try:
+        if options.question == "list":
+            answer: Any = [summary(run) for run in runs()]
+        elif options.question == "manifest":
+            answer = manifest(RunDirectory.find(options.run, RUNS))
+        else:
+            named = [RunDirectory.find(options.run, RUNS)] if options.run else runs()
+            if not named:
+                raise OutputError("there are no runs on the head yet: `bruno-ray cluster submit` starts one")
+            answer = progress(max(named, key=lambda run: (is_running(run), run.run_file.stat().st_mtime)))
+    except BrunoError as error:
+        sys.stderr.write(f"{error}\n")
+        return 2
+    sys.stdout.write(json.dumps(answer) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,56 @@
+"""What the cluster costs, from the API's data and the ledger's memory of what is gone."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from cluster.renting.tags import ClusterNode
+
+
+@dataclass(frozen=True)
+class NodeCost:
+    """One machine; dollars."""
+
+    node_id: str
+    index: int
+    gpu_name: str
+    num_gpus: int
+    per_hour: float
+    so_far: float
+
+
+@dataclass(frozen=True)
+class ClusterCost:
+    """Dollars. `so_far` is an upper bound: a machine that has not started is billed for its disk only."""
+
+    nodes: tuple[NodeCost, ...]
+    """What is billed now, by index."""
+
+    gone: float
+    """For machines that are no longer billed."""
+
+    @property
+    def per_hour(self) -> float:
+        return sum(node.per_hour for node in self.nodes)
+
+    @property
+    def so_far(self) -> float:
+        return self.gone + sum(node.so_far for node in self.nodes)
+
+
+def cluster_cost(nodes: Iterable[ClusterNode], now: float, gone: float) -> ClusterCost:
+    """The cost of `nodes` at Unix time `now`, and of what is gone."""
+    costs = []
+    for node in sorted(nodes, key=lambda node: (node.label.index, node.id)):
+        instance = node.instance
+        hours = max(now - (instance.start_date or now), 0.0) / 3600
+        costs.append(
+            NodeCost(
+                node.id,
+                node.label.index,
+                instance.gpu_name,
+                instance.num_gpus or 0,
+                instance.dph_total,
+                instance.dph_total * hours,
+            )
+        )
+    return ClusterCost(tuple(costs), gone)

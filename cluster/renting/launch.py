@@ -1,0 +1,180 @@
+"""Renting one machine: search, judge, stay within the budget, create, and leave nothing behind that was not wanted."""
+
+import logging
+import uuid
+from dataclasses import dataclass
+
+from cluster.clock import Clock
+from cluster.errors import NodeError, NoOfferError
+from cluster.network.keys import authorize_command
+from cluster.renting.budget import price_room, too_dear
+from cluster.renting.cost import ClusterCost
+from cluster.renting.ledger import Ledger
+from cluster.renting.listing import NodeList
+from cluster.renting.tags import ClusterNode, Label, creation_env, node_of
+from cluster.settings import BudgetSettings, NodeSettings
+from cluster.vast.client import VastClient
+from cluster.vast.disk import ModelSize, disk_for
+from cluster.vast.errors import CreateFailedError, CreateUncertainError, OfferTakenError, VastError
+from cluster.vast.models import CreateRequest, Instance
+from cluster.vast.offers import RankedOffer, Ranking, rank, search_query
+
+logger = logging.getLogger(__name__)
+
+OFFERS_TRIED = 6
+"""Offers are taken by others between search and creation; after so many the market is too busy to go on."""
+
+SETTLE_S = 15.0
+"""How long a creation without an answer is looked for in the list, before it is given up and doomed."""
+
+SETTLE_PAUSE_S = 3.0
+INTENT_S = 180.0
+"""How long a creation counts that the list does not show; longer than the list is ever behind."""
+
+CREATE_DEADLINE_S = 20.0
+ATTACH_DEADLINE_S = 8.0
+
+
+@dataclass(frozen=True)
+class LaunchOrder:
+    """What to rent, and who it will be."""
+
+    node: NodeSettings
+    label: Label
+    tags: dict[str, str]
+    public_key: str
+
+
+class Launcher:
+    """Rents machines one after the other; the caller holds a lock so that two launches do not share a budget."""
+
+    def __init__(
+        self, client: VastClient, nodes: NodeList, ledger: Ledger, clock: Clock, budget: BudgetSettings
+    ) -> None:
+        self._client = client
+        self._nodes = nodes
+        self._ledger = ledger
+        self._clock = clock
+        self._budget = budget
+
+    def launch(self, order: LaunchOrder, cost: ClusterCost) -> ClusterNode:
+        """Rent the best machine that the budget allows; it is in the node list when this returns.
+
+        Raises `NoOfferError`, `BudgetError`, `NodeError` or `VastError`. Whatever was created on the way there is
+        destroyed or doomed.
+        """
+        reserved = self._reserved()
+        room = price_room(self._budget, cost, reserved)
+        for ranked in self._affordable(order.node, cost, reserved, room)[:OFFERS_TRIED]:
+            try:
+                return self._rent(ranked, order)
+            except OfferTakenError as error:
+                logger.info("offer %d is gone: %s", ranked.offer.id, error)
+        raise NoOfferError(f"the {OFFERS_TRIED} best offers were taken by others; Ray tries again")
+
+    def _affordable(self, node: NodeSettings, cost: ClusterCost, reserved: float, room: float) -> list[RankedOffer]:
+        best = ranked_offers(self._client, node, self._ledger.avoided()).best()
+        affordable = [ranked for ranked in best if ranked.price_per_hour <= room]
+        if not affordable:
+            cheapest = min(ranked.price_per_hour for ranked in best)
+            raise too_dear(self._budget, cost, reserved, cheapest)
+        return affordable
+
+    def _reserved(self) -> float:
+        """Dollars per hour of what may exist beside the known nodes."""
+        known = [node.launch for node in self._nodes.nodes().values()]
+        return self._ledger.intended_price(known) + self._nodes.unconfirmed_price()
+
+    def _rent(self, ranked: RankedOffer, order: LaunchOrder) -> ClusterNode:
+        launch = uuid.uuid4().hex[:12]
+        request = CreateRequest(
+            image=order.node.image,
+            disk=_disk(order.node),
+            label=order.label.text(with_hashes=False),
+            env=creation_env(order.label.index, order.tags, launch),
+            onstart="\n".join(filter(None, [authorize_command(order.public_key), order.node.onstart])),
+            price=ranked.bid,
+        )
+        self._ledger.intend(launch, ranked.price_per_hour, order.label.index, INTENT_S)
+        try:
+            contract = self._client.create_instance(ranked.offer.id, request, CREATE_DEADLINE_S)
+        except CreateFailedError as error:
+            if self._nodes.doom(str(error.contract_id), ranked.price_per_hour):
+                self._ledger.refused(launch)
+                raise OfferTakenError(str(error)) from error
+            # Another attempt now could leave a second contract behind.
+            raise NodeError(f"contract {error.contract_id} failed ({error}) and cannot be destroyed yet") from error
+        except CreateUncertainError as error:
+            found = self._find(launch)
+            if found is None:
+                self._nodes.doubt(launch)
+                raise NodeError(f"{error}; if a machine was rented it will be destroyed when it is listed") from error
+            return found
+        except VastError:
+            self._ledger.refused(launch)
+            raise
+        node = self._known_from_now_on(contract, ranked, request, order)
+        self._attach_key(contract, order.public_key)
+        logger.info(
+            "rented instance %d for node %d: %d x %s at %.3f dollars per hour in %s",
+            contract,
+            order.label.index,
+            ranked.offer.num_gpus,
+            ranked.offer.gpu_name or "no GPU",
+            ranked.price_per_hour,
+            ranked.offer.geolocation or "an unknown place",
+        )
+        return node
+
+    def _known_from_now_on(
+        self, contract: int, ranked: RankedOffer, request: CreateRequest, order: LaunchOrder
+    ) -> ClusterNode:
+        instance = Instance(
+            id=contract,
+            machine_id=ranked.offer.machine_id,
+            label=request.label,
+            extra_env=request.env,
+            dph_total=ranked.price_per_hour,
+            start_date=self._clock.time(),
+            gpu_name=ranked.offer.gpu_name,
+            num_gpus=ranked.offer.num_gpus,
+        )
+        node = node_of(instance, order.label.cluster)
+        assert node is not None, "a label of ours is read back"
+        self._nodes.created(node)
+        return node
+
+    def _attach_key(self, contract: int, key: str) -> None:
+        """`onstart` lets the key in as well, so that a machine is not lost over a failure here."""
+        try:
+            self._client.attach_ssh_key(contract, key, ATTACH_DEADLINE_S)
+        except VastError as error:
+            logger.warning("the ssh key could not be attached to instance %d: %s", contract, error)
+
+    def _find(self, launch: str) -> ClusterNode | None:
+        """The node of a creation whose answer was lost, if the list shows it soon."""
+        deadline = self._clock.time() + SETTLE_S
+        while True:
+            try:
+                listed = self._nodes.nodes(force=True).values()
+            except VastError as error:
+                logger.warning("whether the creation happened could not be asked: %s", error)
+                listed = []
+            for node in listed:
+                if node.launch == launch:
+                    return node
+            if self._clock.time() + SETTLE_PAUSE_S > deadline:
+                return None
+            self._clock.sleep(SETTLE_PAUSE_S)
+
+
+def ranked_offers(client: VastClient, node: NodeSettings, avoided: frozenset[int]) -> Ranking:
+    """What the market offers for a node, best first, with what was rejected and why. Raises `VastError`."""
+    disk = _disk(node)
+    offers = client.search_offers(search_query(node.requirements, disk))
+    return rank(offers, node.requirements, disk, avoided=avoided, model_gb=node.model_size_gb or 0.0)
+
+
+def _disk(node: NodeSettings) -> float:
+    size = None if node.model_size_gb is None else ModelSize.of_gb(node.model_size_gb)
+    return node.disk_gb or disk_for(size)

@@ -1,0 +1,160 @@
+"""What a machine of the cluster remembers in a file: costs, creations begun, machines to avoid, indices at rest.
+
+The truth about what exists is the API. This file only adds what the API forgets: what destroyed contracts have cost,
+and what went wrong lately. Losing it costs comfort, not money: the head writes the cost of what is gone into its label
+as well. Costs are upper bounds, since Vast.ai bills a machine that has not started for its disk only.
+"""
+
+import json
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from filelock import FileLock
+
+from cluster.clock import Clock
+from cluster.renting.tags import ClusterNode
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Contract:
+    """One rented machine's cost; times in Unix seconds, price in dollars per hour."""
+
+    price: float
+    begin: float
+    ended: float | None = None
+
+    def cost(self, now: float) -> float:
+        return self.price * max((now if self.ended is None else self.ended) - self.begin, 0.0) / 3600
+
+
+@dataclass
+class Intent:
+    """A creation that was begun: until the list shows it or it is refused, it may be a machine that costs money."""
+
+    price: float
+    index: int
+    until: float
+    """When it is forgotten, Unix seconds."""
+
+
+@dataclass
+class Entries:
+    contracts: dict[str, Contract] = field(default_factory=dict)
+    avoided: dict[str, float] = field(default_factory=dict)
+    """Machine id to the time until which it is not rented."""
+    intents: dict[str, Intent] = field(default_factory=dict)
+    """By mark of the launch; they outlive a process that dies while it creates."""
+    resting: dict[str, float] = field(default_factory=dict)
+    """Node index to the time until which it is not given away."""
+
+
+class Ledger:
+    """Safe for several threads and processes: every change reads, changes and replaces the file under a lock."""
+
+    def __init__(self, folder: Path, clock: Clock) -> None:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._file = folder / "ledger.json"
+        self._lock = FileLock(folder / "ledger.lock")
+        self._clock = clock
+
+    def observe(
+        self, nodes: Iterable[ClusterNode], settled: Iterable[str] = (), unaccounted: Iterable[str] = ()
+    ) -> None:
+        """Note everything that exists now; contracts that are not among it have ended.
+
+        `settled` are marks of creations begun whose instances the API lists by now, or that are gone again;
+        `unaccounted` are contracts of which it could not be learned whether they exist.
+        """
+        now, unknown = self._clock.time(), set(unaccounted)
+        with self._changed() as entries:
+            existing = {node.id: node.instance for node in nodes}
+            for contract_id, instance in existing.items():
+                contract = entries.contracts.setdefault(
+                    contract_id, Contract(instance.dph_total, min(instance.start_date or now, now))
+                )
+                contract.price, contract.ended = max(contract.price, instance.dph_total), None
+            for contract_id, contract in entries.contracts.items():
+                if contract_id not in existing and contract_id not in unknown and contract.ended is None:
+                    contract.ended = now
+            for times in (entries.avoided, entries.resting):
+                for name in [name for name, until in times.items() if until <= now]:
+                    del times[name]
+            over = {launch for launch, intent in entries.intents.items() if intent.until <= now}
+            for launch in over.union(settled) & entries.intents.keys():
+                del entries.intents[launch]
+
+    def open_contracts(self) -> set[str]:
+        """Contracts that existed when this machine last looked."""
+        return {name for name, contract in self._read().contracts.items() if contract.ended is None}
+
+    def ended_cost(self) -> float:
+        """Dollars for contracts that are gone."""
+        return sum(contract.cost(0.0) for contract in self._read().contracts.values() if contract.ended is not None)
+
+    def avoid(self, machine_id: int, seconds: float) -> None:
+        with self._changed() as entries:
+            entries.avoided[str(machine_id)] = self._clock.time() + seconds
+
+    def avoided(self) -> frozenset[int]:
+        now = self._clock.time()
+        return frozenset(int(machine) for machine, until in self._read().avoided.items() if until > now)
+
+    def rest(self, indices: Iterable[int], seconds: float) -> None:
+        with self._changed() as entries:
+            entries.resting.update({str(index): self._clock.time() + seconds for index in indices})
+
+    def unavailable_indices(self) -> frozenset[int]:
+        """Indices at rest, and those of creations begun."""
+        now, entries = self._clock.time(), self._read()
+        resting = {int(index) for index, until in entries.resting.items() if until > now}
+        return frozenset(resting | {intent.index for intent in entries.intents.values() if intent.until > now})
+
+    def intend(self, launch: str, price: float, index: int, seconds: float) -> None:
+        with self._changed() as entries:
+            entries.intents[launch] = Intent(price, index, self._clock.time() + seconds)
+
+    def refused(self, launch: str) -> None:
+        """Nothing came of a creation begun."""
+        with self._changed() as entries:
+            entries.intents.pop(launch, None)
+
+    def intended_price(self, known: Iterable[str]) -> float:
+        """Dollars per hour of creations begun, without those whose marks are `known`."""
+        now, counted = self._clock.time(), set(known)
+        return sum(
+            intent.price
+            for launch, intent in self._read().intents.items()
+            if launch not in counted and intent.until > now
+        )
+
+    def begin_anew(self) -> None:
+        """Forget the costs: the cluster was taken down on purpose and its account is closed."""
+        with self._changed() as entries:
+            entries.contracts.clear()
+            entries.intents.clear()
+
+    @contextmanager
+    def _changed(self) -> Iterator[Entries]:
+        with self._lock:
+            entries = self._read()
+            yield entries
+            fresh = self._file.with_suffix(".new")
+            fresh.write_text(json.dumps(asdict(entries), indent=1))
+            fresh.replace(self._file)
+
+    def _read(self) -> Entries:
+        try:
+            content = json.loads(self._file.read_text())
+            contracts = {name: Contract(**values) for name, values in content["contracts"].items()}
+            intents = {name: Intent(**values) for name, values in content["intents"].items()}
+            return Entries(contracts, content["avoided"], intents, content["resting"])
+        except FileNotFoundError:
+            return Entries()
+        except (ValueError, KeyError, TypeError) as error:
+            logger.warning("%s cannot be read (%s) and is begun anew", self._file, error)
+            return Entries()

@@ -1,0 +1,210 @@
+"""The nodes of the cluster with Ray's tags, and what each change of them asks for.
+
+Notes what is gone in the ledger, brings labels up to date, gives back a head that was rented twice, and, on the head,
+has the caretaker look after the workers.
+"""
+
+import logging
+import threading
+from dataclasses import replace
+
+from ray.autoscaler.tags import STATUS_UNINITIALIZED, TAG_RAY_NODE_STATUS
+
+from cluster.clock import Clock
+from cluster.errors import NodeError
+from cluster.network.addresses import max_nodes
+from cluster.renting.caretaker import Caretaker
+from cluster.renting.ledger import Ledger
+from cluster.renting.listing import NodeList
+from cluster.renting.tags import HASH_TAGS, LASTING_STATUSES, ClusterNode, Label
+from cluster.settings import ClusterSettings
+from cluster.vast.client import VastClient
+from cluster.vast.errors import VastError, VastRefusedError
+from cluster.vast.models import State
+
+logger = logging.getLogger(__name__)
+
+LABEL_DEADLINE_S = 6.0
+SPENT_STEP = 0.05
+"""Dollars by which the head's account may differ from its label."""
+
+
+class NodeRegistry:
+    """One per process that does more than read. Thread-safe."""
+
+    def __init__(
+        self, client: VastClient, nodes: NodeList, ledger: Ledger, settings: ClusterSettings, clock: Clock
+    ) -> None:
+        self.own_head: str | None = None
+        """The head that this process rented."""
+        self._client = client
+        self._nodes = nodes
+        nodes.expect(ledger.open_contracts())
+        self._ledger = ledger
+        self._settings = settings
+        self._clock = clock
+        self._caretaker = Caretaker(settings, ledger)
+        self._lock = threading.RLock()
+        self._tending = threading.Lock()
+        self._tended_version = -1
+        self._tags: dict[str, dict[str, str]] = {}
+        """What this process set, on top of what the instances say."""
+        self._unwritten: set[str] = set()
+        """Nodes whose label does not yet say what we set."""
+        self._before: dict[str, ClusterNode] = {}
+        """The nodes at the last look, to notice which are gone."""
+        self._former: dict[str, ClusterNode] = {}
+        """What was known of nodes that are gone; a few hundred bytes each."""
+        self._noted: tuple[dict[str, float], set[str], list[str]] | None = None
+        """What the ledger was last told."""
+        self._ended_cost = 0.0
+
+    def current(self, *, force: bool = False) -> dict[str, ClusterNode]:
+        nodes = self._nodes.nodes(force=force)
+        if self._nodes.version != self._tended_version and self._tending.acquire(blocking=False):
+            try:
+                self._tended_version = self._nodes.version
+                self._tend(self._nodes.nodes())  # as new as the version, and as what another thread last tended
+            finally:
+                self._tending.release()
+            nodes = self._nodes.nodes()
+        return nodes
+
+    def _tend(self, nodes: dict[str, ClusterNode]) -> None:
+        """What each change of the nodes asks for."""
+        with self._lock:
+            gone = {name: node for name, node in self._before.items() if name not in nodes}
+            self._before = nodes
+            for name, node in gone.items():
+                self._former[name] = replace(node, label=node.labelled(self.tags_of(node), 0.0))
+                self._tags.pop(name, None)
+            self._unwritten -= gone.keys()
+            unwritten = self._unwritten & nodes.keys()
+        prices = {node.id: node.instance.dph_total for node in nodes.values()}
+        launches, unaccounted = self._nodes.listed_launches(), self._nodes.unaccounted()
+        if (noted := (prices, launches, unaccounted)) != self._noted:
+            self._ledger.observe(nodes.values(), launches | {node.launch for node in gone.values()}, unaccounted)
+            self._noted, self._ended_cost = noted, self._ledger.ended_cost()
+        if gone:
+            self._ledger.rest({node.label.index for node in gone.values()} - {0}, self._settings.index_rest_s)
+        self._give_way(nodes)
+        for name in unwritten:
+            self._write_label(nodes[name])
+        if self._settings.role == "head":
+            self._look_after(nodes)
+        else:
+            self._look_at_heads([node for node in nodes.values() if node.is_head])
+
+    def _give_way(self, nodes: dict[str, ClusterNode]) -> None:
+        """Of two heads that were rented at the same time the older one stays."""
+        heads = [name for name, node in nodes.items() if node.is_head]
+        if self.own_head in heads and heads[0] != self.own_head:
+            own, self.own_head = self.own_head, None
+            self._nodes.doom(own, nodes[own].instance.dph_total)
+            raise NodeError(
+                f"another `ray up` rented head {heads[0]} at the same time and keeps it, ours was given back"
+            )
+
+    def _look_at_heads(self, heads: list[ClusterNode]) -> None:
+        """A head that never booted holds nothing and goes; one that is stopped may hold a study and stays."""
+        for extra in heads[1:]:
+            if extra.label.status == STATUS_UNINITIALIZED:
+                logger.error("head %s was rented beside head %s and is destroyed", extra.id, heads[0].id)
+                self._nodes.doom(extra.id, extra.instance.dph_total)
+        for head in heads[:1]:
+            state, age = head.instance.state, self._clock.time() - head.instance.start_date
+            if (
+                state is State.BOOTING
+                and head.label.status == STATUS_UNINITIALIZED
+                and age > self._settings.boot_timeout_s
+            ):
+                logger.error("head %s has not booted within %.0f s and is destroyed; run `ray up` again", head.id, age)
+                self._ledger.avoid(head.instance.machine_id, self._settings.avoid_machine_s)
+                self._nodes.doom(head.id, head.instance.dph_total)
+            elif state is State.STOPPED:
+                logger.error(
+                    "head %s is stopped; start it in Vast.ai's console, or destroy it with `ray down`", head.id
+                )
+
+    def _look_after(self, nodes: dict[str, ClusterNode]) -> None:
+        workers = [
+            (node, self.tags_of(node).get(TAG_RAY_NODE_STATUS, "")) for node in nodes.values() if not node.is_head
+        ]
+        for node, reason in self._caretaker.unfit(workers, self._clock.time()):
+            logger.warning("destroying instance %s: %s", node.id, reason)
+            self._nodes.doom(node.id, node.instance.dph_total)
+        for node in nodes.values():
+            if node.is_head and self._ended_cost > node.label.spent + SPENT_STEP:
+                self._write_label(node)
+
+    def check_launch(self, is_head: bool) -> None:
+        """Raises `NodeError` where another node would be one too many, or what exists is not known for sure."""
+        has_head = any(node.is_head for node in self.current(force=is_head).values())
+        if is_head and has_head:
+            raise NodeError("the cluster has a head already, which another `ray up` has just rented; run it again")
+        if is_head and 0 in self._ledger.unavailable_indices():
+            raise NodeError("another `ray up` has just rented a head that is not listed yet; try again in 3 minutes")
+        if unaccounted := self._nodes.unaccounted():
+            raise NodeError(
+                f"an earlier process rented {', '.join(unaccounted)}, which the API does not list (yet) and could not"
+                " be asked for: what the machines cost together is not known; try again"
+            )
+        if self._settings.role == "head" and not has_head:
+            raise NodeError(
+                "the API does not list this head itself (yet), so its list is not to be relied on; try again"
+            )
+
+    def free_index(self) -> int:
+        """An index that no node has or had lately. Raises `NodeError` when all are taken."""
+        taken = {node.label.index for node in self.current().values()} | self._ledger.unavailable_indices()
+        limit = max_nodes(self._settings.max_cpus)
+        for index in range(1, limit):
+            if index not in taken:
+                return index
+        raise NodeError(f"all {limit} addresses are taken or rested a while; lower max_workers or provider.max_cpus")
+
+    def known(self, node_id: str) -> ClusterNode:
+        """The node, or what it was when it was last seen. Raises `NodeError` for one that was never ours."""
+        node = self.current().get(node_id) or self._former.get(node_id)
+        if node is None:
+            raise NodeError(f"instance {node_id} is not known in this cluster")
+        return node
+
+    def tags_of(self, node: ClusterNode) -> dict[str, str]:
+        with self._lock:
+            return {**node.tags, **self._tags.get(node.id, {})}
+
+    def set_tags(self, node_id: str, tags: dict[str, str]) -> None:
+        """Remember tags; what lasts is written on the instance, now or with one of the next listings."""
+        lasting = tags.get(TAG_RAY_NODE_STATUS) in LASTING_STATUSES or any(tag in tags for tag in HASH_TAGS)
+        with self._lock:
+            self._tags.setdefault(node_id, {}).update(tags)
+            if lasting:
+                self._unwritten.add(node_id)
+        node = self.current().get(node_id)
+        if node is not None and node_id in self._unwritten:
+            self._write_label(node)
+
+    def terminate(self, node: ClusterNode) -> bool:
+        """Destroy a node that Ray gives back; False where that has to be tried again."""
+        self._caretaker.terminated(node, self.tags_of(node).get(TAG_RAY_NODE_STATUS, ""))
+        return self._nodes.doom(node.id, node.instance.dph_total)
+
+    def _write_label(self, node: ClusterNode) -> None:
+        """Bring the label up to date. A failure is tried again with the next listing."""
+        label = node.labelled(self.tags_of(node), max(node.label.spent, self._ledger.ended_cost()))
+        try:
+            self._set_label(node.instance.id, label)
+        except VastError as error:
+            logger.warning("the label of instance %s could not be set yet: %s", node.id, error)
+        else:
+            with self._lock:
+                self._unwritten.discard(node.id)
+
+    def _set_label(self, instance_id: int, label: Label) -> None:
+        try:
+            self._client.set_label(instance_id, label.text(), LABEL_DEADLINE_S)
+        except VastRefusedError:
+            if not any(label.hashes):
+                raise
+            self._client.set_label(instance_id, label.text(with_hashes=False), LABEL_DEADLINE_S)

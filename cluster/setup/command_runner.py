@@ -1,0 +1,94 @@
+"""Ray's ssh command runner for machines whose sshd has a port of its own and, failing that, a proxy."""
+
+import logging
+import shlex
+import socket
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from ray.autoscaler._private.command_runner import SSHCommandRunner
+
+from cluster.errors import NodeError
+from cluster.network.keys import KNOWN_HOSTS_NAME, host_key_alias
+from cluster.network.ssh_master import Endpoint
+
+if TYPE_CHECKING:
+    from cluster.node_provider import VastNodeProvider
+
+logger = logging.getLogger(__name__)
+
+PROBE_S = 4.0
+"""How long an sshd may take to greet."""
+
+
+class VastCommandRunner(SSHCommandRunner):
+    """Runs commands and rsync on one node. Every command finds out on which node it runs from
+
+    CLUSTER_NAME, CLUSTER_NODE_INDEX, CLUSTER_NODE_ADDRESS (the loopback alias) and CLUSTER_MAX_CPUS.
+    """
+
+    provider: "VastNodeProvider"
+
+    def __init__(
+        self,
+        log_prefix: str,
+        node_id: str,
+        provider: "VastNodeProvider",
+        auth_config: dict[str, Any],
+        cluster_name: str,
+        process_runner: ModuleType,
+        use_internal_ip: bool,
+    ) -> None:
+        super().__init__(log_prefix, node_id, provider, auth_config, cluster_name, process_runner, use_internal_ip)
+        self.ssh_options.arg_dict.update(
+            StrictHostKeyChecking="accept-new",
+            UserKnownHostsFile=str(provider.folder / KNOWN_HOSTS_NAME),
+            GlobalKnownHostsFile="/dev/null",
+            HostKeyAlias=host_key_alias(node_id),
+            LogLevel="ERROR",
+        )
+
+    def _get_node_ip(self) -> str | None:
+        """The first endpoint whose sshd greets; None while none does, and Ray asks again for a quarter of an hour.
+
+        Raises `NodeError` for a machine that is stopped, so that `ray down` does not wait for it.
+        """
+        if self.provider.is_stopped(self.node_id):
+            raise NodeError(f"instance {self.node_id} is stopped; start it in Vast.ai's console or destroy it")
+        for endpoint in self.provider.ssh_endpoints(self.node_id):
+            if greets(endpoint):
+                self.ssh_options.arg_dict["Port"] = endpoint.port
+                return endpoint.host
+        return None
+
+    def run(self, cmd: str | None = None, *args: Any, **options: Any) -> str:
+        # Ray repeats the key here to have options of its own, which would lack port and known hosts.
+        options.pop("ssh_options_override_ssh_key", None)
+        return super().run(self._with_identity(cmd) if cmd else cmd, *args, **options)
+
+    def remote_shell_command_str(self) -> str:
+        target = self._get_ssh_target()
+        words = ["ssh", *self.ssh_options.to_ssh_options_list(timeout=60), f"{self.ssh_user}@{target}"]
+        return shlex.join(words) + "\n"
+
+    def _with_identity(self, command: str) -> str:
+        address = self.provider.address(self.node_id)
+        variables = {
+            "CLUSTER_NAME": self.cluster_name,
+            "CLUSTER_NODE_INDEX": address.index,
+            "CLUSTER_NODE_ADDRESS": address.alias,
+            "CLUSTER_MAX_CPUS": address.max_cpus,
+        }
+        exports = " ".join(f"{name}={shlex.quote(str(value))}" for name, value in variables.items())
+        return f"export {exports}; {command}"
+
+
+def greets(endpoint: Endpoint, timeout_s: float = PROBE_S) -> bool:
+    """Whether an sshd answers there. Vast.ai's proxy accepts connections before the machine behind it does."""
+    try:
+        with socket.create_connection((endpoint.host, endpoint.port), timeout_s) as connection:
+            connection.settimeout(timeout_s)
+            return connection.recv(4) == b"SSH-"
+    except OSError as error:
+        logger.debug("no sshd at %s: %s", endpoint, error)
+        return False
