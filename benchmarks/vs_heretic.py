@@ -32,7 +32,7 @@ import optuna
 from results import write_section
 
 from bruno_ray import organism
-from bruno_ray.cache import cache_folder
+from bruno_ray.files import cache_folder
 from bruno_ray.pipeline.finishing import study_of, trials_of
 from bruno_ray.runs.directory import RunDirectory
 

@@ -10,15 +10,8 @@ import pytest
 import torch
 
 from bruno_ray.errors import OutputError
-from bruno_ray.runs.directory import (
-    RunDirectory,
-    RunRecord,
-    ScoresRecord,
-    atomic_directory,
-    installed_versions,
-    require_free_space,
-    write_json,
-)
+from bruno_ray.files import atomic_directory, require_free_space, write_json
+from bruno_ray.runs.directory import RunDirectory, RunRecord, ScoresRecord, installed_versions
 from bruno_ray.settings import ModelSettings, Settings
 
 
@@ -202,7 +195,7 @@ def test_folder_appears_complete_or_not_at_all(tmp_path):
 def test_remains_of_a_killed_writer_are_removed_by_the_next(tmp_path):
     script = f"""
 import os, pathlib
-from bruno_ray.runs.directory import atomic_directory
+from bruno_ray.files import atomic_directory
 with atomic_directory(pathlib.Path({str(tmp_path)!r}) / "model") as aside:
     (aside / "half").write_text("x")
     os.kill(os.getpid(), 9)

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
-from bruno_ray.cache import cache_folder
 from bruno_ray.errors import OutputError
+from bruno_ray.files import cache_folder
 
 from .corpus import make_corpus, prompt_parts
 from .measuring import figures

@@ -24,17 +24,11 @@ from bruno_ray.ablation.closed_forms import DirectionBank
 from bruno_ray.ablation.edit import Edit
 from bruno_ray.ablation.live import bake
 from bruno_ray.errors import ModelError, OutputError
+from bruno_ray.files import atomic_directory, require_free_space, write_json, write_text
 from bruno_ray.model.loading import LoadedModel, load_model
 from bruno_ray.publishing.card import license_of, render_card
 from bruno_ray.publishing.transformers4 import readable_config, readable_processor_files, readable_tokenizer_config
-from bruno_ray.runs.directory import (
-    RunDirectory,
-    ScoresRecord,
-    atomic_directory,
-    require_free_space,
-    write_json,
-    write_text,
-)
+from bruno_ray.runs.directory import RunDirectory, ScoresRecord
 from bruno_ray.settings import ModelSettings
 
 log = logging.getLogger(__name__)

@@ -14,9 +14,8 @@ from filelock import FileLock
 from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from bruno_ray.cache import cache_folder
 from bruno_ray.errors import WorkerError
-from bruno_ray.runs.directory import atomic_directory, output_errors, require_free_space
+from bruno_ray.files import atomic_directory, cache_folder, output_errors, require_free_space
 
 logger = logging.getLogger(__name__)
 

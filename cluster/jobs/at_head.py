@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from bruno_ray.errors import BrunoError, OutputError
-from bruno_ray.runs.directory import RunDirectory, write_json
+from bruno_ray.files import write_json
+from bruno_ray.runs.directory import RunDirectory
 
 RUNS = Path("~/runs").expanduser()
 KNOWN_SUMS = Path("~/.bruno-ray/checksums.json").expanduser()

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from bruno_ray.runs.directory import RunDirectory, output_errors, require_free_space, write_json
+from bruno_ray.files import output_errors, require_free_space, write_json
+from bruno_ray.runs.directory import RunDirectory
 from cluster.errors import FetchError
 from cluster.jobs.at_head import files_of, sha256
 from cluster.jobs.shell import Shell

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bruno_ray.cache import cache_folder
+from bruno_ray.files import cache_folder
 from tests.serve.server import Server, environment
 
 CLIENTS = Path(__file__).parent / "clients"

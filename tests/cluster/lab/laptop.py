@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 import yaml
 
-from bruno_ray.cache import cache_folder
+from bruno_ray.files import cache_folder
 from tests.cluster.lab.container import CHECKOUT
 from tests.cluster.lab.ray_cluster import RayCluster
 
