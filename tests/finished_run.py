@@ -8,7 +8,8 @@ import optuna
 import torch
 
 from bruno_ray.publishing import plots
-from bruno_ray.runs.directory import RunDirectory, RunRecord, Sample, ScoresRecord, SelectedRecord, installed_versions
+from bruno_ray.runs.directory import RunDirectory
+from bruno_ray.runs.records import RunRecord, Sample, ScoresRecord, SelectedRecord, installed_versions
 from bruno_ray.settings import (
     DatasetSettings,
     DirectionSettings,

@@ -11,7 +11,8 @@ import torch
 
 from bruno_ray.errors import OutputError
 from bruno_ray.files import atomic_directory, require_free_space, write_json
-from bruno_ray.runs.directory import RunDirectory, RunRecord, ScoresRecord, installed_versions
+from bruno_ray.runs.directory import RunDirectory
+from bruno_ray.runs.records import RunRecord, ScoresRecord, installed_versions
 from bruno_ray.settings import ModelSettings, Settings
 
 

@@ -11,7 +11,8 @@ import pytest
 from bruno_ray.cli import main
 from bruno_ray.cli.show_config import documentation
 from bruno_ray.errors import ModelError
-from bruno_ray.runs.directory import RunDirectory, RunRecord
+from bruno_ray.runs.directory import RunDirectory
+from bruno_ray.runs.records import RunRecord
 from bruno_ray.settings import Settings
 from bruno_ray.settings.keys import ALIASES, FIELDS, flag_of
 from bruno_ray.settings.sources import load

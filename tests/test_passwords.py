@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 
 from bruno_ray.errors import StudyError
-from bruno_ray.runs.directory import RunDirectory, RunRecord
+from bruno_ray.runs.directory import RunDirectory
+from bruno_ray.runs.records import RunRecord
 from bruno_ray.settings import Settings, StudySettings, passwords
 from bruno_ray.settings.passwords import VARIABLE, with_password, without_password
 from bruno_ray.study.storage import open_study

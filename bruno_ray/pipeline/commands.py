@@ -21,7 +21,8 @@ from bruno_ray.prompts.sets import load_prompts
 from bruno_ray.publishing import report as reports
 from bruno_ray.publishing import wording
 from bruno_ray.publishing.saving import upload
-from bruno_ray.runs.directory import RunDirectory, ScoresRecord
+from bruno_ray.runs.directory import RunDirectory
+from bruno_ray.runs.records import ScoresRecord
 from bruno_ray.settings import ModelSettings, Settings
 from bruno_ray.study import selection
 from bruno_ray.workers.pool import ray_session

@@ -25,7 +25,8 @@ from bruno_ray.model.architectures import format_coverage
 from bruno_ray.prompts.sets import Prompt, Prompts
 from bruno_ray.publishing.plots import geometry_record
 from bruno_ray.residuals.store import ResidualStore, residual_key
-from bruno_ray.runs.directory import RunDirectory, RunRecord, ScoresRecord, installed_versions
+from bruno_ray.runs.directory import RunDirectory
+from bruno_ray.runs.records import RunRecord, ScoresRecord, installed_versions
 from bruno_ray.settings import Settings
 from bruno_ray.settings.passwords import without_password
 from bruno_ray.workers.model_worker import EvaluationContext, ModelInfo, ModelWorker

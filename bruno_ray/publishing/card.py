@@ -15,7 +15,7 @@ from huggingface_hub import ModelCard
 
 from bruno_ray.errors import OutputError
 from bruno_ray.publishing import wording
-from bruno_ray.runs.directory import RunRecord
+from bruno_ray.runs.records import RunRecord
 from bruno_ray.settings import PromptSet, Settings
 
 # Sections of the settings that decide where and how fast a run goes, not what comes out.

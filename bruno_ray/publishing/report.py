@@ -15,7 +15,8 @@ from plotly.offline import get_plotlyjs
 
 from bruno_ray.files import write_text
 from bruno_ray.publishing import card, plots, wording
-from bruno_ray.runs.directory import RunDirectory, RunRecord, ScoresRecord
+from bruno_ray.runs.directory import RunDirectory
+from bruno_ray.runs.records import RunRecord, ScoresRecord
 from bruno_ray.study.selection import TrialRecord, describe_edit, load_trials, metric_text, pareto_front, table_columns
 
 log = logging.getLogger(__name__)

@@ -28,7 +28,8 @@ from bruno_ray.files import atomic_directory, require_free_space, write_json, wr
 from bruno_ray.model.loading import LoadedModel, load_model
 from bruno_ray.publishing.card import license_of, render_card
 from bruno_ray.publishing.transformers4 import readable_config, readable_processor_files, readable_tokenizer_config
-from bruno_ray.runs.directory import RunDirectory, ScoresRecord
+from bruno_ray.runs.directory import RunDirectory
+from bruno_ray.runs.records import ScoresRecord
 from bruno_ray.settings import ModelSettings
 
 log = logging.getLogger(__name__)

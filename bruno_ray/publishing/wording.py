@@ -4,7 +4,7 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-from bruno_ray.runs.directory import RunRecord, ScoresRecord
+from bruno_ray.runs.records import RunRecord, ScoresRecord
 
 METRICS = {
     "behaviour_rate": "Behaviour rate",

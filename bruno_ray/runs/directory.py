@@ -16,137 +16,19 @@ leaves the previous state. Importable without torch.
 import errno
 import json
 import os
-import platform
-import sys
 from collections.abc import Mapping, Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from bruno_ray.errors import OutputError
 from bruno_ray.files import REASONS, output_errors, require_free_space, write_json
-from bruno_ray.intervals import wilson_interval
-from bruno_ray.settings import Settings
+from bruno_ray.runs.records import SCHEMA_VERSION, RunRecord, Sample
 
 if TYPE_CHECKING:
     from bruno_ray.ablation.closed_forms import DirectionBank
-
-SCHEMA_VERSION = 1
-
-
-VERSIONED_PACKAGES = ("bruno-ray", "torch", "transformers", "tokenizers", "ray", "optuna", "numpy", "bitsandbytes")
-
-
-class Record(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class ScoresRecord(Record):
-    """Scores of one edit (or of the unedited model) on one part of the prompts."""
-
-    values: dict[str, float]
-    counts: dict[str, tuple[int, int]] = {}
-    """For rates: events and prompts, such as (3, 100)."""
-
-    intervals: dict[str, tuple[float, float]] = {}
-    """Wilson 95 % interval of every rate in `counts`."""
-
-    @classmethod
-    def of(cls, scores: Any) -> "ScoresRecord":
-        """From a `scoring.Scores`, with an interval for every rate that has counts."""
-        return cls(
-            values=dict(scores.values),
-            counts=dict(scores.counts),
-            intervals={name: wilson_interval(events, total) for name, (events, total) in scores.counts.items()},
-        )
-
-
-class SelectedRecord(Record):
-    """The trial that was chosen. `test` is the live edit, `saved` the model written to disk and read back."""
-
-    number: int
-    edit: dict[str, Any]
-    validation: ScoresRecord
-    test: ScoresRecord | None = None
-    saved: ScoresRecord | None = None
-    saved_path: str | None = None
-
-
-class Sample(Record):
-    """One prompt's answers, for people to read."""
-
-    side: str
-    """`target` or `baseline`."""
-
-    prompt: str
-    before: str
-    after: str
-    shows_before: bool | None = None
-    """Whether the answer shows the behaviour, by the study's markers; None where that was not looked at."""
-
-    shows_after: bool | None = None
-
-
-class RunRecord(Record):
-    """What run.json holds. Fields are filled as the run gets there."""
-
-    schema_version: int = SCHEMA_VERSION
-    settings: Settings
-    """Resolved: every value that was in effect, from whatever source."""
-
-    command: list[str] = []
-    """Command line that started the run."""
-
-    versions: dict[str, str] = {}
-    hashes: dict[str, str] = {}
-    """Fingerprints of `model`, `prompts` and `study`."""
-
-    seeds: dict[str, int] = {}
-    timings: dict[str, float] = {}
-    """Seconds per stage of the pipeline."""
-
-    model: dict[str, Any] = {}
-    """Family, layers, width, dtype, parameters."""
-
-    coverage: list[dict[str, Any]] = []
-    """Per component: parameters that write to the residual stream, and how many of them the edit reaches."""
-
-    prompts: dict[str, dict[str, int]] = {}
-    """Number of prompts: side -> part -> count."""
-
-    response_prefix: str = ""
-    n_trials: dict[str, int] = {}
-    """Trials of the study by state."""
-
-    baseline: dict[str, ScoresRecord] = {}
-    """The unedited model, by part (`validation`, `test`)."""
-
-    selected: SelectedRecord | None = None
-    extra: dict[str, Any] = {}
-    """Figures only some runs have, such as the organism's truth score."""
-
-
-def installed_versions() -> dict[str, str]:
-    """Versions of Python, the platform and the packages that decide a result."""
-    versions = {"python": sys.version.split()[0], "platform": platform.platform()}
-    installed = {d.metadata["Name"].lower(): d.version for d in metadata.distributions() if d.metadata["Name"]}
-    for name in VERSIONED_PACKAGES:
-        if name in installed:
-            versions[name] = installed[name]
-    if "bruno-ray" not in versions:  # run from a source tree that is not installed
-        from bruno_ray import __version__
-
-        versions["bruno-ray"] = __version__
-    return versions
-
-
-# ---------------------------------------------------------------------------------- writing whole or not at all
-
-
-# ---------------------------------------------------------------------------------- the directory
 
 
 def refuse_existing(path: Path) -> None:

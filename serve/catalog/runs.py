@@ -9,7 +9,8 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from bruno_ray.errors import BrunoError, OutputError
-from bruno_ray.runs.directory import RunDirectory, RunRecord, SelectedRecord
+from bruno_ray.runs.directory import RunDirectory
+from bruno_ray.runs.records import RunRecord, SelectedRecord
 from bruno_ray.settings import ModelSettings
 from bruno_ray.study.selection import TrialRecord, load_trials, pareto_front
 from bruno_ray.study.storage import load_study

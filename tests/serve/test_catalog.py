@@ -12,7 +12,8 @@ import torch
 
 from bruno_ray.ablation.edit import AblationParameters, Edit
 from bruno_ray.errors import SettingsError
-from bruno_ray.runs.directory import RunDirectory, RunRecord, ScoresRecord, SelectedRecord
+from bruno_ray.runs.directory import RunDirectory
+from bruno_ray.runs.records import RunRecord, ScoresRecord, SelectedRecord
 from bruno_ray.settings import ModelSettings, PromptSettings, Settings, StudySettings
 from bruno_ray.study.storage import open_storage
 from serve.app import application
