@@ -27,7 +27,8 @@ from bruno_ray.study.sampler import NumberedTPESampler
 from bruno_ray.study.searcher import BatchOptunaSearch
 from bruno_ray.study.storage import open_study
 from bruno_ray.workers.broker import IDLE
-from bruno_ray.workers.pool import WorkerPool, ray_session
+from bruno_ray.workers.pool import WorkerPool
+from bruno_ray.workers.session import ray_session
 
 TRIALS_PER_BATCH = 8
 SPACE = (SearchSettings(), ("a", "b"), 32, ("attention", "mlp"))

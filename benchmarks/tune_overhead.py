@@ -27,7 +27,8 @@ from bruno_ray.study.run import LANES, schedule, window_for
 from bruno_ray.study.sampler import NumberedTPESampler
 from bruno_ray.study.searcher import Batch, BatchOptunaSearch
 from bruno_ray.study.storage import open_study
-from bruno_ray.workers.pool import WorkerPool, ray_session
+from bruno_ray.workers.pool import WorkerPool
+from bruno_ray.workers.session import ray_session
 
 SETTINGS = RaySettings(workers=1, cpus_per_worker=0.5, gpus_per_worker=0, object_store_memory=100 * 1024**2)
 SPACE = (SearchSettings(), ("a", "b"), 32, ("attention", "mlp"))

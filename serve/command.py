@@ -181,7 +181,7 @@ def stop_signal() -> Iterator[threading.Event]:
 def ray_for(args: ServeArgs, arguments: argparse.Namespace, n_engines: int) -> Iterator[None]:
     """A cluster to serve on: joined, and left with nothing of ours running, or of our own."""
     from bruno_ray.settings import RaySettings
-    from bruno_ray.workers.pool import ray_session
+    from bruno_ray.workers.session import ray_session
 
     settings = RaySettings(
         address=arguments.address,

@@ -10,7 +10,8 @@ from types import SimpleNamespace
 
 from bruno_ray.settings import RaySettings, Settings, StudySettings
 from bruno_ray.study.run import StudyInterrupted, run_study
-from bruno_ray.workers.pool import WorkerPool, ray_session
+from bruno_ray.workers.pool import WorkerPool
+from bruno_ray.workers.session import ray_session
 from tests.fakes import FakeInfo, FakeWorker
 
 CONTEXT = SimpleNamespace(bank={"difference_in_means@0": None, "difference_in_means@1": None})

@@ -9,7 +9,7 @@ import ray
 from ray.cluster_utils import Cluster
 
 from bruno_ray.errors import WorkerError
-from bruno_ray.workers.pool import STARTS, TIMED_OUT
+from bruno_ray.workers.session import STARTS, TIMED_OUT
 from bruno_ray.workers.shipping import CHUNK_BYTES, Folders, absolute_if_folder
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]

@@ -15,7 +15,8 @@ from bruno_ray.study.run import run_study
 from bruno_ray.study.selection import load_trials, pareto_front
 from bruno_ray.study.space import edit_from_params
 from bruno_ray.study.storage import load_study, open_study
-from bruno_ray.workers.pool import WorkerPool, ray_session
+from bruno_ray.workers.pool import WorkerPool
+from bruno_ray.workers.session import ray_session
 from tests.fakes import FakeInfo, FakeWorker, fake_scores
 from tests.study_driver import CONTEXT, settings
 

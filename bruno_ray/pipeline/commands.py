@@ -25,7 +25,7 @@ from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import ScoresRecord
 from bruno_ray.settings import ModelSettings, Settings
 from bruno_ray.study import selection
-from bruno_ray.workers.pool import ray_session
+from bruno_ray.workers.session import ray_session
 
 logger = logging.getLogger(__name__)
 

@@ -25,7 +25,8 @@ from bruno_ray.study import selection
 from bruno_ray.study.selection import TrialRecord, load_trials
 from bruno_ray.study.storage import load_study
 from bruno_ray.workers.model_worker import EvaluationContext
-from bruno_ray.workers.pool import WorkerPool, ray_session
+from bruno_ray.workers.pool import WorkerPool
+from bruno_ray.workers.session import ray_session
 
 logger = logging.getLogger(__name__)
 

@@ -29,7 +29,7 @@ from bruno_ray.runs.directory import RunDirectory, refuse_existing
 from bruno_ray.settings import Settings
 from bruno_ray.settings.sources import apply, flatten
 from bruno_ray.study.run import run_study, study_fingerprint
-from bruno_ray.workers.pool import ray_session
+from bruno_ray.workers.session import ray_session
 
 
 def run(settings: Settings) -> Path:

@@ -7,120 +7,21 @@ with ray_session(settings.ray), WorkerPool(ModelWorker, (settings.model, threads
 """
 
 import logging
-import math
-import os
-import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from pathlib import Path
+from contextlib import suppress
 from typing import Any
 
 import ray
-import yaml
 from ray import cloudpickle
-from ray._private.ray_logging import stdout_deduplicator
 from ray.exceptions import GetTimeoutError, ObjectLostError, OwnerDiedError, RayActorError, RayError, RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from bruno_ray.errors import BrunoError, SettingsError, WorkerError
+from bruno_ray.errors import BrunoError, WorkerError
 from bruno_ray.settings import RaySettings
 from bruno_ray.workers.broker import FAILED, PoolBroker, WorkerState
+from bruno_ray.workers.session import gpus_per_worker
 
 logger = logging.getLogger(__name__)
-
-BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml").expanduser()
-SMALLEST_STORE = 80 * 1024**2
-"""Bytes; Ray refuses a smaller object store."""
-
-STARTS = 3
-TIMED_OUT = "timed out during startup"
-
-
-@contextmanager
-def ray_session(settings: RaySettings) -> Iterator[None]:
-    """Join a cluster (``ray.address``, RAY_ADDRESS) or start a local one, and leave as it was found.
-
-    A local cluster dies with this process, whatever kills it (two of Ray's own agents
-    look for it for another minute after a ``kill -9``). Raises SettingsError when the cluster cannot be
-    reached.
-    """
-    if ray.is_initialized():
-        yield
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's warning about GPUs of 0-GPU actors
-    # Ray prints a paragraph to stdout for each dead worker; the pool says it in a line. (RAY_DEDUP_LOGS_SKIP_REGEX
-    # would do the same, but is read when ray is imported.)
-    stdout_deduplicator.skip_re = re.compile("A worker died or was killed|The node with node id")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address := cluster_address(settings):
-        try:
-            ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
-            raise SettingsError(
-                f"no Ray cluster at {address} ({reason}): check ray.address, start it first, or set RAY_AUTH_MODE=token"
-                " if it asks for a token"
-            ) from error
-    else:
-        start_local(
-            num_cpus=max(os.cpu_count() or 1, math.ceil(settings.workers * settings.cpus_per_worker)),
-            object_store_memory=max(settings.object_store_memory, SMALLEST_STORE),
-            include_dashboard=False,
-            **quiet,
-        )
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def start_local(**options: Any) -> None:
-    """Start a cluster in this process. Ray gives its own processes 30 s, which a busy machine needs more than once.
-
-    Raises WorkerError when they were not enough STARTS times.
-    """
-    for left in reversed(range(STARTS)):
-        try:
-            ray.init(address="local", **options)
-            return
-        except Exception as error:  # Ray has no type of its own for it
-            if TIMED_OUT not in str(error):
-                raise
-            if not left:
-                raise WorkerError(
-                    f"Ray did not start within 30 s, {STARTS} times: end what else keeps this machine busy, or join a"
-                    " cluster with ray.address"
-                ) from error
-            logger.warning("Ray did not start within 30 s: trying again")
-
-
-def cluster_address(settings: RaySettings) -> str | None:
-    """Of the cluster to join; None for a local one."""
-    address = settings.address or os.environ.get("RAY_ADDRESS")
-    return None if address == "local" else address or None
-
-
-def gpus_per_worker(settings: RaySettings) -> float:
-    """The setting, or 1 if the cluster has a GPU or its autoscaler can add one, else 0."""
-    if settings.gpus_per_worker is not None:
-        return settings.gpus_per_worker
-    if ray.cluster_resources().get("GPU", 0):
-        return 1.0
-    return 1.0 if cluster_address(settings) and autoscaler_has_gpus(BOOTSTRAP_CONFIG) else 0.0
-
-
-def autoscaler_has_gpus(config_file: Path) -> bool:
-    """Whether a node type that may still be rented has GPUs, by the configuration that `ray up` left on the head.
-
-    Ray knows this only from its own cloud service; without it an empty cluster looks like one that has no GPUs.
-    """
-    try:
-        config = yaml.safe_load(config_file.read_text())
-    except OSError:  # not the head of a cluster with an autoscaler
-        return False
-    types = [node for name, node in config["available_node_types"].items() if name != config.get("head_node_type")]
-    return any(node.get("resources", {}).get("GPU", 0) and node.get("max_workers", 1) for node in types)
 
 
 class WorkerPool:

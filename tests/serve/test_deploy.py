@@ -13,7 +13,7 @@ import httpx
 import pytest
 import yaml
 
-from bruno_ray.workers.pool import TIMED_OUT
+from bruno_ray.workers.session import TIMED_OUT
 from tests import tiny_models
 from tests.serve.server import ROOT, STORE, environment, free_port, ray_folder
 
