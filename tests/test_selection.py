@@ -7,7 +7,8 @@ import pytest
 from optuna.trial import TrialState, create_trial
 
 from bruno_ray.errors import SettingsError, StudyError
-from bruno_ray.study.selection import TrialRecord, auto_select, find_trial, front_lines, load_trials, pareto_front
+from bruno_ray.study.selection import TrialRecord, auto_select, find_trial, load_trials, pareto_front
+from bruno_ray.study.tables import front_lines
 
 OBJECTIVES = ("behaviour_rate", "kl_divergence")
 

@@ -24,6 +24,7 @@ from bruno_ray.settings import ModelSettings, Settings
 from bruno_ray.study import selection
 from bruno_ray.study.selection import TrialRecord, load_trials
 from bruno_ray.study.storage import load_study
+from bruno_ray.study.tables import describe_edit, front_table
 from bruno_ray.workers.model_worker import EvaluationContext
 from bruno_ray.workers.pool import WorkerPool
 from bruno_ray.workers.session import ray_session
@@ -51,7 +52,7 @@ def print_front(run: RunDirectory, all_trials: bool = False) -> None:
     objectives = settings.scoring.objectives
     shown = complete if all_trials else selection.pareto_front(complete, objectives)
     title = f"{run.name}: {'all' if all_trials else 'Pareto front of'} {len(complete)} completed trials"
-    Console().print(selection.front_table(shown, objectives, title=title))
+    Console().print(front_table(shown, objectives, title=title))
 
 
 def choose(run: RunDirectory, auto: bool, number: int | None = None) -> bool:
@@ -71,7 +72,7 @@ def choose(run: RunDirectory, auto: bool, number: int | None = None) -> bool:
         return False
     trial = selection.find_trial(trials, number)
     edit = dict(trial.edit or {})
-    logger.info("trial %d: %s", number, selection.describe_edit(edit))
+    logger.info("trial %d: %s", number, describe_edit(edit))
     run.update(selected=SelectedRecord(number=number, edit=edit, validation=ScoresRecord.of(trial)))
     return True
 

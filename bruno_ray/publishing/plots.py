@@ -17,6 +17,7 @@ from plotly.subplots import make_subplots
 from bruno_ray.publishing import wording
 from bruno_ray.study import selection
 from bruno_ray.study.selection import TrialRecord
+from bruno_ray.study.tables import describe_edit, metric_text
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -97,8 +98,8 @@ def pareto_front(trials: Sequence[TrialRecord], objectives: Sequence[str], selec
 
 def _hover(trial: TrialRecord, objectives: Sequence[str]) -> str:
     lines = [f"<b>trial {trial.number}</b>"]
-    lines += [f"{wording.label(name)}: {selection.metric_text(trial, name)}" for name in objectives]
-    return "<br>".join([*lines, selection.describe_edit(trial.edit)])
+    lines += [f"{wording.label(name)}: {metric_text(trial, name)}" for name in objectives]
+    return "<br>".join([*lines, describe_edit(trial.edit)])
 
 
 def history(trials: Sequence[TrialRecord], objectives: Sequence[str]) -> go.Figure | None:

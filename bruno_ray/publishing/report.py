@@ -17,7 +17,8 @@ from bruno_ray.files import write_text
 from bruno_ray.publishing import card, plots, wording
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import RunRecord, ScoresRecord
-from bruno_ray.study.selection import TrialRecord, describe_edit, load_trials, metric_text, pareto_front, table_columns
+from bruno_ray.study.selection import TrialRecord, load_trials, pareto_front
+from bruno_ray.study.tables import describe_edit, metric_text, table_columns
 
 log = logging.getLogger(__name__)
 

@@ -17,7 +17,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from bruno_ray.study.selection import TrialRecord, front_lines, front_table, metric_text
+from bruno_ray.study.selection import TrialRecord
+from bruno_ray.study.tables import front_lines, front_table, metric_text
 from bruno_ray.workers.broker import WorkerState
 
 logger = logging.getLogger(__name__)

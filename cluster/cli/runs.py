@@ -28,7 +28,8 @@ def progress(arguments: argparse.Namespace) -> int:
 
 def progress_view(shell: Shell, run: str | None) -> RenderableType:
     """The study's trials and the best of its front, rates as raw counts."""
-    from bruno_ray.study.selection import TrialRecord, front_table
+    from bruno_ray.study.selection import TrialRecord
+    from bruno_ray.study.tables import front_table
 
     # A study elsewhere may need its password, which the run does not keep; on standard input no process list has it.
     command = f"IFS= read -r {VARIABLE}; export {VARIABLE}; python -m cluster.jobs.at_head progress"

@@ -9,7 +9,7 @@ import psutil
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from bruno_ray.study.selection import describe_edit
+from bruno_ray.study.tables import describe_edit
 from serve.api.choices import json_response
 from serve.api.documented import BODY, NOT_FOUND, UNAVAILABLE
 from serve.api.responses import Config, Front, ModelCard, ModelList, Readiness, Stats, Status

@@ -21,7 +21,8 @@ from typing import Any, Literal
 from bruno_ray.errors import BrunoError, SettingsError
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.settings import ModelSettings
-from bruno_ray.study.selection import TrialRecord, describe_edit
+from bruno_ray.study.selection import TrialRecord
+from bruno_ray.study.tables import describe_edit
 from serve.catalog.folders import model_folders, problem_of
 from serve.catalog.runs import ServedRun
 from serve.errors import UnknownModel
