@@ -210,59 +210,6 @@ def _writer(site: Site, module: nn.Module, name: str, layer: int, d_model: int) 
 # ----- what the edit reaches -----
 
 
-@dataclass(frozen=True)
-class CoverageRow:
-    """How many parameters that write to the residual stream are edited."""
-
-    component: str
-    reached: int
-    total: int
-    modules: int
-    detail: str
-
-    @property
-    def share(self) -> float:
-        return self.reached / self.total if self.total else 0.0
-
-
-def coverage(model: nn.Module, architecture: Architecture) -> list[CoverageRow]:
-    """Rows per component, then what is not reached: embeddings, biases, and what else in a block looks like a writer.
-
-    The last are linear modules that the table does not name, that give d_model values and take another number; a
-    family that gains a write in a new version of transformers shows up here.
-    """
-    rows = []
-    for component in architecture.components:
-        writers = [writer for writer in architecture.writers if writer.component == component]
-        size = sum(matrix.numel() for writer in writers for matrix in writer.matrices)
-        suffixes = dict.fromkeys(_generic(writer.name) for writer in writers)
-        rows.append(CoverageRow(component, size, size, len(writers), ", ".join(suffixes)))
-    hooked = {id(writer.module) for writer in architecture.writers}
-    others: dict[str, list[int]] = {}
-    for i, block in enumerate(architecture.layers):
-        for name, module in block.named_modules():
-            if id(module) not in hooked and _gives(module, architecture.d_model):
-                weight = module.weight.numel() if module.weight.is_floating_point() else 0
-                others.setdefault(_generic(f"layers.{i}.{name}"), []).append(weight)
-    for name, sizes in others.items():
-        rows.append(CoverageRow("not reached", 0, sum(sizes), len(sizes), name))
-    biases = [writer.bias.numel() for writer in architecture.writers if writer.bias is not None]
-    if biases:
-        rows.append(CoverageRow("not reached", 0, sum(biases), len(biases), "biases"))
-    for module in [architecture.embedding, *architecture.other_embeddings]:
-        rows.append(CoverageRow("not reached", 0, module.weight.numel(), 1, "embedding"))
-    return rows
-
-
-def format_coverage(rows: list[CoverageRow]) -> str:
-    """A small table, last line the total."""
-    reached, total = sum(row.reached for row in rows), sum(row.total for row in rows)
-    lines = [f"{'component':<12} {'modules':>7} {'parameters':>15} {'reached':>8}  where"]
-    lines += [f"{row.component:<12} {row.modules:>7} {row.total:>15,} {row.share:>8.1%}  {row.detail}" for row in rows]
-    lines.append(f"{'total':<12} {'':>7} {total:>15,} {reached / total if total else 0:>8.1%}")
-    return "\n".join(lines)
-
-
 # ----- looking around in modules -----
 
 
@@ -274,14 +221,7 @@ def _get(root: nn.Module, path: str) -> nn.Module | None:
     return root
 
 
-def _generic(name: str) -> str:
-    """``model.layers.3.mlp.down_proj`` -> ``layers.*.mlp.down_proj``."""
-    parts = name.split(".")
-    first_number = next((i for i, part in enumerate(parts) if part.isdigit()), 0)
-    return ".".join("*" if part.isdigit() else part for part in parts[max(first_number - 1, 0) :])
-
-
-def _gives(module: nn.Module, d_model: int) -> bool:
+def gives(module: nn.Module, d_model: int) -> bool:
     if isinstance(module, nn.Linear):
         return module.out_features == d_model and module.in_features != d_model
     return isinstance(module, Conv1D) and module.nf == d_model and module.nx != d_model

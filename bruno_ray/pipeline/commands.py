@@ -11,8 +11,8 @@ from bruno_ray import organism as organisms
 from bruno_ray.ablation.edit import Edit
 from bruno_ray.errors import OutputError
 from bruno_ray.generation.engine import Engine
-from bruno_ray.model.architectures import coverage as coverage_of
-from bruno_ray.model.architectures import format_coverage
+from bruno_ray.model.coverage import coverage as coverage_of
+from bruno_ray.model.coverage import format_coverage
 from bruno_ray.model.loading import load_model
 from bruno_ray.pipeline.chat import chat_loop
 from bruno_ray.pipeline.finishing import choose, print_front, score_selected, study_of, trials_of, write_model

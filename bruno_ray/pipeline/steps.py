@@ -21,7 +21,7 @@ from bruno_ray import organism
 from bruno_ray.ablation.closed_forms import DirectionBank
 from bruno_ray.directions import build_bank
 from bruno_ray.files import cache_folder
-from bruno_ray.model.architectures import format_coverage
+from bruno_ray.model.coverage import format_coverage
 from bruno_ray.prompts.sets import Prompt, Prompts
 from bruno_ray.publishing.plots import geometry_record
 from bruno_ray.residuals.store import ResidualStore, residual_key

@@ -19,8 +19,8 @@ from bruno_ray.ablation.edit import Edit
 from bruno_ray.ablation.live import ResolvedEdit
 from bruno_ray.errors import TrialError
 from bruno_ray.generation.engine import Engine
-from bruno_ray.model.architectures import CoverageRow, coverage
 from bruno_ray.model.batching import TokenBudget
+from bruno_ray.model.coverage import CoverageRow, coverage
 from bruno_ray.model.loading import load_model
 from bruno_ray.prompts.response_prefix import settle_response_prefix
 from bruno_ray.prompts.sets import Prompt, render, render_texts
