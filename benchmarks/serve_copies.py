@@ -57,7 +57,7 @@ def hold(folder: Path, which: int | None) -> None:
     """Answer the requests that come as lines of JSON. ``which``: only this model, its edit in the weights; else all."""
     import torch
 
-    from bruno_ray.ablation.live import bake
+    from bruno_ray.ablation.baking import bake
     from bruno_ray.model.loading import load_model
     from bruno_ray.settings import ModelSettings
     from serve.engine.engine import ServingEngine

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from bruno_ray.ablation.baking import bake
 from bruno_ray.ablation.edit import AblationParameters, Edit
-from bruno_ray.ablation.live import bake
 from bruno_ray.generation.engine import Engine
 from bruno_ray.model.loading import LoadedModel, load_model
 from bruno_ray.settings import ModelSettings

@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bruno_ray.ablation.baking import bake
 from bruno_ray.ablation.closed_forms import DirectionBank
 from bruno_ray.ablation.edit import AblationParameters, Edit
-from bruno_ray.ablation.live import LiveEditor, Resolver, bake
+from bruno_ray.ablation.live import LiveEditor
+from bruno_ray.ablation.resolving import Resolver
 from bruno_ray.errors import ModelError
 from bruno_ray.model.architectures import find_architecture
 from bruno_ray.model.loading import LoadedModel, load_model

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from bruno_ray.ablation.live import LiveEditor, bake
+from bruno_ray.ablation.baking import bake
+from bruno_ray.ablation.live import LiveEditor
 from bruno_ray.generation.lean_forward import FAMILIES, lean_forward
 from bruno_ray.model.architectures import find_architecture
 from tests import tiny_models

@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from bruno_ray.ablation.live import LiveEditor, ResolvedEdit
+from bruno_ray.ablation.live import LiveEditor
+from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.generation.decoding import Answers, BufferedLayer, Detokenizer, Drafts, Response, TokenIds
 from bruno_ray.generation.lean_forward import lean_forward, own_forward
 from bruno_ray.model.batching import TokenBudget, map_batches, pad_left

@@ -10,7 +10,7 @@ from typing import TextIO
 
 from rich.console import Console
 
-from bruno_ray.ablation.live import ResolvedEdit
+from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.generation.engine import Engine
 from bruno_ray.prompts.sets import Prompt, messages, render_texts
 

@@ -20,9 +20,9 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError,
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from bruno_ray import __version__
+from bruno_ray.ablation.baking import bake
 from bruno_ray.ablation.closed_forms import DirectionBank
 from bruno_ray.ablation.edit import Edit
-from bruno_ray.ablation.live import bake
 from bruno_ray.errors import ModelError, OutputError
 from bruno_ray.files import atomic_directory, require_free_space, write_json, write_text
 from bruno_ray.model.loading import LoadedModel, load_model

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import ClassVar, Protocol
 
-from bruno_ray.ablation.live import ResolvedEdit
+from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.errors import TrialError
 from bruno_ray.generation.engine import Engine, Response
 from bruno_ray.prompts.sets import Prompt, render

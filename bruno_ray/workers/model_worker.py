@@ -16,7 +16,7 @@ import psutil
 import torch
 
 from bruno_ray.ablation.edit import Edit
-from bruno_ray.ablation.live import ResolvedEdit
+from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.errors import TrialError
 from bruno_ray.generation.engine import Engine
 from bruno_ray.model.batching import TokenBudget

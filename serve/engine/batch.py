@@ -16,7 +16,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from transformers import DynamicCache
 
-from bruno_ray.ablation.live import LiveEditor, ResolvedEdit
+from bruno_ray.ablation.live import LiveEditor
+from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.generation.lean_forward import lean_forward, own_forward
 from bruno_ray.model.batching import PaddedBatch, pad_left
 from bruno_ray.model.loading import LoadedModel

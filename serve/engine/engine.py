@@ -22,7 +22,8 @@ import torch
 
 from bruno_ray.ablation.closed_forms import DirectionBank
 from bruno_ray.ablation.edit import Edit
-from bruno_ray.ablation.live import LiveEditor, ResolvedEdit
+from bruno_ray.ablation.live import LiveEditor
+from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.model.loading import LoadedModel
 from serve.engine.batch import EditedModel
 from serve.engine.loop import Outbox, StepLoop

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from bruno_ray.ablation.live import ResolvedEdit
+from bruno_ray.ablation.resolving import ResolvedEdit
 from serve.engine.batch import EditedModel, next_logprobs
 
 

@@ -4,7 +4,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Literal
 
-from bruno_ray.ablation.live import ResolvedEdit
+from bruno_ray.ablation.resolving import ResolvedEdit
 from serve.engine.sampling import Sampling, TokenLogprob, Uniforms
 from serve.engine.texts import Decoder, TextStream
 

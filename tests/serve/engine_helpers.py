@@ -9,9 +9,9 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
+from bruno_ray.ablation.baking import bake
 from bruno_ray.ablation.closed_forms import DirectionBank
 from bruno_ray.ablation.edit import AblationParameters, Edit
-from bruno_ray.ablation.live import bake
 from bruno_ray.model.architectures import find_architecture
 from bruno_ray.model.loading import LoadedModel
 from serve.engine.engine import Event, GenerationRequest, ServingEngine

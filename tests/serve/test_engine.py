@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from bruno_ray.ablation.live import bake
+from bruno_ray.ablation.baking import bake
 from bruno_ray.errors import ModelError
 from bruno_ray.model.loading import load_model
 from bruno_ray.settings import ModelSettings

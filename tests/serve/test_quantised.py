@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bruno_ray.ablation.live import bake
+from bruno_ray.ablation.baking import bake
 from bruno_ray.model.architectures import find_architecture
 from bruno_ray.model.loading import load_model
 from bruno_ray.runs.directory import RunDirectory
