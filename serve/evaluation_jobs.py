@@ -18,7 +18,8 @@ from ray.serve.handle import DeploymentHandle
 
 from bruno_ray.errors import BrunoError
 from bruno_ray.intervals import wilson_interval
-from bruno_ray.prompts.sets import Prompt, load_prompts, render
+from bruno_ray.prompts.rendering import render
+from bruno_ray.prompts.sets import Prompt, load_prompts
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.scoring.markers import Markers
 from bruno_ray.settings import ScoringSettings, Settings

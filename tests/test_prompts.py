@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from bruno_ray.errors import ModelError, PromptError
-from bruno_ray.prompts.sets import Prompt, Prompts, load_prompts, messages, render, render_texts
+from bruno_ray.prompts.rendering import messages, render, render_texts
+from bruno_ray.prompts.sets import Prompt, Prompts, load_prompts
 from bruno_ray.prompts.sources import parse_split, read_rows
 from bruno_ray.settings import DatasetSettings
 from bruno_ray.settings.sources import load

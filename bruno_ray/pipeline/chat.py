@@ -12,7 +12,8 @@ from rich.console import Console
 
 from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.generation.engine import Engine
-from bruno_ray.prompts.sets import Prompt, messages, render_texts
+from bruno_ray.prompts.rendering import messages, render_texts
+from bruno_ray.prompts.sets import Prompt
 
 HELP = """\
 /base    switch between the edited and the unedited model, the conversation stays

@@ -14,7 +14,8 @@ from bruno_ray.errors import TrialError
 from bruno_ray.generation.engine import Engine
 from bruno_ray.model.loading import load_model
 from bruno_ray.pipeline.steps import evaluation_context, score_unedited, timed, worker_pool
-from bruno_ray.prompts.sets import Prompt, Prompts, render
+from bruno_ray.prompts.rendering import render
+from bruno_ray.prompts.sets import Prompt, Prompts
 from bruno_ray.publishing.saving import save_selected
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import Sample, ScoresRecord, SelectedRecord

@@ -9,7 +9,8 @@ from typing import ClassVar, Protocol
 from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.errors import TrialError
 from bruno_ray.generation.engine import Engine, Response
-from bruno_ray.prompts.sets import Prompt, render
+from bruno_ray.prompts.rendering import render
+from bruno_ray.prompts.sets import Prompt
 from bruno_ray.scoring.markers import Markers
 from bruno_ray.settings import ScoringSettings
 

@@ -22,8 +22,9 @@ from bruno_ray.generation.engine import Engine
 from bruno_ray.model.batching import TokenBudget
 from bruno_ray.model.coverage import CoverageRow, coverage
 from bruno_ray.model.loading import load_model
+from bruno_ray.prompts.rendering import render, render_texts
 from bruno_ray.prompts.response_prefix import settle_response_prefix
-from bruno_ray.prompts.sets import Prompt, render, render_texts
+from bruno_ray.prompts.sets import Prompt
 from bruno_ray.residuals.extraction import extract_residuals
 from bruno_ray.scoring import Round, Scorer, Scores, ScoringPrompts, make_scorers, score_edits
 from bruno_ray.settings import ModelSettings, ResidualSettings, ScoringSettings

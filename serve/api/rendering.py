@@ -15,7 +15,8 @@ import jinja2
 from transformers import AutoProcessor, AutoTokenizer
 
 from bruno_ray.errors import ModelError
-from bruno_ray.prompts.sets import Prompt, messages
+from bruno_ray.prompts.rendering import messages
+from bruno_ray.prompts.sets import Prompt
 from bruno_ray.settings import ModelSettings
 from serve.api.requests import Message
 from serve.errors import RequestError
