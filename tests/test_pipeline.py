@@ -135,9 +135,10 @@ def test_a_wheel_holds_every_data_file(tmp_path: Path) -> None:
             str(python),
             "-c",
             "import sys; sys.path.append(sys.argv[1]);"
-            "from bruno_ray import card, prompts; from bruno_ray.settings.sources import load;"
-            "card.environment().get_template('report.html.j2'); card.environment().get_template('card.md.j2');"
-            "print(len(prompts.load_prompts(load(['--behaviour=verbosity'], environ={}).settings).target.train))",
+            "from bruno_ray.prompts.sets import load_prompts; from bruno_ray.publishing.environment import environment;"
+            "from bruno_ray.settings.sources import load;"
+            "environment().get_template('report.html.j2'); environment().get_template('card.md.j2');"
+            "print(len(load_prompts(load(['--behaviour=verbosity'], environ={}).settings).target.train))",
             ours,
         ],
         capture_output=True,

@@ -20,7 +20,8 @@ from bruno_ray.ablation.edit import AblationParameters, Edit
 from bruno_ray.ablation.live import LiveEditor
 from bruno_ray.errors import ModelError, OutputError
 from bruno_ray.model.loading import load_model
-from bruno_ray.publishing.saving import save_model, save_selected, upload
+from bruno_ray.publishing.hub import upload
+from bruno_ray.publishing.saving import save_model, save_selected
 from bruno_ray.publishing.transformers4 import readable_config, readable_processor_files, readable_tokenizer_config
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import RunRecord, ScoresRecord, SelectedRecord

@@ -20,7 +20,7 @@ from bruno_ray.pipeline.steps import evaluation_context, find_model, find_respon
 from bruno_ray.prompts.sets import load_prompts
 from bruno_ray.publishing import report as reports
 from bruno_ray.publishing import wording
-from bruno_ray.publishing.saving import upload
+from bruno_ray.publishing.hub import upload
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import ScoresRecord
 from bruno_ray.settings import ModelSettings, Settings

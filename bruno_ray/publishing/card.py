@@ -4,35 +4,21 @@ Everything in it comes from run.json. Paths of this machine are kept out of it, 
 """
 
 import shlex
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import tomli_w
 import yaml
 from huggingface_hub import ModelCard
 
 from bruno_ray.errors import OutputError
 from bruno_ray.publishing import wording
+from bruno_ray.publishing.environment import environment
 from bruno_ray.runs.records import RunRecord
 from bruno_ray.settings import PromptSet, Settings
 
 # Sections of the settings that decide where and how fast a run goes, not what comes out.
 UNESSENTIAL = {"ray", "output"}
-
-
-def environment() -> jinja2.Environment:
-    """Templates of this package. HTML is escaped, Markdown is not; a name that is missing is an error."""
-    return jinja2.Environment(
-        loader=jinja2.FunctionLoader(
-            lambda name: resources.files("bruno_ray.publishing").joinpath("templates", name).read_text(encoding="utf-8")
-        ),
-        autoescape=lambda name: bool(name and name.endswith(".html.j2")),
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=False,
-        keep_trailing_newline=True,
-    )
 
 
 def render_card(record: RunRecord, base_license: dict[str, str] | None = None) -> str:

@@ -15,6 +15,7 @@ from plotly.offline import get_plotlyjs
 
 from bruno_ray.files import write_text
 from bruno_ray.publishing import card, plots, wording
+from bruno_ray.publishing.environment import environment
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import RunRecord, ScoresRecord
 from bruno_ray.study.selection import TrialRecord, load_trials, pareto_front
@@ -56,7 +57,7 @@ def render_report(run: RunDirectory, study: optuna.Study) -> str:
     selected = record.selected
     scores, measured_on = wording.final_scores(record)
     return (
-        card.environment()
+        environment()
         .get_template("report.html.j2")
         .render(
             plotly_js=Markup(get_plotlyjs()),
