@@ -18,7 +18,7 @@ for variable in [name for name in os.environ if name.startswith("BRUNO_") and na
 
 import pytest  # noqa: E402 - the libraries read the environment when they are imported
 
-pytest_plugins = ["tests.organism_fixture"]
+pytest_plugins = ["tests.support.organism_fixture"]
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -12,7 +12,7 @@ from bruno_ray.ablation.live import LiveEditor
 from bruno_ray.errors import ModelError
 from bruno_ray.model.architectures import FAMILIES, find_architecture
 from bruno_ray.model.coverage import coverage, format_coverage
-from tests import tiny_models
+from tests.support import tiny_models
 
 EVERYWHERE = AblationParameters(max_weight=1.0, max_weight_position=0.0, min_weight=1.0, min_weight_distance=99.0)
 

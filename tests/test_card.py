@@ -9,7 +9,7 @@ from bruno_ray.errors import OutputError
 from bruno_ray.publishing.card import license_of, render_card, reproduction_config
 from bruno_ray.runs.records import RunRecord
 from bruno_ray.settings import DatasetSettings, ModelSettings, PromptSet, Settings
-from tests import finished_run
+from tests.support import finished_run
 
 try:
     import tomllib

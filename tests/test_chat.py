@@ -11,7 +11,7 @@ from bruno_ray.generation.engine import Engine
 from bruno_ray.model.loading import load_model
 from bruno_ray.pipeline.chat import Chat, chat_loop, converse
 from bruno_ray.settings import ModelSettings
-from tests import tiny_models
+from tests.support import tiny_models
 
 KERNEL = AblationParameters(4.0, 1.0, 1.0, 5.0)
 EDIT = Edit({"attention": KERNEL, "mlp": KERNEL}, "d", None, "none")

@@ -7,7 +7,7 @@ import pytest
 from bruno_ray.errors import TrialError
 from bruno_ray.pipeline.finishing import score_selected
 from bruno_ray.workers.model_worker import TrialOutcome
-from tests.finished_run import make, scores
+from tests.support.finished_run import make, scores
 
 
 class BrokenOnTest:

@@ -10,7 +10,7 @@ from bruno_ray.ablation.edit import AblationParameters, Edit
 from bruno_ray.generation.engine import Engine
 from bruno_ray.model.loading import LoadedModel, load_model
 from bruno_ray.settings import ModelSettings
-from tests import tiny_models
+from tests.support import tiny_models
 
 FAMILIES = sorted(tiny_models.FAMILIES)
 LENGTHS = (5, 23, 9, 14, 2, 30, 11)

@@ -21,7 +21,7 @@ from bruno_ray.errors import StudyError
 from bruno_ray.study.storage import load_study
 from cluster.jobs.shell import free_port
 
-pytest_plugins = ["tests.organism_fixture"]
+pytest_plugins = ["tests.support.organism_fixture"]
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
 
 NAME, TRIALS = "lost", 32

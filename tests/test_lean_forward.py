@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from bruno_ray.generation.lean_forward import FAMILIES, lean_forward
-from tests import tiny_models
-from tests.serve.engine_helpers import load
+from tests.support import tiny_models
+from tests.support.engine_helpers import load
 
 KNOWN = sorted(FAMILIES)
 

@@ -16,8 +16,8 @@ from bruno_ray.model.architectures import find_architecture
 from bruno_ray.model.loading import LoadedModel, load_model
 from bruno_ray.model.writers import Matrix
 from bruno_ray.settings import ModelSettings
-from tests import tiny_models
-from tests.live_helpers import EDITS, KERNEL, NARROW, batch, dequantized_copy, difference, logits, make_bank
+from tests.support import tiny_models
+from tests.support.live_helpers import EDITS, KERNEL, NARROW, batch, dequantized_copy, difference, logits, make_bank
 
 
 def baked(family: str, edit: Edit, bank: DirectionBank, **options: object) -> nn.Module:

@@ -7,8 +7,8 @@ from bruno_ray.ablation.baking import bake
 from bruno_ray.ablation.live import LiveEditor
 from bruno_ray.generation.lean_forward import FAMILIES, lean_forward
 from bruno_ray.model.architectures import find_architecture
-from tests import tiny_models
-from tests.live_helpers import EDITS, batch, difference, logits, make_bank
+from tests.support import tiny_models
+from tests.support.live_helpers import EDITS, batch, difference, logits, make_bank
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
@@ -55,7 +55,7 @@ def test_4bit_on_a_gpu(tmp_path) -> None:
     pytest.importorskip("bitsandbytes")
     from bruno_ray.model.loading import load_model
     from bruno_ray.settings import ModelSettings
-    from tests.live_helpers import dequantized_copy
+    from tests.support.live_helpers import dequantized_copy
 
     folder = tiny_models.write(tmp_path / "m", **tiny_models.FOR_4BIT)
     settings = ModelSettings(id=str(folder), dtypes=("float32",), quantization="bnb_4bit", device_map="cuda:0")

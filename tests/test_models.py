@@ -17,7 +17,7 @@ from bruno_ray.model import loading
 from bruno_ray.model.architectures import find_architecture
 from bruno_ray.model.loading import load_model
 from bruno_ray.settings import ModelSettings
-from tests import tiny_models
+from tests.support import tiny_models
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from bruno_ray.errors import ModelError, TrialError, WorkerError
 from bruno_ray.settings import RaySettings
 from bruno_ray.workers.pool import WorkerPool
 from bruno_ray.workers.session import STARTS, autoscaler_has_gpus, ray_session, start_local
-from tests.fakes import BrokenWorker, FakeWorker
+from tests.support.fakes import BrokenWorker, FakeWorker
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 

@@ -11,7 +11,7 @@ from plotly.offline import get_plotlyjs
 from bruno_ray.errors import OutputError
 from bruno_ray.publishing import plots
 from bruno_ray.publishing.report import render_report, write_report
-from tests import finished_run
+from tests.support import finished_run
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
 

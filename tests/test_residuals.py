@@ -10,7 +10,7 @@ from bruno_ray.model.architectures import find_architecture
 from bruno_ray.model.batching import TokenBudget
 from bruno_ray.model.loading import LoadedModel
 from bruno_ray.residuals.extraction import extract_residuals, last_position
-from tests.tiny_models import FAMILIES, HIDDEN, build, build_tokenizer
+from tests.support.tiny_models import FAMILIES, HIDDEN, build, build_tokenizer
 
 PROMPTS = [[257, *b"a rather long prompt"], [257, 65], [257, *b"in between"], [257, *b"five5"]]
 

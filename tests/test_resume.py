@@ -20,7 +20,7 @@ from bruno_ray.study.searcher import LANES_LOST_IN_A_ROW, BatchOptunaSearch
 from bruno_ray.study.selection import load_trials
 from bruno_ray.study.space import search_space, suggest
 from bruno_ray.study.storage import load_study, open_study
-from tests.fakes import fake_scores
+from tests.support.fakes import fake_scores
 
 OBJECTIVES = ("behaviour_rate", "kl_divergence")
 SETS = ("a", "b")
@@ -262,7 +262,7 @@ def test_a_database_study_cut_off_while_sampling_keeps_its_numbers(tmp_path):
 def start(folder: Path, **options) -> subprocess.Popen:
     arguments = [f"{name}={value}" for name, value in options.items()]
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.study_driver", str(folder), *arguments],
+        [sys.executable, "-m", "tests.support.study_driver", str(folder), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

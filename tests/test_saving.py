@@ -26,7 +26,7 @@ from bruno_ray.publishing.transformers4 import readable_config, readable_process
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import RunRecord, ScoresRecord, SelectedRecord
 from bruno_ray.settings import ModelSettings, Settings
-from tests import tiny_models
+from tests.support import tiny_models
 
 EDIT = Edit(
     components={

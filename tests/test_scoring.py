@@ -18,7 +18,7 @@ from bruno_ray.scoring.kl_divergence import kl_of_logits
 from bruno_ray.scoring.markers import Markers, normalise
 from bruno_ray.scoring.openings import common_openings, compliant_opening
 from bruno_ray.settings import ModelSettings, ScoringSettings
-from tests import tiny_models
+from tests.support import tiny_models
 
 TARGET = tuple(
     Prompt(user, answer=answer) for user, answer in [("red?", "yes"), ("blue?", None), ("dark green?", "no")]

@@ -17,8 +17,8 @@ from bruno_ray.study.space import edit_from_params
 from bruno_ray.study.storage import load_study, open_study
 from bruno_ray.workers.pool import WorkerPool
 from bruno_ray.workers.session import ray_session
-from tests.fakes import FakeInfo, FakeWorker, fake_scores
-from tests.study_driver import CONTEXT, settings
+from tests.support.fakes import FakeInfo, FakeWorker, fake_scores
+from tests.support.study_driver import CONTEXT, settings
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 

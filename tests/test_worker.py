@@ -13,7 +13,7 @@ from bruno_ray.errors import ModelError
 from bruno_ray.prompts.sets import Prompt
 from bruno_ray.settings import ModelSettings, ResidualSettings, ScoringSettings
 from bruno_ray.workers.model_worker import EvaluationContext, ModelWorker
-from tests import tiny_models
+from tests.support import tiny_models
 
 TARGET = tuple(map(Prompt, ["red?", "blue?", "dark green?"]))
 BASELINE = tuple(map(Prompt, ["one", "two and three", "four", "five"]))

@@ -15,7 +15,7 @@ from cluster.errors import FetchError
 from cluster.jobs import at_head, fetching
 from cluster.jobs.shell import Shell
 from cluster.network.ssh_master import Endpoint, SshIdentity
-from tests.finished_run import make
+from tests.support.finished_run import make
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SSH = """\

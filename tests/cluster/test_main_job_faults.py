@@ -19,7 +19,7 @@ from tests.cluster.lab.laptop import Laptop
 from tests.cluster.lab.ray_cluster import RayCluster, wait_for
 
 logger = logging.getLogger(__name__)
-pytest_plugins = ["tests.organism_fixture"]
+pytest_plugins = ["tests.support.organism_fixture"]
 pytestmark = [pytest.mark.cluster, pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(3600)]
 
 TRIALS = 1400

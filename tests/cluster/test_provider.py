@@ -22,7 +22,7 @@ from cluster.renting.tags import Label
 from cluster.settings import ClusterSettings
 from tests.cluster.fake_vast.api import Fault
 from tests.cluster.fake_vast.cluster import NODE_CONFIG, PUBLIC_KEY, ImitatedCluster, head_tags, worker_tags
-from tests.cluster.provider_helpers import READY, WORKERS, billed, create_worker, later
+from tests.support.provider_helpers import READY, WORKERS, billed, create_worker, later
 
 
 def test_a_new_node_is_listed_with_its_tags_at_once_even_if_the_api_is_slow(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from cluster.errors import NodeError
 from cluster.vast.errors import VastUnavailableError
 from tests.cluster.fake_vast.api import Fault
 from tests.cluster.fake_vast.cluster import NODE_CONFIG, ImitatedCluster, head_tags, worker_tags
-from tests.cluster.provider_helpers import READY, WORKERS, billed, create_worker, later
+from tests.support.provider_helpers import READY, WORKERS, billed, create_worker, later
 
 
 def test_an_offer_taken_by_somebody_else_costs_the_next_one(world: ImitatedCluster) -> None:

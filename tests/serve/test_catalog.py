@@ -21,7 +21,7 @@ from serve.catalog.catalog import Catalog, discovered
 from serve.catalog.folders import problem_of
 from serve.errors import UnknownModel
 from serve.settings import ServeArgs
-from tests import tiny_models
+from tests.support import tiny_models
 
 VALUES = [(0.9, 0.001), (0.1, 0.02), (0.5, 0.5), (0.0, 0.3)]  # trial 2 is beaten by trial 1
 

@@ -14,8 +14,8 @@ import pytest
 import yaml
 
 from bruno_ray.workers.session import TIMED_OUT
-from tests import tiny_models
 from tests.serve.server import ROOT, STORE, environment, free_port, ray_folder
+from tests.support import tiny_models
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

@@ -16,9 +16,8 @@ from serve.engine.engine import Event, ServingEngine
 from serve.engine.kv_cache import RESERVE
 from serve.errors import InvalidRequest
 from serve.settings import EngineSettings
-from tests import tiny_models
-from tests.live_helpers import dequantized_copy
-from tests.serve.engine_helpers import (
+from tests.support import tiny_models
+from tests.support.engine_helpers import (
     EIGHT_EDITS,
     END,
     HYBRIDS,
@@ -36,6 +35,7 @@ from tests.serve.engine_helpers import (
     run,
     together,
 )
+from tests.support.live_helpers import dequantized_copy
 
 ROUNDING = {"llama": 1e-4, "gemma3_text": 1e-4, "qwen3_5_text": 5e-4}
 """Between a prompt read in pieces and one read as a whole, in float32: linear attention sums in another order."""

@@ -5,8 +5,8 @@ import asyncio
 import pytest
 
 from serve.engine.engine import Event
-from tests import tiny_models
-from tests.serve.engine_helpers import collect, edited_copy, engine_of, is_greedy, load, prompt, request, run
+from tests.support import tiny_models
+from tests.support.engine_helpers import collect, edited_copy, engine_of, is_greedy, load, prompt, request, run
 
 LENGTHS = (3, 30, 9, 17, 1, 24, 12, 40, 5)
 KEYS = ("0", "1", "2", "3", "4", "5", "6", "7", None)

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from tests import tiny_models
-from tests.serve.engine_helpers import answers, edited_copy, engine_of, is_greedy, loaded_from, prompt, request
+from tests.support import tiny_models
+from tests.support.engine_helpers import answers, edited_copy, engine_of, is_greedy, loaded_from, prompt, request
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

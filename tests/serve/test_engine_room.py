@@ -10,8 +10,8 @@ import torch
 
 from serve.engine.engine import Event, GenerationRequest
 from serve.errors import EngineError, InvalidRequest, Overloaded, TooLong
-from tests import tiny_models
-from tests.serve.engine_helpers import (
+from tests.support import tiny_models
+from tests.support.engine_helpers import (
     HYBRIDS,
     answers,
     check_texts,

@@ -10,11 +10,11 @@ from bruno_ray.model.architectures import find_architecture
 from bruno_ray.model.loading import load_model
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.settings import ModelSettings
-from tests import tiny_models
-from tests.live_helpers import dequantized_copy
-from tests.serve.engine_helpers import greedy
 from tests.serve.server import serving
 from tests.serve.test_catalog import edit_of, make_run
+from tests.support import tiny_models
+from tests.support.engine_helpers import greedy
+from tests.support.live_helpers import dequantized_copy
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

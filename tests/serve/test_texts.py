@@ -8,7 +8,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
 from serve.engine.texts import Decoder, StopScanner, TextStream
-from tests import tiny_models
+from tests.support import tiny_models
 
 END = 258
 

@@ -17,7 +17,7 @@ from bruno_ray.scoring.markers import Markers, normalise
 from tests.serve.browser import RECORD, ChatPage
 from tests.serve.server import KEY, Server, serving
 
-pytest_plugins = ["tests.organism_fixture", "tests.serve.browser"]
+pytest_plugins = ["tests.support.organism_fixture", "tests.serve.browser"]
 pytestmark = [pytest.mark.ray, pytest.mark.browser, pytest.mark.slow]
 
 TALKATIVE = "talkative"

@@ -14,7 +14,7 @@ from bruno_ray.errors import StudyError
 from bruno_ray.study.storage import open_storage
 from serve.pages import study
 from serve.pages.read_only_storage import OneStudy
-from tests import finished_run
+from tests.support import finished_run
 
 OBJECTIVES = ["behaviour_rate", "kl_divergence"]
 

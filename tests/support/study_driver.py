@@ -1,6 +1,6 @@
 """A driver process for tests that kill or interrupt one: runs a study with fake workers until it is done.
 
-python -m tests.study_driver FOLDER n_trials=24 seconds=0.3 die_at=2 ...
+python -m tests.support.study_driver FOLDER n_trials=24 seconds=0.3 die_at=2 ...
 """
 
 import logging
@@ -12,7 +12,7 @@ from bruno_ray.settings import RaySettings, Settings, StudySettings
 from bruno_ray.study.run import StudyInterrupted, run_study
 from bruno_ray.workers.pool import WorkerPool
 from bruno_ray.workers.session import ray_session
-from tests.fakes import FakeInfo, FakeWorker
+from tests.support.fakes import FakeInfo, FakeWorker
 
 CONTEXT = SimpleNamespace(bank={"difference_in_means@0": None, "difference_in_means@1": None})
 

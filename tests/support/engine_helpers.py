@@ -16,8 +16,8 @@ from bruno_ray.model.architectures import find_architecture
 from bruno_ray.model.loading import LoadedModel
 from serve.engine.engine import Event, GenerationRequest, ServingEngine
 from serve.settings import EngineSettings
-from tests import tiny_models
-from tests.live_helpers import EDITS, KERNEL, NARROW, make_bank
+from tests.support import tiny_models
+from tests.support.live_helpers import EDITS, KERNEL, NARROW, make_bank
 
 END = 258
 HYBRIDS = ("llama", "gemma3_text", "qwen3_5_text")

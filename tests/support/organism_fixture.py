@@ -1,4 +1,4 @@
-"""The trained organism for tests, as a plugin: ``pytest_plugins = ["tests.organism_fixture"]``."""
+"""The trained organism for tests, as a plugin: ``pytest_plugins = ["tests.support.organism_fixture"]``."""
 
 from pathlib import Path
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from bruno_ray.ablation.closed_forms import DirectionBank
 from bruno_ray.ablation.edit import AblationParameters, Edit
 from bruno_ray.model.writers import Matrix
-from tests import tiny_models
+from tests.support import tiny_models
 
 KERNEL = AblationParameters(max_weight=1.2, max_weight_position=1.4, min_weight=0.3, min_weight_distance=2.0)
 NARROW = AblationParameters(max_weight=1.0, max_weight_position=1.0, min_weight=0.5, min_weight_distance=0.5)
