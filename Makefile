@@ -3,13 +3,15 @@
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
+# Tests run in this many processes. Those that only wait overlap with those that compute.
+JOBS   ?= 2
 export OMP_NUM_THREADS ?= 1
 export MKL_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # Ray starts a dozen Python processes: without cached bytecode each compiles its imports anew, half a minute a run.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo test check setup benchmarks clean
+.PHONY: demo check types test test-fast test-nightly setup clean
 
 # Modules are compiled when they are first imported, not all of them here. Set-up runs again when the pins or the
 # package's own metadata change.
@@ -21,11 +23,11 @@ $(VENV)/.installed: constraints.txt pyproject.toml
 	$(INSTALL) -e .
 	touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
-	$(INSTALL) -e .[test]
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(INSTALL) -e .[dev]
 	touch $@
 
-setup: $(VENV)/.installed-test
+setup: $(VENV)/.installed-dev
 
 demo: $(VENV)/.installed
 	rm -rf runs/demo
@@ -33,10 +35,30 @@ demo: $(VENV)/.installed
 	$(BIN)/bruno-ray run --behaviour organism --auto-select --study-name demo
 	@echo "The report is in $(CURDIR)/runs/demo/report.html, the saved model with its card in runs/demo/model"
 
-test: setup
+# Seconds: style, types, and which module may import which.
+check: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest -m "not gpu" $(PYTEST_ARGS)
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python .ci/typecheck.py
+
+# Write down that a folder has fewer type errors than before.
+types: setup
+	$(BIN)/python .ci/typecheck.py --rewrite
+
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+
+# Everything but what needs a GPU and the long forms; under 20 minutes on two cores.
+test: check
+	$(PYTEST) -m "not gpu and not nightly" $(PYTEST_ARGS)
+
+# Two minutes: no Ray cluster, no network namespaces, no browser.
+test-fast: setup
+	$(PYTEST) -m "not gpu and not nightly and not ray and not cluster and not browser and not slow" $(PYTEST_ARGS)
+
+# The long forms: a thousand histories of the cluster, full load, long faults, clients in environments of their own.
+test-nightly: setup
+	BRUNO_HISTORIES=$${BRUNO_HISTORIES:-1000} $(PYTEST) -m nightly $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

@@ -47,8 +47,8 @@ def edits(loaded: LoadedModel) -> list[Edit]:
     components = loaded.architecture.components
     half = AblationParameters(0.6, 1.0, 0.0, 1.5)
     return [
-        Edit({name: KERNEL for name in components}, "random", None, "full"),
-        Edit({name: KERNEL for name in components}, "random", 1.3, "none"),
+        Edit(dict.fromkeys(components, KERNEL), "random", None, "full"),
+        Edit(dict.fromkeys(components, KERNEL), "random", 1.3, "none"),
         Edit({components[-1]: half}, "random", 0.5, "pre"),
     ]
 

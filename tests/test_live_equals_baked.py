@@ -185,6 +185,7 @@ def test_cached_decoding_equals_the_full_forward(family: str) -> None:
     editor.set(edits, rows)
     ids, mask = inputs["input_ids"], inputs["attention_mask"]
     step = model(**inputs, position_ids=positions(mask), use_cache=True)
+    token = ids[:, -1:]
     for n_decoded in range(4):
         if n_decoded == 2:
             keep = torch.tensor([True, False, True, False, True])

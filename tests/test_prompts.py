@@ -287,7 +287,7 @@ def test_contrast_presets_hold_the_question_fixed(behaviour: str) -> None:
         target = [p.user.removesuffix(given.target.train.suffix) for p in getattr(prompts.target, part)]
         baseline = [p.user.removesuffix(given.baseline.train.suffix) for p in getattr(prompts.baseline, part)]
         assert target == baseline and len(target) == size
-        assert all(question.endswith("?") or question.endswith(".") for question in target)
+        assert all(question.endswith(("?", ".")) for question in target)
 
 
 # --------------------------------------------------------------------------------------------------------------

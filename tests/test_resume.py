@@ -261,7 +261,7 @@ def test_a_database_study_cut_off_while_sampling_keeps_its_numbers(tmp_path):
 
 def start(folder: Path, **options) -> subprocess.Popen:
     arguments = [f"{name}={value}" for name, value in options.items()]
-    process = subprocess.Popen(
+    return subprocess.Popen(
         [sys.executable, "-m", "tests.support.study_driver", str(folder), *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -269,7 +269,6 @@ def start(folder: Path, **options) -> subprocess.Popen:
         cwd=Path(__file__).parent.parent,
         start_new_session=True,
     )
-    return process
 
 
 def wait_for_line(process: subprocess.Popen, text: str) -> list[str]:

@@ -1,7 +1,5 @@
 """Precedence, merging and errors of settings; every case goes through `load`, as a user's run does."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -201,23 +199,3 @@ def test_presets_are_complete(name: str) -> None:
 def test_every_setting_is_documented() -> None:
     assert [key for key, field in leaves() if not field.description] == []
     assert len(FIELDS) > 100
-
-
-@pytest.mark.parametrize(
-    "module", ["settings", "settings_fields", "settings_sources", "prompts", "thinking", "show_config", "cli"]
-)
-def test_imports_nothing_heavy(module: str) -> None:
-    code = (
-        f"import sys, bruno_ray.{module}\n"
-        "heavy = {'torch', 'ray', 'transformers', 'datasets', 'pyarrow', 'optuna', 'numpy'} & set(sys.modules)\n"
-        "sys.exit(str(sorted(heavy)) if heavy else 0)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-
-
-def test_a_behaviour_with_its_own_prompts_needs_no_preset() -> None:
-    sides = {side: {"train": {"source": f"{side}.jsonl"}} for side in ("target", "baseline")}
-    assert load(environ={}, overrides={"behaviour": "mine", "prompts": sides}).settings.behaviour == "mine"
-    with pytest.raises(SettingsError, match="no preset named 'mine'"):
-        load(environ={}, overrides={"behaviour": "mine", "prompts": {"target": sides["target"]}})

@@ -146,6 +146,7 @@ class Catalog:
         run.name = self._unique([directory.name, f"{directory.path.parent.name}/{directory.name}"])
         self.runs[run.name] = run
         self._base_of[run.name] = self._engine(model, _name_of(model.id))
+        return None
 
     def _engine(self, model: ModelSettings, *names: str) -> str:
         """Key of the engine that has loaded exactly this model; a new one if none has."""

@@ -141,7 +141,7 @@ def test_an_instance_missing_from_one_list_is_asked_for_before_it_is_given_up(
     provider = world.autoscaler()
     node = create_worker(provider)
     later(world, 40, provider)
-    monkeypatch.setattr(world.vast, "listed", lambda: [])
+    monkeypatch.setattr(world.vast, "listed", list)
     later(world, 30, provider)
     assert provider.non_terminated_nodes(WORKERS) == [node]
 

@@ -151,7 +151,7 @@ class ClusterHistory(RuleBasedStateMachine):
                 laptop.non_terminated_nodes({})
         for laptop in laptops:
             with contextlib.suppress(*LAPTOP_ERRORS):
-                heads.update({head: laptop for head in laptop.create_node(NODE_CONFIG, head_tags(), 1)})
+                heads.update(dict.fromkeys(laptop.create_node(NODE_CONFIG, head_tags(), 1), laptop))
         self.ordered.update(heads)
         for head, laptop in heads.items():
             if then == "both are set up":
