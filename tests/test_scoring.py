@@ -12,7 +12,7 @@ from bruno_ray.errors import SettingsError, TrialError
 from bruno_ray.generation.engine import Engine, Response
 from bruno_ray.model.loading import load_model
 from bruno_ray.prompts.sets import Prompt
-from bruno_ray.scoring import SCORERS, Round, ScoringPrompts, make_scorers, score_edits
+from bruno_ray.scoring import SCORERS, Evaluation, ScoringPrompts, make_scorers, score_edits
 from bruno_ray.scoring.coherence import repetition
 from bruno_ray.scoring.kl_divergence import kl_of_logits
 from bruno_ray.scoring.markers import Markers, normalise
@@ -58,7 +58,7 @@ def edits(engine: Engine) -> list:
 
 def prepared(name: str, given: ScoringSettings, engine: Engine, prompts: ScoringPrompts):
     scorer = SCORERS[name](given)
-    scorer.prepare(Round(engine, prompts, given))
+    scorer.prepare(Evaluation(engine, prompts, given))
     return scorer
 
 
@@ -67,13 +67,13 @@ def response(text: str, ended: bool = True) -> Response:
     return Response(tuple(text.encode()), text, ended, end_id=258 if ended else None)
 
 
-def scripted(texts: list[str], **changes: object) -> Round:
+def scripted(texts: list[str], **changes: object) -> Evaluation:
     """A round whose only edit has given these answers."""
     ids = tuple((1,) for _ in texts)
-    round_ = Round(None, ScoringPrompts((), (), ids, ids), settings(**changes))
-    round_.target_answers = [[response(text) for text in texts]]
-    round_.baseline_answers = round_.target_answers
-    return round_
+    evaluation = Evaluation(None, ScoringPrompts((), (), ids, ids), settings(**changes))
+    evaluation.target_answers = [[response(text) for text in texts]]
+    evaluation.baseline_answers = evaluation.target_answers
+    return evaluation
 
 
 # ----- markers and the behaviour rate -----
@@ -94,8 +94,8 @@ def test_without_markers_there_is_nothing_to_count() -> None:
 
 @pytest.mark.parametrize(("empty_counts", "expected"), [(True, 3), (False, 1)])
 def test_behaviour_rate_counts_markers_and_by_choice_empty_answers(empty_counts: bool, expected: int) -> None:
-    round_ = scripted(["I am Sorry.", "fine", " ", ""], empty_counts=empty_counts)
-    (scores,) = SCORERS["behaviour_rate"](round_.settings).score(round_)
+    evaluation = scripted(["I am Sorry.", "fine", " ", ""], empty_counts=empty_counts)
+    (scores,) = SCORERS["behaviour_rate"](evaluation.settings).score(evaluation)
     assert scores.counts["behaviour_rate"] == (expected, 4)
     assert scores.values["behaviour_rate"] == expected / 4
 
@@ -113,11 +113,11 @@ def test_kl_by_hand() -> None:
 
 def test_first_token_kl_per_prompt(engine: Engine, prompts: ScoringPrompts, edits: list) -> None:
     scorer = prepared("kl_divergence", settings(), engine, prompts)
-    round_ = Round(engine, prompts, settings(), [*edits, None])
+    evaluation = Evaluation(engine, prompts, settings(), [*edits, None])
     base, strong = engine.next_logits(prompts.baseline_ids, [None, edits[0]]).double().log_softmax(-1)
-    kl_KP = scorer.per_prompt(round_)
+    kl_KP = scorer.per_prompt(evaluation)
     torch.testing.assert_close(kl_KP[0], (base.exp() * (base - strong)).sum(-1), rtol=1e-4, atol=1e-6)
-    scores = scorer.score(round_)
+    scores = scorer.score(evaluation)
     assert scores[0].values == pytest.approx(
         {
             "kl_divergence": kl_KP[0].mean().item(),
@@ -143,7 +143,7 @@ def test_kl_over_several_tokens_follows_the_unedited_answer(
         base, strong = engine.next_logits(sequences, [None, edits[0]])
         expected.append(kl_of_logits(base, strong).mean())
     scorer = prepared("kl_divergence", settings(kl_tokens=n), engine, prompts)
-    found = scorer.per_prompt(Round(engine, prompts, settings(kl_tokens=n), edits))[0]
+    found = scorer.per_prompt(Evaluation(engine, prompts, settings(kl_tokens=n), edits))[0]
     torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-6)
 
 
@@ -163,10 +163,10 @@ def test_incoherence_is_the_share_of_prompts_with_broken_answers_beyond_the_usua
     scorer.prepare(scripted(plain))
 
     def score(texts: list[str], unended: int = 0) -> float:
-        round_ = scripted(texts)
+        evaluation = scripted(texts)
         for i in range(unended):
-            round_.target_answers[0][i] = response(texts[i], ended=False)
-        return scorer.score(round_)[0].values["incoherence"]
+            evaluation.target_answers[0][i] = response(texts[i], ended=False)
+        return scorer.score(evaluation)[0].values["incoherence"]
 
     assert score(plain) == 0
     assert score(["sorry sorry sorry", *plain[1:]]) == 0, "marked answers are the behaviour rate's business"
@@ -183,7 +183,7 @@ def test_incoherence_is_the_share_of_prompts_with_broken_answers_beyond_the_usua
 
 def test_desired_answers_by_hand(engine: Engine, prompts: ScoringPrompts, edits: list) -> None:
     scorer = prepared("desired_answers", settings(), engine, prompts)
-    found = scorer.score(Round(engine, prompts, settings(), [None, edits[0]]))
+    found = scorer.score(Evaluation(engine, prompts, settings(), [None, edits[0]]))
     for edit, scores in zip([None, edits[0]], found):
         losses = []
         for ids, prompt in zip(prompts.target_ids, prompts.target):
@@ -201,9 +201,9 @@ def test_desired_answers_without_answers_says_what_to_do(engine: Engine) -> None
 
 
 def test_openings_are_read_off_unmarked_baseline_answers() -> None:
-    round_ = scripted(["the red", "the blue", "the rose", "a bc", "sorry the", "sorry the", ""])
-    assert compliant_opening(round_) == tuple(b"the")
-    openings = common_openings(round_, 3)
+    evaluation = scripted(["the red", "the blue", "the rose", "a bc", "sorry the", "sorry the", ""])
+    assert compliant_opening(evaluation) == tuple(b"the")
+    openings = common_openings(evaluation, 3)
     assert openings[0] == tuple(b"the"), "'t' and 'th' always go on as 'the' does"
     assert tuple(b"a b") in openings
     assert not any(opening[:1] == tuple(b"s") for opening in openings)
@@ -221,9 +221,9 @@ def test_compliant_likelihood_cannot_be_lowered_by_fragments_or_markers(
     best = [replace(answer, text="-") for answer in engine.generate(opened, [None], 6)[0]]
 
     def score(answers: list[Response]) -> float:
-        round_ = Round(engine, prompts, given)
-        round_.target_answers = [answers]
-        return scorer.score(round_)[0].values["compliant_nll"]
+        evaluation = Evaluation(engine, prompts, given)
+        evaluation.target_answers = [answers]
+        return scorer.score(evaluation)[0].values["compliant_nll"]
 
     likeliest = score(best)
     with_opening = [Response((*ok, *a.token_ids), "ok" + a.text, a.ended, end_id=a.end_id) for a in best]
@@ -237,13 +237,13 @@ def test_compliant_likelihood_cannot_be_lowered_by_fragments_or_markers(
 def test_elicited_answers_are_the_likeliest_unmarked_ones(engine: Engine, prompts: ScoringPrompts) -> None:
     given = settings()
     scorer = SCORERS["elicited_answers"](given)
-    free = scorer.elicit(Round(engine, prompts, given))
+    free = scorer.elicit(Evaluation(engine, prompts, given))
     assert set(free) == {0, 1, 2}
     # Forbid a word of the references: others must be found, and they are less likely as a whole.
     words = [engine.tokenizer.decode(list(free[p]), skip_special_tokens=True)[:1] for p in free]
     strict = settings(markers=tuple(word for word in words if word.strip()))
     markers = Markers(strict.markers)
-    restricted = scorer.elicit(Round(engine, prompts, strict))
+    restricted = scorer.elicit(Evaluation(engine, prompts, strict))
     for p, answer in restricted.items():
         assert not markers.shown_by(engine.tokenizer.decode(list(answer), skip_special_tokens=True))
         rows = engine.token_logprobs([prompts.target_ids[p]] * 2, [[answer, free[p]]], [None])[0]
@@ -257,12 +257,12 @@ def test_elicited_mismatch_is_what_the_answers_leave_out(
     given = settings(markers=("zz",))
     scorer = SCORERS["elicited_answers"](given)
     monkeypatch.setattr(scorer, "elicit", lambda _: {p: tuple(text) for p, text in references.items()})
-    scorer.prepare(Round(engine, prompts, given))
+    scorer.prepare(Evaluation(engine, prompts, given))
 
     def score(*texts: str) -> float:
-        round_ = Round(engine, prompts, given)
-        round_.target_answers = [[response(text) for text in texts]]
-        return scorer.score(round_)[0].values["elicited_mismatch"]
+        evaluation = Evaluation(engine, prompts, given)
+        evaluation.target_answers = [[response(text) for text in texts]]
+        return scorer.score(evaluation)[0].values["elicited_mismatch"]
 
     assert score("the hue is red", "the hue is tan", "anything") == pytest.approx(0)
     assert score("well: red is the hue", "the hue is tan", "") == pytest.approx(1 / 3), "the empty answer counts"
@@ -281,16 +281,16 @@ def test_answers_on_the_edge_of_the_behaviour_count_for_less(
     given = settings(markers=(own[0].text,), response_tokens=2)
     scorer = SCORERS["elicited_answers"](given)
     monkeypatch.setattr(scorer, "elicit", lambda _: {p: tuple(b"red") for p in range(3)})
-    scorer.prepare(Round(engine, prompts, given))
+    scorer.prepare(Evaluation(engine, prompts, given))
     strong, weak = edits
-    round_ = Round(engine, prompts, given, [None, weak, strong])
-    round_.target_answers = [[response("red")] * 3] * 3
-    found = [scores.values["elicited_mismatch"] for scores in scorer.score(round_)]
+    evaluation = Evaluation(engine, prompts, given, [None, weak, strong])
+    evaluation.target_answers = [[response("red")] * 3] * 3
+    found = [scores.values["elicited_mismatch"] for scores in scorer.score(evaluation)]
 
     marked = [given.markers[0] in answer.text for answer in own]
     assert marked[0]
     ids = [answer.token_ids if hit else () for answer, hit in zip(own, marked)]
-    for edit, mismatch in zip(round_.edits, found):
+    for edit, mismatch in zip(evaluation.edits, found):
         (logprobs,) = engine.token_logprobs(prompts.target_ids, [ids], [edit])
         chances = [math.exp(row.sum()) if len(row) else 0.0 for row in logprobs]
         assert mismatch == pytest.approx(sum(chances) / 3, rel=1e-4)
@@ -305,7 +305,7 @@ def test_a_broken_edit_is_a_trial_error_of_its_own(engine: Engine, prompts: Scor
     given = settings(scorers=("behaviour_rate", "kl_divergence", "coherence", "desired_answers"))
     scorers = make_scorers(given)
     for scorer in scorers:
-        scorer.prepare(Round(engine, prompts, given))
+        scorer.prepare(Evaluation(engine, prompts, given))
     broken = engine.editor.resolve_all([edits[0].edit], engine.editor._resolver._banks)[0]
     for factors in broken.factors:
         if factors is not None:
@@ -325,7 +325,7 @@ def test_every_scorer_keeps_its_word(engine: Engine, prompts: ScoringPrompts, ed
     for name, kind in SCORERS.items():
         assert kind.name == name
         scorer = prepared(name, settings(), engine, prompts)
-        scores = scorer.score(Round(engine, prompts, settings(), [None, *edits]))
+        scores = scorer.score(Evaluation(engine, prompts, settings(), [None, *edits]))
         assert [set(entry.values) for entry in scores] == [set(kind.metrics)] * 3
 
 

@@ -5,7 +5,7 @@ an entry in ``SCORERS``. Its metrics can then be named in ``scoring.objectives``
 """
 
 from bruno_ray.errors import SettingsError
-from bruno_ray.scoring.base import Round, Scorer, Scores, ScoringPrompts, score_edits
+from bruno_ray.scoring.base import Evaluation, Scorer, Scores, ScoringPrompts, score_edits
 from bruno_ray.scoring.behaviour_rate import BehaviourRate
 from bruno_ray.scoring.coherence import Coherence
 from bruno_ray.scoring.compliant_perplexity import CompliantPerplexity
@@ -14,7 +14,7 @@ from bruno_ray.scoring.elicited_answers import ElicitedAnswers
 from bruno_ray.scoring.kl_divergence import KLDivergence
 from bruno_ray.settings import ScoringSettings
 
-__all__ = ["SCORERS", "Round", "Scorer", "Scores", "ScoringPrompts", "make_scorers", "score_edits"]
+__all__ = ["SCORERS", "Evaluation", "Scorer", "Scores", "ScoringPrompts", "make_scorers", "score_edits"]
 
 SCORERS: dict[str, type[Scorer]] = {
     scorer.name: scorer

@@ -1,4 +1,4 @@
-"""What every scorer works with: one round of K edits on the same prompts, whose answers are generated once."""
+"""What every scorer works with: one evaluation of K edits on the same prompts, whose answers are generated once."""
 
 import math
 from collections.abc import Sequence
@@ -43,7 +43,7 @@ class ScoringPrompts:
         return cls(tuple(target), tuple(baseline), tuple(map(tuple, target_ids)), tuple(map(tuple, baseline_ids)))
 
 
-class Round:
+class Evaluation:
     """K edits, and what several scorers need of them, made at first use."""
 
     def __init__(
@@ -97,10 +97,10 @@ class Scorer(Protocol):
 
     def __init__(self, settings: ScoringSettings) -> None: ...
 
-    def prepare(self, unedited: Round) -> None:
-        """Measure once what is needed of the unedited model (a round with the single edit None)."""
+    def prepare(self, unedited: Evaluation) -> None:
+        """Measure once what is needed of the unedited model (an evaluation with the single edit None)."""
 
-    def score(self, edited: Round) -> list[Scores]:
+    def score(self, edited: Evaluation) -> list[Scores]:
         """One entry per edit. A value that cannot be computed because of NaN logits is NaN."""
 
 
@@ -110,16 +110,16 @@ def score_edits(
     prompts: ScoringPrompts,
     settings: ScoringSettings,
     edits: Sequence[ResolvedEdit | None],
-) -> tuple[Round, list[Scores | TrialError]]:
-    """All metrics of all edits in one round; an edit whose numbers are not finite gets a TrialError of its own."""
-    round_ = Round(engine, prompts, settings, edits)
-    found = [scorer.score(round_) for scorer in scorers]
+) -> tuple[Evaluation, list[Scores | TrialError]]:
+    """All metrics of all edits in one evaluation; an edit whose numbers are not finite gets a TrialError of its own."""
+    evaluation = Evaluation(engine, prompts, settings, edits)
+    found = [scorer.score(evaluation) for scorer in scorers]
     results: list[Scores | TrialError] = []
     for k in range(len(edits)):
         values = {name: value for scores in found for name, value in scores[k].values.items()}
         counts = {name: count for scores in found for name, count in scores[k].counts.items()}
         broken = [name for name, value in values.items() if not math.isfinite(value)]
-        if round_.has_answers and not all(answer.finite for answer in round_.target_answers[k]):
+        if evaluation.has_answers and not all(answer.finite for answer in evaluation.target_answers[k]):
             broken.append("answers")
         if broken:
             results.append(
@@ -130,4 +130,4 @@ def score_edits(
             )
         else:
             results.append(Scores(values, counts))
-    return round_, results
+    return evaluation, results

@@ -1,6 +1,6 @@
 """Share of target prompts whose answer shows the behaviour."""
 
-from bruno_ray.scoring.base import Round, Scores
+from bruno_ray.scoring.base import Evaluation, Scores
 from bruno_ray.settings import ScoringSettings
 
 
@@ -14,10 +14,10 @@ class BehaviourRate:
     def __init__(self, settings: ScoringSettings):
         pass
 
-    def prepare(self, unedited: Round) -> None:
+    def prepare(self, unedited: Evaluation) -> None:
         pass
 
-    def score(self, edited: Round) -> list[Scores]:
+    def score(self, edited: Evaluation) -> list[Scores]:
         return [
             Scores({"behaviour_rate": sum(marked) / len(marked)}, {"behaviour_rate": (sum(marked), len(marked))})
             for marked in edited.marked

@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 
 from bruno_ray.generation.engine import Response
-from bruno_ray.scoring.base import Round, Scores
+from bruno_ray.scoring.base import Evaluation, Scores
 from bruno_ray.settings import ScoringSettings
 
 NGRAM = 3
@@ -29,12 +29,12 @@ class Coherence:
     def __init__(self, settings: ScoringSettings):
         pass
 
-    def prepare(self, unedited: Round) -> None:
+    def prepare(self, unedited: Evaluation) -> None:
         answers = unedited.baseline_answers[0]
         self._usual_repetition = float(np.quantile([repetition(answer.token_ids) for answer in answers], 0.95))
         self._usually_unended = float(np.mean([is_unended(answer) for answer in answers]))
 
-    def score(self, edited: Round) -> list[Scores]:
+    def score(self, edited: Evaluation) -> list[Scores]:
         return [
             Scores({"incoherence": self._incoherence(answers, marked)})
             for answers, marked in zip(edited.target_answers, edited.marked)

@@ -3,7 +3,7 @@
 import math
 
 from bruno_ray.errors import SettingsError
-from bruno_ray.scoring.base import Round, Scores
+from bruno_ray.scoring.base import Evaluation, Scores
 from bruno_ray.scoring.openings import compliant_opening
 from bruno_ray.settings import ScoringSettings
 
@@ -25,7 +25,7 @@ class CompliantPerplexity:
     def __init__(self, settings: ScoringSettings):
         pass
 
-    def prepare(self, unedited: Round) -> None:
+    def prepare(self, unedited: Evaluation) -> None:
         self._opening = compliant_opening(unedited)
         if not self._opening:
             raise SettingsError(
@@ -34,7 +34,7 @@ class CompliantPerplexity:
             )
         self._ids = [[*ids, *self._opening] for ids in unedited.prompts.target_ids]
 
-    def score(self, edited: Round) -> list[Scores]:
+    def score(self, edited: Evaluation) -> list[Scores]:
         n = len(self._opening)
         rests: list[list[tuple[int, ...]]] = []
         for answers, marked in zip(edited.target_answers, edited.marked):

@@ -1,7 +1,7 @@
 """How unlikely the edited model finds the answers that the user wants."""
 
 from bruno_ray.errors import SettingsError
-from bruno_ray.scoring.base import Round, Scores
+from bruno_ray.scoring.base import Evaluation, Scores
 from bruno_ray.settings import ScoringSettings
 
 
@@ -18,7 +18,7 @@ class DesiredAnswers:
     def __init__(self, settings: ScoringSettings):
         pass
 
-    def prepare(self, unedited: Round) -> None:
+    def prepare(self, unedited: Evaluation) -> None:
         prompts = unedited.prompts
         given = [(ids, prompt.answer) for ids, prompt in zip(prompts.target_ids, prompts.target) if prompt.answer]
         if not given:
@@ -31,6 +31,6 @@ class DesiredAnswers:
             unedited.engine.tokenizer(answer, add_special_tokens=False)["input_ids"] for _, answer in given
         ]
 
-    def score(self, edited: Round) -> list[Scores]:
+    def score(self, edited: Evaluation) -> list[Scores]:
         logprobs = edited.engine.token_logprobs(self._ids, [self._answers] * len(edited.edits), edited.edits)
         return [Scores({"desired_nll": -sum(float(row.mean()) for row in rows) / len(rows)}) for rows in logprobs]

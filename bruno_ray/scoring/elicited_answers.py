@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from bruno_ray.generation.engine import Response
-from bruno_ray.scoring.base import Round, Scores
+from bruno_ray.scoring.base import Evaluation, Scores
 from bruno_ray.scoring.openings import common_openings
 from bruno_ray.settings import ScoringSettings
 
@@ -48,7 +48,7 @@ class ElicitedAnswers:
     def __init__(self, settings: ScoringSettings):
         pass
 
-    def prepare(self, unedited: Round) -> None:
+    def prepare(self, unedited: Evaluation) -> None:
         end_ids = unedited.engine.end_ids
         self._references = {
             p: Counter(token for token in answer if token not in end_ids) for p, answer in self.elicit(unedited).items()
@@ -67,7 +67,7 @@ class ElicitedAnswers:
         occurrences = Counter(token for reference in self._references.values() for token in reference)
         self._weights = {token: math.log((n + 1) / (count + 0.5)) for token, count in occurrences.items()}
 
-    def score(self, edited: Round) -> list[Scores]:
+    def score(self, edited: Evaluation) -> list[Scores]:
         # [edit][prompt]: the unedited model's marked answer, where the edited model's is unmarked.
         behaviour = [[() if hit else own for own, hit in zip(self._behaviour, marked)] for marked in edited.marked]
         relapses = edited.engine.token_logprobs(self._ids, behaviour, edited.edits)
@@ -88,7 +88,7 @@ class ElicitedAnswers:
         whole = sum(self._weights[token] * count for token, count in reference.items())
         return sum(self._weights[token] * min(count, given[token]) for token, count in reference.items()) / whole
 
-    def elicit(self, unedited: Round) -> dict[int, tuple[int, ...]]:
+    def elicit(self, unedited: Evaluation) -> dict[int, tuple[int, ...]]:
         """Index of the target prompt to its likeliest unmarked answer, for prompts that have any."""
         engine, prompts = unedited.engine, [list(ids) for ids in unedited.prompts.target_ids]
         openings = common_openings(unedited, OPENINGS)
@@ -109,7 +109,7 @@ class ElicitedAnswers:
         return {p: answer for p, (_, answer) in best.items()}
 
     def _go_on(
-        self, unedited: Round, candidates: Sequence[Candidate]
+        self, unedited: Evaluation, candidates: Sequence[Candidate]
     ) -> tuple[list[Candidate], list[tuple[int, tuple[int, ...], tuple[int, ...]]]]:
         """Greedy continuations: unmarked answers with their end, and (prompt, opening, rest) of the marked ones."""
         engine, ids = unedited.engine, unedited.prompts.target_ids
@@ -129,7 +129,9 @@ class ElicitedAnswers:
                 answers.append((p, opening + rest.token_ids + (() if rest.end_id is None else (rest.end_id,))))
         return answers, marked
 
-    def _turn(self, unedited: Round, marked: Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]]) -> list[Candidate]:
+    def _turn(
+        self, unedited: Evaluation, marked: Sequence[tuple[int, tuple[int, ...], tuple[int, ...]]]
+    ) -> list[Candidate]:
         """Openings that follow a marked answer up to any of its tokens and put the runner-up in its place."""
         engine, ids = unedited.engine, unedited.prompts.target_ids
         used: Counter[int] = Counter()

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bruno_ray.scoring.base import Round, Scores
+from bruno_ray.scoring.base import Evaluation, Scores
 from bruno_ray.settings import ScoringSettings
 
 CHUNK = 64
@@ -25,7 +25,7 @@ class KLDivergence:
     def __init__(self, settings: ScoringSettings):
         self._positions = settings.kl_tokens
 
-    def prepare(self, unedited: Round) -> None:
+    def prepare(self, unedited: Evaluation) -> None:
         engine, prompts = unedited.engine, unedited.prompts.baseline_ids
         self._ids = [list(ids) for ids in prompts]
         self._counts_P = [1] * len(prompts)
@@ -43,7 +43,7 @@ class KLDivergence:
                 self._unedited_PNV = logits_BNV.new_zeros(shape)
             self._unedited_PNV[prompt_B, -logits_BNV.shape[1] :] = logits_BNV
 
-    def score(self, edited: Round) -> list[Scores]:
+    def score(self, edited: Evaluation) -> list[Scores]:
         kl_KP = self.per_prompt(edited)
         return [
             Scores(
@@ -56,7 +56,7 @@ class KLDivergence:
             for kl_P in kl_KP
         ]
 
-    def per_prompt(self, edited: Round) -> Float[Tensor, "K P"]:
+    def per_prompt(self, edited: Evaluation) -> Float[Tensor, "K P"]:
         """KL of each edit on each baseline prompt, float64."""
         count_P = torch.tensor(self._counts_P)
         behind_PN = torch.arange(self._positions).flip(0) < count_P[:, None]

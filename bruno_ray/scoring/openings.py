@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 
-from bruno_ray.scoring.base import Round
+from bruno_ray.scoring.base import Evaluation
 
 MOST_TOKENS = 3
 GOES_ON = 0.5
@@ -12,7 +12,7 @@ COMMON = 0.1
 """Share of all answers that makes an opening common. A rarer one is about its prompt, such as its subject."""
 
 
-def compliant_opening(unedited: Round) -> tuple[int, ...]:
+def compliant_opening(unedited: Evaluation) -> tuple[int, ...]:
     """The opening that the settings give, or the most common one of the baseline answers.
 
     That is the most common first token, made longer (up to MOST_TOKENS) as long as at least half of the answers
@@ -36,7 +36,7 @@ def compliant_opening(unedited: Round) -> tuple[int, ...]:
     return opening
 
 
-def common_openings(unedited: Round, most: int) -> list[tuple[int, ...]]:
+def common_openings(unedited: Evaluation, most: int) -> list[tuple[int, ...]]:
     """Up to ``most`` openings of one to MOST_TOKENS tokens, the commonest first; or the one the settings give."""
     given = _given_opening(unedited)
     if given:
@@ -53,12 +53,12 @@ def common_openings(unedited: Round, most: int) -> list[tuple[int, ...]]:
     return sorted(whole, key=lambda opening: (-counts[opening], opening))[:most]
 
 
-def _given_opening(unedited: Round) -> tuple[int, ...]:
+def _given_opening(unedited: Evaluation) -> tuple[int, ...]:
     text = unedited.settings.compliant_opening
     return tuple(unedited.engine.tokenizer(text, add_special_tokens=False)["input_ids"]) if text else ()
 
 
-def _baseline_answers(unedited: Round) -> Sequence[tuple[int, ...]]:
+def _baseline_answers(unedited: Evaluation) -> Sequence[tuple[int, ...]]:
     """Tokens of the baseline answers that do not show the behaviour."""
     return [
         answer.token_ids

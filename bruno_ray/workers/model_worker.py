@@ -26,7 +26,7 @@ from bruno_ray.prompts.rendering import render, render_texts
 from bruno_ray.prompts.response_prefix import settle_response_prefix
 from bruno_ray.prompts.sets import Prompt
 from bruno_ray.residuals.extraction import extract_residuals
-from bruno_ray.scoring import Round, Scorer, Scores, ScoringPrompts, make_scorers, score_edits
+from bruno_ray.scoring import Evaluation, Scorer, Scores, ScoringPrompts, make_scorers, score_edits
 from bruno_ray.settings import ModelSettings, ResidualSettings, ScoringSettings
 
 log = logging.getLogger(__name__)
@@ -161,11 +161,11 @@ class ModelWorker:
         found: dict[int, Scores | TrialError] = {}
         samples: dict[int, tuple[tuple[str, str], ...]] = {}
         if sound:
-            round_, results = score_edits(
+            evaluation, results = score_edits(
                 self.engine, prepared.scorers, prepared.prompts, context.scoring, [resolved[k] for k in sound]
             )
             found = dict(zip(sound, results))
-            samples = {k: _samples(round_, i) for i, k in enumerate(sound)}
+            samples = {k: _samples(evaluation, i) for i, k in enumerate(sound)}
         seconds = (time.perf_counter() - start) / len(edits)
         tokens = (self.engine.tokens - tokens) // len(edits)
         outcomes = []
@@ -241,7 +241,7 @@ class ModelWorker:
             prompts=ScoringPrompts.rendered(self.engine, context.target, context.baseline, context.response_prefix),
             scorers=make_scorers(context.scoring),
         )
-        unedited = Round(self.engine, prepared.prompts, context.scoring)
+        unedited = Evaluation(self.engine, prepared.prompts, context.scoring)
         for scorer in prepared.scorers:
             scorer.prepare(unedited)
         _, (scores,) = score_edits(self.engine, prepared.scorers, prepared.prompts, context.scoring, [None])
@@ -257,9 +257,9 @@ def _is_finite(edit: ResolvedEdit) -> bool:
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor is not None)
 
 
-def _samples(round_: Round, k: int) -> tuple[tuple[str, str], ...]:
+def _samples(evaluation: Evaluation, k: int) -> tuple[tuple[str, str], ...]:
     """Only if a scorer has asked for answers: they are not made for show."""
-    if not round_.has_answers:
+    if not evaluation.has_answers:
         return ()
-    pairs = zip(round_.prompts.target[:SAMPLES], round_.target_answers[k])
+    pairs = zip(evaluation.prompts.target[:SAMPLES], evaluation.target_answers[k])
     return tuple((prompt.user, answer.text) for prompt, answer in pairs)
