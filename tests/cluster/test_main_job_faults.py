@@ -100,7 +100,7 @@ def test_the_job_survives_what_happens_to_machines_network_and_api(laptop: Lapto
     time.sleep(2)
     cluster.container(first).mend()
     supervisor = json.loads(cluster.head().read("root/.bruno-ray/mesh/status.json"))["pid"]
-    cluster.jobs.shell(cluster.head(), f"kill -9 {supervisor}")
+    cluster.shell(cluster.head(), f"kill -9 {supervisor}")
     for outage in OUTAGE:
         cluster.api.outage = outage
         time.sleep(15)

@@ -72,7 +72,7 @@ class Watch:
         head = cluster.head()
         program = (Path(__file__).parent / "lab" / "watch_driver.py").read_text()
         (head.home / "watch_driver.py").write_text(program)
-        cluster.jobs.shell(
+        cluster.shell(
             head, "nohup python ~/watch_driver.py > /tmp/watch.log 2>&1 < /dev/null & echo $! > /tmp/watch.pid"
         )
         self.file = head.home / "watch.jsonl"
@@ -160,9 +160,7 @@ class TestIsolation:
     def test_nothing_but_sshd_answers_from_the_internet(self, cluster: RayCluster, watch: Watch) -> None:
         for instance in cluster.vast.billed():
             container = cluster.container(instance)
-            assert len(listeners(cluster.jobs.shell(container, "cat /proc/net/tcp"))) > 100, (
-                "Ray and tunnels listen inside"
-            )
+            assert len(listeners(cluster.shell(container, "cat /proc/net/tcp"))) > 100, "Ray and tunnels listen inside"
             assert open_ports(cluster.lab, container.public_address) == [container.ssh_port]
 
     @pytest.mark.parametrize("node", ["head", "worker"])
@@ -172,14 +170,14 @@ class TestIsolation:
         (container.folder / "tmp" / "ask.py").write_text(ASK)
         for path in ("/api/jobs/", "/nodes?view=summary", "/api/cluster_status"):
             url = f"http://127.77.0.1:8265{path}"
-            assert cluster.jobs.shell(container, f"python /tmp/ask.py '{url}'").strip() == "401", path
-            assert cluster.jobs.shell(container, f"python /tmp/ask.py '{url}' ~/.ray/auth_token").strip() == "200", path
+            assert cluster.shell(container, f"python /tmp/ask.py '{url}'").strip() == "401", path
+            assert cluster.shell(container, f"python /tmp/ask.py '{url}' ~/.ray/auth_token").strip() == "200", path
 
     def test_ray_refuses_without_the_token(self, cluster: RayCluster, watch: Watch) -> None:
         program = 'import ray; ray.init(address="auto"); print("nodes", sum(n["Alive"] for n in ray.nodes()))'
         connect = f"timeout 60 python -c '{program}' 2>&1; true"
-        assert "nodes 3" in cluster.jobs.shell(cluster.head(), connect)
-        refused = cluster.jobs.shell(cluster.head(), f"export RAY_AUTH_TOKEN=0000; {connect}")
+        assert "nodes 3" in cluster.shell(cluster.head(), connect)
+        refused = cluster.shell(cluster.head(), f"export RAY_AUTH_TOKEN=0000; {connect}")
         assert "InvalidAuthToken" in refused and "nodes 3" not in refused
 
     def test_api_key_and_private_key_are_on_the_head_alone_and_only_in_their_files(
@@ -221,7 +219,7 @@ class TestFaults:
         time.sleep(2)
         worker.mend()
         supervisor = json.loads(cluster.head().read("root/.bruno-ray/mesh/status.json"))["pid"]
-        cluster.jobs.shell(cluster.head(), f"kill -9 {supervisor}")
+        cluster.shell(cluster.head(), f"kill -9 {supervisor}")
         took = wait_for(lambda: self._pid(cluster) != supervisor, "a new supervisor", 30)
         logger.info("supervisor back after %.1f s", took)
         began = time.time()

@@ -101,6 +101,7 @@ class RayCluster:
             **kept,
             "HOME": str(self.home),
             "PATH": f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin",
+            "PYTHONPATH": str(CHECKOUT),  # an editable install may point at another checkout
             "VAST_URL": f"http://{LAPTOP}:{API_PORT}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.folder / "auth_token"),
