@@ -156,6 +156,23 @@ def test_a_run_that_goes_on_comes_as_it_was_a_moment_ago(head: HeadShell, run: P
     assert (run / "study.journal").read_text().startswith(text)
 
 
+def test_two_who_read_files_at_once_both_keep_their_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of a model take minutes: meanwhile another fetch asks for another run."""
+    monkeypatch.setattr(at_head, "KNOWN_SUMS", tmp_path / "state" / "checksums.json")
+    first, second = (make(tmp_path / "runs" / name, n_trials=0).run for name in ("first", "second"))
+    slowly = at_head.sha256
+
+    def sha256(path: Path, size: int) -> str:
+        monkeypatch.setattr(at_head, "sha256", slowly)
+        at_head.manifest(second)
+        return slowly(path, size)
+
+    monkeypatch.setattr(at_head, "sha256", sha256)
+    at_head.manifest(first)
+    known = {Path(mark.rpartition(":")[0].rpartition(":")[0]) for mark in at_head.known_sums()}
+    assert known == {path for run in (first, second) for path in at_head.files_of(run).values()}
+
+
 @pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../evil"])
 def test_a_head_cannot_write_outside_the_run(head: HeadShell, run: Path, runs: Path, name: str) -> None:
     class Hostile(HeadShell):
