@@ -16,6 +16,7 @@ from cluster.jobs import at_head, fetching
 from cluster.jobs.shell import Shell
 from cluster.network.ssh_master import Endpoint, SshIdentity
 from tests.support.finished_run import make
+from tests.support.programs import needs
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SSH = """\
@@ -75,7 +76,9 @@ def same(run: Path, home: Path) -> bool:
     )
 
 
-@pytest.mark.parametrize("rsync", [True, False], ids=["rsync", "tar"])
+@pytest.mark.parametrize(
+    "rsync", [pytest.param(True, id="rsync", marks=needs("rsync", package="rsync")), pytest.param(False, id="tar")]
+)
 def test_a_run_comes_home_whole_and_a_second_fetch_copies_only_what_is_new(
     head: HeadShell, run: Path, runs: Path, rsync: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -108,6 +111,7 @@ def test_what_an_interrupted_fetch_left_is_used_where_it_is_right(head: HeadShel
     assert same(run, home) and (home / "geometry.json").stat().st_ino == inode
 
 
+@needs("rsync", package="rsync")
 def test_a_copy_that_differs_is_never_put_in_place(head: HeadShell, run: Path, runs: Path) -> None:
     class Corrupting(HeadShell):
         def rsync(self, folder: str, names: list[str], to: Path) -> None:
