@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -130,11 +131,11 @@ def progress(run: RunDirectory) -> dict[str, Any]:
     }
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", choices=["list", "manifest", "progress"])
     parser.add_argument("run", nargs="?")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     try:
         if options.question == "list":
             answer: Any = [summary(run) for run in runs()]

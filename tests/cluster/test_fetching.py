@@ -1,12 +1,19 @@
-"""Bringing runs home: whole, verified, resumable. The head is another home directory, reached by a stand-in for ssh."""
+"""Bringing runs home: whole, verified, resumable. The head is another home directory, reached by a stand-in for ssh.
 
+`python -m cluster.jobs.at_head` runs in this process, except in the first test: an interpreter takes seconds to start.
+"""
+
+import contextlib
+import io
 import json
 import os
+import shlex
 import shutil
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -29,9 +36,13 @@ cd "$HOME" && exec bash -c "$*"
 """
 
 
+AT_HEAD = ["python", "-m", "cluster.jobs.at_head"]
+
+
 @dataclass(frozen=True)
 class HeadShell(Shell):
     home: Path
+    in_process: bool = True
 
     @classmethod
     def make(cls, home: Path) -> "HeadShell":
@@ -44,10 +55,22 @@ class HeadShell(Shell):
     def ssh(self, *options: str) -> list[str]:
         return [str(self.home / "ssh")]
 
+    def run(self, command: str, **options: Any) -> str:
+        words = shlex.split(command)
+        if words[:3] != AT_HEAD or not self.in_process:
+            return super().run(command, **options)
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            assert at_head.main(words[3:]) == 0
+        return said.getvalue()
+
 
 @pytest.fixture
-def head(tmp_path: Path) -> HeadShell:
-    return HeadShell.make(tmp_path / "head")
+def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HeadShell:
+    head = HeadShell.make(tmp_path / "head")
+    monkeypatch.setattr(at_head, "RUNS", head.home / "runs")
+    monkeypatch.setattr(at_head, "KNOWN_SUMS", head.home / ".bruno-ray" / "checksums.json")
+    return head
 
 
 @pytest.fixture
@@ -82,6 +105,7 @@ def same(run: Path, home: Path) -> bool:
 def test_a_run_comes_home_whole_and_a_second_fetch_copies_only_what_is_new(
     head: HeadShell, run: Path, runs: Path, rsync: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    head = replace(head, in_process=False)
     if not rsync:
         monkeypatch.setattr(shutil, "which", lambda name: None)
     home = fetching.fetch(head, "tiny", runs)
@@ -180,7 +204,7 @@ def test_two_who_read_files_at_once_both_keep_their_sums(tmp_path: Path, monkeyp
 @pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../evil"])
 def test_a_head_cannot_write_outside_the_run(head: HeadShell, run: Path, runs: Path, name: str) -> None:
     class Hostile(HeadShell):
-        def run(self, command: str, **options: float) -> str:
+        def run(self, command: str, **options: Any) -> str:
             return json.dumps({name: {"size": 1, "sha256": "0"}})
 
     with pytest.raises(FetchError, match="nothing was copied"):
