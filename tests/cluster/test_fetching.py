@@ -152,6 +152,18 @@ def test_a_copy_that_differs_is_never_put_in_place(head: HeadShell, run: Path, r
     assert same(run, fetching.fetch(head, "tiny", runs))
 
 
+@needs("rsync", package="rsync")
+def test_two_who_fetch_the_same_run_do_not_fill_one_folder(head: HeadShell, run: Path, runs: Path) -> None:
+    class Slow(HeadShell):
+        def rsync(self, folder: str, names: list[str], to: Path) -> None:
+            with pytest.raises(FetchError, match="another fetch of run tiny"):
+                fetching.fetch(head, "tiny", runs)
+            super().rsync(folder, names, to)
+
+    assert same(run, fetching.fetch(Slow(head.endpoint, head.identity, head.host_key_alias, head.home), "tiny", runs))
+    assert [path.name for path in runs.iterdir()] == ["tiny"]
+
+
 def test_what_was_changed_here_is_not_overwritten(head: HeadShell, run: Path, runs: Path) -> None:
     home = fetching.fetch(head, "tiny", runs)
     (run / "study.journal").write_text('{"op": 3}\n')
