@@ -64,23 +64,27 @@ def require_free_space(folder: Path, n_bytes: int, what: str) -> None:
         )
 
 
-def write_text(path: Path, text: str) -> None:
-    """Write ``path`` whole: beside it, flushed to the disk, then renamed over what was there."""
+def write_text(path: Path, text: str, durable: bool = True) -> None:
+    """Write ``path`` whole: beside it, flushed to the disk, then renamed over what was there.
+
+    Without ``durable`` it is not flushed: readers still see all or nothing, a power cut may lose it.
+    """
     aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
     with output_errors(path):
         try:
             with aside.open("w", encoding="utf-8") as file:
                 file.write(text)
                 file.flush()
-                os.fsync(file.fileno())
+                if durable:
+                    os.fsync(file.fileno())
             os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)
 
 
-def write_json(path: Path, data: Any) -> None:
+def write_json(path: Path, data: Any, durable: bool = True) -> None:
     """Write ``data`` as indented JSON, whole or not at all. Numbers must be finite (ValueError)."""
-    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    write_text(path, json.dumps(data, indent=2, ensure_ascii=False, allow_nan=False) + "\n", durable)
 
 
 @contextmanager

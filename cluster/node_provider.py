@@ -2,8 +2,8 @@
 
 Works under autoscaler v2 (which wraps it) and v1. Up to three processes have a provider: `ray up` or `ray down` on the
 laptop, the autoscaler on the head, and the tunnels' supervisor on the head, which only reads. They agree because
-everything about a node is written on its instance (cluster/renting/tags.py). The head's autoscaler also looks after the
-workers (cluster/renting/caretaker.py) and keeps the account of what is gone in its own label.
+everything about a node is written on its instance (cluster/renting/tags.py). The head's autoscaler also checks the
+workers (cluster/renting/worker_health.py) and keeps the account of what is gone in its own label.
 """
 
 import copy
@@ -204,7 +204,7 @@ class VastNodeProvider(NodeProvider):
                 "repeat the command, or destroy it in Vast.ai's console"
             )
         if self._tearing_down and not self._registry.current():
-            self._ledger.begin_anew()
+            self._ledger.forget_costs()
         return None
 
     def terminate_nodes(self, node_ids: list[str]) -> dict[str, Any] | None:

@@ -27,6 +27,7 @@ from typing import IO
 
 import yaml
 
+from bruno_ray.files import write_json
 from cluster.errors import ClusterError, NodeError
 from cluster.network.mesh import Mesh, Node
 from cluster.network.ssh_master import Endpoint, SshIdentity
@@ -110,7 +111,7 @@ class Supervisor:
         self._nodes.update(listed)
         rows = [dataclasses.asdict(node) for node in self._nodes.values()]
         if rows != before:
-            write_whole(self.folder / "nodes.json", rows)
+            write_json(self.folder / "nodes.json", rows)
         await self.mesh.update(self._nodes.values())
 
     async def _remember(self) -> None:
@@ -134,14 +135,7 @@ class Supervisor:
                 for name, link in sorted(self.mesh.links.items())
             },
         }
-        write_whole(self.folder / "status.json", status)
-
-
-def write_whole(path: Path, content: object) -> None:
-    """Write JSON so that a reader never sees half of it."""
-    fresh = path.with_suffix(".new")
-    fresh.write_text(json.dumps(content, indent=1))
-    fresh.replace(path)
+        write_json(self.folder / "status.json", status, durable=False)  # a slow disk must not hold up the links
 
 
 def configured(config_file: Path) -> Supervisor:

@@ -52,6 +52,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--exclude", action="append", default=[], metavar="PATTERN", help="leave more files of it out; may be repeated"
     )
     sub.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="send a file or folder although it looks like a secret (.env, keys ...); may be repeated",
+    )
+    sub.add_argument(
         "--env",
         action="append",
         default=[],

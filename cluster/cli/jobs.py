@@ -4,10 +4,12 @@ import argparse
 import os
 import threading
 import webbrowser
+from collections.abc import Sequence
+from pathlib import Path
 
 from cluster.cli.asking import agree
 from cluster.errors import ClusterSettingsError
-from cluster.jobs import submitting
+from cluster.jobs import submitting, upload
 from cluster.jobs.session import Session
 from cluster.network.addresses import DASHBOARD_PORT, NodeAddress
 
@@ -17,13 +19,29 @@ SERVE_HINT = "bruno-ray cluster submit --detach -- bruno-ray serve RUN"
 def submit(arguments: argparse.Namespace) -> int:
     """Start a job and follow it; the job's exit code, or 0 with --detach."""
     env = dict(variable(pair) for pair in arguments.env)
+    excludes = checked_excludes(arguments.working_dir, arguments.exclude, arguments.include)
     session = Session.open(arguments.cluster_config)
-    job = submitting.submit(session, arguments.entrypoint, arguments.working_dir, arguments.exclude, env)
+    job = submitting.submit(session, arguments.entrypoint, arguments.working_dir, excludes, env)
     print(f"job {job} runs on the head, whatever happens to this machine", flush=True)
     if arguments.detach:
         print(f"follow it with: bruno-ray cluster logs {job}")
         return 0
     return _follow(session, job)
+
+
+def checked_excludes(folder: Path, more: Sequence[str], included: Sequence[str]) -> list[str]:
+    """What does not go along, as patterns; says which secrets of the folder are among it.
+
+    Raises `ClusterSettingsError` where the folder or a file that is to go along does not exist.
+    """
+    if not folder.is_dir():
+        raise ClusterSettingsError(f"--working-dir {folder} is no folder: give the one whose files the job needs")
+    for name in included:
+        if not (folder / name).resolve().is_relative_to(folder.resolve()) or not (folder / name).exists():
+            raise ClusterSettingsError(f"command line: --include {name} is not in {folder}: name it relative to that")
+    if names := upload.left_out(folder, included):
+        print(upload.left_out_line(names), flush=True)
+    return upload.excludes(more, included)
 
 
 def variable(given: str) -> tuple[str, str]:

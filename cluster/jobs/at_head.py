@@ -11,9 +11,12 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock
 
 from bruno_ray.errors import BrunoError, OutputError
 from bruno_ray.files import write_json
@@ -58,10 +61,7 @@ def files_of(run: RunDirectory) -> dict[str, Path]:
 
 def manifest(run: RunDirectory) -> dict[str, dict[str, Any]]:
     """Size in bytes and SHA-256 of every file."""
-    try:
-        known = json.loads(KNOWN_SUMS.read_text())
-    except (OSError, ValueError):
-        known = {}
+    known = known_sums()
     rows, seen = {}, {}
     for name, path in files_of(run).items():
         stat = path.stat()
@@ -69,8 +69,18 @@ def manifest(run: RunDirectory) -> dict[str, dict[str, Any]]:
         seen[mark] = known.get(mark) or sha256(path, stat.st_size)
         rows[name] = {"size": stat.st_size, "sha256": seen[mark]}
     KNOWN_SUMS.parent.mkdir(parents=True, exist_ok=True)
-    write_json(KNOWN_SUMS, {mark: total for mark, total in known.items() if not mark.startswith(f"{run.path}/")} | seen)
+    with FileLock(KNOWN_SUMS.with_suffix(".lock")):  # others have read files for minutes as well, of other runs
+        others = {mark: total for mark, total in known_sums().items() if not mark.startswith(f"{run.path}/")}
+        write_json(KNOWN_SUMS, others | seen)
     return rows
+
+
+def known_sums() -> dict[str, str]:
+    """SHA-256 by path, size and time of change; empty where the file is missing or damaged."""
+    try:
+        return json.loads(KNOWN_SUMS.read_text())
+    except (OSError, ValueError):
+        return {}
 
 
 def sha256(path: Path, size: int) -> str:
@@ -121,11 +131,11 @@ def progress(run: RunDirectory) -> dict[str, Any]:
     }
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("question", choices=["list", "manifest", "progress"])
     parser.add_argument("run", nargs="?")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     try:
         if options.question == "list":
             answer: Any = [summary(run) for run in runs()]

@@ -5,11 +5,14 @@ fetch has copied is kept and used by the next one. `.fetched.json` in the run re
 later whether the head has anything newer, and whether something here was changed since.
 """
 
+import fcntl
 import json
 import logging
 import os
 import shlex
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -71,7 +74,8 @@ def fetch(shell: Shell, name: str, runs: Path) -> Path:
     """Bring one run to ``runs/name``; returns the folder.
 
     Raises:
-        FetchError: files here have changed since the last fetch, or the copy differs from the head's sums.
+        FetchError: files here have changed since the last fetch, the copy differs from the head's sums, or another
+            process fetches the same run.
         OutputError: the disk is full or cannot be written.
     """
     target = runs / name
@@ -83,13 +87,41 @@ def fetch(shell: Shell, name: str, runs: Path) -> Path:
     aside = runs / f".{name}.fetching"
     with output_errors(aside):
         aside.mkdir(parents=True, exist_ok=True)
+    with _alone(aside, name):
+        manifest = _fill(aside, shell, name, target, manifest)
+        write_json(aside / MARK, manifest)
+        _put_in_place(aside, target)
+    return target
+
+
+@contextmanager
+def _alone(aside: Path, name: str) -> Iterator[None]:
+    """Hold the folder that is being filled. Raises `FetchError` while another process does."""
+    descriptor = os.open(aside, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.path.samestat(os.fstat(descriptor), aside.stat())
+        except (BlockingIOError, FileNotFoundError):  # another fills it, or has just put it in place
+            held = False
+        if not held:
+            raise FetchError(f"another fetch of run {name} is at work here: wait for it, then repeat the command")
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _fill(
+    aside: Path, shell: Shell, name: str, target: Path, manifest: dict[str, dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """Copy until everything agrees with the head's sums, which are asked for again; returns those it agrees with."""
     for attempt in range(ROUNDS):
         if attempt:
             manifest = manifest_of(shell, name)
         missing = _missing(aside, target, manifest)
         if not missing:
             break
-        require_free_space(runs, sum(manifest[file]["size"] for file in missing), f"run {name}")
+        require_free_space(aside, sum(manifest[file]["size"] for file in missing), f"run {name}")
         logger.info("%s: copying %d of %d files", name, len(missing), len(manifest))
         _copy(shell, name, missing, aside)
     else:
@@ -100,9 +132,7 @@ def fetch(shell: Shell, name: str, runs: Path) -> Path:
             )
     for file in files_of(RunDirectory(aside)).keys() - manifest.keys():
         (aside / file).unlink()
-    write_json(aside / MARK, manifest)
-    _put_in_place(aside, target)
-    return target
+    return manifest
 
 
 def _missing(aside: Path, target: Path, manifest: dict[str, dict[str, Any]]) -> list[str]:

@@ -17,12 +17,6 @@ from cluster.network.addresses import DASHBOARD_PORT, NodeAddress
 
 logger = logging.getLogger(__name__)
 
-EXCLUDES = (
-    *(".git", ".venv", "venv", "runs/", "models/", "node_modules", "__pycache__", "*.egg-info", "build/", "dist/"),
-    *("*.safetensors", "*.gguf", "*.bin", "*.pt", ".ruff_cache", ".pytest_cache", ".hypothesis", ".*.fetching"),
-)
-"""What does not travel with a job, in .gitignore's language; a .gitignore in the folder counts as well."""
-
 RUNS_FOLDER = 'export BRUNO_OUTPUT__DIRECTORY="$HOME/runs"; '
 """A job's own folder is thrown away with it, so runs go to the head's home, where `fetch` finds them."""
 
@@ -59,10 +53,11 @@ def entrypoint_of(command: Sequence[str]) -> str:
 def submit(
     session: Session, command: Sequence[str], working_dir: Path, excludes: Sequence[str], env: Mapping[str, str]
 ) -> str:
-    """Start a job on the head; returns its id. Raises `JobError` when Ray refuses it."""
-    if not working_dir.is_dir():
-        raise ClusterSettingsError(f"--working-dir {working_dir} is no folder: give the one whose files the job needs")
-    environment = {"working_dir": str(working_dir), "excludes": [*EXCLUDES, *excludes], "env_vars": dict(env)}
+    """Start a job on the head; returns its id. ``excludes`` are patterns, as of `upload.excludes`.
+
+    Raises `JobError` when Ray refuses it.
+    """
+    environment = {"working_dir": str(working_dir), "excludes": list(excludes), "env_vars": dict(env)}
     entrypoint = entrypoint_of(command)
     with job_client(session) as client:
         try:

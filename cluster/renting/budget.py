@@ -20,11 +20,13 @@ def price_room(budget: BudgetSettings, cost: ClusterCost, reserved: float) -> fl
         )
     room = budget.max_price_per_hour - cost.per_hour - reserved
     if room <= 0:
-        raise too_dear(budget, cost, reserved)
+        raise over_budget(budget, cost, reserved)
     return room
 
 
-def too_dear(budget: BudgetSettings, cost: ClusterCost, reserved: float, cheapest: float | None = None) -> BudgetError:
+def over_budget(
+    budget: BudgetSettings, cost: ClusterCost, reserved: float, cheapest: float | None = None
+) -> BudgetError:
     """The error that says by how much the price per hour does not fit."""
     wanted = "" if cheapest is None else f" and the cheapest machine that qualifies costs {cheapest:.3f}"
     return BudgetError(

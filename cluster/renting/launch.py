@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from cluster.clock import Clock
 from cluster.errors import NodeError, NoOfferError
 from cluster.network.keys import authorize_command
-from cluster.renting.budget import price_room, too_dear
+from cluster.renting.budget import over_budget, price_room
 from cluster.renting.cost import ClusterCost
 from cluster.renting.ledger import Ledger
 from cluster.renting.listing import NodeList
@@ -25,11 +25,11 @@ OFFERS_TRIED = 6
 """Offers are taken by others between search and creation; after so many the market is too busy to go on."""
 
 SETTLE_S = 15.0
-"""How long a creation without an answer is looked for in the list, before it is given up and doomed."""
+"""How long a creation without an answer is looked for in the list, before it is given up as an unconfirmed launch."""
 
 SETTLE_PAUSE_S = 3.0
-INTENT_S = 180.0
-"""How long a creation counts that the list does not show; longer than the list is ever behind."""
+PENDING_LAUNCH_S = 180.0
+"""How long a creation counts for the budget that the list does not show; longer than the list is ever behind."""
 
 CREATE_DEADLINE_S = 20.0
 ATTACH_DEADLINE_S = 8.0
@@ -61,7 +61,7 @@ class Launcher:
         """Rent the best machine that the budget allows; it is in the node list when this returns.
 
         Raises `NoOfferError`, `BudgetError`, `NodeError` or `VastError`. Whatever was created on the way there is
-        destroyed or doomed.
+        destroyed, or marked for it.
         """
         reserved = self._reserved()
         room = price_room(self._budget, cost, reserved)
@@ -77,13 +77,13 @@ class Launcher:
         affordable = [ranked for ranked in best if ranked.price_per_hour <= room]
         if not affordable:
             cheapest = min(ranked.price_per_hour for ranked in best)
-            raise too_dear(self._budget, cost, reserved, cheapest)
+            raise over_budget(self._budget, cost, reserved, cheapest)
         return affordable
 
     def _reserved(self) -> float:
         """Dollars per hour of what may exist beside the known nodes."""
         known = [node.launch for node in self._nodes.nodes().values()]
-        return self._ledger.intended_price(known) + self._nodes.unconfirmed_price()
+        return self._ledger.pending_price(known) + self._nodes.unconfirmed_price()
 
     def _rent(self, ranked: RankedOffer, order: LaunchOrder) -> ClusterNode:
         launch = uuid.uuid4().hex[:12]
@@ -95,25 +95,25 @@ class Launcher:
             onstart="\n".join(filter(None, [authorize_command(order.public_key), order.node.onstart])),
             price=ranked.bid,
         )
-        self._ledger.intend(launch, ranked.price_per_hour, order.label.index, INTENT_S)
+        self._ledger.add_pending_launch(launch, ranked.price_per_hour, order.label.index, PENDING_LAUNCH_S)
         try:
             contract = self._client.create_instance(ranked.offer.id, request, CREATE_DEADLINE_S)
         except CreateFailedError as error:
-            if self._nodes.doom(str(error.contract_id), ranked.price_per_hour):
-                self._ledger.refused(launch)
+            if self._nodes.mark_for_destruction(str(error.contract_id), ranked.price_per_hour):
+                self._ledger.drop_pending_launch(launch)
                 raise OfferTakenError(str(error)) from error
             # Another attempt now could leave a second contract behind.
             raise NodeError(f"contract {error.contract_id} failed ({error}) and cannot be destroyed yet") from error
         except CreateUncertainError as error:
             found = self._find(launch)
             if found is None:
-                self._nodes.doubt(launch)
+                self._nodes.unconfirmed_launch(launch)
                 raise NodeError(f"{error}; if a machine was rented it will be destroyed when it is listed") from error
             return found
         except VastError:
-            self._ledger.refused(launch)
+            self._ledger.drop_pending_launch(launch)
             raise
-        node = self._known_from_now_on(contract, ranked, request, order)
+        node = self._add_to_list(contract, ranked, request, order)
         self._attach_key(contract, order.public_key)
         logger.info(
             "rented instance %d for node %d: %d x %s at %.3f dollars per hour in %s",
@@ -126,7 +126,7 @@ class Launcher:
         )
         return node
 
-    def _known_from_now_on(
+    def _add_to_list(
         self, contract: int, ranked: RankedOffer, request: CreateRequest, order: LaunchOrder
     ) -> ClusterNode:
         instance = Instance(

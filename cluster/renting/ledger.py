@@ -1,4 +1,4 @@
-"""What a machine of the cluster remembers in a file: costs, creations begun, machines to avoid, indices at rest.
+"""What a machine of the cluster remembers in a file: costs, pending launches, machines to avoid, indices at rest.
 
 The truth about what exists is the API. This file only adds what the API forgets: what destroyed contracts have cost,
 and what went wrong lately. Losing it costs comfort, not money: the head writes the cost of what is gone into its label
@@ -11,9 +11,11 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock
 
+from bruno_ray.files import write_json
 from cluster.clock import Clock
 from cluster.renting.tags import ClusterNode
 
@@ -33,7 +35,7 @@ class Contract:
 
 
 @dataclass
-class Intent:
+class PendingLaunch:
     """A creation that was begun: until the list shows it or it is refused, it may be a machine that costs money."""
 
     price: float
@@ -44,13 +46,27 @@ class Intent:
 
 @dataclass
 class Entries:
+    """The content of the file. Its keys are older than these names: see `from_json`."""
+
     contracts: dict[str, Contract] = field(default_factory=dict)
     avoided: dict[str, float] = field(default_factory=dict)
     """Machine id to the time until which it is not rented."""
-    intents: dict[str, Intent] = field(default_factory=dict)
+    pending: dict[str, PendingLaunch] = field(default_factory=dict)
     """By mark of the launch; they outlive a process that dies while it creates."""
     resting: dict[str, float] = field(default_factory=dict)
     """Node index to the time until which it is not given away."""
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> "Entries":
+        """Raises KeyError or TypeError for what is no ledger."""
+        contracts = {name: Contract(**values) for name, values in content["contracts"].items()}
+        pending = {launch: PendingLaunch(**values) for launch, values in content["intents"].items()}
+        return cls(contracts, content["avoided"], pending, content["resting"])
+
+    def to_json(self) -> dict[str, Any]:
+        content = asdict(self)
+        content["intents"] = content.pop("pending")
+        return content
 
 
 class Ledger:
@@ -67,7 +83,7 @@ class Ledger:
     ) -> None:
         """Note everything that exists now; contracts that are not among it have ended.
 
-        `settled` are marks of creations begun whose instances the API lists by now, or that are gone again;
+        `settled` are marks of pending launches whose instances the API lists by now, or that are gone again;
         `unaccounted` are contracts of which it could not be learned whether they exist.
         """
         now, unknown = self._clock.time(), set(unaccounted)
@@ -84,9 +100,9 @@ class Ledger:
             for times in (entries.avoided, entries.resting):
                 for name in [name for name, until in times.items() if until <= now]:
                     del times[name]
-            over = {launch for launch, intent in entries.intents.items() if intent.until <= now}
-            for launch in over.union(settled) & entries.intents.keys():
-                del entries.intents[launch]
+            over = {launch for launch, pending in entries.pending.items() if pending.until <= now}
+            for launch in over.union(settled) & entries.pending.keys():
+                del entries.pending[launch]
 
     def open_contracts(self) -> set[str]:
         """Contracts that existed when this machine last looked."""
@@ -109,50 +125,46 @@ class Ledger:
             entries.resting.update({str(index): self._clock.time() + seconds for index in indices})
 
     def unavailable_indices(self) -> frozenset[int]:
-        """Indices at rest, and those of creations begun."""
+        """Indices at rest, and those of pending launches."""
         now, entries = self._clock.time(), self._read()
         resting = {int(index) for index, until in entries.resting.items() if until > now}
-        return frozenset(resting | {intent.index for intent in entries.intents.values() if intent.until > now})
+        return frozenset(resting | {pending.index for pending in entries.pending.values() if pending.until > now})
 
-    def intend(self, launch: str, price: float, index: int, seconds: float) -> None:
+    def add_pending_launch(self, launch: str, price: float, index: int, seconds: float) -> None:
+        """Note, before it is asked for, that a machine may exist; the note outlives this process."""
         with self._changed() as entries:
-            entries.intents[launch] = Intent(price, index, self._clock.time() + seconds)
+            entries.pending[launch] = PendingLaunch(price, index, self._clock.time() + seconds)
 
-    def refused(self, launch: str) -> None:
-        """Nothing came of a creation begun."""
+    def drop_pending_launch(self, launch: str) -> None:
+        """It was refused: there is no machine."""
         with self._changed() as entries:
-            entries.intents.pop(launch, None)
+            entries.pending.pop(launch, None)
 
-    def intended_price(self, known: Iterable[str]) -> float:
-        """Dollars per hour of creations begun, without those whose marks are `known`."""
+    def pending_price(self, known: Iterable[str]) -> float:
+        """Dollars per hour of pending launches, without those whose marks are `known`."""
         now, counted = self._clock.time(), set(known)
         return sum(
-            intent.price
-            for launch, intent in self._read().intents.items()
-            if launch not in counted and intent.until > now
+            pending.price
+            for launch, pending in self._read().pending.items()
+            if launch not in counted and pending.until > now
         )
 
-    def begin_anew(self) -> None:
+    def forget_costs(self) -> None:
         """Forget the costs: the cluster was taken down on purpose and its account is closed."""
         with self._changed() as entries:
             entries.contracts.clear()
-            entries.intents.clear()
+            entries.pending.clear()
 
     @contextmanager
     def _changed(self) -> Iterator[Entries]:
         with self._lock:
             entries = self._read()
             yield entries
-            fresh = self._file.with_suffix(".new")
-            fresh.write_text(json.dumps(asdict(entries), indent=1))
-            fresh.replace(self._file)
+            write_json(self._file, entries.to_json())
 
     def _read(self) -> Entries:
         try:
-            content = json.loads(self._file.read_text())
-            contracts = {name: Contract(**values) for name, values in content["contracts"].items()}
-            intents = {name: Intent(**values) for name, values in content["intents"].items()}
-            return Entries(contracts, content["avoided"], intents, content["resting"])
+            return Entries.from_json(json.loads(self._file.read_text()))
         except FileNotFoundError:
             return Entries()
         except (ValueError, KeyError, TypeError) as error:

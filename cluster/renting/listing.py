@@ -2,10 +2,14 @@
 
 One listing answers all questions for a few seconds. Between what we do and what the list shows there is a delay, so
 
-* a node we created is known from the moment the creation is answered, until the list shows it;
+* a node we created is known from the moment the creation is answered, before the list shows it;
 * a node that is missing from the list is gone only when the API, asked for it alone, does not know it;
-* an instance that must go is doomed: destroyed, hidden once that is confirmed, and destroyed again if it comes back;
-* a creation whose answer was lost is doubtful: if its launch mark turns up in the list later, the instance is doomed.
+* an instance that must go is marked for destruction: destroyed, hidden once the API has confirmed that, and destroyed
+  again if it comes back;
+* a creation whose answer was lost is an unconfirmed launch: if its mark turns up in the list later, the instance is
+  marked for destruction.
+
+Who remembers what about a machine is a table in cluster/renting/registry.py.
 """
 
 import logging
@@ -34,21 +38,31 @@ LISTING_LAG_S = 60.0
 """How long the list may lag behind creations and destructions without anything being done about it."""
 
 REMEMBERED_S = 900.0
-"""How long doomed instances and doubtful launches are looked out for."""
+"""How long destroyed instances and unconfirmed launches are watched for in the list."""
 
 
 @dataclass
-class _Created:
+class _Known:
+    """A node that exists as far as is known."""
+
     node: ClusterNode
-    check_at: float
+    ask_at: float | None = None
+    """None for a node that the API has shown. For one we created, when to ask for it alone, Unix seconds."""
+
+    @property
+    def is_shown(self) -> bool:
+        return self.ask_at is None
 
 
 @dataclass
-class _Doomed:
+class _Destruction:
+    """An instance that must go. Dollars per hour and Unix seconds."""
+
     price: float
     since: float
     retry_at: float
     confirmed: bool = False
+    """The API has accepted it; the list may go on showing the instance for a while."""
 
 
 class NodeList:
@@ -61,13 +75,12 @@ class NodeList:
         self._refresh_s = refresh_s
         self._refreshing = threading.Lock()
         self._lock = threading.RLock()
-        self._listed: dict[str, ClusterNode] = {}
-        self._created: dict[str, _Created] = {}
-        self._expected: set[str] = set()
-        """Contracts of an earlier process of which it is not known that they ended."""
-        self._doomed: dict[str, _Doomed] = {}
-        self._doubtful: dict[str, float] = {}
-        """Mark of the launch to the time until which it is looked out for."""
+        self._known: dict[str, _Known] = {}
+        self._inherited: set[str] = set()
+        """Contracts of an earlier process of which it is not known whether they ended."""
+        self._destructions: dict[str, _Destruction] = {}
+        self._unconfirmed_launches: dict[str, float] = {}
+        """Mark of the launch to the time until which the list is searched for it."""
         self._answered: float | None = None
         """When the last list was had."""
         self._asked: float | None = None
@@ -105,43 +118,45 @@ class NodeList:
     def expect(self, contracts: Iterable[str]) -> None:
         """These existed when an earlier process last looked: the list must show them, or the API not know them."""
         with self._lock:
-            self._expected.update(contracts)
+            self._inherited.update(contracts)
 
     def unaccounted(self) -> list[str]:
         """Contracts of an earlier process that the list did not show and that could not be asked for one by one."""
         with self._lock:
-            return sorted(self._expected)
+            return sorted(self._inherited)
 
     def created(self, node: ClusterNode) -> None:
         """A creation was answered."""
         with self._lock:
-            self._created[node.id] = _Created(node, self._clock.time() + LISTING_LAG_S)
+            self._known.setdefault(node.id, _Known(node, self._clock.time() + LISTING_LAG_S))
             self.version += 1
 
-    def doubt(self, launch: str) -> None:
-        """A creation with this mark may have happened; it is not wanted any more."""
+    def unconfirmed_launch(self, launch: str) -> None:
+        """A creation with this mark may have happened; its instance is destroyed if it is ever listed."""
         with self._lock:
-            self._doubtful[launch] = self._clock.time() + REMEMBERED_S
+            self._unconfirmed_launches[launch] = self._clock.time() + REMEMBERED_S
 
-    def doom(self, node_id: str, price: float) -> bool:
-        """Destroy an instance of ours, now or as soon as it can be; True when it is confirmed."""
+    def mark_for_destruction(self, node_id: str, price: float) -> bool:
+        """Destroy an instance of ours now, or keep trying with every refresh; True when the API has confirmed it."""
         now = self._clock.time()
         with self._lock:
-            self._doomed.setdefault(node_id, _Doomed(price, now, now))
+            self._destructions.setdefault(node_id, _Destruction(price, now, now))
         return self._destroy(node_id)
 
     def unconfirmed_price(self) -> float:
         """Dollars per hour of instances that must go, are not known to be gone and are not among the nodes."""
         with self._lock:
-            known = self._view()
+            nodes = self._view()
             return sum(
-                doomed.price for name, doomed in self._doomed.items() if not doomed.confirmed and name not in known
+                destruction.price
+                for name, destruction in self._destructions.items()
+                if not destruction.confirmed and name not in nodes
             )
 
     def listed_launches(self) -> set[str]:
         """Marks of the launches that the API's own list shows."""
         with self._lock:
-            return {node.launch for node in self._listed.values() if node.launch}
+            return {known.node.launch for known in self._known.values() if known.is_shown and known.node.launch}
 
     def _is_due(self) -> bool:
         if self._asked is None:
@@ -150,12 +165,8 @@ class NodeList:
 
     def _view(self) -> dict[str, ClusterNode]:
         with self._lock:
-            nodes = {name: created.node for name, created in self._created.items()} | self._listed
-            return {
-                name: node
-                for name, node in sorted(nodes.items(), key=lambda item: item[1].instance.id)
-                if not (name in self._doomed and self._doomed[name].confirmed)
-            }
+            by_age = sorted(self._known.values(), key=lambda known: known.node.instance.id)
+            return {known.node.id: known.node for known in by_age if not self._is_destroyed(known.node.id)}
 
     def _is_bridged(self) -> bool:
         return self._answered is not None and self._clock.time() - self._answered < STALE_LIMIT_S
@@ -172,9 +183,8 @@ class NodeList:
         missing = self._missing(instances)
         with self._lock:
             ours = {name: node_of(instance, self._cluster) for name, instance in (instances | missing).items()}
-            self._listed = {name: node for name, node in ours.items() if node is not None}
-            for name in ours.keys() & self._created.keys():
-                del self._created[name]
+            unshown = {name: known for name, known in self._known.items() if not known.is_shown and name not in ours}
+            self._known = unshown | {name: _Known(node) for name, node in ours.items() if node is not None}
             self._asked = self._answered = self._clock.time()
             self._error = None
             self.version += 1
@@ -185,62 +195,67 @@ class NodeList:
         """Nodes that the list lacks although they exist; those that do not are forgotten."""
         now = self._clock.time()
         with self._lock:
-            self._expected -= instances.keys()
-            vanished = {
-                name
-                for name in self._listed.keys() | self._expected
-                if name not in instances and not self._is_gone(name)
-            }
-            overdue = {
-                name for name, created in self._created.items() if name not in instances and created.check_at <= now
-            }
+            self._inherited -= instances.keys()
+            due = {name for name, known in self._known.items() if known.ask_at is None or known.ask_at <= now}
+            asked = {name for name in (due | self._inherited) - instances.keys() if not self._is_destroyed(name)}
         found = {}
-        for name in vanished | overdue:
+        for name in asked:
             try:
                 instance = self._client.instance(int(name), CONFIRM_DEADLINE_S)
             except VastError as error:
                 logger.warning("instance %s is not listed and could not be asked for: %s", name, error)
-                instance = self._listed[name].instance if name in self._listed else None
-                with self._lock:
-                    if name in self._created:
-                        self._created[name].check_at = now + RETRY_S
+                instance = self._unconfirmed(name)
             else:
                 with self._lock:
-                    self._expected.discard(name)
+                    self._inherited.discard(name)
                     if instance is None:
-                        self._created.pop(name, None)
+                        self._forget_unshown(name)
             if instance is not None:
                 found[name] = instance
         return found
 
-    def _is_gone(self, name: str) -> bool:
-        return name in self._doomed and self._doomed[name].confirmed
+    def _unconfirmed(self, name: str) -> Instance | None:
+        """What counts for a node that is not listed and cannot be asked for: one that was shown is still there."""
+        with self._lock:
+            known = self._known.get(name)
+            if known is not None and not known.is_shown:
+                known.ask_at = self._clock.time() + RETRY_S
+            return known.node.instance if known is not None and known.is_shown else None
+
+    def _forget_unshown(self, name: str) -> None:
+        """Forget a node that we created and the API has never shown."""
+        if name in self._known and not self._known[name].is_shown:
+            del self._known[name]
+
+    def _is_destroyed(self, name: str) -> bool:
+        return name in self._destructions and self._destructions[name].confirmed
 
     def _find_unwanted(self) -> None:
-        """Doom what lost creations have left behind."""
+        """Mark for destruction what unconfirmed launches have left behind."""
         with self._lock:
-            unwanted = [node for node in self._listed.values() if node.launch and node.launch in self._doubtful]
+            shown = [known.node for known in self._known.values() if known.is_shown]
+            unwanted = [node for node in shown if node.launch in self._unconfirmed_launches]
         for node in unwanted:
             logger.warning("instance %s comes from a creation whose answer was lost: destroying it", node.id)
-            self.doom(node.id, node.instance.dph_total)
+            self.mark_for_destruction(node.id, node.instance.dph_total)
             with self._lock:
-                self._doubtful.pop(node.launch, None)
+                self._unconfirmed_launches.pop(node.launch, None)
 
     def _clear_away(self, instances: dict[str, Instance], begun: float) -> None:
         """Destroy again what should be gone, and forget what is."""
         now = self._clock.time()
         with self._lock:
-            for launch in [launch for launch, until in self._doubtful.items() if until <= now]:
-                del self._doubtful[launch]
+            for launch in [launch for launch, until in self._unconfirmed_launches.items() if until <= now]:
+                del self._unconfirmed_launches[launch]
             again = []
-            for name, doomed in list(self._doomed.items()):
+            for name, destruction in list(self._destructions.items()):
                 if name in instances and node_of(instances[name], self._cluster) is None:
                     logger.warning("instance %s no longer carries this cluster's label and is left alone", name)
-                    del self._doomed[name]
-                elif doomed.confirmed and name not in instances:
-                    if now > doomed.since + REMEMBERED_S:
-                        del self._doomed[name]
-                elif now >= doomed.retry_at and begun >= doomed.since:
+                    del self._destructions[name]
+                elif destruction.confirmed and name not in instances:
+                    if now > destruction.since + REMEMBERED_S:
+                        del self._destructions[name]
+                elif now >= destruction.retry_at and begun >= destruction.since:
                     again.append(name)
         for name in again:
             self._destroy(name)
@@ -254,9 +269,9 @@ class NodeList:
         else:
             confirmed, retry = True, LISTING_LAG_S
         with self._lock:
-            if doomed := self._doomed.get(name):
-                doomed.confirmed, doomed.retry_at = confirmed, self._clock.time() + retry
+            if destruction := self._destructions.get(name):
+                destruction.confirmed, destruction.retry_at = confirmed, self._clock.time() + retry
                 if confirmed:
-                    self._created.pop(name, None)
+                    self._forget_unshown(name)
                     self.version += 1
         return confirmed

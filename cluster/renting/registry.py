@@ -1,22 +1,43 @@
 """The nodes of the cluster with Ray's tags, and what each change of them asks for.
 
-Notes what is gone in the ledger, brings labels up to date, gives back a head that was rented twice, and, on the head,
-has the caretaker look after the workers.
+Notes what is gone in the ledger, brings labels up to date, destroys a head that was rented twice and, on the head, the
+workers that cannot be used.
+
+The API is the truth about which machines exist. What is remembered beside it, about one machine x:
+
+    state of x                                 who remembers it                   until
+    -----------------------------------------  ---------------------------------  ----------------------------------
+    its creation is being asked for            Ledger, pending launches (price)   the list shows it, or 3 minutes
+    created without an answer, not wanted      NodeList._unconfirmed_launches     it is listed (destroyed), 15 min
+    created, not in the API's list yet         NodeList._known, not yet shown     it is listed, or the API denies it
+    listed                                     NodeList._known                    list and API both deny it
+    known to an earlier process, not listed    NodeList._inherited                it is listed, or the API answers
+    must go (given back, unfit, unwanted)      NodeList._destructions             15 min after it is confirmed
+    Ray's tags that this process has set       NodeRegistry._own_tags             it is gone
+    at the last look (to notice that it went)  NodeRegistry._last                 the next look
+    gone; Ray may still ask for address, tags  NodeRegistry._gone                 the process ends
+    since when it boots, runs, is silent       WorkerHealth (workers, head only)  it is gone
+    what it has cost                           Ledger, contracts                  `ray down` (file)
+    its host failed us                         Ledger, avoided                    provider.avoid_machine_s (file)
+    it had an index that is not given away     Ledger, resting                    provider.index_rest_s (file)
+
+Everything else about a node (kind, index, status, mark of its launch) is on the instance itself; see
+cluster/renting/tags.py.
 """
 
 import logging
 import threading
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from ray.autoscaler.tags import STATUS_UNINITIALIZED, TAG_RAY_NODE_STATUS
 
 from cluster.clock import Clock
 from cluster.errors import NodeError
 from cluster.network.addresses import max_nodes
-from cluster.renting.caretaker import Caretaker
 from cluster.renting.ledger import Ledger
 from cluster.renting.listing import NodeList
 from cluster.renting.tags import HASH_TAGS, LASTING_STATUSES, ClusterNode, Label
+from cluster.renting.worker_health import WorkerHealth
 from cluster.settings import ClusterSettings
 from cluster.vast.client import VastClient
 from cluster.vast.errors import VastError, VastRefusedError
@@ -27,6 +48,15 @@ logger = logging.getLogger(__name__)
 LABEL_DEADLINE_S = 6.0
 SPENT_STEP = 0.05
 """Dollars by which the head's account may differ from its label."""
+
+
+@dataclass
+class _OwnTags:
+    """What this process set on a node, on top of what the instance says."""
+
+    tags: dict[str, str] = field(default_factory=dict)
+    unwritten: bool = False
+    """The label does not say it yet."""
 
 
 class NodeRegistry:
@@ -43,17 +73,14 @@ class NodeRegistry:
         self._ledger = ledger
         self._settings = settings
         self._clock = clock
-        self._caretaker = Caretaker(settings, ledger)
+        self._health = WorkerHealth(settings, ledger)
         self._lock = threading.RLock()
-        self._tending = threading.Lock()
-        self._tended_version = -1
-        self._tags: dict[str, dict[str, str]] = {}
-        """What this process set, on top of what the instances say."""
-        self._unwritten: set[str] = set()
-        """Nodes whose label does not yet say what we set."""
-        self._before: dict[str, ClusterNode] = {}
+        self._reacting = threading.Lock()
+        self._reacted_version = -1
+        self._own_tags: dict[str, _OwnTags] = {}
+        self._last: dict[str, ClusterNode] = {}
         """The nodes at the last look, to notice which are gone."""
-        self._former: dict[str, ClusterNode] = {}
+        self._gone: dict[str, ClusterNode] = {}
         """What was known of nodes that are gone; a few hundred bytes each."""
         self._noted: tuple[dict[str, float], set[str], list[str]] | None = None
         """What the ledger was last told."""
@@ -61,25 +88,24 @@ class NodeRegistry:
 
     def current(self, *, force: bool = False) -> dict[str, ClusterNode]:
         nodes = self._nodes.nodes(force=force)
-        if self._nodes.version != self._tended_version and self._tending.acquire(blocking=False):
+        if self._nodes.version != self._reacted_version and self._reacting.acquire(blocking=False):
             try:
-                self._tended_version = self._nodes.version
-                self._tend(self._nodes.nodes())  # as new as the version, and as what another thread last tended
+                self._reacted_version = self._nodes.version
+                self._react(self._nodes.nodes())  # as new as the version, and as what another thread last saw
             finally:
-                self._tending.release()
+                self._reacting.release()
             nodes = self._nodes.nodes()
         return nodes
 
-    def _tend(self, nodes: dict[str, ClusterNode]) -> None:
-        """What each change of the nodes asks for."""
+    def _react(self, nodes: dict[str, ClusterNode]) -> None:
+        """Do what a change of the nodes asks for."""
         with self._lock:
-            gone = {name: node for name, node in self._before.items() if name not in nodes}
-            self._before = nodes
+            gone = {name: node for name, node in self._last.items() if name not in nodes}
+            self._last = nodes
             for name, node in gone.items():
-                self._former[name] = replace(node, label=node.labelled(self.tags_of(node), 0.0))
-                self._tags.pop(name, None)
-            self._unwritten -= gone.keys()
-            unwritten = self._unwritten & nodes.keys()
+                self._gone[name] = replace(node, label=node.labelled(self.tags_of(node), 0.0))
+                self._own_tags.pop(name, None)
+            unwritten = [name for name, own in self._own_tags.items() if own.unwritten and name in nodes]
         prices = {node.id: node.instance.dph_total for node in nodes.values()}
         launches, unaccounted = self._nodes.listed_launches(), self._nodes.unaccounted()
         if (noted := (prices, launches, unaccounted)) != self._noted:
@@ -87,30 +113,29 @@ class NodeRegistry:
             self._noted, self._ended_cost = noted, self._ledger.ended_cost()
         if gone:
             self._ledger.rest({node.label.index for node in gone.values()} - {0}, self._settings.index_rest_s)
-        self._give_way(nodes)
+        self._yield_to_older_head(nodes)
         for name in unwritten:
             self._write_label(nodes[name])
         if self._settings.role == "head":
-            self._look_after(nodes)
+            self._destroy_unfit_workers(nodes)
+            self._write_account([node for node in nodes.values() if node.is_head])
         else:
-            self._look_at_heads([node for node in nodes.values() if node.is_head])
+            self._check_heads([node for node in nodes.values() if node.is_head])
 
-    def _give_way(self, nodes: dict[str, ClusterNode]) -> None:
+    def _yield_to_older_head(self, nodes: dict[str, ClusterNode]) -> None:
         """Of two heads that were rented at the same time the older one stays."""
         heads = [name for name, node in nodes.items() if node.is_head]
         if self.own_head in heads and heads[0] != self.own_head:
             own, self.own_head = self.own_head, None
-            self._nodes.doom(own, nodes[own].instance.dph_total)
-            raise NodeError(
-                f"another `ray up` rented head {heads[0]} at the same time and keeps it, ours was given back"
-            )
+            self._nodes.mark_for_destruction(own, nodes[own].instance.dph_total)
+            raise NodeError(f"another `ray up` rented head {heads[0]} at the same time and keeps it; ours is destroyed")
 
-    def _look_at_heads(self, heads: list[ClusterNode]) -> None:
+    def _check_heads(self, heads: list[ClusterNode]) -> None:
         """A head that never booted holds nothing and goes; one that is stopped may hold a study and stays."""
         for extra in heads[1:]:
             if extra.label.status == STATUS_UNINITIALIZED:
                 logger.error("head %s was rented beside head %s and is destroyed", extra.id, heads[0].id)
-                self._nodes.doom(extra.id, extra.instance.dph_total)
+                self._nodes.mark_for_destruction(extra.id, extra.instance.dph_total)
         for head in heads[:1]:
             state, age = head.instance.state, self._clock.time() - head.instance.start_date
             if (
@@ -120,22 +145,25 @@ class NodeRegistry:
             ):
                 logger.error("head %s has not booted within %.0f s and is destroyed; run `ray up` again", head.id, age)
                 self._ledger.avoid(head.instance.machine_id, self._settings.avoid_machine_s)
-                self._nodes.doom(head.id, head.instance.dph_total)
+                self._nodes.mark_for_destruction(head.id, head.instance.dph_total)
             elif state is State.STOPPED:
                 logger.error(
                     "head %s is stopped; start it in Vast.ai's console, or destroy it with `ray down`", head.id
                 )
 
-    def _look_after(self, nodes: dict[str, ClusterNode]) -> None:
+    def _destroy_unfit_workers(self, nodes: dict[str, ClusterNode]) -> None:
         workers = [
             (node, self.tags_of(node).get(TAG_RAY_NODE_STATUS, "")) for node in nodes.values() if not node.is_head
         ]
-        for node, reason in self._caretaker.unfit(workers, self._clock.time()):
+        for node, reason in self._health.unfit(workers, self._clock.time()):
             logger.warning("destroying instance %s: %s", node.id, reason)
-            self._nodes.doom(node.id, node.instance.dph_total)
-        for node in nodes.values():
-            if node.is_head and self._ended_cost > node.label.spent + SPENT_STEP:
-                self._write_label(node)
+            self._nodes.mark_for_destruction(node.id, node.instance.dph_total)
+
+    def _write_account(self, heads: list[ClusterNode]) -> None:
+        """What is gone has cost money, which the head's label says, so that it outlives the ledger."""
+        for head in heads:
+            if self._ended_cost > head.label.spent + SPENT_STEP:
+                self._write_label(head)
 
     def check_launch(self, is_head: bool) -> None:
         """Raises `NodeError` where another node would be one too many, or what exists is not known for sure."""
@@ -165,30 +193,31 @@ class NodeRegistry:
 
     def known(self, node_id: str) -> ClusterNode:
         """The node, or what it was when it was last seen. Raises `NodeError` for one that was never ours."""
-        node = self.current().get(node_id) or self._former.get(node_id)
+        node = self.current().get(node_id) or self._gone.get(node_id)
         if node is None:
             raise NodeError(f"instance {node_id} is not known in this cluster")
         return node
 
     def tags_of(self, node: ClusterNode) -> dict[str, str]:
         with self._lock:
-            return {**node.tags, **self._tags.get(node.id, {})}
+            own = self._own_tags.get(node.id)
+            return node.tags if own is None else {**node.tags, **own.tags}
 
     def set_tags(self, node_id: str, tags: dict[str, str]) -> None:
         """Remember tags; what lasts is written on the instance, now or with one of the next listings."""
         lasting = tags.get(TAG_RAY_NODE_STATUS) in LASTING_STATUSES or any(tag in tags for tag in HASH_TAGS)
         with self._lock:
-            self._tags.setdefault(node_id, {}).update(tags)
-            if lasting:
-                self._unwritten.add(node_id)
+            own = self._own_tags.setdefault(node_id, _OwnTags())
+            own.tags.update(tags)
+            own.unwritten |= lasting
         node = self.current().get(node_id)
-        if node is not None and node_id in self._unwritten:
+        if node is not None and own.unwritten:
             self._write_label(node)
 
     def terminate(self, node: ClusterNode) -> bool:
         """Destroy a node that Ray gives back; False where that has to be tried again."""
-        self._caretaker.terminated(node, self.tags_of(node).get(TAG_RAY_NODE_STATUS, ""))
-        return self._nodes.doom(node.id, node.instance.dph_total)
+        self._health.terminated(node, self.tags_of(node).get(TAG_RAY_NODE_STATUS, ""))
+        return self._nodes.mark_for_destruction(node.id, node.instance.dph_total)
 
     def _write_label(self, node: ClusterNode) -> None:
         """Bring the label up to date. A failure is tried again with the next listing."""
@@ -199,7 +228,8 @@ class NodeRegistry:
             logger.warning("the label of instance %s could not be set yet: %s", node.id, error)
         else:
             with self._lock:
-                self._unwritten.discard(node.id)
+                if node.id in self._own_tags:
+                    self._own_tags[node.id].unwritten = False
 
     def _set_label(self, instance_id: int, label: Label) -> None:
         try:

@@ -5,7 +5,8 @@ import sys
 from types import TracebackType
 from typing import Any
 
-from cluster.errors import ClusterError, ClusterSettingsError
+from bruno_ray.errors import BrunoError
+from cluster.errors import ClusterSettingsError
 from cluster.network.addresses import max_nodes
 from cluster.network.keys import ensure_key_pair
 from cluster.settings import ClusterSettings, NodeSettings, checked_cluster_name
@@ -73,7 +74,7 @@ def one_line_errors() -> None:
 
 
 def _print_error(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    if isinstance(error, ClusterError):
+    if isinstance(error, BrunoError):
         sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
     else:
         sys.__excepthook__(kind, error, traceback)

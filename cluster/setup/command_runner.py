@@ -3,22 +3,36 @@
 import logging
 import shlex
 import socket
+from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from ray.autoscaler._private.command_runner import SSHCommandRunner
 
 from cluster.errors import NodeError
+from cluster.network.addresses import NodeAddress
 from cluster.network.keys import KNOWN_HOSTS_NAME, host_key_alias
 from cluster.network.ssh_master import Endpoint
-
-if TYPE_CHECKING:
-    from cluster.node_provider import VastNodeProvider
 
 logger = logging.getLogger(__name__)
 
 PROBE_S = 4.0
 """How long an sshd may take to greet."""
+
+
+class NodeDirectory(Protocol):
+    """What the runner asks about nodes; the node provider is one."""
+
+    folder: Path
+    """Holds the host keys that were met."""
+
+    def is_stopped(self, node_id: str) -> bool: ...
+
+    def ssh_endpoints(self, node_id: str) -> tuple[Endpoint, ...]:
+        """Where its sshd may answer, best first; empty while it boots and when it is gone."""
+        ...
+
+    def address(self, node_id: str) -> NodeAddress: ...
 
 
 class VastCommandRunner(SSHCommandRunner):
@@ -27,13 +41,13 @@ class VastCommandRunner(SSHCommandRunner):
     CLUSTER_NAME, CLUSTER_NODE_INDEX, CLUSTER_NODE_ADDRESS (the loopback alias) and CLUSTER_MAX_CPUS.
     """
 
-    provider: "VastNodeProvider"
+    provider: NodeDirectory
 
     def __init__(
         self,
         log_prefix: str,
         node_id: str,
-        provider: "VastNodeProvider",
+        provider: NodeDirectory,
         auth_config: dict[str, Any],
         cluster_name: str,
         process_runner: ModuleType,

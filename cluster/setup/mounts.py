@@ -5,7 +5,6 @@ head alone: the restricted API key. Ray would have the head copy its own mounts 
 the configuration must go through `without_head_files`.
 """
 
-import json
 import os
 import platform
 import secrets
@@ -13,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from bruno_ray.files import write_json
 from cluster.errors import ClusterSettingsError
 
 TOKEN_MOUNT = "~/.ray/auth_token"
@@ -32,7 +32,7 @@ def add_mounts(config: dict[str, Any], folder: Path, key_mount: str, key_file: P
             f"the head's API key {key_file} does not exist; docs/cluster.md says how to make a restricted one"
         )
     versions = folder / "laptop_versions.json"
-    versions.write_text(json.dumps(installed_versions()))
+    write_json(versions, installed_versions())
     mounts = config.setdefault("file_mounts", {})
     mounts.update({TOKEN_MOUNT: str(ensure_token(folder)), VERSIONS_MOUNT: str(versions), key_mount: str(key_file)})
     config["provider"][HEAD_FILES] = [key_mount]

@@ -3,7 +3,6 @@
 import json
 import stat
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,9 @@ from cluster.errors import ClusterSettingsError
 from cluster.network.keys import authorize_command, ensure_key_pair, public_key
 from cluster.settings import ClusterSettings, NodeSettings
 from cluster.setup.bootstrap import bootstrapped
+from tests.support.programs import needs
 
+pytestmark = needs("ssh-keygen", package="openssh-client")
 CLUSTER_YAML = Path(__file__).parents[2] / "cluster.yaml"
 
 
@@ -92,22 +93,6 @@ def test_what_makes_no_sense_is_refused_before_it_costs_money(
 ) -> None:
     with pytest.raises(ClusterSettingsError, match=message):
         bootstrapped(changed(config, path, value))
-
-
-@pytest.mark.parametrize(
-    ("modules", "heavy"),
-    [
-        (
-            "cluster.settings, cluster.network.addresses, cluster.vast.client, cluster.vast.offers",
-            {"torch", "ray", "transformers"},
-        ),
-        ("cluster.node_provider, cluster.supervisor, cluster.setup.ray_start", {"torch", "transformers", "optuna"}),
-    ],
-)
-def test_the_laptop_and_the_cheap_head_need_no_torch(modules: str, heavy: set[str]) -> None:
-    code = f"import sys, {modules}; print(sorted({heavy!r} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "[]"
 
 
 def test_a_missing_key_says_where_to_put_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

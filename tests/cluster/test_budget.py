@@ -1,6 +1,7 @@
 """The books of a cluster: what is counted, what survives, and when the budget says no."""
 
 import json
+import multiprocessing
 from pathlib import Path
 
 import pytest
@@ -66,29 +67,64 @@ def test_what_is_avoided_rests_or_was_begun_is_known_to_the_next_process(tmp_pat
     first = Ledger(tmp_path, clock)
     first.avoid(77, 100)
     first.rest([4], 50)
-    first.intend("mark-a", 0.3, 5, 60)
-    first.intend("mark-b", 0.4, 6, 60)
+    first.add_pending_launch("mark-a", 0.3, 5, 60)
+    first.add_pending_launch("mark-b", 0.4, 6, 60)
     second = Ledger(tmp_path, clock)
     assert second.avoided() == {77}
     assert second.unavailable_indices() == {4, 5, 6}
-    assert second.intended_price(["mark-b"]) == pytest.approx(0.3)
-    second.refused("mark-a")
+    assert second.pending_price(["mark-b"]) == pytest.approx(0.3)
+    second.drop_pending_launch("mark-a")
     second.observe([], settled=["mark-b"])
-    assert first.intended_price([]) == 0 and first.unavailable_indices() == {4}
+    assert first.pending_price([]) == 0 and first.unavailable_indices() == {4}
     clock.sleep(101)
     first.observe([])
     assert first.avoided() == first.unavailable_indices() == frozenset()
     assert json.loads((tmp_path / "ledger.json").read_text())["avoided"] == {}
 
 
-def test_an_intent_is_forgotten_only_after_its_time(tmp_path: Path, clock: VirtualClock) -> None:
+def test_a_pending_launch_is_forgotten_only_after_its_time(tmp_path: Path, clock: VirtualClock) -> None:
     ledger = Ledger(tmp_path, clock)
-    ledger.intend("mark", 0.3, 1, 60)
+    ledger.add_pending_launch("mark", 0.3, 1, 60)
     clock.sleep(59)
     ledger.observe([])
-    assert ledger.intended_price([]) == pytest.approx(0.3)
+    assert ledger.pending_price([]) == pytest.approx(0.3)
     clock.sleep(2)
-    assert ledger.intended_price([]) == 0
+    assert ledger.pending_price([]) == 0
+
+
+def test_a_file_of_the_code_before_is_understood(tmp_path: Path, clock: VirtualClock) -> None:
+    now = clock.time()
+    before = {
+        "contracts": {"31": {"price": 0.5, "begin": now - 3600, "ended": now}},
+        "avoided": {"77": now + 100},
+        "intents": {"mark": {"price": 0.3, "index": 4, "until": now + 60}},
+        "resting": {"5": now + 100},
+    }
+    (tmp_path / "ledger.json").write_text(json.dumps(before, indent=1))
+    ledger = Ledger(tmp_path, clock)
+    assert ledger.ended_cost() == pytest.approx(0.5) and ledger.pending_price([]) == pytest.approx(0.3)
+    assert ledger.avoided() == {77} and ledger.unavailable_indices() == {4, 5}
+    ledger.rest([], 0)
+    assert json.loads((tmp_path / "ledger.json").read_text()) == before, "the code before can go on with it as well"
+
+
+def avoid_each(folder: Path, machines: range) -> None:
+    ledger = Ledger(folder, VirtualClock())
+    for machine in machines:
+        ledger.avoid(machine, 1000)
+
+
+def test_processes_that_write_at_once_lose_nothing(tmp_path: Path, clock: VirtualClock) -> None:
+    fork = multiprocessing.get_context("fork")
+    parts = [range(first, first + 40) for first in (0, 40, 80)]
+    processes = [fork.Process(target=avoid_each, args=(tmp_path, part)) for part in parts]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0]
+    assert Ledger(tmp_path, clock).avoided() == set(range(120))
+    assert {path.name for path in tmp_path.iterdir()} == {"ledger.json", "ledger.lock"}
 
 
 def test_a_damaged_file_is_begun_anew(tmp_path: Path, clock: VirtualClock, caplog: pytest.LogCaptureFixture) -> None:

@@ -1,17 +1,23 @@
-"""`bruno-ray cluster` as its user calls it, against the imitation's API (machines without a body)."""
+"""`bruno-ray cluster` as its user calls it, against the imitation's API (machines without a body).
 
+In this process, since every new one takes seconds to import Ray; one test is of `python -m cluster.cli` itself.
+"""
+
+import contextlib
 import io
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import yaml
 from rich.console import Console
 
+from cluster.cli import main
 from cluster.cli.jobs import variable
 from cluster.cli.machines import gpu_use
 from cluster.cli.runs import progress_view
@@ -20,12 +26,24 @@ from cluster.jobs.submitting import RUNS_FOLDER, entrypoint_of
 from tests.cluster.fake_vast.api import API_KEY, FakeApi
 from tests.cluster.fake_vast.server import FakeServer
 from tests.cluster.fake_vast.state import FakeVast
+from tests.support.programs import needs
 
 CHECKOUT = Path(__file__).resolve().parents[2]
+CLUSTER_YAML = CHECKOUT / "cluster.yaml"
+pytestmark = needs("ssh-keygen", package="openssh-client")
+
+
+@dataclass(frozen=True)
+class Done:
+    """What a command left: exit code and what it printed."""
+
+    returncode: int
+    stdout: str
+    stderr: str
 
 
 class Laptop:
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.home = home
         self.vast = FakeVast()
         self.vast.add_offers(3, gpu_name="RTX 3060", gpu_ram=12288.0, dph_base=0.06)
@@ -37,21 +55,32 @@ class Laptop:
         for name in ("vast_api_key", "vast_api_key_head"):
             (keys / name).write_text(API_KEY)
 
-    def run(self, *words: str, config: Path = CHECKOUT / "cluster.yaml") -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "HOME": str(self.home), "VAST_URL": self.server.url, "COLUMNS": "200"}
-        environment.pop("VAST_API_KEY", None)
-        command = [sys.executable, "-m", "cluster.cli", words[0], "--config", str(config), *words[1:]]
-        return subprocess.run(
-            command, cwd=CHECKOUT, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True
-        )
+        for name, value in {"HOME": str(home), "VAST_URL": self.server.url, "COLUMNS": "200"}.items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.delenv("VAST_API_KEY", raising=False)
+        monkeypatch.chdir(CHECKOUT)
+        monkeypatch.setattr(sys, "stdin", io.StringIO())  # no terminal
+
+    def run(self, *words: str, config: Path = CLUSTER_YAML) -> Done:
+        """`main` in this process."""
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main([words[0], "--config", str(config), *words[1:]])
+        return Done(code, out.getvalue(), err.getvalue())
+
+    def run_process(self, *words: str) -> Done:
+        """`python -m cluster.cli` in one of its own."""
+        command = [sys.executable, "-m", "cluster.cli", words[0], "--config", str(CLUSTER_YAML), *words[1:]]
+        done = subprocess.run(command, env=dict(os.environ), stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        return Done(done.returncode, done.stdout, done.stderr)
 
     def created(self) -> list[str]:
         return [path for method, path, *_ in self.api.requests if method == "PUT" and "/asks/" in path]
 
 
 @pytest.fixture
-def laptop(tmp_path: Path) -> Iterator[Laptop]:
-    laptop = Laptop(tmp_path)
+def laptop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Laptop]:
+    laptop = Laptop(tmp_path, monkeypatch)
     yield laptop
     laptop.server.close()
     laptop.vast.close()
@@ -67,6 +96,12 @@ def test_list_shows_offers_with_price_and_disk_and_why_not(laptop: Laptop) -> No
     assert "head: 7 offers" in everything.stdout or "excludes" in everything.stdout
 
 
+def test_the_command_of_its_own_does_the_same(laptop: Laptop) -> None:
+    done = laptop.run_process("list", "--type", "rtx9090")
+    assert done == laptop.run("list", "--type", "rtx9090")
+    assert done.returncode == 2 and "no node type" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_up_says_what_it_would_rent_and_refuses_without_a_yes(laptop: Laptop) -> None:
     done = laptop.run("up")
     assert done.returncode == 2
@@ -78,7 +113,7 @@ def test_up_says_what_it_would_rent_and_refuses_without_a_yes(laptop: Laptop) ->
 
 def test_up_rents_nothing_when_a_mount_is_missing(laptop: Laptop, tmp_path: Path) -> None:
     away = tmp_path / "cluster.yaml"
-    away.write_text((CHECKOUT / "cluster.yaml").read_text())
+    away.write_text(CLUSTER_YAML.read_text())
     done = laptop.run("up", "--yes", config=away)
     assert done.returncode == 2 and "file_mounts: bruno_ray" in done.stderr
     assert laptop.created() == []
@@ -110,7 +145,7 @@ def test_wrong_words_are_one_line_and_exit_code_2(laptop: Laptop, tmp_path: Path
     for words, config, said in (
         (["status"], tmp_path / "none.yaml", "cannot be read"),
         (["status"], broken, "has no provider"),
-        (["list", "--type", "rtx9090"], CHECKOUT / "cluster.yaml", "no node type"),
+        (["list", "--type", "rtx9090"], CLUSTER_YAML, "no node type"),
     ):
         done = laptop.run(*words, config=config)
         assert done.returncode == 2 and said in done.stderr and done.stderr.count("\n") == 1, done.stderr

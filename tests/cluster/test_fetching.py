@@ -1,12 +1,19 @@
-"""Bringing runs home: whole, verified, resumable. The head is another home directory, reached by a stand-in for ssh."""
+"""Bringing runs home: whole, verified, resumable. The head is another home directory, reached by a stand-in for ssh.
 
+`python -m cluster.jobs.at_head` runs in this process, except in the first test: an interpreter takes seconds to start.
+"""
+
+import contextlib
+import io
 import json
 import os
+import shlex
 import shutil
 import sys
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from filelock import FileLock
@@ -16,6 +23,7 @@ from cluster.jobs import at_head, fetching
 from cluster.jobs.shell import Shell
 from cluster.network.ssh_master import Endpoint, SshIdentity
 from tests.support.finished_run import make
+from tests.support.programs import needs
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SSH = """\
@@ -28,9 +36,13 @@ cd "$HOME" && exec bash -c "$*"
 """
 
 
+AT_HEAD = ["python", "-m", "cluster.jobs.at_head"]
+
+
 @dataclass(frozen=True)
 class HeadShell(Shell):
     home: Path
+    in_process: bool = True
 
     @classmethod
     def make(cls, home: Path) -> "HeadShell":
@@ -43,10 +55,22 @@ class HeadShell(Shell):
     def ssh(self, *options: str) -> list[str]:
         return [str(self.home / "ssh")]
 
+    def run(self, command: str, **options: Any) -> str:
+        words = shlex.split(command)
+        if words[:3] != AT_HEAD or not self.in_process:
+            return super().run(command, **options)
+        said = io.StringIO()
+        with contextlib.redirect_stdout(said):
+            assert at_head.main(words[3:]) == 0
+        return said.getvalue()
+
 
 @pytest.fixture
-def head(tmp_path: Path) -> HeadShell:
-    return HeadShell.make(tmp_path / "head")
+def head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> HeadShell:
+    head = HeadShell.make(tmp_path / "head")
+    monkeypatch.setattr(at_head, "RUNS", head.home / "runs")
+    monkeypatch.setattr(at_head, "KNOWN_SUMS", head.home / ".bruno-ray" / "checksums.json")
+    return head
 
 
 @pytest.fixture
@@ -75,10 +99,13 @@ def same(run: Path, home: Path) -> bool:
     )
 
 
-@pytest.mark.parametrize("rsync", [True, False], ids=["rsync", "tar"])
+@pytest.mark.parametrize(
+    "rsync", [pytest.param(True, id="rsync", marks=needs("rsync", package="rsync")), pytest.param(False, id="tar")]
+)
 def test_a_run_comes_home_whole_and_a_second_fetch_copies_only_what_is_new(
     head: HeadShell, run: Path, runs: Path, rsync: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    head = replace(head, in_process=False)
     if not rsync:
         monkeypatch.setattr(shutil, "which", lambda name: None)
     home = fetching.fetch(head, "tiny", runs)
@@ -108,6 +135,7 @@ def test_what_an_interrupted_fetch_left_is_used_where_it_is_right(head: HeadShel
     assert same(run, home) and (home / "geometry.json").stat().st_ino == inode
 
 
+@needs("rsync", package="rsync")
 def test_a_copy_that_differs_is_never_put_in_place(head: HeadShell, run: Path, runs: Path) -> None:
     class Corrupting(HeadShell):
         def rsync(self, folder: str, names: list[str], to: Path) -> None:
@@ -122,6 +150,18 @@ def test_a_copy_that_differs_is_never_put_in_place(head: HeadShell, run: Path, r
         fetching.fetch(bad, "tiny", runs)
     assert not (runs / "tiny").exists()
     assert same(run, fetching.fetch(head, "tiny", runs))
+
+
+@needs("rsync", package="rsync")
+def test_two_who_fetch_the_same_run_do_not_fill_one_folder(head: HeadShell, run: Path, runs: Path) -> None:
+    class Slow(HeadShell):
+        def rsync(self, folder: str, names: list[str], to: Path) -> None:
+            with pytest.raises(FetchError, match="another fetch of run tiny"):
+                fetching.fetch(head, "tiny", runs)
+            super().rsync(folder, names, to)
+
+    assert same(run, fetching.fetch(Slow(head.endpoint, head.identity, head.host_key_alias, head.home), "tiny", runs))
+    assert [path.name for path in runs.iterdir()] == ["tiny"]
 
 
 def test_what_was_changed_here_is_not_overwritten(head: HeadShell, run: Path, runs: Path) -> None:
@@ -156,10 +196,27 @@ def test_a_run_that_goes_on_comes_as_it_was_a_moment_ago(head: HeadShell, run: P
     assert (run / "study.journal").read_text().startswith(text)
 
 
+def test_two_who_read_files_at_once_both_keep_their_sums(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of a model take minutes: meanwhile another fetch asks for another run."""
+    monkeypatch.setattr(at_head, "KNOWN_SUMS", tmp_path / "state" / "checksums.json")
+    first, second = (make(tmp_path / "runs" / name, n_trials=0).run for name in ("first", "second"))
+    slowly = at_head.sha256
+
+    def sha256(path: Path, size: int) -> str:
+        monkeypatch.setattr(at_head, "sha256", slowly)
+        at_head.manifest(second)
+        return slowly(path, size)
+
+    monkeypatch.setattr(at_head, "sha256", sha256)
+    at_head.manifest(first)
+    known = {Path(mark.rpartition(":")[0].rpartition(":")[0]) for mark in at_head.known_sums()}
+    assert known == {path for run in (first, second) for path in at_head.files_of(run).values()}
+
+
 @pytest.mark.parametrize("name", ["../evil", "/etc/evil", "a/../../evil"])
 def test_a_head_cannot_write_outside_the_run(head: HeadShell, run: Path, runs: Path, name: str) -> None:
     class Hostile(HeadShell):
-        def run(self, command: str, **options: float) -> str:
+        def run(self, command: str, **options: Any) -> str:
             return json.dumps({name: {"size": 1, "sha256": "0"}})
 
     with pytest.raises(FetchError, match="nothing was copied"):

@@ -3,7 +3,6 @@
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -14,8 +13,9 @@ from tests.cluster.lab import Container, Lab
 from tests.cluster.lab.container import CHECKOUT, INSIDE
 from tests.cluster.lab.machine import NamespaceMachine
 from tests.cluster.lab.namespaces import NETNS_FOLDER, namespaces_of, sweep
+from tests.support.waiting import wait_for
 
-pytestmark = pytest.mark.cluster
+pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("lab")]
 
 DOCKER_DEFAULT_CAPABILITIES = 0xA80425FB
 
@@ -121,10 +121,7 @@ def test_removed_container_leaves_no_process_namespace_or_file(lab: Lab, key: Ke
     assert len(container.processes()) >= 2
     pids = container.processes()
     lab.remove(container)
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in pids):
-        time.sleep(0.05)
-    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids), "the end of its processes")
     assert not (NETNS_FOLDER / container.namespace).exists() and not (NETNS_FOLDER / container.router).exists()
     assert not container.folder.exists()
 
@@ -142,8 +139,5 @@ def test_lab_of_a_killed_session_is_swept_and_a_living_one_is_not(namespaces: No
         owner.kill()
         owner.wait()
     assert len(namespaces_of(name + "-")) == 3
-    deadline = time.monotonic() + 10
-    while namespaces_of(name + "-") and time.monotonic() < deadline:
-        sweep()
-    assert not namespaces_of(name + "-")
+    wait_for(lambda: sweep() is not None and not namespaces_of(name + "-"), "the end of the killed lab")
     assert lab.wan in namespaces_of(lab.name), "a lab in use stays"

@@ -4,8 +4,6 @@ import json
 import socket
 import subprocess
 import threading
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +24,9 @@ from cluster.network.ssh_master import Endpoint
 from cluster.node_provider import VastNodeProvider
 from cluster.setup import command_runner
 from tests.cluster.fake_vast.cluster import ImitatedCluster, worker_tags
+from tests.support.waiting import wait_for
 
 CLUSTER_YAML = Path(__file__).parents[2] / "cluster.yaml"
-
-
-def eventually(condition: Callable[[], object]) -> None:
-    """The adapter works in threads."""
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -54,18 +45,21 @@ def test_autoscaler_v2_launches_sees_and_terminates(world: ImitatedCluster, conf
     provider = world.autoscaler(budget={"max_price_per_hour": 1.2})
     adapter = NodeProviderAdapter(provider, FileConfigReader(str(config_file), skip_content_hash=True))
     adapter.launch({"rtx4090": 2}, "request-1")
-    eventually(lambda: len(adapter.get_non_terminated()) == 3)
+    wait_for(lambda: len(adapter.get_non_terminated()) == 3, "head and two workers")
     workers = [node for node in adapter.get_non_terminated().values() if node.node_kind == NodeKind.WORKER]
     assert {(node.node_type, node.request_id, node.is_running) for node in workers} == {("rtx4090", "request-1", False)}
     world.clock.sleep(40)
     assert all(node.is_running for node in adapter.get_non_terminated().values())
     adapter.launch({"rtx4090": 2}, "request-2")
     errors: list[Any] = []
-    eventually(lambda: errors.extend(adapter.poll_errors()) or errors)
+    wait_for(lambda: errors.extend(adapter.poll_errors()) or errors, "an error of the launch")
     assert isinstance(errors[0], LaunchNodeError) and errors[0].request_id == "request-2"
     assert "max_price_per_hour" in str(errors[0].__cause__)
     adapter.terminate([node.cloud_instance_id for node in workers], "request-3")
-    eventually(lambda: not any(node.request_id == "request-1" for node in adapter.get_non_terminated().values()))
+    wait_for(
+        lambda: not any(node.request_id == "request-1" for node in adapter.get_non_terminated().values()),
+        "the end of the first two workers",
+    )
     assert {instance.env["CLUSTER_NODE_INDEX"] for instance in world.vast.billed() if instance.env} == {"3"}
 
 

@@ -37,8 +37,11 @@ from tests.cluster.fake_vast.api import CREATIONS_ONLY, Fault
 from tests.cluster.fake_vast.cluster import NODE_CONFIG, ImitatedCluster, head_tags, worker_tags
 from tests.cluster.fake_vast.state import FakeInstance
 
-RUNS = int(os.environ.get("BRUNO_HISTORIES", "250"))
-"""A thousand take some eight minutes: BRUNO_HISTORIES=1000 pytest tests/cluster/test_state_machine.py"""
+RUNS = 60
+"""The same histories in each run: the suite judges a change, not the luck of a draw."""
+
+NIGHTLY_RUNS = int(os.environ.get("BRUNO_HISTORIES", "1000"))
+"""New ones each time."""
 
 STEPS = 18
 IN_MEMORY = Path("/dev/shm")
@@ -405,21 +408,31 @@ class ClusterHistory(RuleBasedStateMachine):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(max(600, 8 * RUNS))
 def test_no_history_loses_money() -> None:
-    """RUNS histories of up to STEPS steps: the same in each run of the suite, new ones if a number is given."""
+    live_through(RUNS, derandomize=True)
+
+
+@pytest.mark.nightly
+@pytest.mark.slow
+@pytest.mark.timeout(max(600, 12 * NIGHTLY_RUNS))
+def test_no_new_history_loses_money() -> None:
+    live_through(NIGHTLY_RUNS, derandomize=False)
+
+
+def live_through(runs: int, derandomize: bool) -> None:
+    """So many histories of up to STEPS steps."""
     histories = settings(
-        max_examples=RUNS,
+        max_examples=runs,
         stateful_step_count=STEPS,
         deadline=None,
         database=None,
-        derandomize="BRUNO_HISTORIES" not in os.environ,  # the suite judges a change, not the luck of a draw
+        derandomize=derandomize,
         print_blob=True,
         suppress_health_check=list(HealthCheck),
     )
     begun = ClusterHistory.begun
     run_state_machine_as_test(ClusterHistory, settings=histories)
-    assert ClusterHistory.begun - begun >= RUNS
+    assert ClusterHistory.begun - begun >= runs
 
 
 def test_what_nobody_can_be_asked_about_counts_for_the_budget() -> None:

@@ -28,6 +28,9 @@ class Laptop:
     def __init__(self, cluster: RayCluster, folder: Path) -> None:
         self.cluster, self.folder = cluster, folder
         self.steps: dict[str, float] = {}
+        """Seconds that the last command of each name took."""
+        self.said: dict[str, str] = {}
+        """What it printed."""
         mounts = {remote: str(CHECKOUT / local) for remote, local in cluster.config["file_mounts"].items()}
         cluster.config_file.write_text(yaml.safe_dump({**cluster.config, "file_mounts": mounts}))
 
@@ -46,7 +49,7 @@ class Laptop:
             text=True,
         )
 
-    def run(self, *words: str, code: int = 0, timeout: float = 400) -> str:
+    def run(self, *words: str, code: int = 0, timeout: float = 600) -> str:
         began = time.monotonic()
         process = self.start(*words)
         try:
@@ -55,6 +58,7 @@ class Laptop:
             process.kill()
         self.steps[words[0]] = time.monotonic() - began
         logger.info("%s took %.0f s", words[0], self.steps[words[0]])
+        self.said[words[0]] = output
         assert process.returncode == code, f"{words} ended with {process.returncode}:\n{output[-6000:]}"
         return output
 

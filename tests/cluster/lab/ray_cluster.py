@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +17,16 @@ from tests.cluster.fake_vast.state import FakeInstance, FakeVast
 from tests.cluster.lab.container import CHECKOUT, Container
 from tests.cluster.lab.lab import LAPTOP, Lab
 from tests.cluster.lab.machine import NamespaceMachine
+from tests.support.waiting import wait_for
 
 API_PORT = 8080
 BOOT_S = 2.0
+PATIENCE_S = 600.0
+"""For machines that are rented, booted and set up while other tests have the processors."""
+
+STAYS_S = 0.4
+"""A creation that fails leaves an instance that is destroyed sooner."""
+
 OBJECT_STORE = 150_000_000
 ENVIRONMENT = {
     "PYTHONPATH": "$HOME/bruno-ray",
@@ -101,6 +107,7 @@ class RayCluster:
             **kept,
             "HOME": str(self.home),
             "PATH": f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin",
+            "PYTHONPATH": str(CHECKOUT),  # an editable install may point at another checkout
             "VAST_URL": f"http://{LAPTOP}:{API_PORT}",
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(self.folder / "auth_token"),
@@ -157,6 +164,15 @@ class RayCluster:
         """Instances that cost money and whose label says head or worker."""
         return [row for row in self.vast.billed() if row.label.split(":")[2].startswith(kind[0])]
 
+    def next_worker(self, after: set[int]) -> FakeInstance:
+        """A worker's instance that is not among ``after`` and stays, as soon as there is one."""
+
+        def rented() -> list[FakeInstance]:
+            workers = [instance for instance in self.billed("worker") if instance.id not in after]
+            return [instance for instance in workers if time.time() - instance.created_at > STAYS_S]
+
+        return wait_for(rented, "another instance", PATIENCE_S, self.logs)[0]
+
     def container(self, instance: FakeInstance) -> Container:
         container = self.machines[instance.id].container
         assert container is not None, f"instance {instance.id} has not booted"
@@ -189,13 +205,3 @@ class RayCluster:
 
 def _quoted(text: str) -> str:
     return "'" + text.replace("'", "'\\''") + "'"
-
-
-def wait_for(condition: Callable[[], Any], what: str, timeout: float, detail: Callable[[], object] = str) -> float:
-    """Wait until ``condition`` holds; returns the seconds it took."""
-    began = time.monotonic()
-    while not condition():
-        if time.monotonic() - began > timeout:
-            raise AssertionError(f"not within {timeout} s: {what}\n{detail()}")
-        time.sleep(0.2)
-    return time.monotonic() - began

@@ -1,4 +1,4 @@
-"""Looks after the workers on behalf of the head: what is lost, stuck or never joins is destroyed and its host avoided.
+"""Which workers are lost, stuck or never join. The head destroys those and avoids the hosts of those that never joined.
 
 Ray replaces what disappears, so all that is needed is to make it disappear, at a bounded cost.
 """
@@ -24,7 +24,7 @@ UNREACHABLE_GRACE_S = 180.0
 
 
 @dataclass
-class _Watched:
+class _Observed:
     node: ClusterNode
     state: State
     since: float
@@ -32,13 +32,13 @@ class _Watched:
     """Was set up completely at some time."""
 
 
-class Caretaker:
+class WorkerHealth:
     """Remembers since when each worker is in its state; times are this process's, so clocks need not agree."""
 
     def __init__(self, settings: ClusterSettings, ledger: Ledger) -> None:
         self._settings = settings
         self._ledger = ledger
-        self._watched: dict[str, _Watched] = {}
+        self._workers: dict[str, _Observed] = {}
 
     def unfit(self, workers: Iterable[tuple[ClusterNode, str]], now: float) -> list[tuple[ClusterNode, str]]:
         """Workers to destroy, each with the reason. `workers` are all of them, each with Ray's status."""
@@ -46,37 +46,37 @@ class Caretaker:
         for node, status in workers:
             present.add(node.id)
             state = node.instance.state
-            watched = self._watched.get(node.id)
-            if watched is None or watched.state is not state:
-                joined = watched is not None and watched.joined
-                watched = self._watched[node.id] = _Watched(node, state, now, joined)
-            watched.joined = watched.joined or status == STATUS_UP_TO_DATE
-            if reason := self._reason(watched, now - watched.since):
+            observed = self._workers.get(node.id)
+            if observed is None or observed.state is not state:
+                joined = observed is not None and observed.joined
+                observed = self._workers[node.id] = _Observed(node, state, now, joined)
+            observed.joined = observed.joined or status == STATUS_UP_TO_DATE
+            if reason := self._reason(observed, now - observed.since):
                 unfit.append((node, reason))
-                del self._watched[node.id]
-                if not watched.joined and state is not State.STOPPED:
+                del self._workers[node.id]
+                if not observed.joined and state is not State.STOPPED:
                     self._avoid(node, reason)
-        for name in self._watched.keys() - present:
-            watched = self._watched.pop(name)
-            if not watched.joined:
-                self._avoid(watched.node, "it vanished before it had joined")
+        for name in self._workers.keys() - present:
+            observed = self._workers.pop(name)
+            if not observed.joined:
+                self._avoid(observed.node, "it vanished before it had joined")
         return unfit
 
     def terminated(self, node: ClusterNode, status: str) -> None:
         """Ray gives `node` back, which is no fault of its host unless its set-up failed."""
-        self._watched.pop(node.id, None)
+        self._workers.pop(node.id, None)
         if status == STATUS_UPDATE_FAILED:
             self._avoid(node, "its set-up failed")
 
-    def _reason(self, watched: _Watched, seconds: float) -> str | None:
+    def _reason(self, observed: _Observed, seconds: float) -> str | None:
         settings = self._settings
-        if watched.state is State.STOPPED and seconds >= STOPPED_GRACE_S:
+        if observed.state is State.STOPPED and seconds >= STOPPED_GRACE_S:
             return "it is stopped (outbid, or its host took it)"
-        if watched.state is State.UNREACHABLE and seconds >= UNREACHABLE_GRACE_S:
+        if observed.state is State.UNREACHABLE and seconds >= UNREACHABLE_GRACE_S:
             return f"its host has been silent for {seconds:.0f} s"
-        if watched.state is State.BOOTING and seconds >= settings.boot_timeout_s:
+        if observed.state is State.BOOTING and seconds >= settings.boot_timeout_s:
             return f"it has not booted within {settings.boot_timeout_s:.0f} s"
-        if watched.state is State.RUNNING and not watched.joined and seconds >= settings.join_timeout_s:
+        if observed.state is State.RUNNING and not observed.joined and seconds >= settings.join_timeout_s:
             return f"it has not joined within {settings.join_timeout_s:.0f} s of booting"
         return None
 
