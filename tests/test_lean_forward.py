@@ -58,11 +58,11 @@ def test_other_kinds_and_other_weights_are_left_to_themselves() -> None:
 
 
 def test_both_engines_compute_lean() -> None:
-    from bruno_ray.generation.engine import Engine
+    from bruno_ray.generation.engine import BatchEngine
     from serve.engine.batch import EditedModel
 
     loaded = load("llama")
-    engine = Engine(loaded)
+    engine = BatchEngine(loaded)
     assert engine._lean is not None
     assert EditedModel(loaded, engine.editor)._lean is not None
 
