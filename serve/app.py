@@ -15,12 +15,12 @@ from ray.serve import Application
 from bruno_ray.errors import SettingsError
 from serve.api.auth import VARIABLE, known_hashes
 from serve.api.ingress import Api
-from serve.catalog.catalog import Catalog, EngineModel, discovered
+from serve.catalog.catalog import Catalog, ServedBase, discovered
 from serve.deployment.replica import EngineReplica
 from serve.evaluation_jobs import Evaluations
 from serve.settings import ServeArgs
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MANY = 100_000
 """Requests are admitted by the API and by the engines, which answer in the client's language; Serve never queues."""
@@ -74,7 +74,7 @@ def threads_of(args: ServeArgs) -> int:
     return max(1, int(args.cpus_per_replica))
 
 
-def engine_deployment(args: ServeArgs, engine: EngineModel, number: int) -> Any:
+def engine_deployment(args: ServeArgs, engine: ServedBase, number: int) -> Any:
     options: dict[str, Any] = {"num_replicas": args.min_replicas}
     if args.max_replicas > args.min_replicas:
         options = {

@@ -59,12 +59,12 @@ def test_other_kinds_and_other_weights_are_left_to_themselves() -> None:
 
 def test_both_engines_compute_lean() -> None:
     from bruno_ray.generation.engine import BatchEngine
-    from serve.engine.batch import EditedModel
+    from serve.engine.batch import EditableModel
 
     loaded = load("llama")
     engine = BatchEngine(loaded)
     assert engine._lean is not None
-    assert EditedModel(loaded, engine.editor)._lean is not None
+    assert EditableModel(loaded, engine.editor)._lean is not None
 
 
 def test_more_positions_than_there_are_give_all_of_them() -> None:
