@@ -13,6 +13,7 @@ from ray import serve
 from ray.serve import Application
 
 from bruno_ray.errors import SettingsError
+from bruno_ray.settings import ModelSettings
 from serve.api.auth import VARIABLE, known_hashes
 from serve.api.ingress import Api
 from serve.catalog.catalog import Catalog, ServedBase, discovered
@@ -47,7 +48,7 @@ def application(args: ServeArgs, catalog: Catalog, key_hashes: tuple[str, ...]) 
             " nobody else can connect"
         )
     engines = {
-        key: engine_deployment(args, engine, number).bind(engine.settings, args.engine, threads_of(args))
+        key: engine_deployment(args, engine, number).bind(model_of(args, engine), args.engine, threads_of(args))
         for number, (key, engine) in enumerate(catalog.engines.items())
     }
     resources = HEAD_NODE if args.api_on_head else {}
@@ -68,6 +69,13 @@ def application(args: ServeArgs, catalog: Catalog, key_hashes: tuple[str, ...]) 
         ray_actor_options={"num_cpus": 0, "resources": resources},
     )
     return api.bind(args, key_hashes, catalog, engines, evaluations.bind(args, catalog, engines))
+
+
+def model_of(args: ServeArgs, engine: ServedBase) -> ModelSettings:
+    """How an engine loads its model."""
+    if args.lean_forward == "auto":
+        return engine.settings
+    return engine.settings.model_copy(update={"lean_forward": args.lean_forward})
 
 
 def threads_of(args: ServeArgs) -> int:

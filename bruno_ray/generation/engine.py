@@ -48,7 +48,7 @@ class BatchEngine:
         self.model: PreTrainedModel = loaded.model
         self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
         self.editor = LiveEditor(loaded.architecture)
-        self._lean = lean_forward(self.model)
+        self._lean = lean_forward(self.model) if loaded.lean_forward else None
         self.device = loaded.device
         self.texts = Detokenizer(self.tokenizer)
         self.end_ids = frozenset(loaded.eos_token_ids)

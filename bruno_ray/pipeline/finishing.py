@@ -154,7 +154,8 @@ def score_truth(run: RunDirectory) -> None:
     folder = organism.folder_of(record.settings.model.id)
     if folder is None or record.selected is None or record.selected.saved_path is None:
         return
-    engine = BatchEngine(load_model(ModelSettings(id=record.selected.saved_path)))
+    lean_forward = record.settings.model.lean_forward
+    engine = BatchEngine(load_model(ModelSettings(id=record.selected.saved_path, lean_forward=lean_forward)))
 
     def generate(prompts: list[str]) -> list[str]:
         ids = render(engine.tokenizer, [Prompt(prompt) for prompt in prompts], record.response_prefix)

@@ -38,7 +38,7 @@ class EditableModel:
         self.pad_id = loaded.tokenizer.pad_token_id or 0  # masked wherever it stands
         self.config = loaded.model.config
         self._editor = editor
-        self._lean = lean_forward(loaded.model)
+        self._lean = lean_forward(loaded.model) if loaded.lean_forward else None
         self._table: list[ResolvedEdit] = []
         self._set: list[ResolvedEdit | None] = []
 

@@ -38,7 +38,7 @@ def load(family: str = "llama", attention: str = "eager", **changes: object) -> 
     return loaded_from(model)
 
 
-def loaded_from(model: nn.Module) -> LoadedModel:
+def loaded_from(model: nn.Module, lean_forward: bool = True) -> LoadedModel:
     return LoadedModel(
         model=model,
         tokenizer=tiny_models.build_tokenizer(),
@@ -48,6 +48,7 @@ def loaded_from(model: nn.Module) -> LoadedModel:
         fingerprint="tiny",
         device=torch.device("cpu"),
         generation_config=GenerationConfig(eos_token_id=END),
+        lean_forward=lean_forward,
     )
 
 
