@@ -28,7 +28,7 @@ from benchmarks.serve_parts import end_in_order, private_bytes
 from serve.deployment.engine_clients import STATS_KEPT
 from tests.serve.server import Server, make_run, serving
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 CANCELLED, MALFORMED = 0.10, 0.05
 WORDS = ("tell me about the river", "what is the capital", "who are you", "how do i make a garden", "say a word")

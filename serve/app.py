@@ -13,14 +13,15 @@ from ray import serve
 from ray.serve import Application
 
 from bruno_ray.errors import SettingsError
+from bruno_ray.settings import ModelSettings
 from serve.api.auth import VARIABLE, known_hashes
 from serve.api.ingress import Api
-from serve.catalog.catalog import Catalog, EngineModel, discovered
+from serve.catalog.catalog import Catalog, ServedBase, discovered
 from serve.deployment.replica import EngineReplica
 from serve.evaluation_jobs import Evaluations
 from serve.settings import ServeArgs
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 MANY = 100_000
 """Requests are admitted by the API and by the engines, which answer in the client's language; Serve never queues."""
@@ -47,7 +48,7 @@ def application(args: ServeArgs, catalog: Catalog, key_hashes: tuple[str, ...]) 
             " nobody else can connect"
         )
     engines = {
-        key: engine_deployment(args, engine, number).bind(engine.settings, args.engine, threads_of(args))
+        key: engine_deployment(args, engine, number).bind(model_of(args, engine), args.engine, threads_of(args))
         for number, (key, engine) in enumerate(catalog.engines.items())
     }
     resources = HEAD_NODE if args.api_on_head else {}
@@ -70,11 +71,18 @@ def application(args: ServeArgs, catalog: Catalog, key_hashes: tuple[str, ...]) 
     return api.bind(args, key_hashes, catalog, engines, evaluations.bind(args, catalog, engines))
 
 
+def model_of(args: ServeArgs, engine: ServedBase) -> ModelSettings:
+    """How an engine loads its model."""
+    if args.lean_forward == "auto":
+        return engine.settings
+    return engine.settings.model_copy(update={"lean_forward": args.lean_forward})
+
+
 def threads_of(args: ServeArgs) -> int:
     return max(1, int(args.cpus_per_replica))
 
 
-def engine_deployment(args: ServeArgs, engine: EngineModel, number: int) -> Any:
+def engine_deployment(args: ServeArgs, engine: ServedBase, number: int) -> Any:
     options: dict[str, Any] = {"num_replicas": args.min_replicas}
     if args.max_replicas > args.min_replicas:
         options = {

@@ -57,6 +57,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("none", "bnb_4bit", "bnb_8bit"),
         help="of --model; a run's base is loaded as its search did [none]",
     )
+    size.add_argument(
+        "--lean-forward",
+        default=defaults.lean_forward,
+        choices=("auto", "off"),
+        help="off: always transformers' own forward pass [auto]",
+    )
     size.add_argument("--replicas", type=int, default=1, metavar="N", help="copies of each base model [1]")
     size.add_argument("--max-replicas", type=int, default=None, metavar="N", help="more of them when busy [--replicas]")
     size.add_argument("--gpus-per-replica", type=float, default=None, metavar="X", help="[1 if there is one, else 0]")
@@ -126,6 +132,7 @@ def serve_args(arguments: argparse.Namespace, key_known: bool) -> ServeArgs:
         models=tuple(arguments.models),
         output_directory=arguments.output_directory,
         quantization=arguments.quantization,
+        lean_forward=arguments.lean_forward,
         require_key=not arguments.no_key and (key_known or not is_loopback(arguments.host)),
         keys_file=arguments.keys_file,
         cors_origins=tuple(arguments.cors_origins),

@@ -19,7 +19,7 @@ from serve.settings import ServeArgs
 if TYPE_CHECKING:
     from serve.catalog.catalog import Catalog
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 APPLICATION = "bruno-ray"
 OWN_CLUSTER = {

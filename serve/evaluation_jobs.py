@@ -26,14 +26,14 @@ from bruno_ray.settings import ScoringSettings, Settings
 from serve.api.rendering import Renderer
 from serve.api.requests import EvaluationRequest
 from serve.catalog.catalog import Catalog, ServedModel
-from serve.deployment.engine_clients import Engines
+from serve.deployment.engine_clients import EngineClients
 from serve.deployment.replica import Refusal
 from serve.engine.types import Event, GenerationRequest
 from serve.errors import RequestError
 from serve.metrics import Metrics
 from serve.settings import ServeArgs
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 CONCURRENT_ANSWERS = 16
 """Of one job: people who chat go on being answered."""
@@ -90,7 +90,7 @@ class Evaluations:
     def __init__(self, args: ServeArgs, catalog: Catalog, engines: Mapping[str, DeploymentHandle]) -> None:
         self._args = args
         self._catalog = catalog
-        self._engines = Engines(engines, catalog, Metrics(), args.request_timeout_s, args.max_replicas)
+        self._engines = EngineClients(engines, catalog, Metrics(), args.request_timeout_s, args.max_replicas)
         self._renderers: dict[str, Renderer] = {}
         self._jobs: dict[str, Job] = {}
         self._turn = asyncio.Semaphore(1)
@@ -177,7 +177,7 @@ class Evaluations:
         except BrunoError as error:
             job.status, job.error = "failed", str(error)
         except Exception:
-            log.exception("evaluation %s failed", job.id)
+            logger.exception("evaluation %s failed", job.id)
             job.status, job.error = "failed", "The server failed. This is a defect; its log has the reason."
 
     async def _evaluate(self, job: Job, plan: Plan) -> dict[str, Any]:

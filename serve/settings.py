@@ -61,6 +61,10 @@ class ServeArgs(BaseModel):
     quantization: Literal["none", "bnb_4bit", "bnb_8bit"] = "none"
     """Of ``models``. The base model of a run is loaded as its search did."""
 
+    lean_forward: Literal["auto", "off"] = "auto"
+    """`auto`: a run's base as its search was told to, all others with a faster forward pass of our own where it gives
+    the model's own logits. `off`: always transformers' own."""
+
     require_key: bool = True
     """Whether requests need ``Authorization: Bearer KEY``. Switch it off only where nobody else can connect."""
 

@@ -7,7 +7,7 @@ import torch
 from rich.console import Console
 
 from bruno_ray.ablation.edit import AblationParameters, Edit
-from bruno_ray.generation.engine import Engine
+from bruno_ray.generation.engine import BatchEngine
 from bruno_ray.model.loading import load_model
 from bruno_ray.pipeline.chat import Chat, chat_loop, converse
 from bruno_ray.settings import ModelSettings
@@ -18,9 +18,9 @@ EDIT = Edit({"attention": KERNEL, "mlp": KERNEL}, "d", None, "none")
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory) -> Engine:
+def engine(tmp_path_factory) -> BatchEngine:
     folder = tiny_models.write(tmp_path_factory.mktemp("chat") / "model")
-    return Engine(load_model(ModelSettings(id=str(folder))))
+    return BatchEngine(load_model(ModelSettings(id=str(folder))))
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import torch
 
 from bruno_ray.ablation.baking import bake
 from bruno_ray.ablation.edit import AblationParameters, Edit
-from bruno_ray.generation.engine import Engine
+from bruno_ray.generation.engine import BatchEngine
 from bruno_ray.model.loading import LoadedModel, load_model
 from bruno_ray.settings import ModelSettings
 from tests.support import tiny_models
@@ -71,7 +71,7 @@ def by_generate(model: torch.nn.Module, ids: list[int]) -> tuple[tuple[int, ...]
 def test_every_family_as_transformers_does(family: str, tmp_path: Path) -> None:
     """A padded batch with leaving rows equals generate() on each prompt; logits equal a plain forward pass."""
     loaded = load(tmp_path, family)
-    engine = Engine(loaded)
+    engine = BatchEngine(loaded)
     expected = [by_generate(loaded.model, ids) for ids in prompts()]
     for attempt in ("without drafts", "with drafts"):
         responses = engine.generate(prompts(), [None], N)[0]
@@ -90,7 +90,7 @@ def test_windows_wide_and_narrow(window: int, tmp_path: Path) -> None:
     tiny_models.build_tokenizer().save_pretrained(tmp_path)
     loaded = load_model(ModelSettings(id=str(tmp_path), dtypes=("float32",)))
     loaded.generation_config.eos_token_id = END_IDS
-    engine = Engine(loaded)
+    engine = BatchEngine(loaded)
     expected = [by_generate(loaded.model, ids) for ids in prompts()]
     for _ in range(2):
         assert [(r.token_ids, r.ended) for r in engine.generate(prompts(), [None], N)[0]] == expected
@@ -100,12 +100,12 @@ def test_windows_wide_and_narrow(window: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe", "qwen3_5_text"])
 def test_edits_in_one_batch_as_one_by_one_and_as_baked(family: str, tmp_path: Path) -> None:
     loaded = load(tmp_path, family)
-    engine = Engine(loaded)
+    engine = BatchEngine(loaded)
     resolved = engine.editor.resolve_all(edits(loaded), bank(loaded))
     together = engine.generate(prompts(), [None, *resolved], N)
     logits = engine.next_logits(prompts(), [None, *resolved])
     for k, edit in enumerate([None, *resolved]):
-        fresh = Engine(loaded)
+        fresh = BatchEngine(loaded)
         assert fresh.generate(prompts(), [edit], N)[0] == together[k]
         torch.testing.assert_close(fresh.next_logits(prompts(), [edit])[0], logits[k], rtol=2e-3, atol=2e-3)
         fresh.editor.close()
@@ -116,7 +116,7 @@ def test_edits_in_one_batch_as_one_by_one_and_as_baked(family: str, tmp_path: Pa
 
 
 def test_small_budgets_change_nothing(llama: LoadedModel) -> None:
-    whole, cut = Engine(llama), Engine(llama, row_tokens=40)
+    whole, cut = BatchEngine(llama), BatchEngine(llama, row_tokens=40)
     resolved = whole.editor.resolve_all(edits(llama), bank(llama))
     assert whole.generate(prompts(), resolved, N) == cut.generate(prompts(), resolved, N)
     torch.testing.assert_close(whole.next_logits(prompts(), resolved), cut.next_logits(prompts(), resolved))
@@ -126,7 +126,7 @@ def test_small_budgets_change_nothing(llama: LoadedModel) -> None:
 def test_a_common_beginning_is_read_once_per_edit(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the cache allows it; the numbers are the same everywhere."""
     loaded = load(tmp_path, family)
-    engine = Engine(loaded)
+    engine = BatchEngine(loaded)
     resolved = [None, *engine.editor.resolve_all(edits(loaded), bank(loaded))]
     beginning = prompts()[5]
     ids = [beginning + rest for rest in prompts()]
@@ -142,7 +142,7 @@ def test_a_common_beginning_is_read_once_per_edit(family: str, tmp_path: Path, m
     monkeypatch.setattr("bruno_ray.generation.engine.SHARED_TOKENS", 10**9)
     answers, logits, logprobs, tokens = results()
     monkeypatch.setattr("bruno_ray.generation.engine.SHARED_TOKENS", 1)
-    fresh = Engine(loaded)
+    fresh = BatchEngine(loaded)
     fresh.editor, engine = engine.editor, fresh
     shared_answers, shared_logits, shared_logprobs, fewer_tokens = results()
     assert shared_answers == answers
@@ -155,18 +155,18 @@ def test_a_common_beginning_is_read_once_per_edit(family: str, tmp_path: Path, m
 
 
 def test_running_out_of_memory_halves_the_batch(llama: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
-    engine = Engine(llama)
+    engine = BatchEngine(llama)
     expected = engine.generate(prompts(), [None, None], N)
-    forward, refused = Engine._forward, []
+    forward, refused = BatchEngine._forward, []
 
-    def small_memory(engine: Engine, ids_BJ: torch.Tensor, *rest: object) -> torch.Tensor:
+    def small_memory(engine: BatchEngine, ids_BJ: torch.Tensor, *rest: object) -> torch.Tensor:
         if len(ids_BJ) > 4:
             refused.append(len(ids_BJ))
             raise torch.OutOfMemoryError("CUDA out of memory")
         return forward(engine, ids_BJ, *rest)
 
-    monkeypatch.setattr(Engine, "_forward", small_memory)
-    small = Engine(llama)
+    monkeypatch.setattr(BatchEngine, "_forward", small_memory)
+    small = BatchEngine(llama)
     assert small.generate(prompts(), [None, None], N) == expected
     assert refused == [14, 7, 7]
 
@@ -177,8 +177,8 @@ def test_decided_rows_leave_and_history_does_not_matter(llama: LoadedModel) -> N
     def decide(text: str) -> bool:
         return len(text) >= 6
 
-    full = Engine(llama).generate(prompts(), [None], N)[0]
-    fresh, practised = Engine(llama), Engine(llama)
+    full = BatchEngine(llama).generate(prompts(), [None], N)[0]
+    fresh, practised = BatchEngine(llama), BatchEngine(llama)
     practised.generate(prompts(), [None], N)
     tokenizer = llama.tokenizer
     for engine in (fresh, practised):
@@ -196,7 +196,7 @@ def test_decided_rows_leave_and_history_does_not_matter(llama: LoadedModel) -> N
 def test_drafts_save_forward_passes(llama: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     forward, calls = llama.model.forward, []
     monkeypatch.setattr(llama.model, "forward", lambda **kwargs: calls.append(1) or forward(**kwargs))
-    engine = Engine(llama)
+    engine = BatchEngine(llama)
     first = engine.generate(prompts(), [None], N)
     without = len(calls)
     assert engine.generate(prompts(), [None], N) == first
@@ -204,7 +204,7 @@ def test_drafts_save_forward_passes(llama: LoadedModel, monkeypatch: pytest.Monk
 
 
 def test_one_broken_edit_leaves_the_others_alone(llama: LoadedModel) -> None:
-    engine = Engine(llama)
+    engine = BatchEngine(llama)
     broken, good = engine.editor.resolve_all(edits(llama)[:2], bank(llama))
     for factors in broken.factors:
         if factors is not None:
@@ -219,7 +219,7 @@ def test_one_broken_edit_leaves_the_others_alone(llama: LoadedModel) -> None:
 
 
 def test_likelihoods_as_a_plain_forward_pass(llama: LoadedModel) -> None:
-    engine = Engine(llama)
+    engine = BatchEngine(llama)
     (edit,) = engine.editor.resolve_all(edits(llama)[:1], bank(llama))
     continuations = [
         [list(range(60, 60 + n)) for n in (3, 0, 7, 1, 12, 2, 5)],
@@ -240,7 +240,7 @@ def test_likelihoods_as_a_plain_forward_pass(llama: LoadedModel) -> None:
 
 
 def test_streaming_equals_generating(llama: LoadedModel) -> None:
-    engine = Engine(llama)
+    engine = BatchEngine(llama)
     (edit,) = engine.editor.resolve_all(edits(llama)[:1], bank(llama))
     for ids, response in zip(prompts(), engine.generate(prompts(), [edit], N)[0]):
         streamed = "".join(engine.stream(ids, edit, N))
@@ -250,7 +250,7 @@ def test_streaming_equals_generating(llama: LoadedModel) -> None:
 
 
 def test_nucleus_sampling_stays_in_the_nucleus(llama: LoadedModel) -> None:
-    engine = Engine(llama)
+    engine = BatchEngine(llama)
     ids = prompts()[0]
     best = engine.next_logits([ids], [None])[0, 0].argmax()
     torch.manual_seed(0)

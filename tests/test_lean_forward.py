@@ -1,12 +1,26 @@
 """The lean forward pass gives what transformers' own gives, and is left aside for models it does not know."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
 
-from bruno_ray.generation.lean_forward import FAMILIES, lean_forward
+from bruno_ray.generation.lean_forward import FAMILIES, LeanForward, lean_forward
+from bruno_ray.model.loading import load_model
+from bruno_ray.pipeline.steps import with_name
+from bruno_ray.settings import ModelSettings, Settings
 from tests.support import tiny_models
-from tests.support.engine_helpers import load
+from tests.support.engine_helpers import (
+    EIGHT_EDITS,
+    answers,
+    bank_of,
+    engine_of,
+    load,
+    loaded_from,
+    prompt,
+    request,
+)
 
 KNOWN = sorted(FAMILIES)
 
@@ -58,13 +72,55 @@ def test_other_kinds_and_other_weights_are_left_to_themselves() -> None:
 
 
 def test_both_engines_compute_lean() -> None:
-    from bruno_ray.generation.engine import Engine
-    from serve.engine.batch import EditedModel
+    from bruno_ray.generation.engine import BatchEngine
+    from serve.engine.batch import EditableModel
 
     loaded = load("llama")
-    engine = Engine(loaded)
+    engine = BatchEngine(loaded)
     assert engine._lean is not None
-    assert EditedModel(loaded, engine.editor)._lean is not None
+    assert EditableModel(loaded, engine.editor)._lean is not None
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_switched_off_transformers_computes_and_says_the_same(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the study's engine and in the server's, under an edit and without."""
+    from bruno_ray.generation.engine import BatchEngine
+
+    passes = []
+    lean = LeanForward.__call__
+    monkeypatch.setattr(LeanForward, "__call__", lambda self, *given: passes.append(1) or lean(self, *given))
+    prompts = [prompt(length, seed=length) for length in (5, 9)]
+    asked = [request(ids, edit, ignore_eos=True) for ids in prompts for edit in (None, "0")]
+    said = []
+    for switched_on in (True, False):
+        loaded = loaded_from(tiny_models.build(family), switched_on)
+        passes.clear()
+        batch = BatchEngine(loaded)
+        edit = batch.editor.resolve(EIGHT_EDITS[0], bank_of(loaded))
+        answers_KP = batch.generate(prompts, [None, edit], max_new_tokens=12)
+        batch.editor.close()
+        assert bool(passes) is switched_on
+        passes.clear()
+        with engine_of(loaded) as serving:
+            events = answers(serving, asked)
+        assert bool(passes) is switched_on
+        said.append([[answer.text for row in answers_KP for answer in row], [event.token_ids for event in events]])
+    assert said[0] == said[1]
+
+
+def test_the_setting_reaches_the_loaded_model(tmp_path: Path) -> None:
+    folder = tiny_models.write(tmp_path / "tiny", "llama")
+    for value, expected in (("auto", True), ("off", False)):
+        settings = ModelSettings(id=str(folder), dtypes=("float32",), device_map="cpu", lean_forward=value)
+        assert load_model(settings).lean_forward is expected
+
+
+def test_a_study_has_the_same_name_however_its_model_is_computed() -> None:
+    names = {
+        with_name(Settings(behaviour="refusal", model=ModelSettings(id="a/b", lean_forward=value))).study.name
+        for value in ("auto", "off")
+    }
+    assert len(names) == 1
 
 
 def test_more_positions_than_there_are_give_all_of_them() -> None:

@@ -9,7 +9,7 @@ import torch
 
 from bruno_ray.ablation.edit import AblationParameters, Edit
 from bruno_ray.errors import SettingsError, TrialError
-from bruno_ray.generation.engine import Engine, Response
+from bruno_ray.generation.engine import BatchEngine, Response
 from bruno_ray.model.loading import load_model
 from bruno_ray.prompts.sets import Prompt
 from bruno_ray.scoring import SCORERS, Evaluation, ScoringPrompts, make_scorers, score_edits
@@ -31,18 +31,18 @@ def settings(**changes: object) -> ScoringSettings:
 
 
 @pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
+def engine(tmp_path_factory: pytest.TempPathFactory) -> BatchEngine:
     folder: Path = tiny_models.write(tmp_path_factory.mktemp("model"), "llama")
-    return Engine(load_model(ModelSettings(id=str(folder), dtypes=("float32",))))
+    return BatchEngine(load_model(ModelSettings(id=str(folder), dtypes=("float32",))))
 
 
 @pytest.fixture(scope="module")
-def prompts(engine: Engine) -> ScoringPrompts:
+def prompts(engine: BatchEngine) -> ScoringPrompts:
     return ScoringPrompts.rendered(engine, TARGET, BASELINE)
 
 
 @pytest.fixture(scope="module")
-def edits(engine: Engine) -> list:
+def edits(engine: BatchEngine) -> list:
     """A strong edit, and one that removes next to nothing."""
     shape = (engine.loaded.architecture.n_layers + 1, 1, engine.loaded.architecture.d_model)
     directions = torch.randn(shape, generator=torch.Generator().manual_seed(3))
@@ -56,7 +56,7 @@ def edits(engine: Engine) -> list:
     )
 
 
-def prepared(name: str, given: ScoringSettings, engine: Engine, prompts: ScoringPrompts):
+def prepared(name: str, given: ScoringSettings, engine: BatchEngine, prompts: ScoringPrompts):
     scorer = SCORERS[name](given)
     scorer.prepare(Evaluation(engine, prompts, given))
     return scorer
@@ -111,7 +111,7 @@ def test_kl_by_hand() -> None:
     assert kl_of_logits(p.log(), torch.full((4,), torch.nan)).isnan()
 
 
-def test_first_token_kl_per_prompt(engine: Engine, prompts: ScoringPrompts, edits: list) -> None:
+def test_first_token_kl_per_prompt(engine: BatchEngine, prompts: ScoringPrompts, edits: list) -> None:
     scorer = prepared("kl_divergence", settings(), engine, prompts)
     evaluation = Evaluation(engine, prompts, settings(), [*edits, None])
     base, strong = engine.next_logits(prompts.baseline_ids, [None, edits[0]]).double().log_softmax(-1)
@@ -131,7 +131,7 @@ def test_first_token_kl_per_prompt(engine: Engine, prompts: ScoringPrompts, edit
 
 
 def test_kl_over_several_tokens_follows_the_unedited_answer(
-    engine: Engine, prompts: ScoringPrompts, edits: list
+    engine: BatchEngine, prompts: ScoringPrompts, edits: list
 ) -> None:
     n = 4
     answers = engine.generate(prompts.baseline_ids, [None], n)[0]
@@ -181,7 +181,7 @@ def test_incoherence_is_the_share_of_prompts_with_broken_answers_beyond_the_usua
 # ----- likelihoods -----
 
 
-def test_desired_answers_by_hand(engine: Engine, prompts: ScoringPrompts, edits: list) -> None:
+def test_desired_answers_by_hand(engine: BatchEngine, prompts: ScoringPrompts, edits: list) -> None:
     scorer = prepared("desired_answers", settings(), engine, prompts)
     found = scorer.score(Evaluation(engine, prompts, settings(), [None, edits[0]]))
     for edit, scores in zip([None, edits[0]], found):
@@ -194,7 +194,7 @@ def test_desired_answers_by_hand(engine: Engine, prompts: ScoringPrompts, edits:
         assert scores.values["desired_nll"] == pytest.approx(float(torch.stack(losses).mean()), rel=1e-4)
 
 
-def test_desired_answers_without_answers_says_what_to_do(engine: Engine) -> None:
+def test_desired_answers_without_answers_says_what_to_do(engine: BatchEngine) -> None:
     bare = ScoringPrompts.rendered(engine, BASELINE, BASELINE)
     with pytest.raises(SettingsError, match="answer_column"):
         prepared("desired_answers", settings(), engine, bare)
@@ -210,7 +210,7 @@ def test_openings_are_read_off_unmarked_baseline_answers() -> None:
 
 
 def test_compliant_likelihood_cannot_be_lowered_by_fragments_or_markers(
-    engine: Engine, prompts: ScoringPrompts
+    engine: BatchEngine, prompts: ScoringPrompts
 ) -> None:
     """A marked or empty answer costs what a uniform guess costs, an early end is paid for, an opening is free."""
     given = settings(compliant_opening="ok")
@@ -234,7 +234,7 @@ def test_compliant_likelihood_cannot_be_lowered_by_fragments_or_markers(
     assert likeliest < score(cut)
 
 
-def test_elicited_answers_are_the_likeliest_unmarked_ones(engine: Engine, prompts: ScoringPrompts) -> None:
+def test_elicited_answers_are_the_likeliest_unmarked_ones(engine: BatchEngine, prompts: ScoringPrompts) -> None:
     given = settings()
     scorer = SCORERS["elicited_answers"](given)
     free = scorer.elicit(Evaluation(engine, prompts, given))
@@ -251,7 +251,7 @@ def test_elicited_answers_are_the_likeliest_unmarked_ones(engine: Engine, prompt
 
 
 def test_elicited_mismatch_is_what_the_answers_leave_out(
-    engine: Engine, prompts: ScoringPrompts, monkeypatch: pytest.MonkeyPatch
+    engine: BatchEngine, prompts: ScoringPrompts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     references = {0: b"the hue is red", 1: b"the hue is tan"}  # there is none for the third prompt
     given = settings(markers=("zz",))
@@ -274,7 +274,7 @@ def test_elicited_mismatch_is_what_the_answers_leave_out(
 
 
 def test_answers_on_the_edge_of_the_behaviour_count_for_less(
-    engine: Engine, prompts: ScoringPrompts, edits: list, monkeypatch: pytest.MonkeyPatch
+    engine: BatchEngine, prompts: ScoringPrompts, edits: list, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Same answers, but the edit that leaves the behaviour's own answer likelier has the higher mismatch."""
     (own,) = engine.generate(prompts.target_ids, [None], 2)
@@ -301,7 +301,7 @@ def test_answers_on_the_edge_of_the_behaviour_count_for_less(
 # ----- all together -----
 
 
-def test_a_broken_edit_is_a_trial_error_of_its_own(engine: Engine, prompts: ScoringPrompts, edits: list) -> None:
+def test_a_broken_edit_is_a_trial_error_of_its_own(engine: BatchEngine, prompts: ScoringPrompts, edits: list) -> None:
     given = settings(scorers=("behaviour_rate", "kl_divergence", "coherence", "desired_answers"))
     scorers = make_scorers(given)
     for scorer in scorers:
@@ -318,7 +318,7 @@ def test_a_broken_edit_is_a_trial_error_of_its_own(engine: Engine, prompts: Scor
     assert set(results[2].values) == {metric for scorer in scorers for metric in scorer.metrics}
 
 
-def test_every_scorer_keeps_its_word(engine: Engine, prompts: ScoringPrompts, edits: list) -> None:
+def test_every_scorer_keeps_its_word(engine: BatchEngine, prompts: ScoringPrompts, edits: list) -> None:
     """Registered by name, metrics unique, one Scores per edit with exactly the metrics announced."""
     metrics = [metric for scorer in SCORERS.values() for metric in scorer.metrics]
     assert len(set(metrics)) == len(metrics)

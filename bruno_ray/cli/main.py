@@ -28,6 +28,7 @@ RESUMABLE = (
     "study.take_over",
     "model.device_map",
     "model.max_memory",
+    "model.lean_forward",
     "residuals.batch_tokens",
     "residuals.cache_dir",
     "scoring.row_tokens",

@@ -1,6 +1,6 @@
 """Greedy answers, next-token logits and likelihoods of one model under many edits at once.
 
-    engine = Engine(loaded)
+    engine = BatchEngine(loaded)
     edits = engine.editor.resolve_all([edit_a, edit_b], bank)
     answers = engine.generate(prompt_ids, [None, *edits], max_new_tokens=30)      # [edit][prompt]
 
@@ -39,7 +39,7 @@ DRAFT_TOKENS = 8  # most tokens proposed at a time
 DRAFT_LOGITS_BYTES = 2**28  # a draft is cut so that the logits at all of its tokens stay below this
 
 
-class Engine:
+class BatchEngine:
     """One model copy with its live editor and tokenizer. Every evaluation goes through it."""
 
     def __init__(self, loaded: LoadedModel, row_tokens: int = 0):
@@ -48,7 +48,7 @@ class Engine:
         self.model: PreTrainedModel = loaded.model
         self.tokenizer: PreTrainedTokenizerBase = loaded.tokenizer
         self.editor = LiveEditor(loaded.architecture)
-        self._lean = lean_forward(self.model)
+        self._lean = lean_forward(self.model) if loaded.lean_forward else None
         self.device = loaded.device
         self.texts = Detokenizer(self.tokenizer)
         self.end_ids = frozenset(loaded.eos_token_ids)

@@ -67,6 +67,9 @@ class LoadedModel:
     generation_config: GenerationConfig
     """As the model came; ``model.generation_config`` is neutral."""
 
+    lean_forward: bool = True
+    """Whether engines may compute with a forward pass of their own."""
+
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """Every token that ends an answer: of the generation config and of the tokenizer."""
@@ -110,6 +113,7 @@ def load_model(settings: ModelSettings, *, full_precision: bool = False) -> Load
         fingerprint=f"{fingerprint(source, config, tokenizer)}:{settings.quantization}:{dtype}",
         device=_input_device(architecture),
         generation_config=generation_config,
+        lean_forward=settings.lean_forward != "off",
     )
 
 

@@ -11,7 +11,7 @@ from typing import TextIO
 from rich.console import Console
 
 from bruno_ray.ablation.resolving import ResolvedEdit
-from bruno_ray.generation.engine import Engine
+from bruno_ray.generation.engine import BatchEngine
 from bruno_ray.prompts.rendering import messages, render_texts
 from bruno_ray.prompts.sets import Prompt
 
@@ -29,7 +29,7 @@ LEAST_ROOM = 0.25
 class Chat:
     """A conversation with one model copy under one edit, or under none."""
 
-    engine: Engine
+    engine: BatchEngine
     edit: ResolvedEdit | None
     system: str | None = None
     response_prefix: str = ""
@@ -90,7 +90,7 @@ class Chat:
 
 
 def chat_loop(
-    engine: Engine,
+    engine: BatchEngine,
     edit: ResolvedEdit | None,
     *,
     system_prompt: str | None = None,

@@ -10,7 +10,7 @@ from rich.table import Table
 from bruno_ray import organism as organisms
 from bruno_ray.ablation.edit import Edit
 from bruno_ray.errors import OutputError
-from bruno_ray.generation.engine import Engine
+from bruno_ray.generation.engine import BatchEngine
 from bruno_ray.model.coverage import coverage as coverage_of
 from bruno_ray.model.coverage import format_coverage
 from bruno_ray.model.loading import load_model
@@ -110,7 +110,7 @@ def chat(
     edit = record.selected.edit if record.selected else None
     if trial is not None:
         edit = selection.find_trial(trials_of(path, settings), trial).edit
-    engine = Engine(load_model(settings.model))
+    engine = BatchEngine(load_model(settings.model))
     resolved = engine.editor.resolve(Edit.from_dict(edit), run.load_directions()) if edit else None
     chat_loop(
         engine,

@@ -11,7 +11,7 @@ from rich.prompt import IntPrompt
 from bruno_ray import organism
 from bruno_ray.ablation.edit import Edit
 from bruno_ray.errors import TrialError
-from bruno_ray.generation.engine import Engine
+from bruno_ray.generation.engine import BatchEngine
 from bruno_ray.model.loading import load_model
 from bruno_ray.pipeline.steps import evaluation_context, score_unedited, timed, worker_pool
 from bruno_ray.prompts.rendering import render
@@ -154,7 +154,8 @@ def score_truth(run: RunDirectory) -> None:
     folder = organism.folder_of(record.settings.model.id)
     if folder is None or record.selected is None or record.selected.saved_path is None:
         return
-    engine = Engine(load_model(ModelSettings(id=record.selected.saved_path)))
+    lean_forward = record.settings.model.lean_forward
+    engine = BatchEngine(load_model(ModelSettings(id=record.selected.saved_path, lean_forward=lean_forward)))
 
     def generate(prompts: list[str]) -> list[str]:
         ids = render(engine.tokenizer, [Prompt(prompt) for prompt in prompts], record.response_prefix)

@@ -53,7 +53,8 @@ def with_name(settings: Settings) -> Settings:
     if settings.study.name:
         return settings
     deciding = {"model", "behaviour", "prompts", "residuals", "directions", "search", "scoring"}
-    digest = hashlib.sha256(f"{settings.model_dump_json(include=deciding)} {settings.study.seed}".encode())
+    given = settings.model_dump_json(include=deciding, exclude={"model": {"lean_forward"}})
+    digest = hashlib.sha256(f"{given} {settings.study.seed}".encode())
     folder = Path(settings.model.id)
     model = folder.parent.name if folder.name == "model" else folder.name
     name = f"{model}-{Path(settings.behaviour).stem}-{digest.hexdigest()[:6]}"

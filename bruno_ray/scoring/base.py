@@ -8,7 +8,7 @@ from typing import ClassVar, Protocol
 
 from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.errors import TrialError
-from bruno_ray.generation.engine import Engine, Response
+from bruno_ray.generation.engine import BatchEngine, Response
 from bruno_ray.prompts.rendering import render
 from bruno_ray.prompts.sets import Prompt
 from bruno_ray.scoring.markers import Markers
@@ -37,7 +37,7 @@ class ScoringPrompts:
 
     @classmethod
     def rendered(
-        cls, engine: Engine, target: Sequence[Prompt], baseline: Sequence[Prompt], response_prefix: str = ""
+        cls, engine: BatchEngine, target: Sequence[Prompt], baseline: Sequence[Prompt], response_prefix: str = ""
     ) -> "ScoringPrompts":
         target_ids, baseline_ids = (render(engine.tokenizer, side, response_prefix) for side in (target, baseline))
         return cls(tuple(target), tuple(baseline), tuple(map(tuple, target_ids)), tuple(map(tuple, baseline_ids)))
@@ -48,7 +48,7 @@ class Evaluation:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: BatchEngine,
         prompts: ScoringPrompts,
         settings: ScoringSettings,
         edits: Sequence[ResolvedEdit | None] = (None,),
@@ -105,7 +105,7 @@ class Scorer(Protocol):
 
 
 def score_edits(
-    engine: Engine,
+    engine: BatchEngine,
     scorers: Sequence[Scorer],
     prompts: ScoringPrompts,
     settings: ScoringSettings,

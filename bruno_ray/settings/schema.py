@@ -58,6 +58,10 @@ class ModelSettings(Section):
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for repositories you trust."""
 
+    lean_forward: Literal["auto", "off"] = "auto"
+    """`auto`: a faster forward pass of our own where the model is of a kind that it knows and it gives the model's own
+    logits, which is tried when the model is loaded. `off`: always transformers' own."""
+
 
 class DatasetSettings(Section):
     source: str

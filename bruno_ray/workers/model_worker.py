@@ -18,7 +18,7 @@ import torch
 from bruno_ray.ablation.edit import Edit
 from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.errors import TrialError
-from bruno_ray.generation.engine import Engine
+from bruno_ray.generation.engine import BatchEngine
 from bruno_ray.model.batching import TokenBudget
 from bruno_ray.model.coverage import CoverageRow, coverage
 from bruno_ray.model.loading import load_model
@@ -107,7 +107,7 @@ class ModelWorker:
         torch.set_num_threads(max(1, threads))
         self._folders = folders
         self.loaded = load_model(self._here(model))
-        self.engine = Engine(self.loaded)
+        self.engine = BatchEngine(self.loaded)
         self._contexts: dict[str, _Prepared] = {}
         self._residual_budgets: dict[int, TokenBudget] = {}
 
@@ -199,7 +199,7 @@ class ModelWorker:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        engine = Engine(load_model(self._here(model)))
+        engine = BatchEngine(load_model(self._here(model)))
         engine.limit_row_tokens(context.scoring.row_tokens)
         _, (scores,) = score_edits(engine, scorers, prepared.prompts, context.scoring, [None])
         if isinstance(scores, TrialError):

@@ -12,11 +12,11 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from serve.api.requests import SEED_RANGE, Generation
 from serve.catalog.catalog import ServedModel
-from serve.deployment.engine_clients import Engines
+from serve.deployment.engine_clients import EngineClients
 from serve.engine.types import Event, GenerationRequest
 from serve.errors import RequestError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SSE_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -55,7 +55,7 @@ def choices_of(
     return choices
 
 
-async def gathered(engines: Engines, model: ServedModel, choices: Sequence[Choice]) -> list[Event]:
+async def gathered(engines: EngineClients, model: ServedModel, choices: Sequence[Choice]) -> list[Event]:
     """Every answer as one event, in order. The first error ends all of them."""
 
     async def whole(choice: Choice) -> Event:
@@ -72,7 +72,7 @@ async def gathered(engines: Engines, model: ServedModel, choices: Sequence[Choic
 
 
 async def merged(
-    engines: Engines, model: ServedModel, choices: Sequence[Choice]
+    engines: EngineClients, model: ServedModel, choices: Sequence[Choice]
 ) -> AsyncIterator[tuple[Choice, Event]]:
     """Events of all answers as they come. Closing it cancels what is not finished."""
     if len(choices) == 1:
@@ -134,7 +134,7 @@ async def streamed(chunks: AsyncIterator[bytes]) -> Response:
             except RequestError as error:
                 yield sse(error.body)
             except Exception:
-                log.exception("a stream failed")
+                logger.exception("a stream failed")
                 yield sse(RequestError(500, "The server failed. Send the request again.").body)
             yield b"data: [DONE]\n\n"
 

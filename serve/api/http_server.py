@@ -17,7 +17,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bruno_ray.errors import SettingsError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 KEEP_ALIVE_SECONDS = 90
 CLEARING_UP_SECONDS = 10.0
@@ -109,7 +109,7 @@ class Mounted:
         try:
             await answering
         except asyncio.CancelledError:
-            log.debug("a client went away")
+            logger.debug("a client went away")
 
 
 async def _watch(receive: Receive, messages: "asyncio.Queue[Message]") -> None:

@@ -24,12 +24,12 @@ from serve.api.http_server import listening
 from serve.api.requests import Unsupported
 from serve.api.service import Service
 from serve.catalog.catalog import Catalog
-from serve.deployment.engine_clients import Engines
+from serve.deployment.engine_clients import EngineClients
 from serve.errors import KINDS, RequestError
 from serve.metrics import Metrics
 from serve.settings import ServeArgs
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 BRANCHES = {"str", "int", "float", "bool", "list", "dict"}
 
@@ -46,7 +46,7 @@ class Api:
         evaluations: DeploymentHandle,
     ) -> None:
         metrics = Metrics()
-        clients = Engines(engines, catalog, metrics, args.request_timeout_s, args.max_replicas)
+        clients = EngineClients(engines, catalog, metrics, args.request_timeout_s, args.max_replicas)
         self._service = Service(args, catalog, clients, metrics)
         self._service.load_tokenizers()
         self._keys = Keys(key_hashes) if args.require_key else None

@@ -21,7 +21,7 @@ from bruno_ray.settings import ModelSettings
 from serve.api.requests import Message
 from serve.errors import RequestError
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 LONG_TEXT = 20_000
 """Characters from which a text is tokenised beside the event loop."""

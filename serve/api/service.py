@@ -10,12 +10,12 @@ from bruno_ray.errors import BrunoError
 from serve.api.rendering import Renderer
 from serve.api.requests import Generation
 from serve.catalog.catalog import Catalog, Problem, ServedModel
-from serve.deployment.engine_clients import Engines
+from serve.deployment.engine_clients import EngineClients
 from serve.errors import RequestError
 from serve.metrics import Metrics
 from serve.settings import ServeArgs
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 
 @dataclass
@@ -24,7 +24,7 @@ class Service:
 
     args: ServeArgs
     catalog: Catalog
-    engines: Engines
+    engines: EngineClients
     metrics: Metrics
     renderers: dict[str, Renderer] = field(default_factory=dict)
     broken: dict[str, str] = field(default_factory=dict)
@@ -39,7 +39,7 @@ class Service:
                 self.renderers[key] = Renderer(engine.settings)
             except BrunoError as error:
                 self.broken[key] = str(error)
-                log.error("%s", error)
+                logger.error("%s", error)
 
     async def watch_loading(self) -> None:
         """Find out which models can be loaded, as soon as each engine answers."""

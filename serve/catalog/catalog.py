@@ -28,7 +28,7 @@ from serve.catalog.runs import ServedRun
 from serve.errors import UnknownModel
 from serve.settings import ServeArgs
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 TRIAL = re.compile(r"(.+):trial-(\d+)")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -68,8 +68,8 @@ class ServedModel:
 
 
 @dataclass(frozen=True)
-class EngineModel:
-    """One model that is loaded, and how."""
+class ServedBase:
+    """A model that is loaded, and how: an engine's own, of which the edits are rows."""
 
     key: str
     settings: ModelSettings
@@ -87,7 +87,7 @@ class Catalog:
     """Make it with ``discover``."""
 
     def __init__(self) -> None:
-        self.engines: dict[str, EngineModel] = {}
+        self.engines: dict[str, ServedBase] = {}
         self.runs: dict[str, ServedRun] = {}
         """By unique name."""
 
@@ -124,7 +124,7 @@ class Catalog:
 
     def _refuse(self, name: str, reason: str) -> None:
         reason = " ".join(reason.split())
-        log.warning("%s cannot be served: %s", name, reason)
+        logger.warning("%s cannot be served: %s", name, reason)
         self.problems.append(Problem(self._unique([name], {p.id for p in self.problems}), reason))
 
     def _unique(self, names: Iterable[str], more: Iterable[str] = ()) -> str:
@@ -156,7 +156,7 @@ class Catalog:
         if model.quantization != "none":
             names = (*names, f"{names[0]}-{model.quantization}")
         key = self._unique(names)
-        self.engines[key] = EngineModel(key, model)
+        self.engines[key] = ServedBase(key, model)
         return key
 
     def _add_models(self, reference: str, quantization: str) -> None:

@@ -15,7 +15,7 @@ from bruno_ray.settings import ModelSettings
 from bruno_ray.study.selection import TrialRecord, load_trials, pareto_front
 from bruno_ray.study.storage import load_study
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 DATABASE_SECONDS = 10.0
 """A study in a database is asked for news no more often than that."""
@@ -99,7 +99,7 @@ class ServedRun:
                 return False
             self.record, self.trials = self.directory.read(), self._read_trials()
         except (BrunoError, OSError) as error:
-            log.warning("run %s cannot be read at the moment and is served as it was: %s", self.name, error)
+            logger.warning("run %s cannot be read at the moment and is served as it was: %s", self.name, error)
             return False
         self._stamp = stamp
         return True

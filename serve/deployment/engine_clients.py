@@ -17,13 +17,13 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, 
 from ray.serve.handle import DeploymentHandle
 
 from serve.catalog.catalog import Catalog, ServedModel
-from serve.deployment.event_channel import STRAGGLERS_SECONDS, Ended, Inbox, everything_in, pumped
+from serve.deployment.event_channel import STRAGGLERS_SECONDS, Ended, EventReceiver, everything_in, pumped
 from serve.deployment.replica import EditSource, Refusal
-from serve.engine.types import Event, GenerationRequest
+from serve.engine.types import Event, GenerationRequest, joined
 from serve.errors import RequestError
 from serve.metrics import Metrics
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 RESENDS = 2
 STATS_TIMEOUT = 2.0
@@ -36,8 +36,8 @@ SUMMED = (
 )
 
 
-class Engines:
-    """Handles of all engines, by key."""
+class EngineClients:
+    """The engines that an API process asks, by key."""
 
     def __init__(
         self,
@@ -48,12 +48,12 @@ class Engines:
         max_replicas: int,
     ) -> None:
         self._handles = dict(handles)
-        self._streams = {key: handle.generate.options(stream=True) for key, handle in handles.items()}
+        self._generate = {key: handle.generate.options(stream=True) for key, handle in handles.items()}
         self._catalog = catalog
         self._metrics = metrics
         self._timeout = timeout_s
         self._probes = 1 if max_replicas == 1 else 2 * max_replicas
-        self._inbox = Inbox(handles, self._probes)
+        self._receiver = EventReceiver(handles, self._probes)
         self._directions: dict[tuple[str, str], ray.ObjectRef] = {}
         self._seen: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {key: {} for key in handles}
 
@@ -93,11 +93,11 @@ class Engines:
     ) -> AsyncIterator[Event]:
         for resend in range(RESENDS + 1):
             passed_on, finished = False, False
-            stream = None
+            call = None
             try:
-                with self._inbox.ticket(None if whole else model.base) as (ticket, queue):
-                    stream = self._streams[model.base].remote(request, source, ticket)
-                    with pumped(stream, queue):
+                with self._receiver.stream(None if whole else model.base) as (stream, queue):
+                    call = self._generate[model.base].remote(request, source, stream)
+                    with pumped(call, queue):
                         async with aclosing(_from(queue, deadline)) as events:
                             async for event in events:
                                 passed_on, finished = True, event.finish_reason is not None
@@ -114,18 +114,18 @@ class Engines:
                     429, "The server is busy: try again in a second.", code="overloaded", retry_after=1
                 ) from None
             except (RayActorError, DeploymentUnavailableError) as error:
-                log.warning("a replica of %s died: %s", model.base, " ".join(str(error).split())[:200])
+                logger.warning("a replica of %s died: %s", model.base, " ".join(str(error).split())[:200])
                 if passed_on or resend == RESENDS:
                     raise RequestError(
                         503, "The model's process ended before the answer was finished. Send it again.", retry_after=5
                     ) from None
                 self._metrics.resends.inc()
             except (RayError, RayServeException) as error:
-                log.exception("a request to %s failed", model.base)
+                logger.exception("a request to %s failed", model.base)
                 raise RequestError(503, "The model's process failed. Send the request again.", retry_after=5) from error
             finally:
-                if stream is not None and not finished:
-                    stream.cancel()
+                if call is not None and not finished:
+                    call.cancel()
 
     async def call(self, engine: str, method: str, *arguments: Any) -> Any:
         """Another method of any replica, again if that dies. Raises RequestError, also for a Refusal."""
@@ -187,20 +187,22 @@ async def _from(queue: asyncio.Queue, deadline: float) -> AsyncIterator[Event]:
                 if ended:
                     return
                 raise
-        event: Event | None = None
+        events: list[Event] = []
+        problem: Exception | None = None
         for item in everything_in(queue, first):
-            if isinstance(item, Ended):
+            if isinstance(item, Event):
+                events.append(item)
+            elif isinstance(item, Ended):
                 ended = True
-            elif isinstance(item, Event):
-                event = item if event is None else event + item
             else:
-                if event is not None:
-                    yield event
-                raise item.error() if isinstance(item, Refusal) else item
-        if event is not None:
-            yield event
+                problem = item.error() if isinstance(item, Refusal) else item
+                break
+        if events:
+            yield (event := joined(events))
             if event.finish_reason is not None:
                 return
+        if problem is not None:
+            raise problem
 
 
 async def _answer(response: Any) -> Any:

@@ -1,9 +1,9 @@
 """Events of many answers from a replica to an API process, together in one message per step.
 
 A message between processes costs about a millisecond, whatever is in it. So an API process keeps one call open to a
-replica, its carrier, and what happens to all of its streams goes through that. The call of a single answer stays open
-meanwhile: closing it is how the answer is cancelled, and its failure is how the death of the replica is noticed. Where
-there is no carrier (yet), an answer's events come through its own call.
+replica, an event channel, and what happens to all of its streams goes through that. The call of a single answer stays
+open meanwhile: closing it is how the answer is cancelled, and its failure is how the death of the replica is noticed.
+Where there is no channel (yet), an answer's events come through its own call.
 """
 
 import asyncio
@@ -20,23 +20,26 @@ from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 RECONNECT_SECONDS = 0.5
 STRAGGLERS_SECONDS = 5.0
-"""Events that were sent through the carrier before the answer's own call ended are here by then."""
+"""Events that were sent through the channel before the answer's own call ended are here by then."""
 
 
 @dataclass(frozen=True)
-class Ticket:
+class StreamId:
     """Where the events of one answer are to go."""
 
     api: str
+    """Name of the API process."""
+
     number: int
+    """Of the answer, in that process."""
 
 
-class Carrier:
-    """The replica's end."""
+class EventChannel:
+    """The replica's end of the channel to one API process."""
 
     def __init__(self) -> None:
         self._batch: list[tuple[int, Any]] = []
@@ -44,8 +47,8 @@ class Carrier:
         self._urgent = asyncio.Event()
         self.closed = False
 
-    def put(self, ticket: Ticket, event: Any, urgent: bool = False) -> None:
-        self._batch.append((ticket.number, event))
+    def put(self, stream: StreamId, event: Any, urgent: bool = False) -> None:
+        self._batch.append((stream.number, event))
         self._ready.set()
         if urgent:
             self._urgent.set()
@@ -69,46 +72,46 @@ class Ended:
     """The answer's own call is over; what it had to say has been sent."""
 
 
-class Inbox:
-    """The API's end: opens carriers, and hands what they bring to whom it is for."""
+class EventReceiver:
+    """The API's end of all its channels: opens them, and hands what comes to whom it is for."""
 
-    def __init__(self, handles: Mapping[str, DeploymentHandle], n_carriers: int) -> None:
-        """``n_carriers`` per engine: Serve chooses the replica of each."""
-        self._carry = {key: handle.carry.options(stream=True) for key, handle in handles.items()}
-        self._n_carriers = n_carriers
+    def __init__(self, handles: Mapping[str, DeploymentHandle], n_channels: int) -> None:
+        """``n_channels`` per engine: Serve chooses the replica of each."""
+        self._open = {key: handle.open_channel.options(stream=True) for key, handle in handles.items()}
+        self._n_channels = n_channels
         self._name = uuid.uuid4().hex
         self._numbers = itertools.count()
         self._queues: dict[int, asyncio.Queue] = {}
         self._tasks: dict[str, list[asyncio.Task]] = {}
 
     @contextmanager
-    def ticket(self, engine: str | None) -> Iterator[tuple[Ticket | None, asyncio.Queue]]:
-        """A ticket to an engine, and the queue that events with it come to. No engine: only a queue."""
+    def stream(self, engine: str | None) -> Iterator[tuple[StreamId | None, asyncio.Queue]]:
+        """The id of a new stream from an engine, and the queue that its events come to. No engine: only a queue."""
         if engine is None:
             yield None, asyncio.Queue()
             return
         if engine not in self._tasks:
             # In a context of its own: Serve cancels what belongs to a request when that is cancelled.
             start = contextvars.Context().run
-            self._tasks[engine] = [start(asyncio.create_task, self._receive(engine)) for _ in range(self._n_carriers)]
+            self._tasks[engine] = [start(asyncio.create_task, self._receive(engine)) for _ in range(self._n_channels)]
         number, queue = next(self._numbers), asyncio.Queue()
         self._queues[number] = queue
         try:
-            yield Ticket(self._name, number), queue
+            yield StreamId(self._name, number), queue
         finally:
             del self._queues[number]
 
     async def _receive(self, engine: str) -> None:
         while True:
             try:
-                async for batch in self._carry[engine].remote(self._name):
+                async for batch in self._open[engine].remote(self._name):
                     for number, event in batch:
                         if (queue := self._queues.get(number)) is not None:
                             queue.put_nowait(event)
             except (RayError, RayServeException) as error:
-                log.info("a carrier of %s ended: %s", engine, " ".join(str(error).split())[:200])
+                logger.info("a channel of %s ended: %s", engine, " ".join(str(error).split())[:200])
             except Exception:  # a fault of ours must not leave every later answer without its events
-                log.exception("a carrier of %s failed and is opened again", engine)
+                logger.exception("a channel of %s failed and is opened again", engine)
             await asyncio.sleep(RECONNECT_SECONDS)
 
 

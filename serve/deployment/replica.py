@@ -16,7 +16,7 @@ import numpy as np
 
 from bruno_ray.errors import BrunoError
 from bruno_ray.settings import ModelSettings
-from serve.deployment.event_channel import Carrier, Ticket
+from serve.deployment.event_channel import EventChannel, StreamId
 from serve.errors import EngineError, InvalidRequest, Overloaded, RequestError, TooLong
 from serve.settings import EngineSettings
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from serve.engine.types import Event, GenerationRequest
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 PAUSE_PER_STREAM = 0.004
 LONGEST_PAUSE = 0.05
@@ -87,10 +87,12 @@ class EngineReplica:
 
         torch.set_num_threads(threads)
         self._replica = serve.get_replica_context().replica_id.unique_id
-        self._streams = 0
+        self._n_streams = 0
         self._resolving: dict[str, asyncio.Lock] = {}
         self._known: set[str] = set()
-        self._carriers: dict[str, Carrier] = {}
+        self._channels: dict[str, EventChannel] = {}
+        """By the name of the API process."""
+
         self._progress = (0, time.monotonic())
         self._engine: ServingEngine | None = None
         self._problem: str | None = None
@@ -98,7 +100,7 @@ class EngineReplica:
             self._engine = ServingEngine(load_model(model), settings)
         except BrunoError as error:  # trying again would not help; the other models are served
             self._problem = f"it cannot be loaded: {' '.join(str(error).split())}"
-            log.error("%s: %s", model.id, self._problem)
+            logger.error("%s: %s", model.id, self._problem)
 
     def __del__(self) -> None:
         if getattr(self, "_engine", None) is not None:
@@ -127,51 +129,53 @@ class EngineReplica:
         return source.key
 
     async def generate(
-        self, request: "GenerationRequest", source: EditSource | None, ticket: Ticket | None
+        self, request: "GenerationRequest", source: EditSource | None, stream: StreamId | None
     ) -> "AsyncIterator[Event | Refusal]":
-        """Events of one answer; without a ticket, a single one with all of it. ``request.edit`` is that of ``source``.
+        """Events of one answer; without a stream, a single one with all of it. ``request.edit`` is that of ``source``.
 
-        With a ticket, they go through the carrier of the API process that asks, if it has one here.
+        With a stream, they go through the channel to the API process that asks, if it has one here.
         """
-        self._streams += 1
+        from serve.engine.types import joined
+
+        self._n_streams += 1
         try:
             await self._know(source)
             async with aclosing(self._ready_engine().generate(request)) as events:
-                if ticket is None:
+                if stream is None:
                     yield joined([event async for event in events])
                     return
-                carrier = self._carriers.get(ticket.api)
+                channel = self._channels.get(stream.api)
                 first = True
                 async for event in events:
-                    if carrier is None:
+                    if channel is None:
                         yield event
                         if event.finish_reason is None:
                             await asyncio.sleep(self._pause())
-                    elif carrier.closed:
+                    elif channel.closed:
                         raise EngineError("the connection within the server was lost: send the request again")
                     else:
-                        carrier.put(ticket, event, urgent=first or event.finish_reason is not None)
+                        channel.put(stream, event, urgent=first or event.finish_reason is not None)
                     first = False
         except EngineError as error:
             yield refusal_of(error)
         finally:
-            self._streams -= 1
+            self._n_streams -= 1
 
-    async def carry(self, api: str) -> "AsyncIterator[list[tuple[int, Event]]]":
-        """Events of all answers to the API process of that name, with the numbers of their tickets; never ends."""
-        carrier = Carrier()
-        self._carriers[api] = carrier
+    async def open_channel(self, api: str) -> "AsyncIterator[list[tuple[int, Event]]]":
+        """Events of all answers to the API process of that name, with the numbers of their streams; never ends."""
+        channel = EventChannel()
+        self._channels[api] = channel
         try:
             while True:
-                yield await carrier.batch()
-                await carrier.pause(self._pause())
+                yield await channel.batch()
+                await channel.pause(self._pause())
         finally:
-            carrier.closed = True
-            if self._carriers.get(api) is carrier:
-                del self._carriers[api]
+            channel.closed = True
+            if self._channels.get(api) is channel:
+                del self._channels[api]
 
     def _pause(self) -> float:
-        return min(PAUSE_PER_STREAM * self._streams, LONGEST_PAUSE) if self._streams > FREE_STREAMS else 0.0
+        return min(PAUSE_PER_STREAM * self._n_streams, LONGEST_PAUSE) if self._n_streams > FREE_STREAMS else 0.0
 
     async def next_logprobs(
         self, prompts: Sequence[Sequence[int]], source: EditSource | None
@@ -220,23 +224,6 @@ class EngineReplica:
             self._progress = (stats.steps, time.monotonic())
         elif time.monotonic() - since > STUCK_SECONDS:
             raise RuntimeError(f"no step in {STUCK_SECONDS:.0f} s although there is work")
-
-
-def joined(events: "Sequence[Event]") -> "Event":
-    """All events of an answer as one."""
-    from serve.engine.types import Event
-
-    last = events[-1]
-    return Event(
-        text="".join(event.text for event in events),
-        token_ids=tuple(i for event in events for i in event.token_ids),
-        logprobs=tuple(entry for event in events for entry in event.logprobs),
-        prompt_logprobs=tuple(entry for event in events for entry in event.prompt_logprobs),
-        finish_reason=last.finish_reason,
-        error=last.error,
-        n_prompt=last.n_prompt,
-        n_completion=last.n_completion,
-    )
 
 
 def _add_edit(engine: Any, source: EditSource, directions: np.ndarray) -> None:

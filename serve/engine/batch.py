@@ -29,8 +29,8 @@ UNUSED_EDITS = 16  # edits that stay in the editor's tables after their last row
 LOGITS_BYTES = 2**28  # logits at all positions of a prompt are made in pieces of at most this size (float32)
 
 
-class EditedModel:
-    """The model with a live editor: one forward pass whose rows carry the edits that are named for it."""
+class EditableModel:
+    """A loaded model with a live editor: one forward pass whose rows carry the edits that are named for it."""
 
     def __init__(self, loaded: LoadedModel, editor: LiveEditor) -> None:
         self.model = loaded.model
@@ -38,7 +38,7 @@ class EditedModel:
         self.pad_id = loaded.tokenizer.pad_token_id or 0  # masked wherever it stands
         self.config = loaded.model.config
         self._editor = editor
-        self._lean = lean_forward(loaded.model)
+        self._lean = lean_forward(loaded.model) if loaded.lean_forward else None
         self._table: list[ResolvedEdit] = []
         self._set: list[ResolvedEdit | None] = []
 
@@ -75,7 +75,7 @@ class EditedModel:
 class RunningBatch:
     """Rows that have been read and get one token per step."""
 
-    def __init__(self, model: EditedModel, max_rows: int) -> None:
+    def __init__(self, model: EditableModel, max_rows: int) -> None:
         self._model = model
         self.cache = BatchCache(model.config, max_rows)
         self.rows: list[Row] = []
@@ -139,7 +139,7 @@ class RunningBatch:
 class Prefill:
     """Rows whose tokens are being read: several in one pass, or a long one in chunks."""
 
-    def __init__(self, model: EditedModel, rows: Sequence[Row]) -> None:
+    def __init__(self, model: EditableModel, rows: Sequence[Row]) -> None:
         self._model = model
         self.rows = list(rows)
         self._padded: PaddedBatch | None = None
@@ -200,7 +200,7 @@ class Prefill:
 
 
 def next_logprobs(
-    model: EditedModel, prompts: Sequence[Sequence[int]], edits: Sequence[ResolvedEdit | None]
+    model: EditableModel, prompts: Sequence[Sequence[int]], edits: Sequence[ResolvedEdit | None]
 ) -> Float[Tensor, "P V"]:
     """Log-probabilities of the token after each prompt under its edit: float32 on the CPU."""
     padded = pad_left(prompts, model.pad_id, model.device)

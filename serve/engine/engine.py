@@ -9,7 +9,7 @@ A thread of its own runs the step loop. A step reads some prompts (``prefill_tok
 for every running row; so rows join and leave at any step, and neither a long prompt nor a long answer holds up the
 others. What happens in a part of a step is told to each event loop in one call.
 
-Greedy text is the same whatever else is in the batch up to rounding: see ``engine_batch``.
+Greedy text is the same whatever else is in the batch up to rounding: see ``batch``.
 """
 
 import asyncio
@@ -25,7 +25,7 @@ from bruno_ray.ablation.edit import Edit
 from bruno_ray.ablation.live import LiveEditor
 from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.model.loading import LoadedModel
-from serve.engine.batch import EditedModel
+from serve.engine.batch import EditableModel
 from serve.engine.loop import Outbox, StepLoop
 from serve.engine.sampling import TokenLogprob
 from serve.engine.scores import ScoreJob
@@ -36,7 +36,7 @@ from serve.settings import EngineSettings
 
 __all__ = ["EngineStats", "Event", "GenerationRequest", "ServingEngine", "TokenLogprob"]
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 STOPPED = 1_000_000  # failed steps that are reported once the thread has ended by itself
 
@@ -55,7 +55,7 @@ class ServingEngine:
         self._closing = False
         self._n_requests = 0
         with torch.inference_mode():
-            self._steps = StepLoop(EditedModel(loaded, self._editor), settings, frozenset(loaded.eos_token_ids))
+            self._steps = StepLoop(EditableModel(loaded, self._editor), settings, frozenset(loaded.eos_token_ids))
         self.max_context = self._steps.max_context
         """Tokens of prompt and answer together."""
 
@@ -170,7 +170,7 @@ class ServingEngine:
             with torch.inference_mode():
                 self._step_until_closed()
         except Exception as error:
-            log.exception("the engine has stopped")
+            logger.exception("the engine has stopped")
             reason = f"the engine has stopped ({type(error).__name__}): start the server again"
             self._steps.n_failed += STOPPED
         with self._changed:  # from here on nobody is let in

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedConfig
 from bruno_ray.generation.decoding import BufferedLayer
 from serve.engine.kv_cache import RESERVE
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 GPU_SHARE = 0.45  # of the free memory, for keys and values; a long prompt is read into as much again
 CPU_SHARE = 0.1  # of the available memory: other processes live there too
@@ -57,7 +57,7 @@ def context_of(config: PreTrainedConfig, wanted: int) -> int:
                 text, "original_max_position_embeddings", limit
             )
             if original < limit:
-                log.warning(
+                logger.warning(
                     "context limited to %d: %s changes all rows of a batch beyond it", original, rope["rope_type"]
                 )
                 limit = original

@@ -15,7 +15,7 @@ import torch
 from bruno_ray.errors import ModelError
 from bruno_ray.model.batching import is_out_of_memory
 from serve.engine import limits
-from serve.engine.batch import EditedModel, Prefill, RunningBatch
+from serve.engine.batch import EditableModel, Prefill, RunningBatch
 from serve.engine.kv_cache import prefill_cache
 from serve.engine.sampling import Choices
 from serve.engine.scores import ScoreJob
@@ -23,7 +23,7 @@ from serve.engine.types import EngineStats, Event, Row
 from serve.errors import EngineError
 from serve.settings import EngineSettings
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 GROWTH = 64  # columns that rows which are let in should be able to grow before room is short
 LOOK_AHEAD = 128  # waiting rows among which those of like length are looked for
@@ -41,7 +41,7 @@ Outbox = list[tuple[asyncio.AbstractEventLoop, Call]]
 
 
 class StepLoop:
-    def __init__(self, model: EditedModel, settings: EngineSettings, end_ids: frozenset[int]) -> None:
+    def __init__(self, model: EditableModel, settings: EngineSettings, end_ids: frozenset[int]) -> None:
         self._model = model
         self._settings = settings
         self._end_ids = end_ids
@@ -159,7 +159,7 @@ class StepLoop:
             out_of_memory = isinstance(error, RuntimeError) and is_out_of_memory(error)
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             if not out_of_memory:
-                log.exception("a step of the engine failed")
+                logger.exception("a step of the engine failed")
         # Outside of the handler: the traceback would keep the failed pass's tensors alive.
         if out_of_memory:
             self._shrink(part)
@@ -297,7 +297,7 @@ class StepLoop:
         """Memory did not suffice: everything goes back to the queue, to be read again in smaller batches."""
         rows = [*self._batch.rows, *self._being_read()]
         smallest = self._prefill_tokens <= SHORTEST_CHUNK and len(rows) <= 1
-        log.warning("out of memory with %d rows: the batch is halved", len(rows))
+        logger.warning("out of memory with %d rows: the batch is halved", len(rows))
         self._clear()
         self._row_limit = max(1, len(rows) // 2)
         self._prefill_tokens = max(SHORTEST_CHUNK, self._prefill_tokens // 2)

@@ -2,7 +2,7 @@
 
 Greedy rows are one argmax. Sampled rows invert their cumulative distribution at a uniform number from the row's own
 generator, so a seed gives the same tokens whatever else is in the batch. (Other rows may change a row's logits in
-their last bits, see ``engine_batch``; a token changes only if the number falls within that distance of a border.)
+their last bits, see ``batch``; a token changes only if the number falls within that distance of a border.)
 
 Axes: B rows, S sampled rows, L rows with logprobs, C candidates, V vocabulary.
 """

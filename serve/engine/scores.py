@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from bruno_ray.ablation.resolving import ResolvedEdit
-from serve.engine.batch import EditedModel, next_logprobs
+from serve.engine.batch import EditableModel, next_logprobs
 
 
 class ScoreJob:
@@ -31,7 +31,7 @@ class ScoreJob:
     def done(self) -> bool:
         return self._n_done == len(self._rows)
 
-    def advance(self, model: EditedModel, n_tokens: int) -> None:
+    def advance(self, model: EditableModel, n_tokens: int) -> None:
         """Score some rows, about so many tokens, one row at least. If it raises, nothing has changed."""
         longest = len(self._prompts[self._rows[self._n_done][1]])
         piece = self._rows[self._n_done : self._n_done + max(1, n_tokens // longest)]

@@ -1,6 +1,7 @@
 """What goes into the engine and what comes out of it, and the state of one answer in between."""
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -63,17 +64,22 @@ class Event:
     n_completion: int = 0
     """Tokens generated so far."""
 
-    def __add__(self, later: "Event") -> "Event":
-        return Event(
-            self.text + later.text,
-            self.token_ids + later.token_ids,
-            self.logprobs + later.logprobs,
-            self.prompt_logprobs + later.prompt_logprobs,
-            later.finish_reason,
-            later.error,
-            later.n_prompt,
-            later.n_completion,
-        )
+
+def joined(events: Sequence[Event]) -> Event:
+    """Consecutive events of one answer as one; at least one."""
+    if len(events) == 1:
+        return events[0]
+    last = events[-1]
+    return Event(
+        text="".join(event.text for event in events),
+        token_ids=tuple(token_id for event in events for token_id in event.token_ids),
+        logprobs=tuple(entry for event in events for entry in event.logprobs),
+        prompt_logprobs=tuple(entry for event in events for entry in event.prompt_logprobs),
+        finish_reason=last.finish_reason,
+        error=last.error,
+        n_prompt=last.n_prompt,
+        n_completion=last.n_completion,
+    )
 
 
 @dataclass(frozen=True)
@@ -126,10 +132,7 @@ class Mailbox:
         await self._ready.wait()
         self._ready.clear()
         events, self._events = self._events, []
-        whole = events[0]
-        for event in events[1:]:
-            whole = whole + event
-        return whole
+        return joined(events)
 
 
 @dataclass(eq=False)

@@ -131,6 +131,14 @@ class ChatPage:
             timeout=60_000,
         )
 
+    def wait_for_text(self, side: Side) -> None:
+        """Until the last answer has begun."""
+        self.page.wait_for_function(
+            "side => [...document.querySelectorAll(`#chat-${side} .bot .prose`)].at(-1)?.textContent.length > 0",
+            arg=side,
+            timeout=90_000,
+        )
+
     def wait_for_caption(self, side: Side, text: str) -> None:
         try:
             self.page.wait_for_function(

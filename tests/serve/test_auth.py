@@ -1,16 +1,16 @@
 """Keys: who gets in, and that no key is ever written anywhere."""
 
 import hashlib
-import subprocess
-import sys
+import re
 
 import httpx
 import pytest
 
 from bruno_ray.errors import SettingsError
+from serve import command
 from serve.api.auth import Keys, hash_of, known_hashes, make_key
 from serve.arguments import is_loopback
-from tests.serve.server import environment, wait_for
+from tests.support.waiting import wait_for
 
 KEY = "a-good-key-0123456789"
 
@@ -69,15 +69,13 @@ def test_only_loopback_goes_without_a_key(host, loopback):
         (["x", "--no-key", "--keys-file", "f"], "cannot read keys_file"),
     ],
 )
-def test_command_refuses_what_makes_no_sense_in_one_line(tmp_path, arguments, reason):
-    done = subprocess.run(
-        [sys.executable, "-m", "serve.command", *arguments],
-        cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
-    assert done.returncode == 2
-    *_, last = done.stderr.splitlines()
+def test_command_refuses_what_makes_no_sense_in_one_line(tmp_path, monkeypatch, capsys, arguments, reason):
+    monkeypatch.chdir(tmp_path)
+    assert command.main(arguments) == 2
+    said = capsys.readouterr().err
+    *_, last = said.splitlines()
     assert last.startswith("error: ") and reason in last
-    assert "Traceback" not in done.stderr
+    assert "Traceback" not in said
 
 
 # ----- with one -----
@@ -92,7 +90,7 @@ def test_everything_but_health_needs_the_key(server):
         for path, methods in paths.items():
             for method in methods:
                 if path == "/ready":  # gives an engine 2 s to answer
-                    wait_for(lambda: client.get("/ready").status_code == 200)
+                    wait_for(lambda: client.get("/ready").status_code == 200, "the server is ready")
                 answer = client.request(method, path.replace("{id}", server.base))
                 is_open = path in ("/health", "/ready")
                 assert answer.status_code == (200 if is_open else 401), path
@@ -123,3 +121,20 @@ def test_no_log_holds_a_key(server):
     assert "bruno-ray_Api" in logs  # that they are read at all
     assert server.key not in logs
     assert wrong not in logs
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_where_others_can_connect_a_key_is_made_and_printed_once(copies):
+    assert re.fullmatch(r"bruno-[\w-]{40,}", copies.key)
+    assert httpx.get(f"{copies.url}/v1/models", timeout=60).status_code == 401
+    assert httpx.get(f"{copies.url}/health", timeout=60).status_code == 200
+    assert copies.get("/v1/models").status_code == 200
+    assert copies.logs().count(copies.key) == 1
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_server_without_pages_has_none(copies):
+    for path in ("/chat/", "/study/tiny/"):
+        assert copies.get(path).status_code == 404

@@ -1,5 +1,6 @@
 """Which models are served, under which names; what is broken is said and does not stop the rest."""
 
+import argparse
 import json
 import shutil
 import subprocess
@@ -16,7 +17,8 @@ from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import RunRecord, ScoresRecord, SelectedRecord
 from bruno_ray.settings import ModelSettings, PromptSettings, Settings, StudySettings
 from bruno_ray.study.storage import open_storage
-from serve.app import application
+from serve.app import application, model_of
+from serve.arguments import add_arguments, serve_args
 from serve.catalog.catalog import Catalog, discovered
 from serve.catalog.folders import problem_of
 from serve.errors import UnknownModel
@@ -281,6 +283,17 @@ def test_the_commented_configuration_has_every_setting_at_its_default():
     application = yaml.safe_load((Path(__file__).parents[2] / "serve" / "config.yaml").read_text())["applications"][0]
     assert ServeArgs.model_validate(application["args"]) == ServeArgs()
     assert set(application["args"]) == set(ServeArgs.model_fields)
+
+
+def test_the_lean_forward_pass_is_off_where_the_run_or_the_server_says_so(tmp_path, base):
+    off = make_run(tmp_path / "off", ModelSettings(id=str(base), lean_forward="off"))
+    on = make_run(tmp_path / "on", base)
+    for arguments, expected in (([], {"off", "auto"}), (["--lean-forward", "off"], {"off"})):
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        args = serve_args(parser.parse_args([str(off.path), str(on.path), *arguments]), key_known=False)
+        engines = discovered(args).engines.values()
+        assert {model_of(args, engine).lean_forward for engine in engines} == expected
 
 
 def test_catalog_needs_neither_torch_nor_ray():

@@ -15,6 +15,7 @@ from bruno_ray.ablation.edit import AblationParameters, Edit
 from bruno_ray.model.architectures import find_architecture
 from bruno_ray.model.loading import LoadedModel
 from serve.engine.engine import Event, GenerationRequest, ServingEngine
+from serve.engine.types import joined
 from serve.settings import EngineSettings
 from tests.support import tiny_models
 from tests.support.live_helpers import EDITS, KERNEL, NARROW, make_bank
@@ -37,7 +38,7 @@ def load(family: str = "llama", attention: str = "eager", **changes: object) -> 
     return loaded_from(model)
 
 
-def loaded_from(model: nn.Module) -> LoadedModel:
+def loaded_from(model: nn.Module, lean_forward: bool = True) -> LoadedModel:
     return LoadedModel(
         model=model,
         tokenizer=tiny_models.build_tokenizer(),
@@ -47,6 +48,7 @@ def loaded_from(model: nn.Module) -> LoadedModel:
         fingerprint="tiny",
         device=torch.device("cpu"),
         generation_config=GenerationConfig(eos_token_id=END),
+        lean_forward=lean_forward,
     )
 
 
@@ -106,11 +108,11 @@ def request(ids: Sequence[int], edit: str | None = None, n_tokens: int = 12, **f
 
 async def collect(engine: ServingEngine, asked: GenerationRequest) -> Event:
     """All events of an answer as one."""
-    whole = Event()
+    events: list[Event] = []
     async for event in engine.generate(asked):
-        assert whole.finish_reason is None, "an event after the last one"
-        whole = whole + event
-    return whole
+        assert not events or events[-1].finish_reason is None, "an event after the last one"
+        events.append(event)
+    return joined(events)
 
 
 def run(work: Callable[[], Awaitable]) -> object:

@@ -2,14 +2,16 @@
 
 import asyncio
 import time
+from dataclasses import fields
 
 import pytest
 from ray.serve.exceptions import RayServeException
 
 from serve.deployment import engine_clients, event_channel
-from serve.deployment.event_channel import Carrier, Ended, Ticket, pumped
+from serve.deployment.event_channel import Ended, EventChannel, EventReceiver, StreamId, pumped
 from serve.deployment.replica import Refusal
-from serve.engine.types import Event
+from serve.engine.sampling import TokenLogprob
+from serve.engine.types import Event, joined
 from serve.errors import RequestError
 
 SOON = 5.0
@@ -35,6 +37,25 @@ def events_from(*items, later=()) -> list[Event]:
             await task
 
     return asyncio.run(read())
+
+
+def test_events_are_joined_into_one_with_the_last_ones_totals():
+    """Every field of Event: one that is forgotten would be lost on the way to the client."""
+    first = Event("a", (1,), (TokenLogprob(1, -1.0),), (TokenLogprob(9, None),), None, None, 3, 1)
+    last = Event("b", (2, 3), (TokenLogprob(2, -2.0),), (), "stop", "an error", 3, 3)
+    whole = joined([first, Event(n_prompt=3, n_completion=1), last])
+    expected = {
+        "text": "ab",
+        "token_ids": (1, 2, 3),
+        "logprobs": (TokenLogprob(1, -1.0), TokenLogprob(2, -2.0)),
+        "prompt_logprobs": (TokenLogprob(9, None),),
+        "finish_reason": "stop",
+        "error": "an error",
+        "n_prompt": 3,
+        "n_completion": 3,
+    }
+    assert {field.name: getattr(whole, field.name) for field in fields(Event)} == expected
+    assert joined([first]) == first
 
 
 def test_what_has_come_meanwhile_is_one_event():
@@ -81,19 +102,19 @@ def test_a_request_that_takes_too_long_is_given_up():
         asyncio.run(read())
 
 
-def test_a_carrier_takes_all_that_waits_at_once():
-    async def carry() -> tuple[list, list]:
-        event_channel = Carrier()
+def test_a_channel_takes_all_that_waits_at_once():
+    async def send() -> tuple[list, list]:
+        channel = EventChannel()
         for i in range(3):
-            event_channel.put(Ticket("api", i), Event(str(i)))
-        first = await event_channel.batch()
-        waiting = asyncio.create_task(event_channel.batch())
+            channel.put(StreamId("api", i), Event(str(i)))
+        first = await channel.batch()
+        waiting = asyncio.create_task(channel.batch())
         await asyncio.sleep(0.01)
         assert not waiting.done()
-        event_channel.put(Ticket("api", 7), Event("x"))
+        channel.put(StreamId("api", 7), Event("x"))
         return first, await waiting
 
-    first, second = asyncio.run(carry())
+    first, second = asyncio.run(send())
     assert [(number, event.text) for number, event in first] == [(0, "0"), (1, "1"), (2, "2")]
     assert [number for number, _ in second] == [7]
 
@@ -113,13 +134,13 @@ def test_the_end_of_an_answers_own_call_is_passed_on_as_it_was():
     assert isinstance(asyncio.run(ends(ValueError("x")))[1], ValueError)
 
 
-def test_a_carrier_that_fails_is_told_of_and_opened_again(monkeypatch, caplog):
-    """Whatever it fails with: without carriers no later answer gets its events."""
+def test_a_channel_that_fails_is_told_of_and_opened_again(monkeypatch, caplog):
+    """Whatever it fails with: without channels no later answer gets its events."""
     monkeypatch.setattr(event_channel, "RECONNECT_SECONDS", 0.01)
     problems = [KeyError("a fault of ours"), RayServeException("the replica is gone")]
 
     class Handle:
-        carry = property(lambda self: self)
+        open_channel = property(lambda self: self)
 
         def options(self, stream: bool) -> "Handle":
             return self
@@ -131,7 +152,7 @@ def test_a_carrier_that_fails_is_told_of_and_opened_again(monkeypatch, caplog):
             await asyncio.sleep(60)
 
     async def read() -> str:
-        with event_channel.Inbox({"m": Handle()}, 1).ticket("m") as (_, queue):
+        with EventReceiver({"m": Handle()}, 1).stream("m") as (_, queue):
             return await asyncio.wait_for(queue.get(), 30)
 
     assert asyncio.run(read()) == "hello"
