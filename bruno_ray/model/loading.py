@@ -37,7 +37,7 @@ from bruno_ray.model.architectures import Architecture, find_architecture
 from bruno_ray.model.loading_errors import explained, first_line, is_out_of_memory
 from bruno_ray.settings import ModelSettings
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
 IDENTITY_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model")
@@ -163,7 +163,7 @@ def _load_weights(
                 failures[name] = first_line(error)
             else:
                 raise explained(error, settings) from error
-            log.warning("%s cannot run in %s: %s", settings.id, name, failures[name])
+            logger.warning("%s cannot run in %s: %s", settings.id, name, failures[name])
         finally:
             model = None
             if torch.cuda.is_available():
@@ -254,7 +254,7 @@ def _load_processor(source: str, common: dict[str, Any]) -> ProcessorMixin | Non
     try:
         processor = AutoProcessor.from_pretrained(source, **common)
     except (OSError, ValueError, ImportError) as error:
-        log.warning("the processor of %s cannot be loaded and will not be saved: %s", source, first_line(error))
+        logger.warning("the processor of %s cannot be loaded and will not be saved: %s", source, first_line(error))
         return None
     return processor if isinstance(processor, ProcessorMixin) else None
 

@@ -31,7 +31,7 @@ from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import ScoresRecord
 from bruno_ray.settings import ModelSettings
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # What a checkpoint has beside its weights and its config.json.
 COMPANION_FILES = (
@@ -109,7 +109,7 @@ def save_model(
             },
         )
     n_parameters = sum(p.numel() for p in loaded.model.parameters())
-    log.info("saved %s: %.2f GB in %s", folder, n_bytes / 1e9, loaded.dtype)
+    logger.info("saved %s: %.2f GB in %s", folder, n_bytes / 1e9, loaded.dtype)
     return SavedModel(folder, loaded.dtype, n_parameters, n_bytes)
 
 
@@ -192,7 +192,7 @@ def _make_readable(loaded: LoadedModel, source: Path, aside: Path, trust: bool) 
     written, original = _read_json(aside / "config.json"), _read_json(source / "config.json")
     write_json(aside / "config.json", readable_config(written, original))
     if not _same_config(loaded.model.config, aside, trust):
-        log.warning("config.json is left as transformers wrote it: version 4 may misread it")
+        logger.warning("config.json is left as transformers wrote it: version 4 may misread it")
         write_json(aside / "config.json", written)
 
     tokenizer_file = aside / "tokenizer_config.json"
@@ -202,7 +202,7 @@ def _make_readable(loaded: LoadedModel, source: Path, aside: Path, trust: bool) 
     starts_with_bos = _starts_with_bos(loaded.tokenizer) if "backend" in config else None
     write_json(tokenizer_file, readable_tokenizer_config(config, starts_with_bos))
     if not _same_tokens(loaded.tokenizer, aside, trust):
-        log.warning("tokenizer_config.json is left as it was: transformers 4 may not read it")
+        logger.warning("tokenizer_config.json is left as it was: transformers 4 may not read it")
         tokenizer_file.write_text(before, encoding="utf-8")
         if not _same_tokens(loaded.tokenizer, aside, trust):
             raise OutputError(
@@ -222,7 +222,7 @@ def _same_config(ours: PreTrainedConfig, folder: Path, trust: bool) -> bool:
     try:
         read = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     except (KeyError, TypeError, ValueError) as error:  # how configs refuse a combination of keys
-        log.debug("config.json with the older names cannot be read: %s", error)
+        logger.debug("config.json with the older names cannot be read: %s", error)
         return False
 
     def essence(values: Any) -> Any:

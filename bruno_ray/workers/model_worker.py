@@ -29,7 +29,7 @@ from bruno_ray.residuals.extraction import extract_residuals
 from bruno_ray.scoring import Round, Scorer, Scores, ScoringPrompts, make_scorers, score_edits
 from bruno_ray.settings import ModelSettings, ResidualSettings, ScoringSettings
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SAMPLES = 4
 """Answers per trial that travel with its scores."""
