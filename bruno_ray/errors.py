@@ -44,3 +44,9 @@ class TrialError(BrunoError):
 
 class OutputError(BrunoError):
     """Raised before anything is written where it must not be, or when a run cannot be read."""
+
+
+def first_line(error: object, longest: int = 200) -> str:
+    """What an error (or a text) says, as the first line that says something; its type where it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0][:longest].rstrip(".") if lines else type(error).__name__

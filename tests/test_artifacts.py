@@ -12,6 +12,7 @@ import torch
 from bruno_ray.errors import OutputError
 from bruno_ray.files import atomic_directory, require_free_space, write_json
 from bruno_ray.runs.directory import RunDirectory
+from bruno_ray.runs.lookup import find_trial
 from bruno_ray.runs.records import RunRecord, ScoresRecord, installed_versions
 from bruno_ray.settings import ModelSettings, Settings
 
@@ -114,14 +115,16 @@ def test_damaged_or_foreign_run_json_is_refused(tmp_path, content, message):
         RunDirectory.open(tmp_path)
 
 
-def test_run_is_found_by_path_by_name_and_with_a_trial(tmp_path, record):
+def test_run_is_found_by_path_by_name_and_with_a_trial(tmp_path, record, monkeypatch):
     runs = tmp_path / "runs"
     RunDirectory.create(runs / "mine", record)
     assert RunDirectory.find("mine", runs).path == runs / "mine"
     assert RunDirectory.find(runs / "mine", Path("elsewhere")).name == "mine"
-    run, trial = RunDirectory.find_trial("mine:17", runs)
-    assert (run.name, trial) == ("mine", 17)
-    assert RunDirectory.find_trial(str(runs / "mine"), runs)[1] is None
+    monkeypatch.chdir(tmp_path)
+    for reference in ("mine:17", "runs/mine:17", f"{runs}/mine:17"):
+        run, trial = find_trial(reference)
+        assert (run.name, trial) == ("mine", 17)
+    assert find_trial(str(runs / "mine"))[1] is None
     with pytest.raises(OutputError, match=r"yours.*mine"):
         RunDirectory.find("yours", runs)
 

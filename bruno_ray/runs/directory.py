@@ -92,15 +92,6 @@ class RunDirectory:
         there = f"runs in {output_directory}: {', '.join(known)}" if known else f"no runs in {output_directory}"
         raise OutputError(f"No run called {name_or_path}: give its folder or its name ({there}).")
 
-    @classmethod
-    def find_trial(cls, reference: str, output_directory: Path) -> tuple["RunDirectory", int | None]:
-        """``RUN`` or ``RUN:TRIAL``, as the command line and the server name them."""
-        if not Path(reference).exists():
-            name, colon, number = reference.rpartition(":")
-            if colon and number.isdigit():
-                return cls.find(name, output_directory), int(number)
-        return cls.find(reference, output_directory), None
-
     @property
     def name(self) -> str:
         return self.path.name

@@ -22,10 +22,6 @@ logger = logging.getLogger(__name__)
 BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml").expanduser()
 
 
-SMALLEST_STORE = 80 * 1024**2
-"""Bytes; Ray refuses a smaller object store."""
-
-
 STARTS = 3
 
 
@@ -61,7 +57,7 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
     else:
         start_local(
             num_cpus=max(os.cpu_count() or 1, math.ceil(settings.workers * settings.cpus_per_worker)),
-            object_store_memory=max(settings.object_store_memory, SMALLEST_STORE),
+            object_store_memory=settings.object_store_memory,
             include_dashboard=False,
             **quiet,
         )
