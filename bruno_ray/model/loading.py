@@ -250,6 +250,13 @@ def is_multimodal(config: PreTrainedConfig) -> bool:
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or "AutoModelForImageTextToText" in remote
 
 
+def hub_task(config: PreTrainedConfig) -> str:
+    """The hub's `pipeline_tag` for a model that is loaded from this config."""
+    if not is_multimodal(config):
+        return "text-generation"
+    return "any-to-any" if getattr(config, "audio_config", None) is not None else "image-text-to-text"
+
+
 def _load_processor(source: str, common: dict[str, Any]) -> ProcessorMixin | None:
     try:
         processor = AutoProcessor.from_pretrained(source, **common)

@@ -72,6 +72,7 @@ def render_report(run: RunDirectory, study: optuna.Study) -> str:
             tiles=tiles(record, scores),
             comparison=comparison(record),
             comparison_columns=comparison_columns(record),
+            meanings=wording.meanings(metric for _, scores in _measurements(record) for metric in scores.values),
             extra={name: wording.plain(value) for name, value in record.extra.items()},
             samples=run.load_samples()[:SAMPLES],
             front=[
