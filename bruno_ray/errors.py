@@ -46,7 +46,13 @@ class OutputError(BrunoError):
     """Raised before anything is written where it must not be, or when a run cannot be read."""
 
 
-def first_line(error: object, longest: int = 200) -> str:
-    """What an error (or a text) says, as the first line that says something; its type where it says nothing."""
+LONGEST_LINE = 300
+"""Characters of another library's message that are repeated in one of ours."""
+
+
+def first_line(error: BaseException | str) -> str:
+    """What an error (or a text) says, as the first line that says something; of a silent error its type."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0][:longest].rstrip(".") if lines else type(error).__name__
+    if lines:
+        return lines[0][:LONGEST_LINE].rstrip(".")
+    return "" if isinstance(error, str) else type(error).__name__

@@ -34,7 +34,8 @@ from transformers import (
 
 from bruno_ray.errors import ModelError
 from bruno_ray.model.architectures import Architecture, find_architecture
-from bruno_ray.model.loading_errors import explained, first_line, is_out_of_memory
+from bruno_ray.model.batching import is_out_of_memory
+from bruno_ray.model.loading_errors import explained, named
 from bruno_ray.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
@@ -160,7 +161,7 @@ def _load_weights(
                 too_big = dtype.itemsize
                 failures[name] = "out of memory"
             elif isinstance(error, (RuntimeError, FloatingPointError, NotImplementedError)):
-                failures[name] = first_line(error)
+                failures[name] = named(error)
             else:
                 raise explained(error, settings) from error
             logger.warning("%s cannot run in %s: %s", settings.id, name, failures[name])
@@ -261,7 +262,7 @@ def _load_processor(source: str, common: dict[str, Any]) -> ProcessorMixin | Non
     try:
         processor = AutoProcessor.from_pretrained(source, **common)
     except (OSError, ValueError, ImportError) as error:
-        logger.warning("the processor of %s cannot be loaded and will not be saved: %s", source, first_line(error))
+        logger.warning("the processor of %s cannot be loaded and will not be saved: %s", source, named(error))
         return None
     return processor if isinstance(processor, ProcessorMixin) else None
 

@@ -13,7 +13,7 @@ import ray
 import yaml
 from ray._private.ray_logging import stdout_deduplicator
 
-from bruno_ray.errors import SettingsError, WorkerError
+from bruno_ray.errors import SettingsError, WorkerError, first_line
 from bruno_ray.settings import RaySettings
 
 logger = logging.getLogger(__name__)
@@ -49,10 +49,9 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise SettingsError(
-                f"no Ray cluster at {address} ({reason}): check ray.address, start it first, or set RAY_AUTH_MODE=token"
-                " if it asks for a token"
+                f"no Ray cluster at {address} ({first_line(error)}): check ray.address, start it first, or set"
+                " RAY_AUTH_MODE=token if it asks for a token"
             ) from error
     else:
         start_local(

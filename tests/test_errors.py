@@ -1,0 +1,40 @@
+"""What is said of other libraries' errors: their first line, and whether memory ran out."""
+
+import pytest
+import torch
+
+from bruno_ray.errors import LONGEST_LINE, first_line
+from bruno_ray.model.batching import is_out_of_memory
+from bruno_ray.model.loading_errors import explained, named
+from bruno_ray.settings import ModelSettings
+
+
+def test_the_first_line_that_says_something() -> None:
+    assert first_line(ValueError("\n  it is broken.\nand more\n")) == "it is broken"
+    assert first_line(KeyError("x")) == "'x'" and named(KeyError("x")) == "KeyError: 'x'"
+    assert first_line(TimeoutError()) == named(TimeoutError()) == "TimeoutError"
+    assert first_line("text\nmore") == "text" and first_line("") == ""
+    assert len(first_line(RuntimeError("x" * 1000))) == LONGEST_LINE
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("DefaultCPUAllocator: not enough memory: you tried to allocate"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 68719476736 bytes"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 17.50 GB)"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        MemoryError(),
+        ValueError("Some modules are dispatched on the CPU or the disk. Make sure you don't have enough GPU RAM"),
+    ],
+)
+def test_memory_that_ran_out_is_known_while_loading_and_while_running(error: Exception) -> None:
+    assert is_out_of_memory(error)
+    assert "not enough memory for owner/model" in str(explained(error, ModelSettings(id="owner/model")))
+
+
+@pytest.mark.parametrize(
+    "error", [RuntimeError("CUDA error: device-side assert"), ValueError("not enough memory"), OSError("out of memory")]
+)
+def test_other_errors_are_not_taken_for_it(error: Exception) -> None:
+    assert not is_out_of_memory(error)
