@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bruno_ray.errors import OutputError
-from bruno_ray.files import atomic_directory, require_free_space, write_json
+from bruno_ray.files import atomic_directory, require_free_space, size_text, write_json
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.lookup import find_trial
 from bruno_ray.runs.records import RunRecord, ScoresRecord, installed_versions
@@ -177,7 +177,7 @@ def test_full_disk_leaves_no_half_written_folder(small_disk, kind):
 
 def test_require_free_space_names_both_figures(tmp_path):
     require_free_space(tmp_path / "not" / "there" / "yet", 1, "a byte")
-    with pytest.raises(OutputError, match=r"needs \d+\.\d\d GB and has \d+\.\d\d GB free"):
+    with pytest.raises(OutputError, match=r"needs [\d.]+ [kMGT]B and has [\d.]+ [kMGT]B free"):
         require_free_space(tmp_path, 10**18, "an exabyte")
 
 
@@ -214,3 +214,20 @@ with atomic_directory(pathlib.Path({str(tmp_path)!r}) / "model") as aside:
 def test_artifacts_import_no_torch():
     code = "import sys, bruno_ray.runs.directory; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.0 kB"),
+        (3_100_000, "3.1 MB"),
+        (999_949_999, "999.9 MB"),
+        (999_950_000, "1.0 GB"),
+        (16.2e9, "16.2 GB"),
+        (4.2e15, "4200.0 TB"),
+    ],
+)
+def test_sizes_are_for_people(n_bytes, text):
+    assert size_text(n_bytes) == text

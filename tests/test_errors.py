@@ -1,9 +1,15 @@
-"""What is said of other libraries' errors: their first line, and whether memory ran out."""
+"""How errors are worded, and what is said of other libraries' errors."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from bruno_ray.errors import LONGEST_LINE, first_line
+import bruno_ray
+from bruno_ray import errors
+from bruno_ray.errors import LONGEST_LINE, BrunoError, first_line
 from bruno_ray.model.batching import is_out_of_memory
 from bruno_ray.model.loading_errors import explained, named
 from bruno_ray.settings import ModelSettings
@@ -38,3 +44,31 @@ def test_memory_that_ran_out_is_known_while_loading_and_while_running(error: Exc
 )
 def test_other_errors_are_not_taken_for_it(error: Exception) -> None:
     assert not is_out_of_memory(error)
+
+
+# ----- our own messages -----
+
+NAMES = ("Optuna", "Ray")
+"""What a message may begin with in upper case."""
+
+
+def messages() -> Iterator[tuple[str, list[str]]]:
+    """(place, literal parts of the message) of every error of ours that is raised in bruno_ray with a message."""
+    kinds = {name for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, BrunoError)}
+    root = Path(bruno_ray.__file__).parent
+    for file in sorted(root.rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in kinds):
+                continue
+            text = node.args[0] if node.args else None
+            values = text.values if isinstance(text, ast.JoinedStr) else [text]
+            parts = [part.value if isinstance(part, ast.Constant) else "" for part in values]
+            yield f"{file.relative_to(root)}:{node.lineno}", parts
+
+
+def test_messages_begin_in_lower_case_and_end_without_a_full_stop() -> None:
+    found = dict(messages())
+    assert len(found) > 100
+    for place, parts in found.items():
+        assert not parts[0][:1].isupper() or parts[0].startswith(NAMES), place
+        assert not parts[-1].endswith("."), place

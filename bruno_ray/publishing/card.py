@@ -33,7 +33,7 @@ def render_card(record: RunRecord, base_license: dict[str, str] | None = None) -
     """
     selected, settings = record.selected, record.settings
     if selected is None:
-        raise OutputError("a model card needs a selected trial: name one with `bruno-ray save RUN:TRIAL`.")
+        raise OutputError("a model card needs a selected trial: name one with `bruno-ray save RUN:TRIAL`")
     scores, measured_on = wording.final_scores(record)
     part = "validation" if scores is selected.validation else "test"
     base = base_name(settings)

@@ -23,7 +23,7 @@ from bruno_ray.ablation.baking import bake
 from bruno_ray.ablation.closed_forms import DirectionBank
 from bruno_ray.ablation.edit import Edit
 from bruno_ray.errors import ModelError, OutputError
-from bruno_ray.files import atomic_directory, require_free_space, write_json, write_text
+from bruno_ray.files import atomic_directory, require_free_space, size_text, write_json, write_text
 from bruno_ray.model.loading import LoadedModel, load_model
 from bruno_ray.publishing.card import license_of, render_card
 from bruno_ray.publishing.transformers4 import readable_config, readable_processor_files, readable_tokenizer_config
@@ -83,7 +83,7 @@ def save_model(
         ModelError: the base model cannot be loaded, or its stored weights are quantised.
     """
     if folder.exists():
-        raise OutputError(f"{folder} exists already: choose another folder or remove it first.")
+        raise OutputError(f"{folder} exists already: choose another folder or remove it first")
     source = source_folder(settings)
     loaded = load_model(settings, full_precision=True)
     n_bytes = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
@@ -109,7 +109,7 @@ def save_model(
             },
         )
     n_parameters = sum(p.numel() for p in loaded.model.parameters())
-    logger.info("saved %s: %.2f GB in %s", folder, n_bytes / 1e9, loaded.dtype)
+    logger.info("saved %s: %s in %s", folder, size_text(n_bytes), loaded.dtype)
     return SavedModel(folder, loaded.dtype, n_parameters, n_bytes)
 
 
@@ -129,7 +129,7 @@ def save_selected(
     """
     record = run.read()
     if record.selected is None:
-        raise OutputError(f"no trial of {run.name} is selected: name one, such as `bruno-ray save {run.name}:0`.")
+        raise OutputError(f"no trial of {run.name} is selected: name one, such as `bruno-ray save {run.name}:0`")
     folder = Path(folder or run.model_folder).absolute()
     base_license = license_of(source_folder(record.settings.model))
     saved = save_model(
@@ -206,7 +206,7 @@ def _make_readable(loaded: LoadedModel, source: Path, aside: Path, trust: bool) 
         tokenizer_file.write_text(before, encoding="utf-8")
         if not _same_tokens(loaded.tokenizer, aside, trust):
             raise OutputError(
-                f"the tokenizer of {source} does not survive saving: use a base model that has a tokenizer.json."
+                f"the tokenizer of {source} does not survive saving: use a base model that has a tokenizer.json"
             )
 
     processor_file = aside / "processor_config.json"
