@@ -44,3 +44,15 @@ class TrialError(BrunoError):
 
 class OutputError(BrunoError):
     """Raised before anything is written where it must not be, or when a run cannot be read."""
+
+
+LONGEST_LINE = 300
+"""Characters of another library's message that are repeated in one of ours."""
+
+
+def first_line(error: BaseException | str) -> str:
+    """What an error (or a text) says, as the first line that says something; of a silent error its type."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if lines:
+        return lines[0][:LONGEST_LINE].rstrip(".")
+    return "" if isinstance(error, str) else type(error).__name__

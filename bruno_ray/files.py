@@ -47,7 +47,7 @@ def output_errors(path: Path) -> Iterator[None]:
         reason = REASONS.get(number or 0)
         if reason is None:
             raise
-        raise OutputError(f"Cannot write {path}: {reason}.") from error
+        raise OutputError(f"cannot write {path}: {reason}") from error
 
 
 def require_free_space(folder: Path, n_bytes: int, what: str) -> None:
@@ -59,9 +59,20 @@ def require_free_space(folder: Path, n_bytes: int, what: str) -> None:
     needed = n_bytes + SPARE_BYTES
     if free < needed:
         raise OutputError(
-            f"The disk that holds {existing} is too full for {what}: it needs {needed / 1e9:.2f} GB and has"
-            f" {free / 1e9:.2f} GB free. Free some space or choose another output.directory."
+            f"the disk that holds {existing} is too full for {what} (it needs {size_text(needed)} and has"
+            f" {size_text(free)} free): free some space or choose another output.directory"
         )
+
+
+def size_text(n_bytes: float) -> str:
+    """A size for people, in the decimal units that disks and hubs count in: 3.1 MB, 16.2 GB, 512 bytes."""
+    if n_bytes < 1000:
+        return f"{n_bytes:.0f} bytes"
+    for unit in ("kB", "MB", "GB", "TB"):
+        n_bytes /= 1000
+        if n_bytes < 999.95 or unit == "TB":
+            return f"{n_bytes:.1f} {unit}"
+    raise AssertionError("the last unit holds any size")
 
 
 def write_text(path: Path, text: str, durable: bool = True) -> None:
@@ -96,7 +107,7 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     """
     path = Path(path).absolute()
     if path.exists():
-        raise OutputError(f"{path} exists already: choose another folder or remove it first.")
+        raise OutputError(f"{path} exists already: choose another folder or remove it first")
     owner = f"{socket.gethostname()}-"
     with output_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,4 @@
-"""Error bars of measured rates. Plain Python, no dependencies."""
-
-from __future__ import annotations
-
-import math
-from statistics import NormalDist
+"""Error bars of measured rates."""
 
 
 def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> tuple[float, float]:
@@ -28,12 +23,7 @@ def wilson_interval(successes: int, total: int, confidence: float = 0.95) -> tup
         raise ValueError(f"confidence must be between 0 and 1, not {confidence}")
     if total == 0:
         return 0.0, 1.0
-    z = NormalDist().inv_cdf((1 + confidence) / 2)
-    rate = successes / total
-    denominator = 1 + z**2 / total
-    centre = (rate + z**2 / (2 * total)) / denominator
-    margin = z / denominator * math.sqrt(rate * (1 - rate) / total + z**2 / (4 * total**2))
-    # The bounds are exactly 0 and 1 at the ends; rounding must not move them past the rate.
-    lower = 0.0 if successes == 0 else centre - margin
-    upper = 1.0 if successes == total else centre + margin
-    return lower, upper
+    from scipy.stats import binomtest  # here, because importing it takes two seconds
+
+    interval = binomtest(successes, total).proportion_ci(confidence, method="wilson")
+    return float(interval.low), float(interval.high)

@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 from bruno_ray.errors import SettingsError
+from bruno_ray.runs.lookup import is_path, output_directory
+from bruno_ray.settings.schema import SMALLEST_STORE
 from serve.api.auth import VARIABLE
 from serve.settings import EngineSettings, ServeArgs
 
@@ -29,9 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument(
         "--output-directory",
         type=Path,
-        default=Path(os.environ.get("BRUNO_OUTPUT__DIRECTORY", defaults.output_directory)),
         metavar="FOLDER",
-        help="where runs are looked for by name [BRUNO_OUTPUT__DIRECTORY, or runs]",
+        help="where runs are looked for by name [output.directory of the settings]",
     )
     where.add_argument("--address", metavar="ADDRESS", help="Ray cluster to join [RAY_ADDRESS, or a local one]")
     who = parser.add_argument_group("who")
@@ -127,10 +128,16 @@ def serve_args(arguments: argparse.Namespace, key_known: bool) -> ServeArgs:
     for name in ("max_rows", "max_waiting", "cpus_per_replica", "request_timeout"):
         if getattr(arguments, name) <= 0:
             raise SettingsError(f"command line: --{name.replace('_', '-')} must be above 0")
+    if arguments.object_store_memory is not None and arguments.object_store_memory < SMALLEST_STORE:
+        raise SettingsError(f"command line: --object-store-memory must be at least {SMALLEST_STORE}: Ray takes no less")
+    directory = arguments.output_directory
+    if directory is None:
+        by_name = not all(map(is_path, arguments.runs))
+        directory = output_directory() if by_name else ServeArgs().output_directory
     return ServeArgs(
         runs=tuple(arguments.runs),
         models=tuple(arguments.models),
-        output_directory=arguments.output_directory,
+        output_directory=directory,
         quantization=arguments.quantization,
         lean_forward=arguments.lean_forward,
         require_key=not arguments.no_key and (key_known or not is_loopback(arguments.host)),

@@ -5,13 +5,15 @@ import logging
 import os
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from bruno_ray.errors import BrunoError, SettingsError
+from bruno_ray.cli.command import Command
+from bruno_ray.cli.exits import exit_code
+from bruno_ray.errors import SettingsError
 from serve.api.auth import VARIABLE, hash_of, known_hashes, make_key
 from serve.arguments import add_arguments, is_loopback, joins, serve_args
 from serve.settings import ServeArgs
@@ -31,6 +33,9 @@ OWN_CLUSTER = {
 }
 """Environment of a cluster that is for serving alone."""
 
+PAGE_PACKAGES = ("gradio", "optuna_dashboard")
+"""Import names; looked for without importing them, which takes seconds."""
+
 DESCRIPTION = "Serve runs and saved models behind an OpenAI-compatible API, with a chat page."
 
 
@@ -38,6 +43,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Serve until SIGINT or SIGTERM. Raises SettingsError if there is nothing to serve, before Ray is started."""
     hashes = known_hashes(arguments.keys_file)
     args = serve_args(arguments, key_known=bool(hashes))
+    require_packages(args)
     from serve.catalog.catalog import discovered  # reads studies, for which it imports optuna: not for `--help`
 
     catalog = discovered(args)
@@ -72,6 +78,23 @@ def run(arguments: argparse.Namespace) -> None:
         finally:
             if joins(arguments):  # our own cluster goes as a whole
                 serve.delete(APPLICATION)
+
+
+def require_packages(args: ServeArgs) -> None:
+    """Raises SettingsError if the packages of the pages are not installed: they come with an extra."""
+    missing = [package for package in PAGE_PACKAGES if not _is_installed(package)]
+    if args.pages and missing:
+        raise SettingsError(
+            f"the pages need {' and '.join(missing)}: pip install 'bruno-ray[serve]', or serve the API alone with"
+            " --no-pages"
+        )
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # None in sys.modules
+        return False
 
 
 def start_serve(host: str, port: int, with_proxy: bool) -> tuple[str, int]:
@@ -207,12 +230,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="bruno-ray serve", description=DESCRIPTION)
     add_arguments(parser)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    try:
-        run(parser.parse_args(argv))
-    except BrunoError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(lambda: run(parser.parse_args(argv)))
+
+
+COMMAND = Command(DESCRIPTION, run, add_arguments)
+"""`bruno-ray serve`, an entry point of pyproject.toml."""
 
 
 if __name__ == "__main__":

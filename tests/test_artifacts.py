@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from bruno_ray.errors import OutputError
-from bruno_ray.files import atomic_directory, require_free_space, write_json
+from bruno_ray.files import atomic_directory, require_free_space, size_text, write_json
 from bruno_ray.runs.directory import RunDirectory
+from bruno_ray.runs.lookup import find_trial
 from bruno_ray.runs.records import RunRecord, ScoresRecord, installed_versions
 from bruno_ray.settings import ModelSettings, Settings
 
@@ -114,14 +115,16 @@ def test_damaged_or_foreign_run_json_is_refused(tmp_path, content, message):
         RunDirectory.open(tmp_path)
 
 
-def test_run_is_found_by_path_by_name_and_with_a_trial(tmp_path, record):
+def test_run_is_found_by_path_by_name_and_with_a_trial(tmp_path, record, monkeypatch):
     runs = tmp_path / "runs"
     RunDirectory.create(runs / "mine", record)
     assert RunDirectory.find("mine", runs).path == runs / "mine"
     assert RunDirectory.find(runs / "mine", Path("elsewhere")).name == "mine"
-    run, trial = RunDirectory.find_trial("mine:17", runs)
-    assert (run.name, trial) == ("mine", 17)
-    assert RunDirectory.find_trial(str(runs / "mine"), runs)[1] is None
+    monkeypatch.chdir(tmp_path)
+    for reference in ("mine:17", "runs/mine:17", f"{runs}/mine:17"):
+        run, trial = find_trial(reference)
+        assert (run.name, trial) == ("mine", 17)
+    assert find_trial(str(runs / "mine"))[1] is None
     with pytest.raises(OutputError, match=r"yours.*mine"):
         RunDirectory.find("yours", runs)
 
@@ -174,7 +177,7 @@ def test_full_disk_leaves_no_half_written_folder(small_disk, kind):
 
 def test_require_free_space_names_both_figures(tmp_path):
     require_free_space(tmp_path / "not" / "there" / "yet", 1, "a byte")
-    with pytest.raises(OutputError, match=r"needs \d+\.\d\d GB and has \d+\.\d\d GB free"):
+    with pytest.raises(OutputError, match=r"needs [\d.]+ [kMGT]B and has [\d.]+ [kMGT]B free"):
         require_free_space(tmp_path, 10**18, "an exabyte")
 
 
@@ -206,3 +209,20 @@ with atomic_directory(pathlib.Path({str(tmp_path)!r}) / "model") as aside:
     with atomic_directory(tmp_path / "model"):
         pass
     assert visible_and_hidden(tmp_path) == ["model"]
+
+
+@pytest.mark.parametrize(
+    ("n_bytes", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.0 kB"),
+        (3_100_000, "3.1 MB"),
+        (999_949_999, "999.9 MB"),
+        (999_950_000, "1.0 GB"),
+        (16.2e9, "16.2 GB"),
+        (4.2e15, "4200.0 TB"),
+    ],
+)
+def test_sizes_are_for_people(n_bytes, text):
+    assert size_text(n_bytes) == text

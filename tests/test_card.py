@@ -1,15 +1,20 @@
 """The model card: says what was done in words and figures, reads as a card on the hub, gives nothing private away."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
 from bruno_ray.errors import OutputError
+from bruno_ray.model.loading import hub_task
+from bruno_ray.publishing import wording
 from bruno_ray.publishing.card import license_of, render_card, reproduction_config
-from bruno_ray.runs.records import RunRecord
+from bruno_ray.runs.records import RunRecord, ScoresRecord
+from bruno_ray.scoring import SCORERS
 from bruno_ray.settings import DatasetSettings, ModelSettings, PromptSet, Settings
-from tests.support import finished_run
+from bruno_ray.workers.model_worker import ModelWorker
+from tests.support import finished_run, tiny_models
 
 try:
     import tomllib
@@ -32,6 +37,45 @@ def test_front_matter_is_what_the_hub_reads(card):
     assert data["base_model"] == "owner/tiny-chat" and data["library_name"] == "transformers"
     assert data["license"] == "apache-2.0" and data["datasets"] == ["owner/instructions"]
     assert {"bruno-ray", "verbosity"} <= set(data["tags"])
+
+
+@pytest.mark.parametrize(
+    ("family", "task"),
+    [("llama", "text-generation"), ("gemma3", "image-text-to-text"), ("qwen3_5_moe", "image-text-to-text")],
+)
+def test_the_pipeline_tag_is_that_of_the_model_that_was_loaded(finished, tmp_path, family, task):
+    """From a worker that has loaded it, over run.json, to the card."""
+    folder = tiny_models.write(tmp_path / "model", family)
+    info = ModelWorker(ModelSettings(id=str(folder)), 1).describe()
+    model = {name: value for name, value in asdict(info).items() if name != "coverage"}
+    record = finished.run.read().model_copy(update={"model": model})
+    again = RunRecord.model_validate_json(record.model_dump_json())
+    assert ModelCard(render_card(again)).data.to_dict()["pipeline_tag"] == task
+
+
+def test_a_model_that_hears_as_well_as_sees_is_any_to_any():
+    config = tiny_models.build("gemma3").config
+    assert hub_task(config) == "image-text-to-text"
+    config.audio_config = config.vision_config
+    assert hub_task(config) == "any-to-any"
+
+
+def test_every_metric_of_every_scorer_has_a_title_a_unit_and_a_meaning(finished):
+    metrics = {metric for scorer in SCORERS.values() for metric in scorer.metrics}
+    assert set(wording.METRICS) == metrics
+    for metric in wording.METRICS.values():
+        assert metric.title[0].isupper() and metric.unit
+        assert len(metric.meaning.split()) > 4 and metric.meaning.endswith(".")
+    scores = ScoresRecord(values=dict.fromkeys(metrics, 0.25))
+    selected = finished.record.selected.model_copy(update={"saved": scores})
+    text = render_card(finished.record.model_copy(update={"selected": selected}))
+    assert "| Elicited mismatch (share missed) | - | 0.25 |" in text
+    for metric in metrics:
+        assert f"- {wording.METRICS[metric].title}: {wording.METRICS[metric].meaning}\n" in text
+
+
+def test_a_part_that_was_not_given_came_out_of_train(finished, card):
+    assert "| target | validation | out of the train part, by a hash of each prompt | 100 |" in card.text
 
 
 def test_card_says_plainly_that_and_how_the_model_was_modified(finished, card):

@@ -190,7 +190,7 @@ def test_show_config_names_values_and_origins(
     assert 'prompts.target.train.column = "text"  (preset refusal)' in lines
     assert "study.n_startup_trials = 60  (default)" in lines
     assert main.main(["show-config", "--describe"]) == 0
-    assert "# Seeds the sampler." in capsys.readouterr().out
+    assert "# Seeds the sampler:" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -209,6 +209,112 @@ def test_show_config_as_toml_gives_the_same_settings(flags: list[str], capsys: p
         assert main.main(["show-config", "--toml", *describe, *flags]) == 0
         Path("again.toml").write_text(capsys.readouterr().out, encoding="utf-8")
         assert load(config=Path("again.toml"), environ={}).settings == load(flags, environ={}).settings
+
+
+OWN_BEHAVIOUR = """
+behaviour = "mine"
+
+[model]
+id = "google/gemma-3-4b-it"
+
+[prompts.target.train]
+source = "prompts/target.jsonl"
+column = "prompt"
+
+[prompts.baseline.train]
+source = "allenai/c4"
+config = "en"
+split = "train[:400]"
+column = "text"
+
+[scoring]
+markers = ["as an ai", "it is important to note"]
+"""
+"""The file of README.md."""
+
+PRESET = """
+[prompts]
+system_prompt = "Be brief."
+n_test = 7
+
+[prompts.target.train]
+source = "target.jsonl"
+column = "text"
+
+[prompts.target.test]
+source = "target-test.jsonl"
+revision = "0123abc"
+
+[prompts.baseline.train]
+source = "baseline.jsonl"
+
+[model.max_memory]
+0 = "20GiB"
+"""
+
+
+@pytest.mark.parametrize(
+    ("config", "environ", "flags"),
+    [
+        (OWN_BEHAVIOUR, {}, []),
+        (OWN_BEHAVIOUR, {"BRUNO_STUDY__SEED": "3", "BRUNO_PROMPTS__TARGET__TRAIN__COLUMN": "none"}, ["--trials", "7"]),
+        ("behaviour = 'preset.toml'", {}, []),
+        ("behaviour = 'preset.toml'\n[prompts]\nsystem_prompt = 'none'\n", {}, ["--model.max-memory", "none"]),
+        ("behaviour = 'preset.toml'\n[prompts.target.test]\nrevision = 'none'\n", {}, []),
+        ("behaviour = 'preset.toml'\n[prompts.target.train]\nsource = 'own.jsonl'\n", {}, []),
+        ("", {"BRUNO_BEHAVIOUR": "preset.toml", "BRUNO_PROMPTS__SYSTEM_PROMPT": "none"}, []),
+        ("", {"BRUNO_BEHAVIOUR": "mine", "BRUNO_PROMPTS__TARGET": '{"train": {"source": "a.txt"}}'}, ["--baseline=b"]),
+    ],
+)
+def test_show_config_as_toml_of_ones_own_files_and_variables(
+    config: str,
+    environ: dict[str, str],
+    flags: list[str],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    Path("preset.toml").write_text(PRESET)
+    Path("config.toml").write_text(config)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    assert main.main(["show-config", "--toml", *flags]) == 0
+    Path("again.toml").write_text(capsys.readouterr().out, encoding="utf-8")
+    assert load(config=Path("again.toml"), environ={}).settings == load(flags).settings
+
+
+def test_show_config_keeps_a_password_to_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    storage = "postgresql://me:s3cret@db.example/studies"
+    for how in ([], ["--toml"]):
+        assert main.main(["show-config", *how, "--storage", storage]) == 0
+        shown = capsys.readouterr().out
+        assert "s3cret" not in shown and "me:***@db.example" in shown
+
+
+@pytest.mark.parametrize("config", ["this is no TOML", "[tool.other]\nname = 'another program'\n"])
+def test_a_config_file_that_is_not_ours_gets_in_the_way_of_names_only(
+    config: str,
+    calls: list[tuple[str, dict[str, Any]]],
+    run_directory: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    Path("config.toml").write_text(config)
+    for path in (str(run_directory), "runs/mine", "./runs/mine"):
+        for argv in (["front", path], ["report", path], ["chat", f"{path}:3"], ["save", f"{path}:3"], ["resume", path]):
+            assert main.main(argv) == 0, argv
+            assert calls.pop()[1]["path"] == run_directory
+    capsys.readouterr()
+    fails(capsys, ["front", "mine"], "config.toml")
+    fails(capsys, ["front", "./runs/yours"], "runs/yours", "no run.json")
+
+
+def test_a_name_is_looked_up_where_the_settings_say(
+    calls: list[tuple[str, dict[str, Any]]], run_directory: Path
+) -> None:
+    run_directory.parent.rename("elsewhere")
+    Path("config.toml").write_text("[output]\ndirectory = 'elsewhere'\n")
+    assert main.main(["chat", "mine:3"]) == 0
+    _, arguments = calls.pop()
+    assert (arguments["path"], arguments["trial"]) == (Path("elsewhere/mine").absolute(), 3)
 
 
 def test_as_a_program() -> None:

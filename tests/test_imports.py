@@ -10,12 +10,14 @@ import sys
 import pytest
 
 EVERYTHING = ("torch", "ray", "transformers", "datasets", "optuna", "fastapi", "bitsandbytes", "sklearn", "plotly")
-LIGHT = (
+LIGHTEST = (
     "bruno_ray.settings.sources",
     "bruno_ray.prompts.sets",
     "bruno_ray.prompts.response_prefix",
     "bruno_ray.cli.show_config",
     "bruno_ray.cli.main",
+)
+LIGHT = (
     "serve.command",
     "cluster.cli",
     "bruno_ray.runs.directory",
@@ -48,8 +50,12 @@ for module in sys.argv[2:]:
 
 @pytest.mark.parametrize(
     ("modules", "heavy"),
-    [(LIGHT, EVERYTHING), (WITHOUT_TORCH, ("torch", "transformers", "bitsandbytes"))],
-    ids=["light", "without torch"],
+    [
+        (LIGHTEST, (*EVERYTHING, "numpy", "pyarrow")),
+        (LIGHT, EVERYTHING),
+        (WITHOUT_TORCH, ("torch", "transformers", "bitsandbytes")),
+    ],
+    ids=["lightest", "light", "without torch"],
 )
 def test_modules_load_nothing_heavy(modules: tuple[str, ...], heavy: tuple[str, ...]) -> None:
     command = [sys.executable, "-c", SCRIPT, ",".join(heavy), *modules]

@@ -22,7 +22,7 @@ SNAPSHOT = Snapshot(
     failed=1,
     elapsed=31.2,
     remaining=229.0,
-    memory=700 * 2**20,
+    memory=700 * 10**6,
     front=tuple(
         TrialRecord(
             17 + i, "COMPLETE", EDIT, {"behaviour_rate": 0.03, "kl_divergence": 0.0213}, {"behaviour_rate": (3, 100)}
@@ -30,7 +30,7 @@ SNAPSHOT = Snapshot(
         for i in range(11)
     ),
     workers=(
-        WorkerState("worker 0", "busy", "head", 4711, memory=3 * 2**30, gpu_memory=14 * 2**30, calls=3),
+        WorkerState("worker 0", "busy", "head", 4711, memory=3 * 10**9, gpu_memory=14 * 10**9, calls=3),
         WorkerState("worker 1", "lost", losses=2),
     ),
 )
@@ -44,7 +44,7 @@ def drawn(snapshot: Snapshot) -> str:
 
 def test_the_live_view_shows_counts_as_they_are_and_every_worker():
     text = drawn(SNAPSHOT)
-    for part in ("24/200", "16 running, 1 failed", "0:00:31", "0:03:49", "3/100", "0.0213", "8 of 11", "700 MB"):
+    for part in ("24/200", "16 running, 1 failed", "0:00:31", "0:03:49", "3/100", "0.0213", "8 of 11", "700.0 MB"):
         assert part in text
     for part in ("worker 0", "busy", "head:4711", "3.0 GB", "14.0 GB", "worker 1", "lost"):
         assert part in text

@@ -6,10 +6,11 @@ import pytest
 
 from bruno_ray.errors import SettingsError
 from bruno_ray.settings import Settings
+from bruno_ray.settings.flags import flag_values
 from bruno_ray.settings.keys import FIELDS, leaves
-from bruno_ray.settings.sources import PRESETS, apply, flag_layer, load, preset_names
+from bruno_ray.settings.sources import PRESETS, apply, load, preset_names
 
-LAYERS = ("default", "preset", "file", "environment", "flag")
+SOURCES = ("default", "preset", "file", "environment", "flag")
 
 
 @pytest.fixture(autouse=True)
@@ -18,18 +19,18 @@ def empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_each_layer_wins_over_those_below(empty_directory: Path) -> None:
-    """The whole table: for every combination of layers that speak, the highest is heard and named as origin."""
+def test_each_source_wins_over_those_below(empty_directory: Path) -> None:
+    """The whole table: for every combination of sources that speak, the highest is heard and named as origin."""
     key, values = "study.n_trials", {"default": 200, "preset": 11, "file": 22, "environment": 33, "flag": 44}
-    for spoken in range(2 ** (len(LAYERS) - 1)):
-        says = {layer: bool(spoken >> i & 1) for i, layer in enumerate(LAYERS[1:])}
+    for spoken in range(2 ** (len(SOURCES) - 1)):
+        says = {source: bool(spoken >> i & 1) for i, source in enumerate(SOURCES[1:])}
         preset = empty_directory / "mine.toml"
         preset.write_text("[study]\nn_trials = 11\n" if says["preset"] else "")
         config = empty_directory / "config.toml"
         config.write_text(f"behaviour = '{preset.name}'\n" + ("[study]\nn_trials = 22\n" if says["file"] else ""))
         environ = {"BRUNO_STUDY__N_TRIALS": "33"} if says["environment"] else {}
         loaded = load(["--study.n-trials", "44"] if says["flag"] else [], environ=environ)
-        highest = max((layer for layer in LAYERS[1:] if says[layer]), key=LAYERS.index, default="default")
+        highest = max((source for source in SOURCES[1:] if says[source]), key=SOURCES.index, default="default")
         origin = {
             "default": "default",
             "preset": "preset mine.toml",
@@ -116,7 +117,7 @@ def test_misspelt_key_in_each_source(empty_directory: Path) -> None:
     raises_one_line("config.toml", "'n_trials'", "'study.n_trials'")
 
 
-def test_a_misspelt_key_is_an_error_although_a_higher_layer_speaks(empty_directory: Path) -> None:
+def test_a_misspelt_key_is_an_error_although_a_higher_source_speaks(empty_directory: Path) -> None:
     (empty_directory / "config.toml").write_text("[study]\nn_trails = 5\n")
     raises_one_line("config.toml", "n_trails", argv=["--trials", "5"])
 
@@ -126,6 +127,14 @@ def test_wrong_values_name_their_source(empty_directory: Path) -> None:
     raises_one_line("environment BRUNO_STUDY__SEED", "'-3'", environ={"BRUNO_STUDY__SEED": "-3"})
     raises_one_line("--model.dtypes", "'fp8'", "bfloat16", argv=["--model.dtypes", "auto,fp8"])
     raises_one_line("--search.mlp.max-weight", "low, high", argv=["--search.mlp.max-weight", "2,1"])
+    for flag in ("--search.direction-index", "--search.attention.max-weight-position"):
+        raises_one_line(flag, "fractions of the depth, 0 (first) to 1 (last)", argv=[flag, "5,40"])
+        raises_one_line(flag, "fractions of the depth", argv=[flag, "-3,0.5"])
+        assert load([flag, "0,1"], environ={})
+    raises_one_line("min-weight-distance", "not in layers", argv=["--search.mlp.min-weight-distance", "1,40"])
+    raises_one_line("min-weight-distance", "not in layers", argv=["--search.mlp.min-weight-distance", "-1,1"])
+    raises_one_line("min-weight", "share of the peak", argv=["--search.mlp.min-weight", "0,1.5"])
+    raises_one_line("--ray.object-store-memory", "83886080", argv=["--ray.object-store-memory", "1000000"])
     raises_one_line("--selection.max-kl", "finite", argv=["--selection.max-kl", "nan"])
     raises_one_line("--model.max-memory", "key=value", argv=["--model.max-memory", "20GiB"])
     raises_one_line("--trials", "value", argv=["--trials"])
@@ -180,11 +189,11 @@ def test_sources_beside_a_preset_file_are_found(empty_directory: Path) -> None:
 
 def test_overrides_on_a_stored_run() -> None:
     stored = Settings.model_validate_json(load(["--seed", "3"], environ={}).settings.model_dump_json())
-    changed = apply(stored, flag_layer(["--workers", "4"]))
+    changed = apply(stored, flag_values(["--workers", "4"]))
     assert (changed.ray.workers, changed.study.seed) == (4, 3)
     assert changed.model_copy(update={"ray": stored.ray}) == stored
     with pytest.raises(SettingsError, match="--workers: '0'"):
-        apply(stored, flag_layer(["--workers", "0"]))
+        apply(stored, flag_values(["--workers", "0"]))
 
 
 @pytest.mark.parametrize("name", preset_names())
@@ -199,3 +208,10 @@ def test_presets_are_complete(name: str) -> None:
 def test_every_setting_is_documented() -> None:
     assert [key for key, field in leaves() if not field.description] == []
     assert len(FIELDS) > 100
+
+
+def test_a_behaviour_with_its_own_prompts_needs_no_preset() -> None:
+    sides = {side: {"train": {"source": f"{side}.jsonl"}} for side in ("target", "baseline")}
+    assert load(environ={}, overrides={"behaviour": "mine", "prompts": sides}).settings.behaviour == "mine"
+    with pytest.raises(SettingsError, match="no preset named 'mine'"):
+        load(environ={}, overrides={"behaviour": "mine", "prompts": {"target": sides["target"]}})

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from bruno_ray.settings.keys import FIELDS
-from bruno_ray.settings.sources import Loaded, preset_layer, values
+from bruno_ray.settings.passwords import without_password
+from bruno_ray.settings.sources import DEFAULT, Loaded, values
 
 
 def documentation(key: str) -> str:
@@ -32,7 +33,7 @@ def toml_value(value: Any) -> str:
 
 def as_text(loaded: Loaded, describe: bool) -> Iterator[str]:
     """Plain lines `key = value  (origin)`, for pipes."""
-    for key, value in values(loaded.settings):
+    for key, value in shown_values(loaded):
         if describe:
             yield f"# {documentation(key)}"
         yield f"{key} = {_shown(value)}  ({loaded.origins[key]})"
@@ -47,12 +48,12 @@ def as_table(loaded: Loaded, describe: bool) -> Any:
     if describe:
         table.add_column("meaning")
     section = None
-    for key, value in values(loaded.settings):
+    for key, value in shown_values(loaded):
         if section not in (None, key.split(".")[0]):
             table.add_section()
         section = key.split(".")[0]
         origin = loaded.origins[key]
-        style = "dim" if origin == "default" else "green"
+        style = "dim" if origin == DEFAULT else "green"
         cells = [escape(key), escape(_shown(value)), f"[{style}]{escape(origin)}[/]"]
         table.add_row(*cells, *([escape(documentation(key))] if describe else []))
     return table
@@ -61,12 +62,12 @@ def as_table(loaded: Loaded, describe: bool) -> Any:
 def as_toml(loaded: Loaded, describe: bool) -> Iterator[str]:
     """A config file that gives exactly these settings.
 
-    What is not set appears as a comment, or as the word `none` where the preset would otherwise set it.
+    What nobody has set appears as a comment; what somebody has emptied, as the word `none`, since the preset may say
+    something else. The password of a storage is not written: it stays in the environment.
     """
-    preset = preset_layer(loaded.settings.behaviour)
     section = ""
     # Keys outside every table come first, or they would belong to the table before them.
-    for key, value in sorted(values(loaded.settings), key=lambda item: "." in item[0]):
+    for key, value in sorted(shown_values(loaded), key=lambda item: "." in item[0]):
         group, _, leaf = key.rpartition(".")
         if group != section:
             section = group
@@ -74,8 +75,14 @@ def as_toml(loaded: Loaded, describe: bool) -> Iterator[str]:
             yield f"[{group}]"
         if describe:
             yield f"# {documentation(key)}  [{loaded.origins[key]}]"
-        commented = value is None and (key not in preset or preset[key].value is None)
+        commented = value is None and loaded.origins[key] == DEFAULT
         yield ("# " if commented else "") + f"{leaf} = {toml_value(value)}"
+
+
+def shown_values(loaded: Loaded) -> Iterator[tuple[str, Any]]:
+    """Every effective (dotted key, value), without the password of a storage."""
+    for key, value in values(loaded.settings):
+        yield key, without_password(value) if key == "study.storage" and value is not None else value
 
 
 def _shown(value: Any) -> str:

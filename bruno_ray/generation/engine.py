@@ -26,6 +26,7 @@ from bruno_ray.ablation.live import LiveEditor
 from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.generation.decoding import Answers, BufferedLayer, Detokenizer, Drafts, Response, TokenIds
 from bruno_ray.generation.lean_forward import lean_forward, own_forward
+from bruno_ray.generation.text_stream import Decoder, TextStream
 from bruno_ray.model.batching import TokenBudget, map_batches, pad_left
 from bruno_ray.model.loading import LoadedModel
 
@@ -51,6 +52,7 @@ class BatchEngine:
         self._lean = lean_forward(self.model) if loaded.lean_forward else None
         self.device = loaded.device
         self.texts = Detokenizer(self.tokenizer)
+        self._decoder = Decoder(self.tokenizer)
         self.end_ids = frozenset(loaded.eos_token_ids)
         self.tokens = 0
         """Tokens computed so far, padding and refused drafts not counted."""
@@ -157,11 +159,10 @@ class BatchEngine:
         temperature: float = 0.0,
         top_p: float = 1.0,
     ) -> Iterator[str]:
-        """Pieces of one answer as they are made. Temperature 0 is greedy."""
+        """Pieces of one answer as they are made, never to be taken back. Temperature 0 is greedy."""
+        text = TextStream(self._decoder)
         cache = self._cache(len(ids), max_new_tokens)
         input_ids = torch.tensor([list(ids)], device=self.device)
-        written: list[int] = []
-        shown = ""
         for step in range(max_new_tokens):
             mask = torch.ones(1, len(ids) + step, dtype=torch.long, device=self.device)
             positions = (mask.cumsum(-1) - 1)[:, -input_ids.shape[1] :]
@@ -174,12 +175,11 @@ class BatchEngine:
             token = _sample(logits_V.float(), temperature, top_p)
             if token in self.end_ids:
                 break
-            written.append(token)
-            text = self.tokenizer.decode(written, skip_special_tokens=True)
-            if not text.endswith("\ufffd"):  # a character may span tokens: its rest is still to come
-                yield text[len(shown) :]
-                shown = text
+            if piece := text.push(token):
+                yield piece
             input_ids = torch.tensor([[token]], device=self.device)
+        if rest := text.finish():
+            yield rest
 
     # ----- one batch -----
 

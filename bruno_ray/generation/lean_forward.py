@@ -24,7 +24,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers import DynamicCache
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 FAMILIES = frozenset({"llama", "mistral", "qwen2", "qwen3"})
 """Model types whose blocks are computed below; all others are left to transformers."""
@@ -44,7 +44,7 @@ def lean_forward(model: nn.Module) -> "LeanForward | None":
     with torch.inference_mode():
         difference = lean.difference_from_model()
     if not difference <= TOLERANCE[model.dtype]:
-        log.warning("a lean forward pass of %s differs by %.1e: it is not used", model.config.model_type, difference)
+        logger.warning("a lean forward pass of %s differs by %.1e: it is not used", model.config.model_type, difference)
         return None
     return lean
 

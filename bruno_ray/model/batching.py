@@ -36,6 +36,10 @@ WORTHWHILE = 1.1  # a doubling that gains less throughput than this is taken bac
 MEMORY_SHARE = 0.8  # of the free memory that a doubled batch may need
 
 
+ALLOCATOR_PHRASES = ("out of memory", "can't allocate memory", "not enough memory")
+ACCELERATE_PHRASES = ("offload", "don't have enough GPU RAM")
+
+
 @dataclass
 class TokenBudget:
     """Tokens of one forward pass (rows x padded length), adapted while batches run.
@@ -150,12 +154,17 @@ def map_batches(
         yield from run_with_backoff(fn, rows, lengths, budget)
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """CUDA has an exception of its own; the CPU and MPS allocators raise a plain RuntimeError."""
-    message = str(error)
-    return isinstance(error, torch.OutOfMemoryError) or any(
-        phrase in message for phrase in ("out of memory", "can't allocate memory", "not enough memory")
-    )
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory ran out, while a model was loaded or while it ran, on any device.
+
+    CUDA has an exception of its own; the CPU and MPS allocators raise a plain RuntimeError, accelerate a ValueError
+    for a model that does not fit the devices that it may use.
+    """
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    phrases = ALLOCATOR_PHRASES if isinstance(error, RuntimeError) else ()
+    phrases = ACCELERATE_PHRASES if isinstance(error, ValueError) else phrases
+    return any(phrase in str(error) for phrase in phrases)
 
 
 def _release_memory() -> None:

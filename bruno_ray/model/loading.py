@@ -34,10 +34,11 @@ from transformers import (
 
 from bruno_ray.errors import ModelError
 from bruno_ray.model.architectures import Architecture, find_architecture
-from bruno_ray.model.loading_errors import explained, first_line, is_out_of_memory
+from bruno_ray.model.batching import is_out_of_memory
+from bruno_ray.model.loading_errors import explained, named
 from bruno_ray.settings import ModelSettings
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
 IDENTITY_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model")
@@ -164,10 +165,10 @@ def _load_weights(
                 too_big = dtype.itemsize
                 failures[name] = "out of memory"
             elif isinstance(error, (RuntimeError, FloatingPointError, NotImplementedError)):
-                failures[name] = first_line(error)
+                failures[name] = named(error)
             else:
                 raise explained(error, settings) from error
-            log.warning("%s cannot run in %s: %s", settings.id, name, failures[name])
+            logger.warning("%s cannot run in %s: %s", settings.id, name, failures[name])
         finally:
             model = None
             if torch.cuda.is_available():
@@ -254,11 +255,18 @@ def is_multimodal(config: PreTrainedConfig) -> bool:
     return type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING or "AutoModelForImageTextToText" in remote
 
 
+def hub_task(config: PreTrainedConfig) -> str:
+    """The hub's `pipeline_tag` for a model that is loaded from this config."""
+    if not is_multimodal(config):
+        return "text-generation"
+    return "any-to-any" if getattr(config, "audio_config", None) is not None else "image-text-to-text"
+
+
 def _load_processor(source: str, common: dict[str, Any]) -> ProcessorMixin | None:
     try:
         processor = AutoProcessor.from_pretrained(source, **common)
     except (OSError, ValueError, ImportError) as error:
-        log.warning("the processor of %s cannot be loaded and will not be saved: %s", source, first_line(error))
+        logger.warning("the processor of %s cannot be loaded and will not be saved: %s", source, named(error))
         return None
     return processor if isinstance(processor, ProcessorMixin) else None
 

@@ -3,7 +3,6 @@
 import errno
 from collections.abc import Iterator
 
-import torch
 from huggingface_hub.errors import (
     GatedRepoError,
     HFValidationError,
@@ -15,7 +14,8 @@ from huggingface_hub.errors import (
 )
 from safetensors import SafetensorError
 
-from bruno_ray.errors import ModelError
+from bruno_ray.errors import ModelError, first_line
+from bruno_ray.model.batching import is_out_of_memory
 from bruno_ray.settings import ModelSettings
 
 
@@ -51,7 +51,7 @@ def explained(error: Exception, settings: ModelSettings) -> ModelError:
             " or give a folder"
         )
     if any_is(SafetensorError):
-        return ModelError(f"the weights of {name} are damaged ({first_line(error)}): download them again")
+        return ModelError(f"the weights of {name} are damaged ({named(error)}): download them again")
     if isinstance(error, ValueError) and "trust_remote_code" in str(error):
         return ModelError(
             f"{name} comes with Python code of its own: read it, and if you trust it set model.trust_remote_code"
@@ -59,9 +59,9 @@ def explained(error: Exception, settings: ModelSettings) -> ModelError:
     if any(is_out_of_memory(link) for link in chain):
         return ModelError(f"not enough memory for {name}: use model.quantization bnb_4bit, or raise model.max_memory")
     if any_is(ImportError):
-        return ModelError(f"{name} needs a package that is not installed ({first_line(error)}): install it")
+        return ModelError(f"{name} needs a package that is not installed ({named(error)}): install it")
     if any_is(OSError, ValueError, KeyError, RuntimeError):
-        return ModelError(f"{name} cannot be loaded: {first_line(error)}. Check the id or the files of the model")
+        return ModelError(f"{name} cannot be loaded: {named(error)}. Check the id or the files of the model")
     raise error
 
 
@@ -74,15 +74,6 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
         link = link.__cause__ or link.__context__
 
 
-def first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200].rstrip('.')}" if lines else type(error).__name__
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error)
-    return (isinstance(error, RuntimeError) and ("can't allocate memory" in text or "out of memory" in text)) or (
-        isinstance(error, ValueError) and ("offload" in text or "don't have enough GPU RAM" in text)
-    )
+def named(error: BaseException) -> str:
+    """The kind of an error and the first line of what it says: many say nothing without their kind."""
+    return f"{type(error).__name__}: {first_line(error)}" if str(error).strip() else type(error).__name__

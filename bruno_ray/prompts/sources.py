@@ -21,7 +21,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from bruno_ray.errors import PromptError
+from bruno_ray.errors import PromptError, first_line
 from bruno_ray.settings import DatasetSettings
 
 logger = logging.getLogger(__name__)
@@ -237,7 +237,7 @@ def _read_parquet(path: Path, place: str) -> list[dict[str, Any]]:
     try:
         return pyarrow.parquet.read_table(path).to_pylist()
     except pyarrow.ArrowInvalid as error:
-        raise PromptError(f"{place}: not a parquet file ({_first_line(error)}); check the file") from None
+        raise PromptError(f"{place}: not a parquet file ({first_line(error)}); check the file") from None
 
 
 def _saved_folder(path: Path, splits: list[Slice], place: str) -> Records:
@@ -246,7 +246,7 @@ def _saved_folder(path: Path, splits: list[Slice], place: str) -> Records:
     try:
         saved = datasets.load_from_disk(str(path))
     except (OSError, ValueError) as error:
-        raise PromptError(f"{place}: cannot be loaded from disk ({_first_line(error)}); save it again") from error
+        raise PromptError(f"{place}: cannot be loaded from disk ({first_line(error)}); save it again") from error
     by_name = saved if isinstance(saved, datasets.DatasetDict) else {str(saved.split or "train"): saved, "train": saved}
     return _cut_splits(by_name, splits, place)
 
@@ -328,8 +328,4 @@ def _hub_error(settings: DatasetSettings, splits: list[Slice], place: str, error
                 return PromptError(f"{place}: no split {part.split!r}; there are {', '.join(names)}")
     except (ValueError, OSError, datasets.exceptions.DatasetsError):
         logger.debug("%s: configs and splits cannot be listed", place, exc_info=True)
-    return PromptError(f"{place}: cannot be loaded ({_first_line(error)}); check id, config, split and network")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+    return PromptError(f"{place}: cannot be loaded ({first_line(error)}); check id, config, split and network")

@@ -33,7 +33,7 @@ def render_card(record: RunRecord, base_license: dict[str, str] | None = None) -
     """
     selected, settings = record.selected, record.settings
     if selected is None:
-        raise OutputError("a model card needs a selected trial: name one with `bruno-ray save RUN:TRIAL`.")
+        raise OutputError("a model card needs a selected trial: name one with `bruno-ray save RUN:TRIAL`")
     scores, measured_on = wording.final_scores(record)
     part = "validation" if scores is selected.validation else "test"
     base = base_name(settings)
@@ -42,7 +42,7 @@ def render_card(record: RunRecord, base_license: dict[str, str] | None = None) -
         .get_template("card.md.j2")
         .render(
             front_matter=front_matter(record, base_license or {}),
-            title=f"{base.rpartition('/')[2]} with {behaviour_name(settings)} ablated",
+            title=f"{base.rpartition('/')[2]}, {behaviour_name(settings)} ablated",
             base=base,
             behaviour=behaviour_name(settings),
             searched_in=searched_in(record),
@@ -60,6 +60,7 @@ def render_card(record: RunRecord, base_license: dict[str, str] | None = None) -
             if settings.scoring.kl_tokens == 1
             else f" over the first {settings.scoring.kl_tokens} answer tokens",
             results=wording.before_and_after(record.baseline.get(part), scores),
+            meanings=wording.meanings(scores.values if scores else ()),
             extra={name.replace("_", " "): wording.plain(value) for name, value in record.extra.items()},
             prompts=prompt_rows(record),
             command=public_command(record.command),
@@ -75,9 +76,10 @@ def render_card(record: RunRecord, base_license: dict[str, str] | None = None) -
 def front_matter(record: RunRecord, base_license: dict[str, str]) -> str:
     """The card's YAML, as the hub reads it."""
     settings = record.settings
-    data: dict[str, Any] = {"library_name": "transformers", "pipeline_tag": "text-generation"}
-    if record.model.get("multimodal"):
-        data["pipeline_tag"] = "image-text-to-text"
+    data: dict[str, Any] = {
+        "library_name": "transformers",
+        "pipeline_tag": record.model.get("task", "text-generation"),
+    }
     if is_hub_id(settings.model.id):
         data |= {"base_model": settings.model.id, "base_model_relation": "finetune"}
     data["tags"] = ["bruno-ray", "directional-ablation", "abliterated", behaviour_name(settings)]
@@ -112,7 +114,7 @@ def prompt_rows(record: RunRecord) -> list[tuple[str, str, str, str]]:
         for part, count in parts.items():
             source = given.get((side, part))
             if source is None:
-                text = "cut off the part before it"
+                text = "out of the train part, by a hash of each prompt"
             else:
                 details = [source.config, source.split, source.revision and f"revision {source.revision}"]
                 text = f"{public_path(source.source)} ({', '.join(d for d in details if d)})"

@@ -21,7 +21,7 @@ def upload(folder: Path, repo: str, *, private: bool = True, endpoint: str | Non
         OutputError: not logged in, not allowed, no network, or ``folder`` is no saved model.
     """
     if not (folder / "bruno.json").is_file():
-        raise OutputError(f"{folder} is not a model that bruno-ray saved: save a trial first.")
+        raise OutputError(f"{folder} is not a model that bruno-ray saved: save a trial first")
     api = HfApi(endpoint=endpoint)
     try:
         url = api.create_repo(repo, private=private, exist_ok=True)
@@ -29,18 +29,18 @@ def upload(folder: Path, repo: str, *, private: bool = True, endpoint: str | Non
             folder_path=folder, repo_id=url.repo_id, commit_message=f"Upload model edited by bruno-ray {__version__}"
         )
     except HFValidationError as error:
-        raise OutputError(f"{repo} is not a repository name: use owner/name.") from error
+        raise OutputError(f"{repo} is not a repository name: use owner/name") from error
     except LocalTokenNotFoundError as error:
-        raise OutputError("not logged in to the hub: run `hf auth login` or set HF_TOKEN first.") from error
+        raise OutputError("not logged in to the hub: run `hf auth login` or set HF_TOKEN first") from error
     except HfHubHTTPError as error:
         status = error.response.status_code if error.response is not None else None
         if status == 401:
             raise OutputError(
-                f"the hub does not accept the login for {repo}: run `hf auth login` or set HF_TOKEN first."
+                f"the hub does not accept the login for {repo}: run `hf auth login` or set HF_TOKEN first"
             ) from error
         if status == 403:
-            raise OutputError(f"the token may not write to {repo}: use one with write access to its owner.") from error
-        raise OutputError(f"the hub refused {repo} (status {status}): try again later.") from error
+            raise OutputError(f"the token may not write to {repo}: use one with write access to its owner") from error
+        raise OutputError(f"the hub refused {repo} (status {status}): try again later") from error
     except (HTTPError, ConnectionError) as error:  # includes HF_HUB_OFFLINE
-        raise OutputError("the hub cannot be reached: check the network and HF_HUB_OFFLINE.") from error
+        raise OutputError("the hub cannot be reached: check the network and HF_HUB_OFFLINE") from error
     return str(url)

@@ -21,7 +21,7 @@ from bruno_ray.runs.records import RunRecord, ScoresRecord
 from bruno_ray.study.selection import TrialRecord, load_trials, pareto_front
 from bruno_ray.study.tables import describe_edit, metric_text, table_columns
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 PLOT_OPTIONS = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d", "select2d"]}
 
@@ -41,7 +41,7 @@ class Plot:
 def write_report(run: RunDirectory, study: optuna.Study) -> Path:
     """Write report.html of ``run``; returns its path. Raises OutputError if the run cannot be read or written."""
     write_text(run.report_file, render_report(run, study))
-    log.info("report: %s", run.report_file)
+    logger.info("report: %s", run.report_file)
     return run.report_file
 
 
@@ -72,6 +72,7 @@ def render_report(run: RunDirectory, study: optuna.Study) -> str:
             tiles=tiles(record, scores),
             comparison=comparison(record),
             comparison_columns=comparison_columns(record),
+            meanings=wording.meanings(metric for _, scores in _measurements(record) for metric in scores.values),
             extra={name: wording.plain(value) for name, value in record.extra.items()},
             samples=run.load_samples()[:SAMPLES],
             front=[

@@ -23,7 +23,7 @@ from bruno_ray.ablation.baking import bake
 from bruno_ray.ablation.closed_forms import DirectionBank
 from bruno_ray.ablation.edit import Edit
 from bruno_ray.errors import ModelError, OutputError
-from bruno_ray.files import atomic_directory, require_free_space, write_json, write_text
+from bruno_ray.files import atomic_directory, require_free_space, size_text, write_json, write_text
 from bruno_ray.model.loading import LoadedModel, load_model
 from bruno_ray.publishing.card import license_of, render_card
 from bruno_ray.publishing.transformers4 import readable_config, readable_processor_files, readable_tokenizer_config
@@ -31,7 +31,7 @@ from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import ScoresRecord
 from bruno_ray.settings import ModelSettings
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 # What a checkpoint has beside its weights and its config.json.
 COMPANION_FILES = (
@@ -83,7 +83,7 @@ def save_model(
         ModelError: the base model cannot be loaded, or its stored weights are quantised.
     """
     if folder.exists():
-        raise OutputError(f"{folder} exists already: choose another folder or remove it first.")
+        raise OutputError(f"{folder} exists already: choose another folder or remove it first")
     source = source_folder(settings)
     loaded = load_model(settings, full_precision=True)
     n_bytes = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
@@ -109,7 +109,7 @@ def save_model(
             },
         )
     n_parameters = sum(p.numel() for p in loaded.model.parameters())
-    log.info("saved %s: %.2f GB in %s", folder, n_bytes / 1e9, loaded.dtype)
+    logger.info("saved %s: %s in %s", folder, size_text(n_bytes), loaded.dtype)
     return SavedModel(folder, loaded.dtype, n_parameters, n_bytes)
 
 
@@ -129,7 +129,7 @@ def save_selected(
     """
     record = run.read()
     if record.selected is None:
-        raise OutputError(f"no trial of {run.name} is selected: name one, such as `bruno-ray save {run.name}:0`.")
+        raise OutputError(f"no trial of {run.name} is selected: name one, such as `bruno-ray save {run.name}:0`")
     folder = Path(folder or run.model_folder).absolute()
     base_license = license_of(source_folder(record.settings.model))
     saved = save_model(
@@ -192,7 +192,7 @@ def _make_readable(loaded: LoadedModel, source: Path, aside: Path, trust: bool) 
     written, original = _read_json(aside / "config.json"), _read_json(source / "config.json")
     write_json(aside / "config.json", readable_config(written, original))
     if not _same_config(loaded.model.config, aside, trust):
-        log.warning("config.json is left as transformers wrote it: version 4 may misread it")
+        logger.warning("config.json is left as transformers wrote it: version 4 may misread it")
         write_json(aside / "config.json", written)
 
     tokenizer_file = aside / "tokenizer_config.json"
@@ -202,11 +202,11 @@ def _make_readable(loaded: LoadedModel, source: Path, aside: Path, trust: bool) 
     starts_with_bos = _starts_with_bos(loaded.tokenizer) if "backend" in config else None
     write_json(tokenizer_file, readable_tokenizer_config(config, starts_with_bos))
     if not _same_tokens(loaded.tokenizer, aside, trust):
-        log.warning("tokenizer_config.json is left as it was: transformers 4 may not read it")
+        logger.warning("tokenizer_config.json is left as it was: transformers 4 may not read it")
         tokenizer_file.write_text(before, encoding="utf-8")
         if not _same_tokens(loaded.tokenizer, aside, trust):
             raise OutputError(
-                f"the tokenizer of {source} does not survive saving: use a base model that has a tokenizer.json."
+                f"the tokenizer of {source} does not survive saving: use a base model that has a tokenizer.json"
             )
 
     processor_file = aside / "processor_config.json"
@@ -222,7 +222,7 @@ def _same_config(ours: PreTrainedConfig, folder: Path, trust: bool) -> bool:
     try:
         read = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     except (KeyError, TypeError, ValueError) as error:  # how configs refuse a combination of keys
-        log.debug("config.json with the older names cannot be read: %s", error)
+        logger.debug("config.json with the older names cannot be read: %s", error)
         return False
 
     def essence(values: Any) -> Any:

@@ -2,21 +2,59 @@
 
 import json
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from bruno_ray.runs.records import RunRecord, ScoresRecord
 
+
+@dataclass(frozen=True)
+class Metric:
+    """How a scorer's metric is named to people. Every one is minimised."""
+
+    title: str
+    unit: str
+    meaning: str
+    """One sentence without the title, as in a list of definitions."""
+
+
+PERCENT = "%"
+"""Unit of rates, which are shown as counts with their percentage: a label need not name it."""
+
 METRICS = {
-    "behaviour_rate": "Behaviour rate",
-    "kl_divergence": "KL divergence, mean (nats)",
-    "kl_median": "KL divergence, median (nats)",
-    "kl_p95": "KL divergence, 95th percentile (nats)",
-    "incoherence": "Incoherence of the other answers, share of prompts",
-    "compliant_nll": "Answers under the unedited model made to comply (nats per token)",
-    "desired_nll": "Desired answers, negative log-likelihood (nats per token)",
-    "elicited_nll": "Elicited answers, negative log-likelihood (nats per token)",
+    "behaviour_rate": Metric(
+        "Behaviour rate", PERCENT, "target prompts whose answer contains one of the behaviour's markers."
+    ),
+    "kl_divergence": Metric(
+        "KL divergence, mean",
+        "nats",
+        "how far the edit moves the next-token distribution on baseline prompts; mean over the prompts.",
+    ),
+    "kl_median": Metric("KL divergence, median", "nats", "the same, for the prompt in the middle."),
+    "kl_p95": Metric("KL divergence, 95th percentile", "nats", "the same, exceeded by one prompt in twenty."),
+    "incoherence": Metric(
+        "Incoherence of the other answers",
+        "share of prompts",
+        "repetition and missing ends of answers without a marker, beyond what the unedited model does itself.",
+    ),
+    "compliant_nll": Metric(
+        "Answers under the unedited model made to comply",
+        "nats per token",
+        "how unlikely the answers are to the unedited model once its own answer has been opened with consent.",
+    ),
+    "desired_nll": Metric(
+        "Desired answers, negative log-likelihood",
+        "nats per token",
+        "how unlikely the desired answers of the data set are to the edited model.",
+    ),
+    "elicited_mismatch": Metric(
+        "Elicited mismatch",
+        "share missed",
+        "how much the answers miss of what the unedited model can be made to say: 0 nothing, 1 all of it, as for an"
+        " answer that still shows the behaviour.",
+    ),
 }
-"""Metric -> label. A metric of a scorer that is not named here is shown under its own name."""
+"""Metric -> what people are told of it. One that is not here is shown under its own name."""
 
 # An unedited model has no distance from itself.
 DISTANCES = ("kl_divergence", "kl_median", "kl_p95")
@@ -29,7 +67,16 @@ NORM_MODES = {
 
 
 def label(metric: str) -> str:
-    return METRICS.get(metric, metric.replace("_", " ").capitalize())
+    """Title and unit."""
+    known = METRICS.get(metric)
+    if known is None:
+        return metric.replace("_", " ").capitalize()
+    return known.title if known.unit == PERCENT else f"{known.title} ({known.unit})"
+
+
+def meanings(metrics: Iterable[str]) -> list[tuple[str, str]]:
+    """Rows (title, meaning) of the metrics that are known, each once."""
+    return [(METRICS[name].title, METRICS[name].meaning) for name in dict.fromkeys(metrics) if name in METRICS]
 
 
 def number(value: float) -> str:

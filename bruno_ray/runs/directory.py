@@ -36,13 +36,13 @@ def refuse_existing(path: Path) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         run = (path / "run.json").exists()
         advice = "`bruno-ray resume` continues it, --study-name starts another" if run else "choose another name"
-        raise OutputError(f"{path} exists already: {advice}.")
+        raise OutputError(f"{path} exists already: {advice}")
     above = path.absolute()
     while not above.exists():
         above = above.parent
     if not os.access(above, os.W_OK):
         reason = errno.EROFS if os.statvfs(above).f_flag & os.ST_RDONLY else errno.EACCES
-        raise OutputError(f"Cannot write {path}: {REASONS[reason]}.")
+        raise OutputError(f"cannot write {path}: {REASONS[reason]}")
 
 
 class RunDirectory:
@@ -90,16 +90,7 @@ class RunDirectory:
                 return cls.open(place)
         known = sorted(p.parent.name for p in output_directory.glob("*/run.json"))
         there = f"runs in {output_directory}: {', '.join(known)}" if known else f"no runs in {output_directory}"
-        raise OutputError(f"No run called {name_or_path}: give its folder or its name ({there}).")
-
-    @classmethod
-    def find_trial(cls, reference: str, output_directory: Path) -> tuple["RunDirectory", int | None]:
-        """``RUN`` or ``RUN:TRIAL``, as the command line and the server name them."""
-        if not Path(reference).exists():
-            name, colon, number = reference.rpartition(":")
-            if colon and number.isdigit():
-                return cls.find(name, output_directory), int(number)
-        return cls.find(reference, output_directory), None
+        raise OutputError(f"no run called {name_or_path}: give its folder or its name ({there})")
 
     @property
     def name(self) -> str:
@@ -108,16 +99,16 @@ class RunDirectory:
     def read(self) -> RunRecord:
         """Raises OutputError if run.json is missing, damaged or of another version."""
         if not self.run_file.is_file():
-            raise OutputError(f"{self.path} is not a run directory (it has no run.json): give a run's folder or name.")
+            raise OutputError(f"{self.path} is not a run directory (it has no run.json): give a run's folder or name")
         try:
             data = json.loads(self.run_file.read_text(encoding="utf-8"))
             version = data["schema_version"]
         except (ValueError, KeyError, TypeError) as error:
-            raise OutputError(f"{self.run_file} is damaged: start the run again under another name.") from error
+            raise OutputError(f"{self.run_file} is damaged: start the run again under another name") from error
         if version != SCHEMA_VERSION:
             raise OutputError(
                 f"{self.run_file} has schema {version} and this bruno-ray reads {SCHEMA_VERSION}: use the version"
-                f" that wrote it ({data.get('versions', {}).get('bruno-ray', 'unknown')})."
+                f" that wrote it ({data.get('versions', {}).get('bruno-ray', 'unknown')})"
             )
         try:
             return RunRecord.model_validate(data)
@@ -126,7 +117,7 @@ class RunDirectory:
             place = ".".join(str(part) for part in first["loc"])
             raise OutputError(
                 f"{self.run_file} does not fit this version of bruno-ray ({place}: {first['msg']}): use the version"
-                f" that wrote it ({data.get('versions', {}).get('bruno-ray', 'unknown')})."
+                f" that wrote it ({data.get('versions', {}).get('bruno-ray', 'unknown')})"
             ) from error
 
     def write(self, record: RunRecord) -> None:
@@ -166,11 +157,11 @@ class RunDirectory:
         from safetensors.torch import load_file
 
         if not self.directions_file.is_file():
-            raise OutputError(f"{self.path} has no directions yet: continue it with `bruno-ray resume {self.name}`.")
+            raise OutputError(f"{self.path} has no directions yet: continue it with `bruno-ray resume {self.name}`")
         try:
             return load_file(self.directions_file)
         except SafetensorError as error:
-            raise OutputError(f"{self.directions_file} is damaged: delete it and resume the run.") from error
+            raise OutputError(f"{self.directions_file} is damaged: delete it and resume the run") from error
 
     def save_samples(self, samples: Sequence[Sample]) -> None:
         write_json(self.samples_file, [sample.model_dump(exclude_none=True) for sample in samples])
@@ -181,7 +172,7 @@ class RunDirectory:
         try:
             return [Sample.model_validate(sample) for sample in content or []]
         except (TypeError, ValidationError) as error:
-            raise OutputError(f"{self.samples_file} is damaged: delete it and resume the run.") from error
+            raise OutputError(f"{self.samples_file} is damaged: delete it and resume the run") from error
 
     def save_geometry(self, geometry: dict[str, Any]) -> None:
         """What `plots.geometry_record` makes."""
@@ -197,4 +188,4 @@ class RunDirectory:
         try:
             return json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise OutputError(f"{file} is damaged: delete it and resume the run.") from error
+            raise OutputError(f"{file} is damaged: delete it and resume the run") from error

@@ -10,7 +10,7 @@ from bruno_ray.scoring.base import Evaluation, Scores
 from bruno_ray.scoring.openings import common_openings
 from bruno_ray.settings import ScoringSettings
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 OPENINGS = 12
 OWN_FIRST_TOKENS = 4
@@ -54,9 +54,9 @@ class ElicitedAnswers:
             p: Counter(token for token in answer if token not in end_ids) for p, answer in self.elicit(unedited).items()
         }
         n_prompts, n = len(unedited.prompts.target_ids), len(self._references)
-        log.info("elicited unmarked answers to %d of %d target prompts", n, n_prompts)
+        logger.info("elicited unmarked answers to %d of %d target prompts", n, n_prompts)
         if 2 * n < n_prompts:
-            log.warning(
+            logger.warning(
                 "elicited_answers has references for only %d of %d target prompts, the others count as in the behaviour"
                 " rate: set scoring.compliant_opening to how an answer without the behaviour begins",
                 *(n, n_prompts),

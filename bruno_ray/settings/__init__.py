@@ -1,5 +1,6 @@
-"""Every knob of a run: the tree in `schema`, its keys and flags in `keys`, the merging of sources in `sources`."""
+"""Every knob of a run: the tree in `schema`, its keys and flags in `keys`, the merging of its sources in `sources`."""
 
+from bruno_ray.settings.fields import Range, Section
 from bruno_ray.settings.schema import (
     ComponentRange,
     DatasetSettings,
@@ -8,12 +9,10 @@ from bruno_ray.settings.schema import (
     OutputSettings,
     PromptSet,
     PromptSettings,
-    Range,
     RaySettings,
     ResidualSettings,
     ScoringSettings,
     SearchSettings,
-    Section,
     SelectionSettings,
     Settings,
     StudySettings,

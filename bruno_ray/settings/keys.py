@@ -18,20 +18,6 @@ from bruno_ray.settings import Settings
 
 ENV_PREFIX = "BRUNO_"
 
-ALIASES = {
-    "--trials": "study.n_trials",
-    "--workers": "ray.workers",
-    "--seed": "study.seed",
-    "--storage": "study.storage",
-    "--study-name": "study.name",
-    "--auto-select": "selection.auto",
-    "--output": "output.directory",
-    "--target": "prompts.target.train.source",
-    "--baseline": "prompts.baseline.train.source",
-    "--behavior": "behaviour",
-}
-"""Short names of some flags."""
-
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
     """The model class behind an annotation such as `PromptSet` or `DatasetSettings | None`, or None for a leaf."""
@@ -51,18 +37,39 @@ def leaves(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tupl
             yield prefix + name, field
 
 
-FIELDS: dict[str, FieldInfo] = dict(leaves())
-SECTIONS: dict[str, type[BaseModel]] = {}
-
-
-def _collect_sections(model: type[BaseModel], prefix: str) -> None:
+def sections(model: type[BaseModel] = Settings, prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every (dotted key, field) that is a group, the outer before the inner."""
     for name, field in model.model_fields.items():
         if section := section_of(field.annotation):
-            SECTIONS[prefix + name] = section
-            _collect_sections(section, f"{prefix}{name}.")
+            yield prefix + name, field
+            yield from sections(section, f"{prefix}{name}.")
 
 
-_collect_sections(Settings, "")
+FIELDS: dict[str, FieldInfo] = dict(leaves())
+SECTIONS: dict[str, FieldInfo] = dict(sections())
+
+
+def _aliases() -> Iterator[tuple[str, str]]:
+    for key, field in (SECTIONS | FIELDS).items():
+        extra = _known(field)
+        if extra.get("alias"):
+            yield extra["alias"], f"{key}.{extra['alias_of']}" if extra["alias_of"] else key
+
+
+def _known(field: FieldInfo) -> dict[str, Any]:
+    """What `fields.setting` noted about a field."""
+    return field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+
+
+def is_resumable(key: str) -> bool:
+    """Whether a resumed run may change this setting: by its own field, or by a section around it."""
+    parts = key.split(".")
+    around = [".".join(parts[:n]) for n in range(1, len(parts))]
+    return any(_known((SECTIONS | FIELDS)[name]).get("resumable", False) for name in (*around, key))
+
+
+ALIASES: dict[str, str] = dict(_aliases())
+"""Short flag -> dotted key."""
 
 
 def flag_of(key: str) -> str:

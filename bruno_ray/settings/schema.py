@@ -8,32 +8,13 @@ read and merged is in ``sources.py``. An unknown key is an error at every depth.
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    field_serializer,
-    model_validator,
-)
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_serializer, model_validator
 
+from bruno_ray.settings.fields import DepthRange, DistanceRange, Range, Section, ShareRange, setting
 from bruno_ray.settings.passwords import without_password
 
-
-def _ordered(bounds: tuple[float, float]) -> tuple[float, float]:
-    if bounds[0] > bounds[1]:
-        raise ValueError(f"a range is written low, high; swap the bounds or repeat one to fix the value: {bounds}")
-    return bounds
-
-
-Range = Annotated[tuple[float, float], AfterValidator(_ordered)]
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+SMALLEST_STORE = 80 * 1024**2
+"""Bytes; Ray refuses a smaller object store."""
 
 
 class ModelSettings(Section):
@@ -49,16 +30,16 @@ class ModelSettings(Section):
     quantization: Literal["none", "bnb_4bit", "bnb_8bit"] = "none"
     """Load the base quantised by bitsandbytes. A saved model is baked into full-precision weights."""
 
-    device_map: str = "auto"
+    device_map: str = setting("auto", resumable=True)
     """Accelerate's device map within one worker: auto, balanced, sequential, cpu, cuda:0 ..."""
 
-    max_memory: dict[str, str] | None = None
+    max_memory: dict[str, str] | None = setting(None, resumable=True)
     """Memory cap per device, such as {"0" = "20GiB", "cpu" = "60GiB"}."""
 
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for repositories you trust."""
 
-    lean_forward: Literal["auto", "off"] = "auto"
+    lean_forward: Literal["auto", "off"] = setting("auto", resumable=True)
     """`auto`: a faster forward pass of our own where the model is of a kind that it knows and it gives the model's own
     logits, which is tried when the model is loaded. `off`: always transformers' own."""
 
@@ -99,7 +80,7 @@ class DatasetSettings(Section):
 
 class PromptSet(Section):
     """One side of the contrast. Directions come from `train`, the search scores on `validation`, the report on `test`.
-    A part that is not given is cut off the end of the part before it (`train` feeds both)."""
+    A part that is not given is taken out of `train`: which prompts depends on a hash of their texts."""
 
     train: DatasetSettings | None = None
     validation: DatasetSettings | None = None
@@ -107,10 +88,10 @@ class PromptSet(Section):
 
 
 class PromptSettings(Section):
-    target: PromptSet = PromptSet()
+    target: PromptSet = setting(PromptSet(), alias="--target", alias_of="train.source")
     """Prompts that show the behaviour."""
 
-    baseline: PromptSet = PromptSet()
+    baseline: PromptSet = setting(PromptSet(), alias="--baseline", alias_of="train.source")
     """Prompts that do not; the model must stay as it is on these."""
 
     system_prompt: str | None = None
@@ -137,10 +118,10 @@ class ResidualSettings(Section):
     answer_tokens: NonNegativeInt = 0
     """Also read the residual stream at this many tokens of the model's own greedy answer."""
 
-    batch_tokens: NonNegativeInt = 0
+    batch_tokens: NonNegativeInt = setting(0, resumable=True)
     """Tokens in one forward pass, padding included; 0 finds it by doubling until memory or speed says stop."""
 
-    cache_dir: Path | None = None
+    cache_dir: Path | None = setting(None, resumable=True)
     """Where residuals are kept; when not given, ~/.cache/bruno-ray/residuals."""
 
 
@@ -170,13 +151,13 @@ class ComponentRange(Section):
     """Ablation strength at the peak; 1 removes the whole component along the direction. Values sampled below 0 count
     as 0."""
 
-    max_weight_position: Range = (0.0, 1.0)
+    max_weight_position: DepthRange = (0.0, 1.0)
     """Layer of the peak."""
 
-    min_weight: Range = (0.0, 1.0)
+    min_weight: ShareRange = (0.0, 1.0)
     """Strength at the edge of the kernel, as a share of the peak."""
 
-    min_weight_distance: Range = (0.0, 1.5)
+    min_weight_distance: DistanceRange = (0.0, 1.5)
     """Distance from the peak to the edge, at least one layer; beyond it nothing is ablated."""
 
 
@@ -187,7 +168,7 @@ class SearchSettings(Section):
     direction_scopes: tuple[Literal["global", "per_layer"], ...] = ("global", "per_layer")
     """global: one direction, from a layer that is searched, for all layers; per_layer: each layer its own."""
 
-    direction_index: Range = (0.2, 1.0)
+    direction_index: DepthRange = (0.2, 1.0)
     """Layer that the global direction is read at, as a fraction of the last layer's index."""
 
     attention: ComponentRange = ComponentRange()
@@ -217,31 +198,32 @@ class ScoringSettings(Section):
     """Opening of a compliant answer, for the `compliant_perplexity` scorer; when empty, the most common opening
     of the unedited model's answers to baseline prompts."""
 
-    row_tokens: NonNegativeInt = 0
+    row_tokens: NonNegativeInt = setting(0, resumable=True)
     """Tokens in one forward pass while scoring, padding included; 0 finds it from memory."""
 
 
 class StudySettings(Section):
-    name: str | None = None
+    name: str | None = setting(None, alias="--study-name")
     """Name of the study and of the run directory; when not given, from the model, behaviour and a hash of both."""
 
-    n_trials: PositiveInt = 200
+    n_trials: PositiveInt = setting(200, alias="--trials")
     """Completed trials in total, over all resumptions."""
 
     n_startup_trials: NonNegativeInt = 60
     """Trials spread evenly over the search space before TPE takes over."""
 
-    seed: NonNegativeInt = 0
-    """Seeds the sampler. Trial number i has the same random stream in every schedule."""
+    seed: NonNegativeInt = setting(0, alias="--seed")
+    """Seeds the sampler: the same seed and the same schedule of batches give the same parameters in every trial.
+    `ray.workers` and `study.trials_per_batch` make the schedule; with others, trials after the first batches differ."""
 
-    trials_per_batch: PositiveInt = 8
+    trials_per_batch: PositiveInt = setting(8, resumable=True)
     """Trials evaluated in one forward pass by one worker."""
 
-    storage: str | None = None
+    storage: str | None = setting(None, alias="--storage")
     """Any Optuna storage URL; when not given, a journal file in the run directory. A password in it is not kept: give
     the same URL in BRUNO_STUDY__STORAGE to whatever reads the run."""
 
-    take_over: bool = False
+    take_over: bool = setting(False, resumable=True)
     """Continue a study whose driver on another machine is believed dead."""
 
     @field_serializer("storage")
@@ -250,7 +232,7 @@ class StudySettings(Section):
 
 
 class RaySettings(Section):
-    workers: PositiveInt = 1
+    workers: PositiveInt = setting(1, alias="--workers")
     """Model copies, each in its own actor. More than the cluster holds makes the autoscaler ask for machines."""
 
     gpus_per_worker: float | None = Field(None, ge=0)
@@ -262,7 +244,7 @@ class RaySettings(Section):
     address: str | None = None
     """Ray cluster to join; when not given, RAY_ADDRESS or a local one."""
 
-    object_store_memory: PositiveInt = 256 * 1024**2
+    object_store_memory: int = Field(256 * 1024**2, ge=SMALLEST_STORE)
     """Bytes of a local cluster's object store (shared memory)."""
 
     start_timeout: PositiveFloat = 900.0
@@ -270,7 +252,7 @@ class RaySettings(Section):
 
 
 class SelectionSettings(Section):
-    auto: bool = False
+    auto: bool = setting(False, alias="--auto-select")
     """Pick and save a trial without asking (`--auto-select`)."""
 
     max_kl: PositiveFloat = 0.1
@@ -278,18 +260,18 @@ class SelectionSettings(Section):
 
 
 class OutputSettings(Section):
-    directory: Path = Path("runs")
+    directory: Path = setting(Path("runs"), alias="--output")
     """Run directories are made in here."""
 
-    max_shard_size: str = "5GB"
+    max_shard_size: str = setting("5GB", resumable=True)
     """Largest safetensors file of a saved model."""
 
 
 class Settings(Section):
-    """The whole tree. Build it with `settings_sources.load`, which knows the precedence."""
+    """The whole tree. Build it with `sources.load`, which knows the precedence."""
 
     model: ModelSettings = ModelSettings()
-    behaviour: str = "refusal"
+    behaviour: str = setting("refusal", alias="--behavior")
     """A preset in `bruno_ray/presets/` by name, or the path of a .toml file like those. With prompts of your own for
     both sides, any name for what they differ in."""
 
@@ -299,8 +281,8 @@ class Settings(Section):
     search: SearchSettings = SearchSettings()
     scoring: ScoringSettings = ScoringSettings()
     study: StudySettings = StudySettings()
-    ray: RaySettings = RaySettings()
-    selection: SelectionSettings = SelectionSettings()
+    ray: RaySettings = setting(RaySettings(), resumable=True)
+    selection: SelectionSettings = setting(SelectionSettings(), resumable=True)
     output: OutputSettings = OutputSettings()
 
     @model_validator(mode="after")

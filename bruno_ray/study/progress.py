@@ -17,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from bruno_ray.files import size_text
 from bruno_ray.study.selection import TrialRecord
 from bruno_ray.study.tables import front_lines, front_table, metric_text
 from bruno_ray.workers.broker import WorkerState
@@ -55,10 +56,6 @@ def duration(seconds: float | None) -> str:
     return "?" if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
-def size(n_bytes: int) -> str:
-    return f"{n_bytes / 2**30:.1f} GB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MB"
-
-
 def counts_of_states(workers: Sequence[WorkerState]) -> str:
     states = dict.fromkeys(worker.state for worker in workers)
     return ", ".join(f"{sum(worker.state == state for worker in workers)} {state}" for state in states)
@@ -77,7 +74,7 @@ def status_line(snapshot: Snapshot) -> str:
         parts.append(f"lowest {scores} (trial {best.number})")
     parts.append(f"elapsed {duration(snapshot.elapsed)}, to go {duration(snapshot.remaining)}")
     memory = snapshot.memory + sum(worker.memory for worker in snapshot.workers)
-    parts.append(f"memory {size(memory)}")
+    parts.append(f"memory {size_text(memory)}")
     if snapshot.workers:
         parts.append(f"workers: {counts_of_states(snapshot.workers)}")
     if snapshot.note:
@@ -94,7 +91,7 @@ def render(snapshot: Snapshot) -> RenderableType:
         f"{snapshot.running} running, {snapshot.failed} failed",
         f"elapsed {duration(snapshot.elapsed)}",
         f"to go {duration(snapshot.remaining)}",
-        f"driver {size(snapshot.memory)}",
+        f"driver {size_text(snapshot.memory)}",
     )
     rows: list[RenderableType] = [head]
     if snapshot.front:
@@ -118,8 +115,8 @@ def worker_table(workers: Sequence[WorkerState]) -> Table:
             worker.name,
             worker.state,
             f"{worker.host}:{worker.pid}" if worker.pid else "",
-            size(worker.memory) if worker.memory else "",
-            size(worker.gpu_memory) if worker.gpu_memory else "",
+            size_text(worker.memory) if worker.memory else "",
+            size_text(worker.gpu_memory) if worker.gpu_memory else "",
             str(worker.calls),
             str(worker.losses or ""),
         )

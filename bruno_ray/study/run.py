@@ -25,7 +25,7 @@ from ray import tune
 from ray.exceptions import RayError
 from sqlalchemy.exc import SQLAlchemyError
 
-from bruno_ray.errors import StudyError, WorkerError
+from bruno_ray.errors import StudyError, WorkerError, first_line
 from bruno_ray.settings import Settings
 from bruno_ray.settings.passwords import without_password
 from bruno_ray.study.lane import BatchLane
@@ -238,7 +238,7 @@ def storage_errors() -> Iterator[None]:
     try:
         yield
     except (SQLAlchemyError, StorageInternalError) as error:
-        reason = without_password(str(error.__cause__ or error).strip().splitlines()[0])
+        reason = first_line(without_password(str(error.__cause__ or error)))
         raise StudyError(f"the study's storage failed ({reason}): see to it, then resume the run") from error
 
 

@@ -20,7 +20,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import BaseJournalBackend
 from sqlalchemy.exc import SQLAlchemyError
 
-from bruno_ray.errors import StudyError
+from bruno_ray.errors import StudyError, first_line
 from bruno_ray.settings.passwords import with_password, without_password
 
 logger = logging.getLogger(__name__)
@@ -116,7 +116,7 @@ def open_storage(url: str | None, run_dir: Path, read_only: bool = False) -> Bas
         try:
             return RDBStorage(with_password(url))
         except (SQLAlchemyError, ImportError, optuna.exceptions.StorageInternalError) as error:
-            reason = without_password(str(error.__cause__ or error).strip().splitlines()[0])
+            reason = first_line(without_password(str(error.__cause__ or error)))
             raise StudyError(
                 f"the study's storage {without_password(url)} cannot be used ({reason}): check study.storage"
             ) from error

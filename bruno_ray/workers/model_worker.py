@@ -21,7 +21,7 @@ from bruno_ray.errors import TrialError
 from bruno_ray.generation.engine import BatchEngine
 from bruno_ray.model.batching import TokenBudget
 from bruno_ray.model.coverage import CoverageRow, coverage
-from bruno_ray.model.loading import load_model
+from bruno_ray.model.loading import hub_task, load_model
 from bruno_ray.prompts.rendering import render, render_texts
 from bruno_ray.prompts.response_prefix import settle_response_prefix
 from bruno_ray.prompts.sets import Prompt
@@ -29,7 +29,7 @@ from bruno_ray.residuals.extraction import extract_residuals
 from bruno_ray.scoring import Evaluation, Scorer, Scores, ScoringPrompts, make_scorers, score_edits
 from bruno_ray.settings import ModelSettings, ResidualSettings, ScoringSettings
 
-log = logging.getLogger(__name__)
+logger = logging.getLogger(__name__)
 
 SAMPLES = 4
 """Answers per trial that travel with its scores."""
@@ -51,6 +51,8 @@ class ModelInfo:
     coverage: tuple[CoverageRow, ...]
     n_parameters: int
     device: str
+    task: str
+    """What the hub calls what the model does, such as `text-generation`."""
 
 
 @dataclass(frozen=True)
@@ -126,6 +128,7 @@ class ModelWorker:
             coverage=tuple(coverage(self.loaded.model, architecture)),
             n_parameters=sum(parameter.numel() for parameter in self.loaded.model.parameters()),
             device=str(self.loaded.device),
+            task=hub_task(self.loaded.model.config),
         )
 
     def response_prefix(self, prompts: Sequence[Prompt], max_new_tokens: int = 60) -> str:

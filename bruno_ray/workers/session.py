@@ -13,17 +13,13 @@ import ray
 import yaml
 from ray._private.ray_logging import stdout_deduplicator
 
-from bruno_ray.errors import SettingsError, WorkerError
+from bruno_ray.errors import SettingsError, WorkerError, first_line
 from bruno_ray.settings import RaySettings
 
 logger = logging.getLogger(__name__)
 
 
 BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml").expanduser()
-
-
-SMALLEST_STORE = 80 * 1024**2
-"""Bytes; Ray refuses a smaller object store."""
 
 
 STARTS = 3
@@ -53,15 +49,14 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
         try:
             ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
-            reason = str(error).strip().splitlines()[0]
             raise SettingsError(
-                f"no Ray cluster at {address} ({reason}): check ray.address, start it first, or set RAY_AUTH_MODE=token"
-                " if it asks for a token"
+                f"no Ray cluster at {address} ({first_line(error)}): check ray.address, start it first, or set"
+                " RAY_AUTH_MODE=token if it asks for a token"
             ) from error
     else:
         start_local(
             num_cpus=max(os.cpu_count() or 1, math.ceil(settings.workers * settings.cpus_per_worker)),
-            object_store_memory=max(settings.object_store_memory, SMALLEST_STORE),
+            object_store_memory=settings.object_store_memory,
             include_dashboard=False,
             **quiet,
         )

@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bruno_ray.errors import WorkerError
-from bruno_ray.files import atomic_directory, cache_folder, output_errors, require_free_space
+from bruno_ray.files import atomic_directory, cache_folder, output_errors, require_free_space, size_text
 
 logger = logging.getLogger(__name__)
 
@@ -75,7 +75,7 @@ class Folders:
             if target.is_dir():
                 return target
             require_free_space(target.parent, sum(sizes.values()), f"a copy of {folder}")
-            logger.info("copying %s from the driver's machine: %.2f GB", folder, sum(sizes.values()) / 1e9)
+            logger.info("copying %s from the driver's machine: %s", folder, size_text(sum(sizes.values())))
             with atomic_directory(target) as aside:
                 for name, size in sizes.items():
                     self._copy(folder, name, size, aside / name)

@@ -3,11 +3,11 @@
 import argparse
 import importlib
 import logging
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from bruno_ray.errors import BrunoError
+from bruno_ray.cli.command import Command
+from bruno_ray.cli.exits import exit_code
 
 DESCRIPTION = "A Ray cluster of rented Vast.ai machines: start it, give it work, bring the results home, end it."
 RUNS = Path("runs")
@@ -115,10 +115,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_arguments(parser)
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logging.getLogger("cluster").setLevel(logging.INFO)
-    try:
-        return run(parser.parse_args(argv))
-    except BrunoError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    return exit_code(lambda: run(parser.parse_args(argv)))
+
+
+COMMAND = Command(DESCRIPTION, run, add_arguments)
+"""`bruno-ray cluster`, an entry point of pyproject.toml."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
+from bruno_ray.errors import first_line
 from cluster.errors import ClusterError, ClusterSettingsError, JobError, NodeError
 from cluster.jobs.session import Session
 from cluster.network.addresses import DASHBOARD_PORT, NodeAddress
@@ -36,7 +37,7 @@ def job_client(session: Session) -> Iterator[JobSubmissionClient]:
                 f"http://127.0.0.1:{port}", headers={"Authorization": f"Bearer {session.token()}"}
             )
         except (ConnectionError, RuntimeError) as error:
-            raise NodeError(f"the job API does not answer ({_first_line(error)}): is Ray up on the head?") from error
+            raise NodeError(f"the job API does not answer ({first_line(error)}): is Ray up on the head?") from error
         yield client
 
 
@@ -64,7 +65,7 @@ def submit(
             return client.submit_job(entrypoint=entrypoint, runtime_env=environment)
         except (RuntimeError, ValueError) as error:
             raise JobError(
-                f"Ray refused the job ({_first_line(error)}): if the folder is too large, leave files out with"
+                f"Ray refused the job ({first_line(error)}): if the folder is too large, leave files out with"
                 " --exclude or give another --working-dir"
             ) from error
 
@@ -117,17 +118,17 @@ def follow(session: Session, job_id: str) -> int:
                 silent_since = log.heard
             if time.monotonic() - silent_since > GIVE_UP_S:
                 raise JobError(
-                    f"the head has not answered for {GIVE_UP_S / 60:.0f} minutes ({_first_line(error)}); the job runs"
+                    f"the head has not answered for {GIVE_UP_S / 60:.0f} minutes ({first_line(error)}); the job runs"
                     f" on: follow it later with `bruno-ray cluster logs {job_id}`"
                 ) from error
-            logger.warning("the connection broke (%s), trying again", _first_line(error))
+            logger.warning("the connection broke (%s), trying again", first_line(error))
         time.sleep(RECONNECT_S)
 
 
 def exit_code(job: JobDetails) -> int:
     if job.status == JobStatus.SUCCEEDED:
         return 0
-    logger.error("job %s: %s %s", job.submission_id, job.status.value, _first_line(job.message or ""))
+    logger.error("job %s: %s %s", job.submission_id, job.status.value, first_line(job.message or ""))
     return job.driver_exit_code or 1
 
 
@@ -158,8 +159,3 @@ class JobLog:
             sys.stdout.write(text)
             sys.stdout.flush()
             self.printed += len(text)
-
-
-def _first_line(error: object) -> str:
-    lines = [line for line in str(error).strip().splitlines() if line.strip()]
-    return lines[0].strip()[:300] if lines else type(error).__name__

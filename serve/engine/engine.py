@@ -24,12 +24,12 @@ from bruno_ray.ablation.closed_forms import DirectionBank
 from bruno_ray.ablation.edit import Edit
 from bruno_ray.ablation.live import LiveEditor
 from bruno_ray.ablation.resolving import ResolvedEdit
+from bruno_ray.generation.text_stream import Decoder
 from bruno_ray.model.loading import LoadedModel
 from serve.engine.batch import EditableModel
 from serve.engine.loop import Outbox, StepLoop
 from serve.engine.sampling import TokenLogprob
 from serve.engine.scores import ScoreJob
-from serve.engine.texts import Decoder
 from serve.engine.types import EngineStats, Event, GenerationRequest, Mailbox, Row
 from serve.errors import EngineError, InvalidRequest, Overloaded, TooLong
 from serve.settings import EngineSettings

@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from bruno_ray.errors import ModelError
+from bruno_ray.errors import ModelError, first_line
 from bruno_ray.model.batching import is_out_of_memory
 from serve.engine import limits
 from serve.engine.batch import EditableModel, Prefill, RunningBatch
@@ -157,7 +157,7 @@ class StepLoop:
         except Exception as error:
             # Whatever a model's code raises must end the rows it concerns, not the thread that serves all others.
             out_of_memory = isinstance(error, RuntimeError) and is_out_of_memory(error)
-            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            reason = f"{type(error).__name__}: {first_line(error)}"
             if not out_of_memory:
                 logger.exception("a step of the engine failed")
         # Outside of the handler: the traceback would keep the failed pass's tensors alive.

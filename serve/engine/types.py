@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from bruno_ray.ablation.resolving import ResolvedEdit
+from bruno_ray.generation.text_stream import Decoder, TextStream
 from serve.engine.sampling import Sampling, TokenLogprob, Uniforms
-from serve.engine.texts import Decoder, TextStream
 
 FinishReason = Literal["stop", "length", "error"]
 

@@ -7,7 +7,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
 from transformers import PreTrainedTokenizerFast
 
-from serve.engine.texts import Decoder, StopScanner, TextStream
+from bruno_ray.generation.text_stream import Decoder, StopScanner, TextStream
 from tests.support import tiny_models
 
 END = 258

@@ -1,0 +1,70 @@
+"""Commands that need no run: `evaluate`, `organism`, `coverage`, `show-config`."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from bruno_ray.cli.command import Command
+from bruno_ray.cli.setting_flags import load_settings, takes_settings
+from bruno_ray.cli.show_config import as_table, as_text, as_toml
+from bruno_ray.settings.keys import FLAGS
+
+
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    takes_settings(parser)
+    parser.add_argument("--base", metavar="MODEL", help="compare with this model [MODEL itself, unedited]")
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    loaded = load_settings(arguments)
+    from bruno_ray.pipeline import commands
+
+    commands.evaluate(loaded.settings, base=arguments.base)
+
+
+def _organism_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", default="standard", metavar="NAME", help="standard or hard [standard]")
+    parser.add_argument("--to", type=Path, metavar="FOLDER", help="where to put it [the cache]")
+
+
+def _organism(arguments: argparse.Namespace) -> None:
+    from bruno_ray.pipeline import commands
+
+    print(commands.organism(arguments.recipe, arguments.to))
+
+
+def _coverage(arguments: argparse.Namespace) -> None:
+    loaded = load_settings(arguments)
+    from bruno_ray.pipeline import commands
+
+    commands.coverage(loaded.settings)
+
+
+def _show_config_arguments(parser: argparse.ArgumentParser) -> None:
+    takes_settings(parser)
+    parser.add_argument("--describe", action="store_true", help="with what each setting means")
+    parser.add_argument("--toml", action="store_true", help="as a config file that gives the same settings")
+
+
+def _show_config(arguments: argparse.Namespace) -> None:
+    loaded = load_settings(arguments, model_needed=False)
+    if arguments.toml:
+        print("\n".join(as_toml(loaded, arguments.describe)))
+    elif sys.stdout.isatty():
+        from bruno_ray.terminal import console
+
+        console().print(as_table(loaded, arguments.describe))
+    else:
+        print("\n".join(as_text(loaded, arguments.describe)))
+
+
+COMMANDS = {
+    "evaluate": Command("score a model with the scorers, on the test prompts", _evaluate, _evaluate_arguments, FLAGS),
+    "organism": Command("train the embedded model organism, once; prints its folder", _organism, _organism_arguments),
+    "coverage": Command(
+        "which share of a model's residual-writing parameters an edit reaches", _coverage, takes_settings, FLAGS
+    ),
+    "show-config": Command(
+        "print every effective setting and where it came from", _show_config, _show_config_arguments, FLAGS
+    ),
+}

@@ -1,0 +1,35 @@
+"""Runs as people name them: a folder, or a name below `output.directory`.
+
+The settings are read only where a name has to be looked up: a `config.toml` that is broken, or another program's, must
+not get in the way of a path.
+"""
+
+from pathlib import Path
+
+from bruno_ray.runs.directory import RunDirectory
+from bruno_ray.settings import sources
+
+
+def find_run(reference: str) -> RunDirectory:
+    """The run at a path or of a name. Raises OutputError if there is none, SettingsError as `sources.load`."""
+    if is_path(reference):
+        return RunDirectory.open(Path(reference).expanduser())
+    return RunDirectory.find(reference, output_directory())
+
+
+def find_trial(reference: str) -> tuple[RunDirectory, int | None]:
+    """The run and the trial of ``RUN`` or ``RUN:TRIAL``. Raises as `find_run`."""
+    name, colon, number = reference.rpartition(":")
+    if colon and number.isdigit() and not Path(reference).exists():
+        return find_run(name), int(number)
+    return find_run(reference), None
+
+
+def is_path(reference: str) -> bool:
+    """Whether it is written as a path, or a run lies there, so that no name has to be looked up."""
+    return reference.startswith((".", "/", "~")) or (Path(reference) / "run.json").is_file()
+
+
+def output_directory() -> Path:
+    """Where runs are looked for by name, as the settings say."""
+    return sources.load().settings.output.directory
