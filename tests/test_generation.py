@@ -270,7 +270,7 @@ def test_what_is_held_back_of_a_character_comes_at_the_end(tmp_path: Path) -> No
     start = 200
     with torch.no_grad():
         spelling(loaded, [start, *loaded.tokenizer("caf\u00e9", add_special_tokens=False)["input_ids"]])
-    engine = Engine(loaded)
+    engine = BatchEngine(loaded)
     pieces = list(engine.stream([start], None, 4))
     assert pieces == ["c", "a", "f", "\ufffd"]
     assert "".join(pieces) == engine.generate([[start]], [None], 4)[0][0].text
