@@ -19,6 +19,7 @@ KL of at most 0.1 nats) is asked the test prompts.
 """
 
 import argparse
+import datetime
 import random
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,7 @@ class Bench:
             response_tokens=RESPONSE_TOKENS,
         )
         validation = prompts(self.folder, "target_validation"), prompts(self.folder, "baseline_validation")
-        return EvaluationContext(" ".join(scorers), self.bank, *validation, "", scoring)
+        return EvaluationContext(" ".join(scorers), self.bank, *validation, "", scoring, datetime.date.today())
 
     def truths(self, context: EvaluationContext, edits: list[Edit]) -> list[organism.TruthScore]:
         asked = [Prompt(row.prompt) for row in (*self.target, *self.baseline)]

@@ -5,6 +5,7 @@
     |-- PromptError       a prompt set is missing, empty, one-sided, overlapping or lacks a column
     |-- ModelError        a model cannot be loaded, is not a chat model or has an unknown architecture
     |-- StudyError        the study's storage cannot be reached or holds another study
+    |   `-- NoStudyError  it holds no study yet: the search has not begun
     |-- WorkerError       workers died more often than the run tolerates
     |-- TrialError        one trial cannot be scored (NaN in its logits); the study goes on
     `-- OutputError       a run directory or model folder cannot be written or read
@@ -32,6 +33,10 @@ class ModelError(BrunoError):
 
 class StudyError(BrunoError):
     """Raised when a study cannot be opened, continued or taken over."""
+
+
+class NoStudyError(StudyError):
+    """Raised when a study is to be read that nobody has begun."""
 
 
 class WorkerError(BrunoError):

@@ -1,17 +1,20 @@
 """Files that appear whole or not at all, and what goes wrong with them in one line."""
 
 import errno
+import glob
 import json
 import os
 import re
 import shutil
 import socket
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
+from filelock import FileLock
 from safetensors import SafetensorError
 
 from bruno_ray.errors import OutputError
@@ -76,21 +79,9 @@ def size_text(n_bytes: float) -> str:
 
 
 def write_text(path: Path, text: str, durable: bool = True) -> None:
-    """Write ``path`` whole: beside it, flushed to the disk, then renamed over what was there.
-
-    Without ``durable`` it is not flushed: readers still see all or nothing, a power cut may lose it.
-    """
-    aside = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    with output_errors(path):
-        try:
-            with aside.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                if durable:
-                    os.fsync(file.fileno())
-            os.replace(aside, path)
-        finally:
-            aside.unlink(missing_ok=True)
+    """Write ``path`` whole, over what was there. Raises OutputError, as `atomic_file`."""
+    with output_errors(path), atomic_file(path, durable) as aside:
+        aside.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, data: Any, durable: bool = True) -> None:
@@ -99,8 +90,26 @@ def write_json(path: Path, data: Any, durable: bool = True) -> None:
 
 
 @contextmanager
+def atomic_file(path: Path, durable: bool = True) -> Iterator[Path]:
+    """A file that appears whole or not at all: yields the name of a temporary sibling for the caller to write, which
+    is flushed to the disk and renamed over ``path`` at the end.
+
+    Without ``durable`` it is not flushed: readers still see all or nothing, a power cut may lose it. Several processes
+    may write the same path: the last one wins. Raises OSError as it comes; `output_errors` turns it into one line.
+    """
+    aside = _aside(path)
+    try:
+        yield aside
+        if durable:
+            _flush(aside)
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
 def atomic_directory(path: Path) -> Iterator[Path]:
-    """A folder that appears complete or not at all: yields a temporary sibling, renamed to ``path`` at the end.
+    """A new folder that appears complete or not at all: yields a temporary sibling, renamed to ``path`` at the end.
 
     Raises:
         OutputError: ``path`` exists, its parent cannot be written, or the disk runs full on the way.
@@ -108,30 +117,68 @@ def atomic_directory(path: Path) -> Iterator[Path]:
     path = Path(path).absolute()
     if path.exists():
         raise OutputError(f"{path} exists already: choose another folder or remove it first")
-    owner = f"{socket.gethostname()}-"
+    with output_errors(path), whole_directory(path) as aside:
+        yield aside
+
+
+@contextmanager
+def whole_directory(path: Path, replace: bool = False) -> Iterator[Path]:
+    """As `atomic_directory`, but errors come as the OSError they are, and an empty folder at ``path`` is no obstacle.
+
+    Args:
+        replace: when the new folder is complete, remove what is at ``path``. For callers that hold a lock.
+    """
+    path = Path(path).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = _aside(path)
+    aside.mkdir()
+    try:
+        yield aside
+        for place in (aside, *aside.rglob("*")):
+            _flush(place)
+        if replace and path.exists():
+            shutil.rmtree(path)
+        os.rename(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keep every other process out that asks for the same lock, for as long as ``path`` is read, changed and written.
+
+    The lock is a hidden file beside ``path``, which stays; the kernel gives it back when its holder dies. Not
+    re-entrant. Raises OutputError where no file can be made.
+    """
     with output_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        for left_over in path.parent.glob(f".{path.name}.partial-{owner}*"):
-            if not psutil.pid_exists(int(left_over.name.rpartition("-")[2])):  # its process was killed
-                shutil.rmtree(left_over)
-        aside = path.with_name(f".{path.name}.partial-{owner}{os.getpid()}")
-        aside.mkdir()
-        try:
-            yield aside
-            _flush_tree(aside)
-            os.rename(aside, path)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        lock = FileLock(path.with_name(f".{path.name}.lock"))
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
-def _flush_tree(folder: Path) -> None:
-    """fsync every file and folder, so that the rename never outlives the content."""
-    for place in (folder, *folder.rglob("*")):
-        descriptor = os.open(place, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+def _aside(path: Path) -> Path:
+    """A name beside ``path`` that nobody else uses. What killed processes of this machine left there is removed."""
+    owner = f".{path.name}.partial-{socket.gethostname()}-"
+    for left_over in path.parent.glob(f"{glob.escape(owner)}*"):
+        pid = left_over.name.removeprefix(owner).partition("-")[0]
+        if pid.isdigit() and not psutil.pid_exists(int(pid)):
+            if left_over.is_dir():
+                shutil.rmtree(left_over, ignore_errors=True)
+            else:
+                left_over.unlink(missing_ok=True)
+    return path.with_name(f"{owner}{os.getpid()}-{uuid.uuid4().hex[:8]}")
+
+
+def _flush(place: Path) -> None:
+    """fsync a file or a folder, so that the rename never outlives the content."""
+    descriptor = os.open(place, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def cache_folder(name: str) -> Path:

@@ -215,7 +215,7 @@ class Evaluations:
 
     def _ids(self, plan: Plan, prompts: Sequence[Prompt]) -> list[tuple[int, ...]]:
         tokenizer = self._renderers[plan.model.base].tokenizer
-        return [tuple(ids) for ids in render(tokenizer, prompts, plan.model.response_prefix)]
+        return [tuple(ids) for ids in render(tokenizer, prompts, plan.model.response_prefix, date=plan.model.date)]
 
     async def _answers(
         self, job: Job, model: ServedModel, prompts: Sequence[tuple[int, ...]], max_tokens: int

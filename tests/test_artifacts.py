@@ -42,7 +42,7 @@ def test_run_record_survives_the_disk(tmp_path, record):
     run = RunDirectory.create(tmp_path / "a", record)
     assert RunDirectory.open(tmp_path / "a").read() == record
     assert {"python", "torch", "transformers", "ray", "optuna", "bruno-ray"} <= set(run.read().versions)
-    assert visible_and_hidden(run.path) == ["run.json"]
+    assert visible_and_hidden(run.path) == [".run.json.lock", "run.json"]
 
 
 def test_update_merges_mappings_and_replaces_the_rest(tmp_path, record):
@@ -157,7 +157,7 @@ def test_full_disk_leaves_nothing_half_written(small_disk, record):
     with pytest.raises(OutputError, match="disk is full"):
         run.update(extra={"ballast": "x" * 300_000})
     assert run.run_file.read_bytes() == before
-    assert visible_and_hidden(run.path) == ["run.json"]
+    assert visible_and_hidden(run.path) == [".run.json.lock", "run.json"]
     with pytest.raises(OutputError, match="too full for the directions"):
         run.save_directions({"d": torch.zeros(100, 100, 10)})
 

@@ -1,17 +1,23 @@
 """The terminal chat: turns are remembered, the edit can be switched off and on, and it works on a pipe."""
 
+import datetime
 import io
 
 import pytest
 import torch
 from rich.console import Console
+from transformers import BloomConfig
 
 from bruno_ray.ablation.edit import AblationParameters, Edit
 from bruno_ray.generation.engine import BatchEngine
+from bruno_ray.model.context import UNLIMITED_CONTEXT
 from bruno_ray.model.loading import load_model
 from bruno_ray.pipeline.chat import Chat, chat_loop, converse
 from bruno_ray.settings import ModelSettings
+from serve.engine.limits import context_of
 from tests.support import tiny_models
+from tests.support.clock import move_clock
+from tests.support.dated_templates import LLAMA_32, MISTRAL
 
 KERNEL = AblationParameters(4.0, 1.0, 1.0, 5.0)
 EDIT = Edit({"attention": KERNEL, "mlp": KERNEL}, "d", None, "none")
@@ -83,6 +89,25 @@ def test_template_without_a_system_role_gets_it_in_the_first_turn(engine, monkey
     assert text == "<s><|user|>Be brief.\n\na<|end|><|assistant|>x<|end|><|user|>b<|end|><|assistant|>"
 
 
+def test_the_date_is_the_runs_whatever_day_it_is(engine, monkeypatch):
+    for template, shown in ((LLAMA_32, "Today Date: 29 Feb 2024"), (MISTRAL, "The current date is 2024-02-29")):
+        monkeypatch.setattr(engine.tokenizer, "chat_template", template)
+        chat = Chat(engine, None, response_prefix="Well,", date=datetime.date(2024, 2, 29))
+        texts = set()
+        for now in (datetime.datetime(2026, 11, 28, 23, 59), datetime.datetime(2031, 1, 1)):
+            move_clock(monkeypatch, now)
+            texts.add(engine.tokenizer.decode(chat.ids("b", [("a", "x")])))
+        (text,) = texts
+        assert shown in text and text.endswith("Well,")
+
+
+def test_a_model_that_names_no_limit_has_one(chat, monkeypatch):
+    monkeypatch.setattr(chat.engine.model, "config", BloomConfig())  # ALiBi: no position embeddings
+    monkeypatch.setattr(chat.engine, "stream", lambda *_: iter(["ok"]))
+    assert list(chat.reply("hi")) == ["ok"]
+    assert chat.context == context_of(BloomConfig(), 0) == UNLIMITED_CONTEXT
+
+
 def test_long_conversation_loses_its_oldest_turns_and_goes_on(chat, monkeypatch):
     monkeypatch.setattr(chat.engine.model.config, "max_position_embeddings", 80)
     seen = []
@@ -128,5 +153,5 @@ def test_sampling_varies_and_greedy_does_not(engine):
 def test_chat_loop_reads_standard_input(chat, monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("hi\n"))
     unedited = greedy(chat, "hi", None)
-    chat_loop(chat.engine, chat.edit, edited=False, max_tokens=8, temperature=0.0)
+    chat_loop(chat.engine, chat.edit, date=datetime.date.today(), edited=False, max_tokens=8, temperature=0.0)
     assert capsys.readouterr().out == f"unedited> {unedited}\n"

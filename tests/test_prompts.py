@@ -1,14 +1,17 @@
 """Loaders, parts, overlap, and rendering that keeps everything but the user's text."""
 
 import csv
+import datetime
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from bruno_ray.errors import ModelError, PromptError
-from bruno_ray.prompts.rendering import messages, render, render_texts
+from bruno_ray.prompts import rendering
+from bruno_ray.prompts.rendering import messages
 from bruno_ray.prompts.sets import Prompt, Prompts, load_prompts
 from bruno_ray.prompts.sources import parse_split, read_rows
 from bruno_ray.settings import DatasetSettings
@@ -302,6 +305,8 @@ NO_SYSTEM = (
 )
 SILENT = TEMPLATE.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
 HEADER = "<|end|><|assistant|>"
+DATE = datetime.date(2024, 2, 29)
+render, render_texts = (partial(function, date=DATE) for function in (rendering.render, rendering.render_texts))
 
 
 def make_tokenizer(template: str | None = TEMPLATE) -> Any:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -55,7 +56,7 @@ def test_no_prompts_nothing_missing(tmp_path):
 
 def test_a_killed_run_finds_its_finished_shards(filled):
     filled.path(filled.shards[1]).unlink()
-    (filled.folder / ".prompts-00004-00007.arrow.abc.tmp").write_bytes(b"half")
+    (filled.folder / ".prompts-00004-00007.arrow.partial-elsewhere-1-abc").write_bytes(b"half")
     later = again(filled)
     assert [shard.index for shard in later.missing()] == [1]
     with pytest.raises(OutputError, match=r"shards 1 of .* are missing"):
@@ -157,13 +158,15 @@ def test_a_cache_that_cannot_be_made_says_what_to_set(tmp_path):
         ResidualStore(tmp_path / "file", KEY, n_prompts=3)
 
 
-def test_old_temporary_files_are_swept_and_fresh_ones_left(filled):
-    old, fresh = (filled.folder / f".prompts-00000-00003.arrow.{name}.tmp" for name in ("old", "fresh"))
-    for path in (old, fresh):
+def test_what_a_killed_writer_left_is_swept_by_the_next_and_a_living_ones_is_left(filled):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    name = f".prompts-00000-00003.arrow.partial-{socket.gethostname()}"
+    dead, alive = filled.folder / f"{name}-{gone.pid}-abc", filled.folder / f"{name}-{os.getpid()}-abc"
+    for path in (dead, alive):
         path.write_bytes(b"half")
-    os.utime(old, (0, 0))
-    again(filled)
-    assert not old.exists() and fresh.exists()
+    filled.write(filled.shards[0], residuals(10)[:4])
+    assert not dead.exists() and alive.exists()
 
 
 def test_the_store_needs_no_torch():

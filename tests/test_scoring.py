@@ -1,5 +1,6 @@
 """Scorers against values worked out by hand, on a tiny random model whose tokens are bytes."""
 
+import datetime
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ TARGET = tuple(
     Prompt(user, answer=answer) for user, answer in [("red?", "yes"), ("blue?", None), ("dark green?", "no")]
 )
 BASELINE = tuple(map(Prompt, ["one", "two and three", "four", "five"]))
+DATE = datetime.date(2024, 2, 29)
 
 
 def settings(**changes: object) -> ScoringSettings:
@@ -38,7 +40,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> BatchEngine:
 
 @pytest.fixture(scope="module")
 def prompts(engine: BatchEngine) -> ScoringPrompts:
-    return ScoringPrompts.rendered(engine, TARGET, BASELINE)
+    return ScoringPrompts.rendered(engine, TARGET, BASELINE, date=DATE)
 
 
 @pytest.fixture(scope="module")
@@ -195,7 +197,7 @@ def test_desired_answers_by_hand(engine: BatchEngine, prompts: ScoringPrompts, e
 
 
 def test_desired_answers_without_answers_says_what_to_do(engine: BatchEngine) -> None:
-    bare = ScoringPrompts.rendered(engine, BASELINE, BASELINE)
+    bare = ScoringPrompts.rendered(engine, BASELINE, BASELINE, date=DATE)
     with pytest.raises(SettingsError, match="answer_column"):
         prepared("desired_answers", settings(), engine, bare)
 

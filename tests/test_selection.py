@@ -8,7 +8,7 @@ from optuna.trial import TrialState, create_trial
 
 from bruno_ray.errors import SettingsError, StudyError
 from bruno_ray.study.selection import TrialRecord, auto_select, find_trial, load_trials, pareto_front
-from bruno_ray.study.tables import front_lines
+from bruno_ray.study.tables import front_lines, front_table, with_selected
 
 OBJECTIVES = ("behaviour_rate", "kl_divergence")
 
@@ -44,9 +44,9 @@ def test_front_agrees_with_optuna_with_ties_and_failures(seed, n_objectives):
 
 def test_auto_select_takes_the_lowest_rate_under_the_bound():
     trials = [trial(0, 0.5, 0.01), trial(1, 0.1, 0.09), trial(2, 0.0, 0.2), trial(3, 0.2, 0.02)]
-    assert auto_select(trials, max_kl=0.1).number == 1
-    assert auto_select(trials, max_kl=0.2).number == 2
-    assert auto_select(trials, max_kl=0.01).number == 0  # the bound itself is allowed
+    assert auto_select(trials, max_kl=0.1).trial.number == 1
+    assert auto_select(trials, max_kl=0.2).trial.number == 2
+    assert auto_select(trials, max_kl=0.01).trial.number == 0  # the bound itself is allowed
 
 
 def test_auto_select_breaks_ties_by_the_other_metrics_then_kl():
@@ -56,7 +56,7 @@ def test_auto_select_breaks_ties_by_the_other_metrics_then_kl():
         trial(2, 0.0, 0.04, incoherence=0.1),
         trial(3, 0.0, 0.04, incoherence=0.1),
     ]
-    assert auto_select(trials, max_kl=0.1).number == 2
+    assert auto_select(trials, max_kl=0.1).trial.number == 2
 
 
 def test_auto_select_says_what_the_lowest_kl_is():
@@ -83,3 +83,46 @@ def test_find_trial_refuses_what_has_no_result():
 def test_the_table_shows_counts_as_they_are():
     lines = front_lines([trial(4, 0.03, 0.0123456)], OBJECTIVES)
     assert "3/100" in lines[1] and "0.01235" in lines[1] and "0.03" not in lines[1].split("edit")[0].split("3/100")[0]
+
+
+@pytest.mark.parametrize(
+    ("trials", "reason"),
+    [
+        (
+            [trial(0, 0.1, 0.09), trial(1, 0.05, 0.05), trial(2, 0.0, 0.2)],
+            "the lowest behaviour_rate (5/100; next 10/100) of 2 trials with KL <= 0.1",
+        ),
+        ([trial(0, 0.1, 0.09)], "the lowest behaviour_rate (10/100) of 1 trials with KL <= 0.1"),
+        (
+            [trial(0, 0.0, 0.01, incoherence=0.034), trial(1, 0.0, 0.05, incoherence=0.012), trial(2, 0.5, 0.0)],
+            "behaviour_rate 0/100 like 1 other with KL <= 0.1; among these the lowest incoherence (0.012; next 0.034)",
+        ),
+        (  # the first tie-break leaves two, the second decides, the third is not named
+            [
+                trial(0, 0.0, 0.01, elicited_mismatch=0.5, incoherence=0.0),
+                trial(1, 0.0, 0.01, elicited_mismatch=0.1, incoherence=0.4),
+                trial(2, 0.0, 0.09, elicited_mismatch=0.1, incoherence=0.3),
+            ],
+            "behaviour_rate 0/100 like 2 others with KL <= 0.1;"
+            " among these the lowest elicited_mismatch (0.1; next 0.5); then the lowest incoherence (0.3; next 0.4)",
+        ),
+        (
+            [trial(0, 0.0, 0.02), trial(1, 0.0, 0.01), trial(2, 0.0, 0.01)],
+            "behaviour_rate 0/100 like 2 others with KL <= 0.1; among these the lowest kl_divergence (0.01; next 0.02);"
+            " then the lowest number",
+        ),
+    ],
+)
+def test_the_choice_says_what_decided(trials, reason):
+    assert auto_select(trials, max_kl=0.1).reason == reason
+
+
+def test_the_selected_trial_is_marked_also_where_it_is_not_on_the_front():
+    trials = [trial(0, 0.0, 0.01), trial(1, 0.0, 0.05), trial(2, 0.5, 0.005)]
+    front = pareto_front(trials, OBJECTIVES)
+    assert [t.number for t in with_selected(front, trials, 1)] == [0, 2, 1]
+    assert with_selected(front, trials, 2) == with_selected(front, trials, None) == front
+    lines = front_lines(with_selected(front, trials, 1), OBJECTIVES, selected=1)
+    assert [line[: len("trial")].strip() for line in lines[1:]] == ["0", "2", "* 1"]
+    table = front_table(trials, OBJECTIVES, selected=1)
+    assert list(table.columns[0].cells) == ["0", "* 1", "2"]

@@ -1,5 +1,6 @@
 """A worker from settings to scores, without Ray."""
 
+import datetime
 import pickle
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from tests.support import tiny_models
 
 TARGET = tuple(map(Prompt, ["red?", "blue?", "dark green?"]))
 BASELINE = tuple(map(Prompt, ["one", "two and three", "four", "five"]))
+DATE = datetime.date(2024, 2, 29)
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def context(worker: ModelWorker) -> EvaluationContext:
     bank = {"random": directions / np.linalg.norm(directions, axis=-1, keepdims=True)}
     bank["broken"] = np.full_like(directions, np.nan)
     scoring = ScoringSettings(markers=("e", "t"), response_tokens=8)
-    return EvaluationContext("first", bank, TARGET, BASELINE, "", scoring)
+    return EvaluationContext("first", bank, TARGET, BASELINE, "", scoring, DATE)
 
 
 def edit(strength: float, directions: str = "random") -> Edit:
@@ -107,7 +109,7 @@ def test_the_response_prefix_is_part_of_every_prompt(worker: ModelWorker, contex
 
 
 def test_residuals(worker: ModelWorker) -> None:
-    found = worker.residuals(TARGET, "", ResidualSettings(answer_tokens=2))
+    found = worker.residuals(TARGET, "", DATE, ResidualSettings(answer_tokens=2))
     assert found.shape == (3, 3, tiny_models.LAYERS + 1, tiny_models.HIDDEN)
     assert found.dtype == np.float32 and np.isfinite(found).all()
 

@@ -5,17 +5,15 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import shutil
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from filelock import FileLock
 
 from bruno_ray.errors import OutputError
-from bruno_ray.files import cache_folder
+from bruno_ray.files import cache_folder, whole_directory
 
 from .corpus import make_corpus, prompt_parts
 from .measuring import figures
@@ -40,15 +38,21 @@ def build_organism(path: Path | None, recipe: str, seed: int | None, threads: in
             with FileLock(cached.with_name(cached.name + ".lock")):
                 # Another process may have trained it while this one waited for the lock.
                 if not _holds(cached, fingerprint):
-                    _write_aside(cached, lambda folder: _train_into(folder, chosen, threads))
+                    # Damaged or empty, if it is there at all: an organism that is whole is not written again.
+                    with whole_directory(cached, replace=True) as folder:
+                        _train_into(folder, chosen, threads)
         if path is None:
             return cached
         path = Path(path)
         if not _holds(path, fingerprint):
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
                 raise OutputError(f"{path} exists and holds something else; name a folder that does not exist yet")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            _write_aside(path, lambda folder: shutil.copytree(cached, folder, dirs_exist_ok=True))
+            try:
+                with whole_directory(path) as folder:
+                    shutil.copytree(cached, folder, dirs_exist_ok=True)
+            except OSError:
+                if not _holds(path, fingerprint):  # otherwise another process has been quicker
+                    raise
         return path
     except OSError as error:
         raise OutputError(
@@ -64,21 +68,6 @@ def _holds(folder: Path, fingerprint: str) -> bool:
     except (OSError, ValueError):
         return False
     return card.get("fingerprint") == fingerprint
-
-
-def _write_aside(folder: Path, write: Callable[[Path], object]) -> None:
-    """Let ``write`` fill a folder beside the final place, then rename it; nothing half-written is ever in the place."""
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    try:
-        write(aside)
-        if folder.exists():
-            # Damaged or empty: an organism that is whole is not written again.
-            shutil.rmtree(folder)
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _train_into(folder: Path, recipe: Recipe, threads: int) -> None:

@@ -3,6 +3,7 @@
 Works on a pipe as well: lines in, answers out.
 """
 
+import datetime
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -12,7 +13,8 @@ from rich.console import Console
 
 from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.generation.engine import BatchEngine
-from bruno_ray.prompts.rendering import messages, render_texts
+from bruno_ray.model.context import context_length
+from bruno_ray.prompts.rendering import apply_template, messages, must_fold
 from bruno_ray.prompts.sets import Prompt
 
 HELP = """\
@@ -35,6 +37,9 @@ class Chat:
     response_prefix: str = ""
     """Text every answer starts with, as in the run; it is not shown."""
 
+    date: datetime.date = field(default_factory=datetime.date.today)
+    """For chat templates that print one: the run's, or the day the conversation begins."""
+
     max_new_tokens: int = 1024
     temperature: float = 0.7
     """0 is greedy."""
@@ -45,17 +50,13 @@ class Chat:
     """(user, answer), oldest first."""
 
     def __post_init__(self) -> None:
-        # A template without a system role has the text folded into the first turn (see `prompts.messages`).
-        alone = render_texts(self.engine.tokenizer, [Prompt("Hello", self.system), *self._folded("Hello")])
-        self._fold = len(alone) == 2 and alone[0] == alone[1]
-
-    def _folded(self, user: str) -> list[Prompt]:
-        return [Prompt(f"{self.system}\n\n{user}")] if self.system else []
+        # A template without a system role has the text folded into the first turn.
+        self._fold = must_fold(self.engine.tokenizer, self.system, self.date)
 
     @property
     def context(self) -> int:
         """Tokens the model can look at."""
-        return self.engine.model.config.get_text_config().max_position_embeddings
+        return context_length(self.engine.model.config)
 
     def ids(self, user: str, turns: list[tuple[str, str]]) -> list[int]:
         """Token ids of the conversation so far and the next question."""
@@ -64,7 +65,7 @@ class Chat:
         for (_, answer), question in zip(turns, questions[1:]):
             conversation += [{"role": "assistant", "content": answer}, {"role": "user", "content": question}]
         tokenizer = self.engine.tokenizer
-        text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        text = apply_template(tokenizer, conversation, self.date)
         return list(tokenizer(text + self.response_prefix, add_special_tokens=False)["input_ids"])
 
     def reply(self, user: str) -> Iterator[str]:
@@ -95,13 +96,14 @@ def chat_loop(
     *,
     system_prompt: str | None = None,
     response_prefix: str = "",
+    date: datetime.date,
     edited: bool = True,
     max_tokens: int = 1024,
     temperature: float = 0.7,
     top_p: float = 0.95,
 ) -> None:
     """Talk on standard input and output until `/exit` or the end of the input; see `Chat` for the options."""
-    chat = Chat(engine, edit, system_prompt, response_prefix, max_tokens, temperature, top_p, edited)
+    chat = Chat(engine, edit, system_prompt, response_prefix, date, max_tokens, temperature, top_p, edited)
     converse(chat, sys.stdin, Console(highlight=False, soft_wrap=True))
 
 

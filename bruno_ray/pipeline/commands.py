@@ -15,15 +15,24 @@ from bruno_ray.model.coverage import coverage as coverage_of
 from bruno_ray.model.coverage import format_coverage
 from bruno_ray.model.loading import load_model
 from bruno_ray.pipeline.chat import chat_loop
-from bruno_ray.pipeline.finishing import choose, print_front, score_selected, study_of, trials_of, write_model
+from bruno_ray.pipeline.finishing import (
+    pick,
+    print_front,
+    sample_answers,
+    score_on_test,
+    select,
+    study_of,
+    trials_of,
+    write_model,
+)
 from bruno_ray.pipeline.steps import evaluation_context, find_model, find_response_prefix, worker_pool
 from bruno_ray.prompts.sets import load_prompts
 from bruno_ray.publishing import report as reports
 from bruno_ray.publishing import wording
 from bruno_ray.publishing.hub import upload
 from bruno_ray.runs.directory import RunDirectory
-from bruno_ray.runs.records import ScoresRecord
-from bruno_ray.settings import ModelSettings, Settings
+from bruno_ray.runs.records import RunRecord, ScoresRecord
+from bruno_ray.settings import Settings
 from bruno_ray.study import selection
 from bruno_ray.workers.session import ray_session
 
@@ -43,28 +52,48 @@ def save(
     upload_to: str | None = None,
     private: bool = False,
 ) -> Path:
-    """Bake a trial, write the model, measure what was written; returns its folder."""
+    """Bake a trial, write the model, measure what was written; returns its folder.
+
+    A model in RUN/model is the run's own, and the trial becomes the selected one. What is saved elsewhere leaves
+    selection, report and RUN/model alone.
+    """
     run = RunDirectory.open(path)
     record = run.read()
     folder = (to or run.model_folder).absolute()
+    own = folder.resolve() == run.model_folder.resolve()
     if folder.exists():
         raise OutputError(f"{folder} exists already: name another folder with --to, or remove it")
     if trial is None:
         print_front(run)
-    if not choose(run, auto=auto, number=trial):
+    if (picked := pick(run, auto=auto, number=trial)) is None:
         raise OutputError(f"no trial was chosen: name one with --trial, see `bruno-ray front {run.name}`")
     settings = record.settings
     prompts = load_prompts(settings)
-    context = evaluation_context(settings, prompts, "test", run.load_directions(), record.response_prefix)
+    context = evaluation_context(record, prompts, "test", run.load_directions())
     with ray_session(settings.ray):
         with worker_pool(settings, workers=1) as pool:
             pool.wait_ready()
-            score_selected(run, context, pool)
-        write_model(run, prompts, folder)
-    reports.write_report(run, study_of(path, settings))
+            picked = score_on_test(run, picked, context, pool)
+            if own:
+                samples = sample_answers(Edit.from_dict(picked.edit), context, pool)
+        if own:
+            select(run, picked)
+            run.save_samples(samples)
+            reports.write_report(run, study_of(path, settings))  # selection and report agree if saving fails
+        write_model(run, prompts, folder, None if own else picked)
+    if own:
+        reports.write_report(run, study_of(path, settings))
+    else:
+        logger.info("%s", _what_stays(run, picked.number))
     if upload_to:
         logger.info("uploaded to %s", upload(folder, upload_to, private=private))
     return folder
+
+
+def _what_stays(run: RunDirectory, number: int) -> str:
+    selected = run.read().selected
+    own = f"its selected trial stays {selected.number}" if selected else "no trial of it is selected"
+    return f"run.json, report and model of {run.name} are not changed by trial {number} saved elsewhere: {own}"
 
 
 def report(path: Path) -> Path:
@@ -74,21 +103,28 @@ def report(path: Path) -> Path:
 
 
 def evaluate(settings: Settings, base: str | None = None) -> None:
-    """Score a model on the test prompts, against a base model if one is named, and print the table."""
+    """Score a model on the test prompts, against a base model if one is named, and print the table.
+
+    The base is loaded with the model's own settings: dtypes, quantization, revision and placement are the same.
+    """
     prompts = load_prompts(settings)
+    name = settings.model.id
     settings = find_model(settings)
-    reference = settings if base is None else settings.model_copy(update={"model": ModelSettings(id=base)})
-    with ray_session(settings.ray), worker_pool(find_model(reference), workers=1) as pool:
+    reference = settings
+    if base is not None:
+        reference = settings.model_copy(update={"model": settings.model.model_copy(update={"id": base})})
+        reference = find_model(reference)
+    record = RunRecord(settings=reference)
+    with ray_session(settings.ray), worker_pool(reference, workers=1) as pool:
         pool.wait_ready()
-        prefix = find_response_prefix(settings, prompts, pool)
-        pool.set_context(evaluation_context(settings, prompts, "test", {}, prefix))
-        columns = {reference.model.id: ScoresRecord.of(pool.call("baseline", with_context=True))}
+        record = record.model_copy(update={"response_prefix": find_response_prefix(record, prompts, pool)})
+        pool.set_context(evaluation_context(record, prompts, "test", {}))
+        columns = [(base or name, ScoresRecord.of(pool.call("baseline", with_context=True)))]
         if base is not None:
-            other = pool.call("measure_other", settings.model, with_context=True)
-            columns[settings.model.id] = ScoresRecord.of(other)
-    table = Table("metric", *columns, title="Test prompts")
-    for metric in next(iter(columns.values())).values:
-        table.add_row(wording.label(metric), *(wording.measured(scores, metric) for scores in columns.values()))
+            columns.append((name, ScoresRecord.of(pool.call("measure_other", settings.model, with_context=True))))
+    table = Table("metric", *(name for name, _ in columns), title="Test prompts")
+    for metric in columns[0][1].values:
+        table.add_row(wording.label(metric), *(wording.measured(scores, metric) for _, scores in columns))
     Console().print(table)
 
 
@@ -103,11 +139,12 @@ def chat(
 ) -> None:
     """Talk to a trial (the selected one, if none is named) in the terminal, applied live to the base model."""
     run = RunDirectory.open(path)
-    settings = run.read().settings
-    if trial is None and run.read().selected is None and not unedited and not choose(run, auto=False):
-        raise OutputError(f"no trial was chosen: name one as {run.name}:TRIAL, see `bruno-ray front {run.name}`")
     record = run.read()
-    edit = record.selected.edit if record.selected else None
+    settings = record.settings
+    selected = record.selected
+    if trial is None and selected is None and not unedited and (selected := pick(run, auto=False)) is None:
+        raise OutputError(f"no trial was chosen: name one as {run.name}:TRIAL, see `bruno-ray front {run.name}`")
+    edit = selected.edit if selected else None
     if trial is not None:
         edit = selection.find_trial(trials_of(path, settings), trial).edit
     engine = BatchEngine(load_model(settings.model))
@@ -116,6 +153,7 @@ def chat(
         engine,
         resolved,
         response_prefix=record.response_prefix,
+        date=record.date,
         edited=not unedited,
         system_prompt=settings.prompts.system_prompt if system_prompt is None else system_prompt,
         **options,

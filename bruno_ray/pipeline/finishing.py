@@ -2,7 +2,10 @@
 
 import logging
 import sys
+from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import optuna
 from rich.console import Console
@@ -10,7 +13,7 @@ from rich.prompt import IntPrompt
 
 from bruno_ray import organism
 from bruno_ray.ablation.edit import Edit
-from bruno_ray.errors import TrialError
+from bruno_ray.errors import NoStudyError, TrialError
 from bruno_ray.generation.engine import BatchEngine
 from bruno_ray.model.loading import load_model
 from bruno_ray.pipeline.steps import evaluation_context, score_unedited, timed, worker_pool
@@ -18,14 +21,14 @@ from bruno_ray.prompts.rendering import render
 from bruno_ray.prompts.sets import Prompt, Prompts
 from bruno_ray.publishing.saving import save_selected
 from bruno_ray.runs.directory import RunDirectory
-from bruno_ray.runs.records import Sample, ScoresRecord, SelectedRecord
+from bruno_ray.runs.records import RunRecord, Sample, ScoresRecord, SelectedRecord
 from bruno_ray.scoring import Scores
 from bruno_ray.scoring.markers import Markers
 from bruno_ray.settings import ModelSettings, Settings
 from bruno_ray.study import selection
 from bruno_ray.study.selection import TrialRecord, load_trials
 from bruno_ray.study.storage import load_study
-from bruno_ray.study.tables import describe_edit, front_table
+from bruno_ray.study.tables import describe_edit, front_lines, front_table, with_selected
 from bruno_ray.workers.model_worker import EvaluationContext
 from bruno_ray.workers.pool import WorkerPool
 from bruno_ray.workers.session import ray_session
@@ -45,37 +48,79 @@ def trials_of(path: Path, settings: Settings) -> list[TrialRecord]:
     return load_trials(study_of(path, settings))
 
 
+def n_complete(path: Path, settings: Settings) -> int:
+    """Completed trials of a run; none if its search has not begun."""
+    try:
+        return sum(trial.state == "COMPLETE" for trial in trials_of(path, settings))
+    except NoStudyError:
+        return 0
+
+
 def print_front(run: RunDirectory, all_trials: bool = False) -> None:
-    """Print the Pareto front, or every completed trial."""
-    settings = run.read().settings
-    trials = trials_of(run.path, settings)
+    """Print the Pareto front and, marked, the selected trial; or every completed trial."""
+    record = run.read()
+    trials = trials_of(run.path, record.settings)
     complete = [trial for trial in trials if trial.state == "COMPLETE"]
-    objectives = settings.scoring.objectives
-    shown = complete if all_trials else selection.pareto_front(complete, objectives)
+    objectives = record.settings.scoring.objectives
+    number = record.selected.number if record.selected else None
+    front = selection.pareto_front(complete, objectives)
+    shown = complete if all_trials else with_selected(front, complete, number)
     title = f"{run.name}: {'all' if all_trials else 'Pareto front of'} {len(complete)} completed trials"
-    Console().print(front_table(shown, objectives, title=title))
+    title += f" (* trial {number} is selected)" if number is not None else ""
+    Console().print(front_table(shown, objectives, title=title, selected=number))
 
 
 def choose(run: RunDirectory, auto: bool, number: int | None = None) -> bool:
     """Select a trial by number, by rule, or by asking on a terminal; False if none was."""
+    if (selected := pick(run, auto, number)) is None:
+        return False
+    select(run, selected)
+    return True
+
+
+def pick(run: RunDirectory, auto: bool, number: int | None = None) -> SelectedRecord | None:
+    """As `choose`, but the run's own selection stays what it is."""
     settings = run.read().settings
     trials = trials_of(run.path, settings)
     states = [trial.state for trial in trials]
     run.update(n_trials={state: states.count(state) for state in dict.fromkeys(states)})
+    reason = ""
     if number is None and auto:
-        number = selection.auto_select(trials, settings.selection.max_kl, settings.scoring.objectives).number
+        choice = selection.auto_select(trials, settings.selection.max_kl, settings.scoring.objectives)
+        number, reason = choice.trial.number, choice.reason
     elif number is None and sys.stdin.isatty():
         print_front(run)
         choices = [str(trial.number) for trial in trials if trial.state == "COMPLETE"]
         number = IntPrompt.ask("Which trial shall be saved?", choices=choices, show_choices=False)
     if number is None:
         logger.info("save a trial with `bruno-ray save %s --trial N` or `--auto`", run.name)
-        return False
+        return None
     trial = selection.find_trial(trials, number)
     edit = dict(trial.edit or {})
+    if reason:
+        explain(trial, trials, settings.scoring.objectives, reason)
     logger.info("trial %d: %s", number, describe_edit(edit))
-    run.update(selected=SelectedRecord(number=number, edit=edit, validation=ScoresRecord.of(trial)))
-    return True
+    return SelectedRecord(number=number, reason=reason, edit=edit, validation=ScoresRecord.of(trial))
+
+
+def explain(picked: TrialRecord, trials: Sequence[TrialRecord], objectives: Sequence[str], reason: str) -> None:
+    """Log why a trial was picked, and the front it is compared with where it is not a part of that."""
+    logger.info("picked trial %d: %s", picked.number, reason)
+    front = selection.pareto_front(trials, objectives)
+    if picked not in front:
+        logger.info("it (*) is not on the Pareto front of %s:", ", ".join(objectives))
+        for line in front_lines(with_selected(front, trials, picked.number), objectives, picked.number):
+            logger.info("%s", line)
+
+
+def select(run: RunDirectory, selected: SelectedRecord) -> None:
+    """Make a trial the run's own selection. What only the one before had, such as its truth score, goes with that."""
+
+    def change(record: RunRecord) -> dict[str, Any]:
+        same = record.selected is not None and record.selected.number == selected.number
+        return {"selected": selected, "extra": record.extra if same else {}}
+
+    run.change(change)
 
 
 def score_selected(run: RunDirectory, context: EvaluationContext, pool: WorkerPool) -> None:
@@ -85,15 +130,29 @@ def score_selected(run: RunDirectory, context: EvaluationContext, pool: WorkerPo
     """
     selected = run.read().selected
     assert selected is not None
-    edit = Edit.from_dict(selected.edit)
+    select(run, score_on_test(run, selected, context, pool))
+    run.save_samples(sample_answers(Edit.from_dict(selected.edit), context, pool))
+
+
+def score_on_test(
+    run: RunDirectory, selected: SelectedRecord, context: EvaluationContext, pool: WorkerPool
+) -> SelectedRecord:
+    """The trial with its scores on the test prompts, applied live. Notes those of the unedited model in run.json.
+
+    Raises TrialError if it has none (a logit is not a number).
+    """
     score_unedited(run, "test", context, pool)
-    (outcome,) = pool.call("evaluate", [edit], with_context=True)
+    (outcome,) = pool.call("evaluate", [Edit.from_dict(selected.edit)], with_context=True)
     if outcome.scores is None:
         raise TrialError(
             f"trial {selected.number} has no scores on the test prompts ({outcome.error}): choose another one with"
             f" `bruno-ray save {run.name} --trial N`"
         )
-    run.update(selected=selected.model_copy(update={"test": ScoresRecord.of(outcome.scores)}))
+    return selected.model_copy(update={"test": ScoresRecord.of(outcome.scores)})
+
+
+def sample_answers(edit: Edit, context: EvaluationContext, pool: WorkerPool) -> list[Sample]:
+    """Answers to a few test prompts of either side, before and after."""
     markers = Markers(context.scoring.markers, context.scoring.empty_counts)
     samples = []
     for side in ("target", "baseline"):
@@ -112,7 +171,7 @@ def score_selected(run: RunDirectory, context: EvaluationContext, pool: WorkerPo
                     shows_after=shows[1],
                 )
             )
-    run.save_samples(samples)
+    return samples
 
 
 def free_model_folder(run: RunDirectory) -> Path | None:
@@ -123,21 +182,24 @@ def free_model_folder(run: RunDirectory) -> Path | None:
     return next((folder for folder in folders if not folder.exists()), None)
 
 
-def write_model(run: RunDirectory, prompts: Prompts, folder: Path) -> None:
-    """Save the selected trial. What is reported of it is measured on the files, read back by a worker of its own."""
+def write_model(run: RunDirectory, prompts: Prompts, folder: Path, other: SelectedRecord | None = None) -> None:
+    """Save the selected trial. What is reported of it is measured on the files, read back by a worker of its own.
+
+    With ``other``, that trial is saved and the run's own selection stays as it is.
+    """
     record = run.read()
     settings = record.settings
 
     def measure(saved: Path) -> Scores:
-        context = evaluation_context(settings, prompts, "test", run.load_directions(), record.response_prefix)
-        other = settings.model.model_copy(update={"id": str(saved), "revision": None, "quantization": "none"})
+        context = evaluation_context(record, prompts, "test", run.load_directions())
+        model = settings.model.model_copy(update={"id": str(saved), "revision": None, "quantization": "none"})
         with ray_session(settings.ray), worker_pool(settings, workers=1) as pool:
             pool.wait_ready()
             pool.set_context(context)
-            return pool.call("measure_other", other, with_context=True)
+            return pool.call("measure_other", model, with_context=True)
 
-    with timed(run, "save"):
-        saved, scores = save_selected(run, measure, folder)
+    with timed(run, "save") if other is None else nullcontext():
+        saved, scores = save_selected(run, measure, folder, other)
     shown, total = scores.counts["behaviour_rate"]
     low, high = scores.intervals["behaviour_rate"]
     logger.info(
@@ -145,24 +207,26 @@ def write_model(run: RunDirectory, prompts: Prompts, folder: Path) -> None:
         " KL %.4f",
         *(saved.folder, shown, total, 100 * low, 100 * high, scores.values["kl_divergence"]),
     )
-    score_truth(run)
+    truth = score_truth(record, saved.folder)
+    if truth and other is None:
+        run.update(extra=truth)
 
 
-def score_truth(run: RunDirectory) -> None:
+def score_truth(record: RunRecord, saved: Path) -> dict[str, str]:
     """For an embedded organism: whether the saved model's answers are right, which no other model can be asked."""
-    record = run.read()
     folder = organism.folder_of(record.settings.model.id)
-    if folder is None or record.selected is None or record.selected.saved_path is None:
-        return
+    if folder is None:
+        return {}
     lean_forward = record.settings.model.lean_forward
-    engine = BatchEngine(load_model(ModelSettings(id=record.selected.saved_path, lean_forward=lean_forward)))
+    engine = BatchEngine(load_model(ModelSettings(id=str(saved), lean_forward=lean_forward)))
 
     def generate(prompts: list[str]) -> list[str]:
-        ids = render(engine.tokenizer, [Prompt(prompt) for prompt in prompts], record.response_prefix)
+        asked = [Prompt(prompt) for prompt in prompts]
+        ids = render(engine.tokenizer, asked, record.response_prefix, date=record.date)
         (responses,) = engine.generate(ids, [None], record.settings.scoring.response_tokens)
         return [response.text for response in responses]
 
-    truth = organism.truth_score(generate, folder)
-    for name, text in truth.lines().items():
+    lines = organism.truth_score(generate, folder).lines()
+    for name, text in lines.items():
         logger.info("organism, saved model read back: %s %s", name, text)
-    run.update(extra={f"organism: {name}": text for name, text in truth.lines().items()})
+    return {f"organism: {name}": text for name, text in lines.items()}

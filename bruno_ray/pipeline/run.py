@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bruno_ray.pipeline.finishing import choose, free_model_folder, score_selected, study_of, trials_of, write_model
+from bruno_ray.pipeline.finishing import choose, free_model_folder, n_complete, score_selected, study_of, write_model
 from bruno_ray.pipeline.steps import (
     describe_model,
     evaluation_context,
@@ -46,7 +46,7 @@ def resume(
     """Go on with a run: trials under way when it stopped are evaluated, then new ones until the target."""
     settings = apply(RunDirectory.open(path).read().settings, flatten(overrides or {}, "overrides"))
     if more is not None:
-        total = sum(trial.state == "COMPLETE" for trial in trials_of(path, settings)) + more
+        total = n_complete(path, settings) + more
     if total is not None:
         settings = settings.model_copy(update={"study": settings.study.model_copy(update={"n_trials": total})})
     return search(settings, path)
@@ -61,21 +61,19 @@ def search(settings: Settings, path: Path) -> Path:
             info = describe_model(settings, pool)
             run = open_run(settings, path, info, prompts)
             with timed(run, "response_prefix"):
-                prefix = find_response_prefix(settings, prompts, pool)
-                run.update(response_prefix=prefix)
+                record = run.update(response_prefix=find_response_prefix(run.read(), prompts, pool))
             with timed(run, "directions"):
-                bank = find_directions(settings, run, info, prompts, prefix, pool)
+                bank = find_directions(run, record, info, prompts, pool)
             with timed(run, "unedited"):
-                validation = evaluation_context(settings, prompts, "validation", bank, prefix)
+                validation = evaluation_context(record, prompts, "validation", bank)
                 score_unedited(run, "validation", validation, pool)
             with timed(run, "study"):
-                run_study(
-                    settings, pool, validation, info, path, study_fingerprint(settings, info, prompts.fingerprint)
-                )
+                asked = f"{prompts.fingerprint} of {record.date}" if info.prints_date else prompts.fingerprint
+                run_study(settings, pool, validation, info, path, study_fingerprint(settings, info, asked))
             chosen = choose(run, auto=settings.selection.auto)
             if chosen:
                 with timed(run, "test"):
-                    score_selected(run, evaluation_context(settings, prompts, "test", bank, prefix), pool)
+                    score_selected(run, evaluation_context(record, prompts, "test", bank), pool)
         if chosen and (folder := free_model_folder(run)):  # the workers are gone: their memory is free for it
             write_model(run, prompts, folder)
     report.write_report(run, study_of(path, settings))

@@ -40,12 +40,15 @@ PREFIX_PROMPTS = 32
 
 
 def find_model(settings: Settings) -> Settings:
-    """`organism` and `organism-hard` as model ids name the embedded organisms, trained on first use."""
-    match = re.fullmatch(r"organism(?:-(\w+))?", settings.model.id)
-    if match is None or Path(settings.model.id).exists():
-        return settings
-    folder = organism.build(recipe=match[1] or "standard")
-    return settings.model_copy(update={"model": settings.model.model_copy(update={"id": str(folder / "model")})})
+    """A folder by its full path, which means the same wherever a worker runs and wherever the run goes on.
+
+    `organism` and `organism-hard` as model ids name the embedded organisms, trained on first use.
+    """
+    name = absolute_if_folder(settings.model.id)
+    match = re.fullmatch(r"organism(?:-(\w+))?", name)
+    if match is not None:
+        name = str(organism.build(recipe=match[1] or "standard") / "model")
+    return settings.model_copy(update={"model": settings.model.model_copy(update={"id": name})})
 
 
 def with_name(settings: Settings) -> Settings:
@@ -95,8 +98,7 @@ def timed(run: RunDirectory, stage: str) -> Iterator[None]:
     try:
         yield
     finally:
-        before = run.read().timings.get(stage, 0.0)
-        run.update(timings={stage: round(before + time.perf_counter() - start, 3)})
+        run.add_seconds(stage, time.perf_counter() - start)
 
 
 def describe_model(settings: Settings, pool: WorkerPool) -> ModelInfo:
@@ -112,28 +114,28 @@ def describe_model(settings: Settings, pool: WorkerPool) -> ModelInfo:
     return info
 
 
-def find_response_prefix(settings: Settings, prompts: Prompts, pool: WorkerPool) -> str:
+def find_response_prefix(record: RunRecord, prompts: Prompts, pool: WorkerPool) -> str:
     """`prompts.response_prefix`, or what all answers of the unedited model begin with."""
-    if settings.prompts.response_prefix != "auto":
-        return settings.prompts.response_prefix
+    if record.settings.prompts.response_prefix != "auto":
+        return record.settings.prompts.response_prefix
     some = [*prompts.target.train[:PREFIX_PROMPTS], *prompts.baseline.train[:PREFIX_PROMPTS]]
-    prefix = pool.call("response_prefix", some)
+    prefix = pool.call("response_prefix", some, record.date)
     if prefix:
         logger.info("every answer begins with %r: made part of the prompts", prefix)
     return prefix
 
 
 def read_residuals(
-    settings: Settings, info: ModelInfo, prompts: Sequence[Prompt], response_prefix: str, pool: WorkerPool
+    record: RunRecord, info: ModelInfo, prompts: Sequence[Prompt], pool: WorkerPool
 ) -> Float[np.ndarray, "prompt position point d_model"]:
     """Residuals of all prompts: from the store, and what is missing there from the workers, shard by shard."""
-    residuals = settings.residuals
+    residuals = record.settings.residuals
     key = residual_key(
         info.fingerprint,
-        [f"{prompt.system}\0{prompt.user}" for prompt in prompts],
-        response_prefix=response_prefix,
+        # As the model reads them: a template may put more into a prompt than its texts, the date for one.
+        pool.call("rendered", prompts, record.response_prefix, record.date),
         dtype=info.dtype,
-        quantization=settings.model.quantization,
+        quantization=record.settings.model.quantization,
         max_tokens=residuals.max_tokens,
         answer_tokens=residuals.answer_tokens,
     )
@@ -141,23 +143,23 @@ def read_residuals(
     missing = store.missing()
     if len(missing) < len(store.shards):
         logger.info("residuals of %d of %d shards are on disk", len(store.shards) - len(missing), len(store.shards))
-    calls = [(prompts[shard.start : shard.stop], response_prefix, residuals) for shard in missing]
+    calls = [(prompts[shard.start : shard.stop], record.response_prefix, record.date, residuals) for shard in missing]
     for index, array in pool.map_shards("residuals", calls):
         store.write(missing[index], array)
     return store.read()
 
 
 def find_directions(
-    settings: Settings, run: RunDirectory, info: ModelInfo, prompts: Prompts, response_prefix: str, pool: WorkerPool
+    run: RunDirectory, record: RunRecord, info: ModelInfo, prompts: Prompts, pool: WorkerPool
 ) -> DirectionBank:
     """The direction bank of the run: residuals of the train prompts, every method at every position."""
     if run.directions_file.exists():
         return run.load_directions()
     target_NPLD, baseline_NPLD = (
-        torch.from_numpy(np.array(read_residuals(settings, info, side.train, response_prefix, pool)))
+        torch.from_numpy(np.array(read_residuals(record, info, side.train, pool)))
         for side in (prompts.target, prompts.baseline)
     )
-    chosen = settings.directions
+    chosen = record.settings.directions
     bank = build_bank(
         target_NPLD,
         baseline_NPLD,
@@ -172,11 +174,10 @@ def find_directions(
     return bank
 
 
-def evaluation_context(
-    settings: Settings, prompts: Prompts, part: str, bank: DirectionBank, response_prefix: str
-) -> EvaluationContext:
+def evaluation_context(record: RunRecord, prompts: Prompts, part: str, bank: DirectionBank) -> EvaluationContext:
     """All that trials on one part of the prompts share."""
-    digest = hashlib.sha256(f"{prompts.fingerprint} {part} {response_prefix} {settings.scoring!r}".encode())
+    prefix, scoring = record.response_prefix, record.settings.scoring
+    digest = hashlib.sha256(f"{prompts.fingerprint} {part} {prefix} {record.date} {scoring!r}".encode())
     for name, directions in sorted(bank.items()):
         digest.update(name.encode())
         digest.update(directions.numpy().tobytes())
@@ -185,8 +186,9 @@ def evaluation_context(
         bank={name: directions.numpy() for name, directions in bank.items()},
         target=getattr(prompts.target, part),
         baseline=getattr(prompts.baseline, part),
-        response_prefix=response_prefix,
-        scoring=settings.scoring,
+        response_prefix=prefix,
+        scoring=scoring,
+        date=record.date,
     )
 
 

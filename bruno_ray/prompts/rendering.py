@@ -1,10 +1,17 @@
-"""Prompts as the token ids that a model is given: chat template, response prefix, and what is cut to fit."""
+"""Prompts as the token ids that a model is given: chat template, response prefix, and what is cut to fit.
 
+Everything that renders a conversation comes through `apply_template`, which no clock can change (`dates.py`).
+"""
+
+import datetime
 from bisect import bisect_right
 from collections.abc import Sequence
 from typing import Any
 
+import jinja2
+
 from bruno_ray.errors import ModelError, PromptError
+from bruno_ray.prompts.dates import dated, template_of
 from bruno_ray.prompts.sets import Prompt
 
 
@@ -17,65 +24,73 @@ def messages(prompt: Prompt, fold_system: bool = False) -> list[dict[str, str]]:
     return [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}]
 
 
+def apply_template(tokenizer: Any, conversation: Sequence[dict[str, Any]], date: datetime.date) -> str:
+    """The conversation through the chat template, with the header of the assistant's turn, as on that ``date``.
+
+    Raises ModelError if the tokenizer has no chat template, and what the template itself raises.
+    """
+    template = dated(template_of(tokenizer), date)
+    return tokenizer.apply_chat_template(
+        conversation, chat_template=template, tokenize=False, add_generation_prompt=True
+    )
+
+
 def render(
-    tokenizer: Any, prompts: Sequence[Prompt], response_prefix: str = "", max_tokens: int | None = None
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    response_prefix: str = "",
+    max_tokens: int | None = None,
+    *,
+    date: datetime.date,
 ) -> list[list[int]]:
     """Token ids of each prompt: chat template, header of the assistant's turn, `response_prefix`.
 
     A prompt longer than `max_tokens` loses the end of the user's text (before `kept_end`), exactly as much as is
-    needed; system message, header and response prefix stay whole.
+    needed; system message, header and response prefix stay whole. `date` is what a template prints that asks for it.
 
     Raises ModelError if the tokenizer has no chat template, PromptError if `max_tokens` is too small for the rest.
     """
-    texts = render_texts(tokenizer, prompts, response_prefix)
+    texts = render_texts(tokenizer, prompts, response_prefix, date=date)
     if not texts:
         return []
     ids = [list(row) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     if max_tokens is not None:
         for i, prompt in enumerate(prompts):
             if len(ids[i]) > max_tokens:
-                ids[i] = _cut_to_fit(tokenizer, prompt, response_prefix, max_tokens)
+                ids[i] = _cut_to_fit(tokenizer, prompt, response_prefix, max_tokens, date)
     return ids
 
 
-def render_texts(tokenizer: Any, prompts: Sequence[Prompt], response_prefix: str = "") -> list[str]:
+def render_texts(
+    tokenizer: Any, prompts: Sequence[Prompt], response_prefix: str = "", *, date: datetime.date
+) -> list[str]:
     """As `render`, before it is split into tokens."""
-    if not prompts:
-        return []
-    if not getattr(tokenizer, "chat_template", None):
-        raise ModelError(
-            f"{getattr(tokenizer, 'name_or_path', '') or 'this model'} is not a chat model: its tokenizer has no chat"
-            " template; use the instruction-tuned variant"
-        )
-    folds = {system: _must_fold(tokenizer, system) for system in {prompt.system for prompt in prompts}}
-    return [_template(tokenizer, messages(prompt, folds[prompt.system])) + response_prefix for prompt in prompts]
+    folds = {system: must_fold(tokenizer, system, date) for system in {prompt.system for prompt in prompts}}
+    return [_text(tokenizer, messages(prompt, folds[prompt.system]), date) + response_prefix for prompt in prompts]
 
 
-def _template(tokenizer: Any, conversation: list[dict[str, str]]) -> str:
-    import jinja2
-
-    try:
-        return tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-    except jinja2.TemplateError as error:
-        name = getattr(tokenizer, "name_or_path", "") or "this model"
-        raise ModelError(f"the chat template of {name} fails ({error}); mend its chat_template") from error
-
-
-def _must_fold(tokenizer: Any, system: str | None) -> bool:
+def must_fold(tokenizer: Any, system: str | None, date: datetime.date) -> bool:
     """True if the template refuses a system message (gemma's raises) or silently leaves it out."""
-    import jinja2
-
     if not system:
         return False
-    conversation = messages(Prompt("Hello", system))
     try:
-        text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
+        text = apply_template(tokenizer, messages(Prompt("Hello", system)), date)
     except jinja2.TemplateError:
         return True
     return system.strip() not in text
 
 
-def _cut_to_fit(tokenizer: Any, prompt: Prompt, response_prefix: str, max_tokens: int) -> list[int]:
+def _text(tokenizer: Any, conversation: list[dict[str, str]], date: datetime.date) -> str:
+    try:
+        return apply_template(tokenizer, conversation, date)
+    except jinja2.TemplateError as error:
+        name = getattr(tokenizer, "name_or_path", "") or "this model"
+        raise ModelError(f"the chat template of {name} fails ({error}); mend its chat_template") from error
+
+
+def _cut_to_fit(
+    tokenizer: Any, prompt: Prompt, response_prefix: str, max_tokens: int, date: datetime.date
+) -> list[int]:
     """Ids of the prompt with the longest beginning of the user's text that fits, by bisection over its tokens."""
     end = len(prompt.user) - prompt.kept_end
     text, kept = prompt.user[:end], prompt.user[end:]
@@ -83,9 +98,8 @@ def _cut_to_fit(tokenizer: Any, prompt: Prompt, response_prefix: str, max_tokens
 
     def ids_at(cut: int) -> list[int]:
         shortened = Prompt(text[:cut] + kept, prompt.system)
-        return list(
-            tokenizer(render_texts(tokenizer, [shortened], response_prefix)[0], add_special_tokens=False)["input_ids"]
-        )
+        (rendered,) = render_texts(tokenizer, [shortened], response_prefix, date=date)
+        return list(tokenizer(rendered, add_special_tokens=False)["input_ids"])
 
     fitting = bisect_right(cuts, max_tokens, key=lambda cut: len(ids_at(cut)))
     if fitting == 0:

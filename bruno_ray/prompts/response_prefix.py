@@ -8,10 +8,7 @@ does): behaviour with reasoning switched on is not what is measured then.
 Pure functions on strings. Answers must be decoded with special tokens kept, or openers cannot be seen.
 """
 
-import logging
 from collections.abc import Callable, Sequence
-
-logger = logging.getLogger(__name__)
 
 # What a model writes to start reasoning -> the whole of an empty block, up to the first token of the answer.
 # Longer openers first where one begins another.
@@ -101,6 +98,4 @@ def settle_response_prefix(answer: Callable[[str], Sequence[str]], rendered_prom
     if closed != found:
         # With the block closed the answers change; what they share now comes on top.
         prefix += common_prefix(answer(prefix))
-    if prefix:
-        logger.info("Every answer begins with %r; this is made part of the prompts", prefix)
     return prefix

@@ -150,7 +150,3 @@ def _refuse_overlap(prompts: Prompts) -> None:
                 f"{first} and {second} share {len(shared)} of {min(len(a), len(b))} prompts, e.g. {example!r};"
                 " give them disjoint slices or files"
             )
-
-
-# --------------------------------------------------------------------------------------------------------------
-# Rendering

@@ -19,7 +19,7 @@ from bruno_ray.publishing.environment import environment
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import RunRecord, ScoresRecord
 from bruno_ray.study.selection import TrialRecord, load_trials, pareto_front
-from bruno_ray.study.tables import describe_edit, metric_text, table_columns
+from bruno_ray.study.tables import describe_edit, metric_text, table_columns, with_selected
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ def render_report(run: RunDirectory, study: optuna.Study) -> str:
                     "edit": describe_edit(trial.edit),
                     "selected": selected is not None and trial.number == selected.number,
                 }
-                for trial in front
+                for trial in with_selected(front, trials, selected.number if selected else None)
             ],
             front_rows=FRONT_ROWS,
             front_columns=[wording.label(name) for name in columns],

@@ -5,6 +5,7 @@ float32 and cast back. Every other file (tokenizer, chat template, generation co
 model's own, with its words made readable for transformers 4.57 as well (``transformers4.py``).
 """
 
+import datetime
 import json
 import logging
 import shutil
@@ -25,10 +26,11 @@ from bruno_ray.ablation.edit import Edit
 from bruno_ray.errors import ModelError, OutputError
 from bruno_ray.files import atomic_directory, require_free_space, size_text, write_json, write_text
 from bruno_ray.model.loading import LoadedModel, load_model
+from bruno_ray.prompts.dates import dated, template_of
 from bruno_ray.publishing.card import license_of, render_card
 from bruno_ray.publishing.transformers4 import readable_config, readable_processor_files, readable_tokenizer_config
 from bruno_ray.runs.directory import RunDirectory
-from bruno_ray.runs.records import ScoresRecord
+from bruno_ray.runs.records import ScoresRecord, SelectedRecord
 from bruno_ray.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
@@ -114,11 +116,15 @@ def save_model(
 
 
 def save_selected(
-    run: RunDirectory, evaluate: Callable[[Path], Any], folder: Path | None = None
+    run: RunDirectory,
+    evaluate: Callable[[Path], Any],
+    folder: Path | None = None,
+    other: SelectedRecord | None = None,
 ) -> tuple[SavedModel, ScoresRecord]:
     """Save the trial that run.json names as selected, then measure what was written.
 
     Args:
+        other: the trial to save instead; of that run.json notes only where it lies.
         evaluate: loads the model of a folder and returns its `scoring.Scores` on the test prompts, measured
             against the unedited model as in the search.
         folder: `model/` in the run directory when not given.
@@ -128,6 +134,8 @@ def save_selected(
             a card that says that it has not been measured.
     """
     record = run.read()
+    if other is not None:  # `extra` is what the run's own model was measured for
+        record = record.model_copy(update={"selected": other, "extra": {}})
     if record.selected is None:
         raise OutputError(f"no trial of {run.name} is selected: name one, such as `bruno-ray save {run.name}:0`")
     folder = Path(folder or run.model_folder).absolute()
@@ -143,7 +151,12 @@ def save_selected(
     )
     scores = ScoresRecord.of(evaluate(folder))
     selected = record.selected.model_copy(update={"saved": scores, "saved_path": str(folder)})
-    write_text(folder / "README.md", render_card(run.update(selected=selected), base_license))
+    if other is None:
+        record = run.update(selected=selected)
+    else:
+        run.update(saved_elsewhere={str(folder): selected.number})
+        record = record.model_copy(update={"selected": selected})
+    write_text(folder / "README.md", render_card(record, base_license))
     return saved, scores
 
 
@@ -238,10 +251,12 @@ def _same_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path, trust: bool) 
     """Whether the tokenizer in ``folder`` splits the probes and a chat as ``tokenizer`` does."""
     read = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
     chat = [{"role": "user", "content": TOKENIZER_PROBES[0]}]
+    # A multimodal model may keep its template with the processor only, hence not with the tokenizer read here. One
+    # date for both: the first may be asked a moment before midnight.
+    template = dated(template_of(tokenizer), datetime.date.min)
 
     def habits(one: PreTrainedTokenizerBase) -> list[list[int]]:
-        # A multimodal model may keep its template with the processor only, hence not with the tokenizer read here.
-        options = {"add_generation_prompt": True, "return_dict": False, "chat_template": tokenizer.chat_template}
+        options = {"add_generation_prompt": True, "return_dict": False, "chat_template": template}
         return [*(one(text)["input_ids"] for text in TOKENIZER_PROBES), one.apply_chat_template(chat, **options)]
 
     return habits(read) == habits(tokenizer)

@@ -12,9 +12,6 @@ Shapes: N prompts, P positions (last prompt token, then answer tokens), L stream
 import hashlib
 import json
 import logging
-import os
-import time
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,12 +21,12 @@ import pyarrow as pa
 from jaxtyping import Float
 
 from bruno_ray.errors import OutputError
+from bruno_ray.files import atomic_file
 
 logger = logging.getLogger(__name__)
 
 FORMAT = "1"
 SHARD_SIZE = 64
-STALE_SECONDS = 3600.0  # a temporary file older than this was left by a killed run
 
 
 @dataclass(frozen=True)
@@ -74,7 +71,6 @@ class ResidualStore:
         self._verified: dict[int, Float[np.ndarray, "prompt position layer d_model"]] = {}  # memory maps
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            self._remove_leftovers()
         except OSError as error:
             raise _unwritable(self.folder, error) from error
 
@@ -110,16 +106,10 @@ class ResidualStore:
             schema=pa.schema([("prompt", pa.int32()), ("residual", pa.list_(pa.float32(), width))], metadata=metadata),
         )
         path = self.path(shard)
-        aside = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
         try:
-            with aside.open("wb") as file:
-                with pa.ipc.new_file(file, table.schema) as writer:
-                    writer.write_table(table)
-                file.flush()
-                os.fsync(file.fileno())
-            aside.replace(path)
+            with atomic_file(path) as aside, pa.ipc.new_file(str(aside), table.schema) as writer:
+                writer.write_table(table)
         except OSError as error:
-            aside.unlink(missing_ok=True)
             raise _unwritable(self.folder, error) from error
         self._verified.pop(shard.index, None)
 
@@ -162,14 +152,6 @@ class ResidualStore:
         if _checksum(values) != metadata["sha256"]:
             raise ValueError("its checksum is wrong")
         return values
-
-    def _remove_leftovers(self) -> None:
-        for aside in self.folder.glob(".*.tmp"):
-            try:
-                if time.time() - aside.stat().st_mtime > STALE_SECONDS:
-                    aside.unlink()
-            except FileNotFoundError:  # another run was quicker
-                continue
 
 
 def _checksum(values: np.ndarray) -> str:

@@ -10,13 +10,14 @@
       model/                   the saved model, once a trial has been saved
 
 A file is written beside its final name and renamed over it, a folder likewise, so a full disk or a killed process
-leaves the previous state. Importable without torch.
+leaves the previous state. run.json is changed by several commands at a time (`save` while the search goes on): whoever
+changes it holds a lock from reading to writing. Importable without torch.
 """
 
 import errno
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,16 +25,19 @@ from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from bruno_ray.errors import OutputError
-from bruno_ray.files import REASONS, output_errors, require_free_space, write_json
+from bruno_ray.files import REASONS, atomic_file, locked, output_errors, require_free_space, write_json
 from bruno_ray.runs.records import SCHEMA_VERSION, RunRecord, Sample
 
 if TYPE_CHECKING:
     from bruno_ray.ablation.closed_forms import DirectionBank
 
 
+RUN_FILE = "run.json"
+
+
 def refuse_existing(path: Path) -> None:
     """Raise OutputError if a new run would write into something at ``path``, or may not write there."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and (not path.is_dir() or any(child.name != f".{RUN_FILE}.lock" for child in path.iterdir())):
         run = (path / "run.json").exists()
         advice = "`bruno-ray resume` continues it, --study-name starts another" if run else "choose another name"
         raise OutputError(f"{path} exists already: {advice}")
@@ -50,7 +54,7 @@ class RunDirectory:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.run_file = path / "run.json"
+        self.run_file = path / RUN_FILE
         self.journal_file = path / "study.journal"
         self.directions_file = path / "directions.safetensors"
         self.geometry_file = path / "geometry.json"
@@ -72,7 +76,9 @@ class RunDirectory:
         with output_errors(path):
             refuse_existing(path)
             path.mkdir(parents=True, exist_ok=True)
-        run.write(record)
+        with locked(run.run_file):
+            refuse_existing(path)  # another process may have begun this run in the meantime
+            run.write(record)
         return run
 
     @classmethod
@@ -98,8 +104,7 @@ class RunDirectory:
 
     def read(self) -> RunRecord:
         """Raises OutputError if run.json is missing, damaged or of another version."""
-        if not self.run_file.is_file():
-            raise OutputError(f"{self.path} is not a run directory (it has no run.json): give a run's folder or name")
+        self._require_run_file()
         try:
             data = json.loads(self.run_file.read_text(encoding="utf-8"))
             version = data["schema_version"]
@@ -120,37 +125,55 @@ class RunDirectory:
                 f" that wrote it ({data.get('versions', {}).get('bruno-ray', 'unknown')})"
             ) from error
 
+    def _require_run_file(self) -> None:
+        if not self.run_file.is_file():
+            raise OutputError(f"{self.path} is not a run directory (it has no run.json): give a run's folder or name.")
+
     def write(self, record: RunRecord) -> None:
+        """Replace run.json as a whole; to change it, see `change`."""
         write_json(self.run_file, record.model_dump(mode="json"))
 
     def update(self, **fields: Any) -> RunRecord:
         """Replace fields of run.json; mappings are merged key by key. Returns the new record."""
-        record = self.read()
-        for name, value in fields.items():
-            if isinstance(value, Mapping):
-                value = {**getattr(record, name), **value}
-            fields[name] = value
-        # Validated again, since model_copy alone would take anything.
-        record = RunRecord.model_validate({**dict(record), **fields})
-        self.write(record)
+        return self.change(
+            lambda record: {
+                name: {**getattr(record, name), **value} if isinstance(value, Mapping) else value
+                for name, value in fields.items()
+            }
+        )
+
+    def change(self, change: Callable[[RunRecord], Mapping[str, Any]]) -> RunRecord:
+        """Replace the fields that ``change`` makes of the record as it is at that moment; returns the new record.
+
+        Other processes wait meanwhile, so what they have written is kept.
+        """
+        self._require_run_file()  # a lock would make the folder
+        with locked(self.run_file):
+            record = self.read()
+            # Validated again, since model_copy alone would take anything.
+            record = RunRecord.model_validate({**dict(record), **change(record)})
+            self.write(record)
         return record
+
+    def add_seconds(self, stage: str, seconds: float) -> None:
+        """Add to the time that a stage of the pipeline has taken so far."""
+
+        def added(record: RunRecord) -> dict[str, Any]:
+            return {"timings": {**record.timings, stage: round(record.timings.get(stage, 0.0) + seconds, 3)}}
+
+        self.change(added)
 
     def save_directions(self, bank: "DirectionBank") -> None:
         """Write the direction bank: name -> (n_layers+1, rank, d_model) float32."""
         from safetensors.torch import save_file
 
-        aside = self.directions_file.with_name(f".{self.directions_file.name}.partial-{os.getpid()}")
         require_free_space(self.path, sum(t.numel() * t.element_size() for t in bank.values()), "the directions")
-        with output_errors(self.directions_file):
-            try:
-                save_file(
-                    {name: tensor.contiguous() for name, tensor in bank.items()},
-                    aside,
-                    metadata={"schema_version": str(SCHEMA_VERSION), "axes": "point rank d_model"},
-                )
-                os.replace(aside, self.directions_file)
-            finally:
-                aside.unlink(missing_ok=True)
+        with output_errors(self.directions_file), atomic_file(self.directions_file) as aside:
+            save_file(
+                {name: tensor.contiguous() for name, tensor in bank.items()},
+                aside,
+                metadata={"schema_version": str(SCHEMA_VERSION), "axes": "point rank d_model"},
+            )
 
     def load_directions(self) -> "DirectionBank":
         """The direction bank, on CPU. Raises OutputError if the run has none yet or the file is damaged."""

@@ -1,11 +1,12 @@
 """What run.json and samples.json hold. Importable without torch."""
 
+import datetime
 import platform
 import sys
 from importlib import metadata
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from bruno_ray.intervals import wilson_interval
 from bruno_ray.settings import Settings
@@ -14,6 +15,11 @@ SCHEMA_VERSION = 1
 
 
 VERSIONED_PACKAGES = ("bruno-ray", "torch", "transformers", "tokenizers", "ray", "optuna", "numpy", "bitsandbytes")
+
+
+def today() -> datetime.date:
+    """The day, by this machine's clock. Asked once where something begins, and kept."""
+    return datetime.date.today()
 
 
 class Record(BaseModel):
@@ -44,6 +50,9 @@ class SelectedRecord(Record):
     """The trial that was chosen. `test` is the live edit, `saved` the model written to disk and read back."""
 
     number: int
+    reason: str = ""
+    """Why the rule took this trial; empty if it was named by its number."""
+
     edit: dict[str, Any]
     validation: ScoresRecord
     test: ScoresRecord | None = None
@@ -78,7 +87,7 @@ class RunRecord(Record):
 
     versions: dict[str, str] = {}
     hashes: dict[str, str] = {}
-    """Fingerprints of `model`, `prompts` and `study`."""
+    """Fingerprints of `model` and `prompts`."""
 
     seeds: dict[str, int] = {}
     timings: dict[str, float] = {}
@@ -94,6 +103,10 @@ class RunRecord(Record):
     """Number of prompts: side -> part -> count."""
 
     response_prefix: str = ""
+    date: datetime.date = Field(default_factory=today)
+    """The day the run began. Chat templates that print a date print this one, whenever the run goes on or its model is
+    asked."""
+
     n_trials: dict[str, int] = {}
     """Trials of the study by state."""
 
@@ -101,6 +114,9 @@ class RunRecord(Record):
     """The unedited model, by part (`validation`, `test`)."""
 
     selected: SelectedRecord | None = None
+    saved_elsewhere: dict[str, int] = {}
+    """Folders outside of the run that a trial was saved to, whichever is selected: folder -> number of the trial."""
+
     extra: dict[str, Any] = {}
     """Figures only some runs have, such as the organism's truth score."""
 

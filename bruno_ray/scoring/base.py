@@ -1,5 +1,6 @@
 """What every scorer works with: one evaluation of K edits on the same prompts, whose answers are generated once."""
 
+import datetime
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -37,9 +38,17 @@ class ScoringPrompts:
 
     @classmethod
     def rendered(
-        cls, engine: BatchEngine, target: Sequence[Prompt], baseline: Sequence[Prompt], response_prefix: str = ""
+        cls,
+        engine: BatchEngine,
+        target: Sequence[Prompt],
+        baseline: Sequence[Prompt],
+        response_prefix: str = "",
+        *,
+        date: datetime.date,
     ) -> "ScoringPrompts":
-        target_ids, baseline_ids = (render(engine.tokenizer, side, response_prefix) for side in (target, baseline))
+        target_ids, baseline_ids = (
+            render(engine.tokenizer, side, response_prefix, date=date) for side in (target, baseline)
+        )
         return cls(tuple(target), tuple(baseline), tuple(map(tuple, target_ids)), tuple(map(tuple, baseline_ids)))
 
 

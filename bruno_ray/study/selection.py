@@ -85,7 +85,16 @@ def _dominates(a: tuple[float, ...], b: tuple[float, ...]) -> bool:
     return a != b and all(x <= y for x, y in zip(a, b))
 
 
-def auto_select(trials: Sequence[TrialRecord], max_kl: float, objectives: Sequence[str] = ()) -> TrialRecord:
+@dataclass(frozen=True)
+class Choice:
+    """The trial that the rule takes, and why."""
+
+    trial: TrialRecord
+    reason: str
+    """One line: what the trial has, how many others have the same, and by what the tie was broken."""
+
+
+def auto_select(trials: Sequence[TrialRecord], max_kl: float, objectives: Sequence[str] = ()) -> Choice:
     """The trial with the lowest behaviour rate among those whose mean KL is at most ``max_kl`` nats.
 
     Ties go to the lower value of the other objectives in their order, then of the remaining metrics
@@ -115,13 +124,40 @@ def auto_select(trials: Sequence[TrialRecord], max_kl: float, objectives: Sequen
     others += sorted(
         name for name in under[0].values if name not in (BEHAVIOUR, *others) and not name.startswith("kl_")
     )
-    missing = float("inf")
+    criteria = (BEHAVIOUR, *others, KL)
+    best = min(under, key=lambda trial: (*(_value(trial, name) for name in criteria), trial.number))
+    return Choice(best, _reason(best, under, criteria, f"KL <= {max_kl:g}"))
 
-    def rank(trial: TrialRecord) -> tuple[float, ...]:
-        rest = (trial.values.get(name, missing) for name in others)
-        return (trial.values[BEHAVIOUR], *rest, trial.values[KL], trial.number)
 
-    return min(under, key=rank)
+def _value(trial: TrialRecord, name: str) -> float:
+    return trial.values.get(name, float("inf"))
+
+
+def _reason(best: TrialRecord, candidates: Sequence[TrialRecord], criteria: Sequence[str], bound: str) -> str:
+    """Which criteria told ``best`` from the candidates, in their order; the others are not named."""
+    first, *others = criteria
+    tied = [trial for trial in candidates if _value(trial, first) == _value(best, first)]
+    if len(tied) == 1:
+        return f"the lowest {_lowest(best, candidates, first)} of {len(candidates)} trials with {bound}"
+    same = f"{len(tied) - 1} other{'s' if len(tied) > 2 else ''}"
+    steps = [f"{first} {metric_text(best, first)} like {same} with {bound}"]
+    for name in others:
+        left = [trial for trial in tied if _value(trial, name) == _value(best, name)]
+        if len(left) < len(tied):
+            among = "among these" if len(steps) == 1 else "then"
+            steps.append(f"{among} the lowest {_lowest(best, tied, name)}")
+        tied = left
+    if len(tied) > 1:
+        steps.append("then the lowest number")
+    return "; ".join(steps)
+
+
+def _lowest(best: TrialRecord, candidates: Sequence[TrialRecord], name: str) -> str:
+    """A metric with its lowest value and the second lowest, if there is one."""
+    higher = [trial for trial in candidates if _value(trial, name) > _value(best, name)]
+    following = min(higher, key=lambda trial: _value(trial, name), default=None)
+    values = [metric_text(best, name)] + ([f"next {metric_text(following, name)}"] if following else [])
+    return f"{name} ({'; '.join(values)})"
 
 
 def find_trial(trials: Sequence[TrialRecord], number: int) -> TrialRecord:
@@ -132,3 +168,12 @@ def find_trial(trials: Sequence[TrialRecord], number: int) -> TrialRecord:
                 raise StudyError(f"trial {number} is {trial.state}, not COMPLETE: pick one from the front")
             return trial
     raise StudyError(f"the study has no trial {number}: its numbers go from 0 to {len(trials) - 1}")
+
+
+def metric_text(trial: TrialRecord, name: str) -> str:
+    """A rate as the raw count it is (3/100), any other metric with four significant digits."""
+    if name in trial.counts:
+        cases, total = trial.counts[name]
+        return f"{cases}/{total}"
+    value = trial.values.get(name)
+    return "-" if value is None else f"{value:.4g}"

@@ -20,7 +20,7 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import BaseJournalBackend
 from sqlalchemy.exc import SQLAlchemyError
 
-from bruno_ray.errors import StudyError, first_line
+from bruno_ray.errors import NoStudyError, StudyError, first_line
 from bruno_ray.settings.passwords import with_password, without_password
 
 logger = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ def open_storage(url: str | None, run_dir: Path, read_only: bool = False) -> Bas
             ) from error
     path = run_dir / JOURNAL if url is None else Path(url)
     if read_only and not path.exists():
-        raise StudyError(f"there is no study at {path}: give the run directory of a run that has started its search")
+        raise NoStudyError(f"there is no study at {path}: give the run directory of a run that has started its search")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         return JournalStorage(RunJournal(path, read_only))
@@ -137,11 +137,11 @@ def open_storage(url: str | None, run_dir: Path, read_only: bool = False) -> Bas
 
 
 def load_study(url: str | None, run_dir: Path, name: str) -> optuna.Study:
-    """The study for reading, whoever is running it. Raises StudyError when there is none."""
+    """The study for reading, whoever is running it. Raises NoStudyError when there is none."""
     try:
         return optuna.load_study(study_name=name, storage=open_storage(url, run_dir, read_only=True))
     except KeyError as error:
-        raise StudyError(f"the storage has no study {name!r}: check study.name and study.storage") from error
+        raise NoStudyError(f"the storage has no study {name!r}: check study.name and study.storage") from error
 
 
 @contextmanager

@@ -5,16 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
-from bruno_ray.study.selection import TrialRecord
-
-
-def metric_text(trial: TrialRecord, name: str) -> str:
-    """A rate as the raw count it is (3/100), any other metric with four significant digits."""
-    if name in trial.counts:
-        cases, total = trial.counts[name]
-        return f"{cases}/{total}"
-    value = trial.values.get(name)
-    return "-" if value is None else f"{value:.4g}"
+from bruno_ray.study.selection import TrialRecord, metric_text
 
 
 def describe_edit(edit: dict[str, Any] | None) -> str:
@@ -38,9 +29,14 @@ def table_columns(trials: Sequence[TrialRecord], objectives: Sequence[str]) -> l
 
 
 def front_table(
-    trials: Sequence[TrialRecord], objectives: Sequence[str], title: str = "Pareto front", one_line: bool = False
+    trials: Sequence[TrialRecord],
+    objectives: Sequence[str],
+    title: str = "Pareto front",
+    one_line: bool = False,
+    selected: int | None = None,
 ) -> Table:
-    """Rich table of the given trials in the given order; ``one_line`` cuts rows instead of wrapping them."""
+    """Rich table of the given trials in the given order; ``one_line`` cuts rows instead of wrapping them, the row of
+    the trial ``selected`` is marked."""
     columns = table_columns(trials, objectives)
     table = Table(title=title, title_justify="left")
     table.add_column("trial", justify="right")
@@ -48,17 +44,34 @@ def front_table(
         table.add_column(name.replace("_", " "), justify="right")
     table.add_column("edit", overflow="ellipsis" if one_line else "fold", no_wrap=one_line)
     for trial in trials:
-        table.add_row(str(trial.number), *(metric_text(trial, name) for name in columns), describe_edit(trial.edit))
+        table.add_row(
+            _number(trial, selected),
+            *(metric_text(trial, name) for name in columns),
+            describe_edit(trial.edit),
+            style="bold" if trial.number == selected else None,
+        )
     return table
 
 
-def front_lines(trials: Sequence[TrialRecord], objectives: Sequence[str]) -> list[str]:
+def front_lines(trials: Sequence[TrialRecord], objectives: Sequence[str], selected: int | None = None) -> list[str]:
     """The same table as aligned plain text, for logs."""
     columns = table_columns(trials, objectives)
     rows = [["trial", *columns, "edit"]]
     rows += [
-        [str(trial.number), *(metric_text(trial, name) for name in columns), describe_edit(trial.edit)]
+        [_number(trial, selected), *(metric_text(trial, name) for name in columns), describe_edit(trial.edit)]
         for trial in trials
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]
     return ["  ".join([*(cell.rjust(width) for cell, width in zip(row, widths)), row[-1]]) for row in rows]
+
+
+def with_selected(
+    front: Sequence[TrialRecord], trials: Sequence[TrialRecord], selected: int | None
+) -> list[TrialRecord]:
+    """The front, and behind it the selected trial if that is not on the front: objectives are not all that decides."""
+    beside = [trial for trial in trials if trial.number == selected and trial not in front]
+    return [*front, *beside]
+
+
+def _number(trial: TrialRecord, selected: int | None) -> str:
+    return f"* {trial.number}" if trial.number == selected else str(trial.number)

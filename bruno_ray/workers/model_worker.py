@@ -4,6 +4,7 @@
 small picklable values, never live tensors on a device.
 """
 
+import datetime
 import gc
 import logging
 import time
@@ -22,6 +23,7 @@ from bruno_ray.generation.engine import BatchEngine
 from bruno_ray.model.batching import TokenBudget
 from bruno_ray.model.coverage import CoverageRow, coverage
 from bruno_ray.model.loading import hub_task, load_model
+from bruno_ray.prompts.dates import prints_date
 from bruno_ray.prompts.rendering import render, render_texts
 from bruno_ray.prompts.response_prefix import settle_response_prefix
 from bruno_ray.prompts.sets import Prompt
@@ -53,6 +55,8 @@ class ModelInfo:
     device: str
     task: str
     """What the hub calls what the model does, such as `text-generation`."""
+    prints_date: bool
+    """Whether the chat template writes the date into every prompt."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class EvaluationContext:
     baseline: tuple[Prompt, ...]
     response_prefix: str
     scoring: ScoringSettings
+    date: datetime.date
+    """For chat templates that print one."""
 
 
 @dataclass(frozen=True)
@@ -129,22 +135,30 @@ class ModelWorker:
             n_parameters=sum(parameter.numel() for parameter in self.loaded.model.parameters()),
             device=str(self.loaded.device),
             task=hub_task(self.loaded.model.config),
+            prints_date=prints_date(self.loaded.tokenizer),
         )
 
-    def response_prefix(self, prompts: Sequence[Prompt], max_new_tokens: int = 60) -> str:
-        """What every answer of the unedited model begins with, a reasoning block closed. See ``thinking``."""
+    def response_prefix(self, prompts: Sequence[Prompt], date: datetime.date, max_new_tokens: int = 60) -> str:
+        """What every answer of the unedited model begins with, a reasoning block closed. See ``response_prefix.py``."""
 
         def answers(prefix: str) -> list[str]:
-            (responses,) = self.engine.generate(render(self.loaded.tokenizer, prompts, prefix), [None], max_new_tokens)
+            ids = render(self.loaded.tokenizer, prompts, prefix, date=date)
+            (responses,) = self.engine.generate(ids, [None], max_new_tokens)
             return [
                 self.loaded.tokenizer.decode(response.token_ids, skip_special_tokens=False) for response in responses
             ]
 
-        return settle_response_prefix(answers, render_texts(self.loaded.tokenizer, prompts[:1])[0])
+        return settle_response_prefix(answers, render_texts(self.loaded.tokenizer, prompts[:1], date=date)[0])
 
-    def residuals(self, prompts: Sequence[Prompt], response_prefix: str, settings: ResidualSettings) -> np.ndarray:
+    def rendered(self, prompts: Sequence[Prompt], response_prefix: str, date: datetime.date) -> list[str]:
+        """The prompts as the model reads them: chat template, header of the answer, response prefix."""
+        return render_texts(self.loaded.tokenizer, prompts, response_prefix, date=date)
+
+    def residuals(
+        self, prompts: Sequence[Prompt], response_prefix: str, date: datetime.date, settings: ResidualSettings
+    ) -> np.ndarray:
         """(N, 1 + answer_tokens, n_layers + 1, d_model) float32."""
-        ids = render(self.loaded.tokenizer, prompts, response_prefix, settings.max_tokens)
+        ids = render(self.loaded.tokenizer, prompts, response_prefix, settings.max_tokens, date=date)
         # One budget for all shards: what the first has found out about memory serves the others.
         budget = self._residual_budgets.setdefault(
             settings.batch_tokens, TokenBudget.for_device(self.loaded.device, settings.batch_tokens)
@@ -216,11 +230,11 @@ class ModelWorker:
         edits: Sequence[Edit | None],
         max_new_tokens: int,
     ) -> list[list[str]]:
-        """Whole greedy answers, [edit][prompt]. Only the bank and the response prefix of the context are used."""
+        """Whole greedy answers, [edit][prompt]. Of the context only bank, response prefix and date are used."""
         bank = self._prepare(context).bank
         resolved = self.engine.editor.resolve_all([edit for edit in edits if edit is not None], bank)
         given = iter(resolved)
-        ids = render(self.loaded.tokenizer, prompts, context.response_prefix)
+        ids = render(self.loaded.tokenizer, prompts, context.response_prefix, date=context.date)
         rows = self.engine.generate(ids, [None if edit is None else next(given) for edit in edits], max_new_tokens)
         return [[response.text for response in responses] for responses in rows]
 
@@ -241,7 +255,9 @@ class ModelWorker:
         self.engine.limit_row_tokens(context.scoring.row_tokens)
         prepared = _Prepared(
             bank={name: torch.from_numpy(np.array(directions)) for name, directions in context.bank.items()},
-            prompts=ScoringPrompts.rendered(self.engine, context.target, context.baseline, context.response_prefix),
+            prompts=ScoringPrompts.rendered(
+                self.engine, context.target, context.baseline, context.response_prefix, date=context.date
+            ),
             scorers=make_scorers(context.scoring),
         )
         unedited = Evaluation(self.engine, prepared.prompts, context.scoring)

@@ -96,14 +96,15 @@ def sha256(path: Path, size: int) -> str:
 def summary(run: RunDirectory) -> dict[str, Any]:
     """One run in a line."""
     record = run.read()
-    elsewhere = record.selected and record.selected.saved_path
+    paths = [record.selected.saved_path] if record.selected and record.selected.saved_path else []
+    elsewhere = [path for path in (*paths, *record.saved_elsewhere) if not Path(path).is_relative_to(run.path)]
     return {
         "name": run.name,
         "running": is_running(run),
         "complete": record.n_trials.get("COMPLETE", 0),
         "selected": record.selected.number if record.selected else None,
         "models": sorted(path.parent.name for path in run.path.glob("*/bruno.json")),
-        "elsewhere": elsewhere if elsewhere and not Path(elsewhere).is_relative_to(run.path) else None,
+        "elsewhere": ", ".join(elsewhere) or None,
         "bytes": sum(path.stat().st_size for path in files_of(run).values()),
     }
 

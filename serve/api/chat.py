@@ -28,7 +28,7 @@ def router(service: Service) -> APIRouter:
         """An answer to a conversation; with `stream`, as server-sent events."""
         model = await service.model(request.model)
         renderer = service.renderers[model.base]
-        prompt = await renderer.chat(request.messages, model.system_prompt, model.response_prefix)
+        prompt = await renderer.chat(request.messages, model.system_prompt, model.response_prefix, model.date)
         choices = choices_of(
             [prompt],
             request,

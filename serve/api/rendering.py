@@ -4,6 +4,7 @@ One per base model, in the API's processes: what it does never waits for generat
 """
 
 import asyncio
+import datetime
 import logging
 import threading
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ import jinja2
 from transformers import AutoProcessor, AutoTokenizer
 
 from bruno_ray.errors import ModelError
-from bruno_ray.prompts.rendering import messages
+from bruno_ray.prompts.rendering import apply_template, messages, must_fold
 from bruno_ray.prompts.sets import Prompt
 from bruno_ray.settings import ModelSettings
 from serve.api.requests import Message
@@ -52,14 +53,14 @@ class Renderer:
     # ----- to token ids -----
 
     async def chat(
-        self, conversation: Sequence[Message], system_prompt: str | None, response_prefix: str
+        self, conversation: Sequence[Message], system_prompt: str | None, response_prefix: str, date: datetime.date
     ) -> tuple[int, ...]:
         """Ids of a conversation up to where the answer begins.
 
-        ``system_prompt`` counts where the conversation brings none. Raises RequestError (400) if the chat template
-        refuses the conversation.
+        ``system_prompt`` counts where the conversation brings none, ``date`` where the chat template prints one.
+        Raises RequestError (400) if the chat template refuses the conversation.
         """
-        text = self.chat_text(conversation, system_prompt) + response_prefix
+        text = self.chat_text(conversation, system_prompt, date) + response_prefix
         return await self.encode(text, add_special_tokens=False)
 
     async def encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
@@ -71,7 +72,7 @@ class Renderer:
         with self._lock:
             return tuple(self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
-    def chat_text(self, conversation: Sequence[Message], system_prompt: str | None) -> str:
+    def chat_text(self, conversation: Sequence[Message], system_prompt: str | None, date: datetime.date) -> str:
         """The conversation through the chat template, with the header of the answer."""
         turns = [_as_dict(message) for message in conversation]
         n_system = next((i for i, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
@@ -82,7 +83,7 @@ class Renderer:
             system = system_prompt or ""
         if not turns:
             raise RequestError(400, "there is no user message: add one", param="messages")
-        if system and self._folds(system):
+        if system and self._folds(system, date):
             if turns[0]["role"] != "user":
                 raise RequestError(
                     400,
@@ -92,11 +93,11 @@ class Renderer:
             turns[0] = {**turns[0], "content": messages(Prompt(turns[0]["content"], system), True)[0]["content"]}
         elif system:
             turns.insert(0, {"role": "system", "content": system})
-        return self._template(turns)
+        return self._template(turns, date)
 
-    def _template(self, turns: list[dict[str, str]]) -> str:
+    def _template(self, turns: list[dict[str, str]], date: datetime.date) -> str:
         try:
-            text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            text = apply_template(self.tokenizer, turns, date)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise RequestError(
@@ -109,14 +110,8 @@ class Renderer:
             )
         return text
 
-    def _must_fold(self, system: str) -> bool:
-        """Whether the template refuses a system message (Gemma's raises) or silently leaves it out."""
-        conversation = messages(Prompt("Hello", system))
-        try:
-            text = self.tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=True)
-        except jinja2.TemplateError:
-            return True
-        return system.strip() not in text
+    def _must_fold(self, system: str, date: datetime.date) -> bool:
+        return must_fold(self.tokenizer, system, date)
 
     # ----- from token ids -----
 

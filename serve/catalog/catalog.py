@@ -10,6 +10,7 @@ A run may still be going on: ``refresh`` looks for what is new. What cannot be s
 goes on without it.
 """
 
+import datetime
 import logging
 import re
 import time
@@ -19,11 +20,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bruno_ray.errors import BrunoError, SettingsError
+from bruno_ray.runs import records
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.settings import ModelSettings
 from bruno_ray.study.selection import TrialRecord
 from bruno_ray.study.tables import describe_edit
-from serve.catalog.folders import model_folders, problem_of
+from serve.catalog.folders import model_folders, problem_of, saved_trial
 from serve.catalog.runs import ServedRun
 from serve.errors import UnknownModel
 from serve.settings import ServeArgs
@@ -63,6 +65,9 @@ class ServedModel:
     response_prefix: str = ""
     """What every answer starts with, unseen, as in the run."""
 
+    date: datetime.date = field(default_factory=datetime.date.today)
+    """For chat templates that print one: the run's, or the day the server started."""
+
     created: int = 0
     """Unix time."""
 
@@ -97,6 +102,7 @@ class Catalog:
         self.problems: list[Problem] = []
         self._fixed: list[ServedModel] = []
         self._base_of: dict[str, str] = {}  # run -> engine
+        self._started = records.today()
         self._by_id: dict[str, ServedModel] = {}
         self._refreshed = 0.0
 
@@ -173,7 +179,7 @@ class Catalog:
             parent = f"{folder.parent.name}/{folder.name}"
             key = self._engine(model, _name_of(str(folder), saved=True), parent)
             if not any(entry.base == key for entry in self._fixed):
-                self._fixed.append(_saved_entry(folder, key))
+                self._fixed.append(_saved_entry(folder, key, self._started))
 
     # ----- what is listed -----
 
@@ -199,7 +205,7 @@ class Catalog:
     def _base_entry(self, key: str) -> ServedModel:
         run = next((run for name, run in self.runs.items() if self._base_of[name] == key), None)
         if run is None:
-            return ServedModel(key, "base", key, description="unedited model")
+            return ServedModel(key, "base", key, description="unedited model", date=self._started)
         return ServedModel(
             key,
             "base",
@@ -309,14 +315,19 @@ def _name_of(model: str, saved: bool = False) -> str:
     return f"{path.parent.name}/model" if saved else path.parent.name
 
 
-def _saved_entry(folder: Path, key: str) -> ServedModel:
-    """A saved model; one inside of its run directory is asked as the run asked it."""
+def _saved_entry(folder: Path, key: str, started: datetime.date) -> ServedModel:
+    """A saved model; one inside of its run directory is asked as the run asked it, any other as of ``started``."""
     created = int((folder / "config.json").stat().st_mtime)
     try:
         run = ServedRun.open(RunDirectory.open(folder.parent))
     except BrunoError:  # it stands alone: prompts are what its chat template makes of them
-        return ServedModel(key, "saved", key, description=f"saved model in {folder.name}", created=created)
-    selected = run.selected
+        description = f"saved model in {folder.name}"
+        return ServedModel(key, "saved", key, description=description, created=created, date=started)
+    trial, selected = saved_trial(folder), run.selected
+    if trial is None and selected is not None:
+        trial = selected.number
+    elif selected is not None and trial != selected.number:  # it was saved beside the run's own model
+        selected = None
     scores = selected and (selected.saved or selected.test or selected.validation)
     return ServedModel(
         key,
@@ -324,9 +335,9 @@ def _saved_entry(folder: Path, key: str) -> ServedModel:
         key,
         run=run.path,
         run_name=folder.parent.name,
-        trial=selected.number if selected else None,
+        trial=trial,
         metrics=scores.values if scores else {},
-        description=f"saved trial {selected.number}" if selected else "saved model",
+        description="saved model" if trial is None else f"saved trial {trial}",
         created=created,
         **run.rendering(),
     )

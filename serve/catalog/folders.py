@@ -39,6 +39,12 @@ def _looks_like_a_model(folder: Path) -> bool:
     return (folder / "config.json").exists() or any(folder.glob("*.safetensors"))
 
 
+def saved_trial(folder: Path) -> int | None:
+    """Number of the trial that a model was saved from, as it says itself; None if it does not."""
+    number = _json(folder / "bruno.json")[0].get("trial")
+    return number if isinstance(number, int) else None
+
+
 def problem_of(folder: Path) -> str | None:
     """Why the folder cannot be loaded as a chat model, in one line; None if nothing speaks against it."""
     if not folder.is_dir():

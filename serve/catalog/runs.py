@@ -74,6 +74,7 @@ class ServedRun:
         return {
             "system_prompt": self.record.settings.prompts.system_prompt,
             "response_prefix": self.record.response_prefix,
+            "date": self.record.date,
         }
 
     def unedited_metrics(self) -> dict[str, float]:

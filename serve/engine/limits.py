@@ -10,13 +10,13 @@ import torch
 from transformers import DynamicCache, PreTrainedConfig
 
 from bruno_ray.generation.decoding import BufferedLayer
+from bruno_ray.model.context import context_length
 from serve.engine.kv_cache import RESERVE
 
 logger = logging.getLogger(__name__)
 
 GPU_SHARE = 0.45  # of the free memory, for keys and values; a long prompt is read into as much again
 CPU_SHARE = 0.1  # of the available memory: other processes live there too
-UNLIMITED_CONTEXT = 32768  # of models that name no limit
 SECONDS = 5.0  # over which rates are taken
 
 
@@ -49,7 +49,7 @@ def context_of(config: PreTrainedConfig, wanted: int) -> int:
     length: a row's answer must not depend on its neighbours.
     """
     text = config.get_text_config()
-    limit = getattr(text, "max_position_embeddings", None) or UNLIMITED_CONTEXT
+    limit = context_length(config)
     ropes = getattr(text, "rope_parameters", None) or {}
     for rope in [ropes, *(value for value in ropes.values() if isinstance(value, dict))]:
         if rope.get("rope_type") in ("longrope", "dynamic"):
