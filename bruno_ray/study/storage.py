@@ -21,6 +21,7 @@ from optuna.storages.journal import BaseJournalBackend
 from sqlalchemy.exc import SQLAlchemyError
 
 from bruno_ray.errors import StudyError
+from bruno_ray.optuna_internals import journal_backend, storage_of
 from bruno_ray.settings.passwords import with_password, without_password
 
 logger = logging.getLogger(__name__)
@@ -103,7 +104,7 @@ class RunJournal(BaseJournalBackend):
 
 def batched(storage: BaseStorage):
     """Context manager in which writes to a journal are held together; does nothing for other storages."""
-    backend = getattr(storage, "_backend", None)
+    backend = journal_backend(storage)
     return backend.batch() if isinstance(backend, RunJournal) else nullcontext()
 
 
@@ -175,7 +176,7 @@ def open_study(
             directions=["minimize"] * len(objectives),
             load_if_exists=True,
         )
-        with batched(study._storage):
+        with batched(storage_of(study)):
             _check_fingerprint(study, {**fingerprint, "objectives": list(objectives)})
             _check_driver(study, take_over)
             me = psutil.Process()

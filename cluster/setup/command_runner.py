@@ -6,8 +6,7 @@ import socket
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from ray.autoscaler._private.command_runner import SSHCommandRunner
-
+from bruno_ray.ray_internals import ssh_command_runner
 from cluster.errors import NodeError
 from cluster.network.keys import KNOWN_HOSTS_NAME, host_key_alias
 from cluster.network.ssh_master import Endpoint
@@ -21,7 +20,7 @@ PROBE_S = 4.0
 """How long an sshd may take to greet."""
 
 
-class VastCommandRunner(SSHCommandRunner):
+class VastCommandRunner(ssh_command_runner()):
     """Runs commands and rsync on one node. Every command finds out on which node it runs from
 
     CLUSTER_NAME, CLUSTER_NODE_INDEX, CLUSTER_NODE_ADDRESS (the loopback alias) and CLUSTER_MAX_CPUS.

@@ -1,0 +1,28 @@
+"""One local Ray cluster for all tests of a process that need no other: starting one takes ten seconds and more.
+
+pytest_plugins = ["tests.support.local_ray"]
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+
+import pytest
+import ray
+
+from bruno_ray.settings import RaySettings
+from bruno_ray.workers.session import ray_session
+
+SETTINGS = RaySettings(workers=2, cpus_per_worker=0.5, gpus_per_worker=0, object_store_memory=100 * 1024**2)
+
+
+@pytest.fixture(scope="session")
+def ray_sessions() -> Iterator[ExitStack]:
+    with ExitStack() as sessions:
+        yield sessions
+
+
+@pytest.fixture(scope="module")
+def local_ray(ray_sessions: ExitStack) -> None:
+    """Started by the first module that asks for it, and again after one that had a cluster of its own."""
+    if not ray.is_initialized():
+        ray_sessions.enter_context(ray_session(SETTINGS))
