@@ -9,10 +9,8 @@ from contextlib import ExitStack
 import pytest
 import ray
 
-from bruno_ray.settings import RaySettings
 from bruno_ray.workers.session import ray_session
-
-SETTINGS = RaySettings(workers=2, cpus_per_worker=0.5, gpus_per_worker=0, object_store_memory=100 * 1024**2)
+from tests.support.study_driver import settings
 
 
 @pytest.fixture(scope="session")
@@ -25,4 +23,4 @@ def ray_sessions() -> Iterator[ExitStack]:
 def local_ray(ray_sessions: ExitStack) -> None:
     """Started by the first module that asks for it, and again after one that had a cluster of its own."""
     if not ray.is_initialized():
-        ray_sessions.enter_context(ray_session(SETTINGS))
+        ray_sessions.enter_context(ray_session(settings(workers=2).ray))
