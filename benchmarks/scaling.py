@@ -2,7 +2,7 @@
 
     python -m benchmarks.scaling [--workers 1 3 64] [--seconds 40] [--batches 4]
 
-Everything but the evaluation is the product's own: broker, actors, lanes, Tune, searcher and journal, on one machine.
+Everything but the evaluation is the product's own: broker, actors, lane, Tune, schedule and journal, on one machine.
 Efficiency is the time that the evaluations alone would take, divided by the time from the start of the first
 evaluation to the return of the last one; the rest is workers that wait. All begin together and take the same time, so
 all of them wait at once after their first batch while the driver samples one batch after another; from then on they
@@ -22,13 +22,16 @@ from benchmarks.results import write_section
 from benchmarks.simulated import OBJECTIVES, StampingWorker
 from bruno_ray.settings import RaySettings, SearchSettings
 from bruno_ray.study import space
-from bruno_ray.study.run import LANES, schedule, window_for
+from bruno_ray.study.batches import BatchStudy
+from bruno_ray.study.run import window_for
 from bruno_ray.study.sampler import NumberedTPESampler
+from bruno_ray.study.schedule import Schedule
 from bruno_ray.study.searcher import BatchOptunaSearch
 from bruno_ray.study.storage import open_study
-from bruno_ray.workers.broker import IDLE
+from bruno_ray.study.tuner import run_tuner
 from bruno_ray.workers.pool import WorkerPool
 from bruno_ray.workers.session import ray_session
+from bruno_ray.workers.worker_actor import IDLE
 
 TRIALS_PER_BATCH = 8
 SPACE = (SearchSettings(), ("a", "b"), 32, ("attention", "mlp"))
@@ -53,22 +56,19 @@ def measure_in(folder: Path, workers: int, seconds: float, batches: int) -> tupl
         ready = time.perf_counter() - start
         pool.set_context(SimpleNamespace(bank={}))
         with open_study("s", None, folder, OBJECTIVES, {}) as study:
-            search = BatchOptunaSearch(
-                study,
-                NumberedTPESampler(n_startup_trials=10**9, seed=0, names=tuple(space.search_space(*SPACE))),
-                lambda trial: space.suggest(trial, *SPACE),
-                OBJECTIVES,
+            sampler = NumberedTPESampler(n_startup_trials=10**9, seed=0, names=tuple(space.search_space(*SPACE)))
+            schedule = Schedule(
+                BatchStudy(study, sampler, lambda trial: space.suggest(trial, *SPACE), OBJECTIVES),
                 target=TRIALS_PER_BATCH * batches * workers,
                 batch_size=TRIALS_PER_BATCH,
                 window=window_for(workers),
                 workers=workers,
-                lanes=LANES,
                 on_batch=lambda batch: told.append(time.time()),
             )
-            schedule(search, pool)
-            assert search.complete == search.target
+            run_tuner(BatchOptunaSearch(schedule), pool)
+            assert schedule.complete == schedule.target
             numbers = [trial.number for trial in study.get_trials(deepcopy=False)]
-            assert numbers == list(range(search.target)), "every trial once"
+            assert numbers == list(range(schedule.target)), "every trial once"
     return ready, told[-1] - stamp.stat().st_mtime
 
 
@@ -90,7 +90,7 @@ def main() -> None:
         "scaling",
         "## Scaling with workers (`python -m benchmarks.scaling`)\n\n"
         f"Simulated evaluations of {arguments.seconds:g} s, {TRIALS_PER_BATCH} trials a batch, {arguments.batches}"
-        " batches per worker; driver, broker, lanes and workers on one machine.\n\n"
+        " batches per worker; driver, broker, lane and workers on one machine.\n\n"
         "| workers | batches | s until all are there | s from first start to last return | efficiency |\n"
         "|---|---|---|---|---|\n" + "\n".join(rows),
     )

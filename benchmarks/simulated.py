@@ -21,6 +21,8 @@ class SimulatedOutcome:
 
     scores: SimulatedScores
     error: str | None = None
+    seconds: float = 0.0
+    samples: tuple[tuple[str, str], ...] = ()
 
 
 class SleepingWorker:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from bruno_ray.cli.command import Command
 from bruno_ray.cli.exits import exit_code
 from bruno_ray.errors import SettingsError
+from bruno_ray.ray_internals import serve_address
 from serve.api.auth import VARIABLE, hash_of, known_hashes, make_key
 from serve.arguments import add_arguments, is_loopback, joins, serve_args
 from serve.settings import ServeArgs
@@ -103,7 +104,6 @@ def start_serve(host: str, port: int, with_proxy: bool) -> tuple[str, int]:
     Without Serve's proxy nothing listens yet: the API will.
     """
     from ray import serve
-    from ray.serve.context import _get_global_client  # says what is; Serve's public functions do not
     from ray.serve.schema import LoggingConfig
 
     serve.start(
@@ -111,10 +111,7 @@ def start_serve(host: str, port: int, with_proxy: bool) -> tuple[str, int]:
         http_options={"host": host, "port": port},
         logging_config=LoggingConfig(enable_access_log=False),
     )
-    if not with_proxy:
-        return host, port
-    options = _get_global_client().http_config
-    return options.host, options.port
+    return serve_address() if with_proxy else (host, port)
 
 
 def refuse_second() -> None:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from optuna.trial import TrialState
 from bruno_ray.errors import StudyError
 from bruno_ray.study.storage import load_study
 from cluster.jobs.shell import free_port
+from tests.support.waiting import wait_for
 
 pytest_plugins = ["tests.support.organism_fixture"]
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -47,7 +47,7 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
         process = subprocess.Popen([*as_postgres, *server], stderr=subprocess.DEVNULL)
         try:
             url = f"postgresql+psycopg://postgres:{PASSWORD}@127.0.0.1:{port}/postgres"
-            wait_until(lambda: can_open(url), 30)
+            wait_for(lambda: can_open(url), "the database server answers")
             yield url
         finally:
             process.send_signal(signal.SIGINT)
@@ -62,13 +62,6 @@ def can_open(url: str) -> bool:
     except Exception:  # whatever a server says that is not there yet
         return False
     return True
-
-
-def wait_until(condition, timeout: float) -> None:
-    deadline = time.monotonic() + timeout
-    while not condition():
-        assert time.monotonic() < deadline, "it did not come about in time"
-        time.sleep(0.3)
 
 
 def machine(folder: Path, hostname: str, storage: str, *more: str) -> subprocess.Popen[str]:
@@ -99,7 +92,7 @@ def test_another_machine_goes_on_with_the_study_of_a_head_that_is_gone(
 ) -> None:
     first = machine(tmp_path / "first", "head-one", storage)
     try:
-        wait_until(lambda: complete(storage, tmp_path) >= 4 or first.poll() is not None, 240)
+        wait_for(lambda: complete(storage, tmp_path) >= 4 or first.poll() is not None, "four trials are complete", 600)
     finally:
         os.killpg(first.pid, signal.SIGKILL)
         first.wait()
@@ -108,12 +101,12 @@ def test_another_machine_goes_on_with_the_study_of_a_head_that_is_gone(
     shutil.rmtree(tmp_path / "first")
 
     refused = machine(tmp_path / "second", "head-two", storage)
-    assert refused.wait(240) == 2
+    assert refused.wait(600) == 2
     assert "is being run from head-one" in (tmp_path / "second.log").read_text()
     shutil.rmtree(tmp_path / "second")
 
     second = machine(tmp_path / "second", "head-two", storage, "--study.take-over")
-    assert second.wait(300) == 0, (tmp_path / "second.log").read_text()[-3000:]
+    assert second.wait(600) == 0, (tmp_path / "second.log").read_text()[-3000:]
     trials = load_study(storage, tmp_path, NAME).get_trials()
     done = [trial for trial in trials if trial.state == TrialState.COMPLETE]
     assert len(done) >= TRIALS and [trial.number for trial in trials] == list(range(len(trials)))

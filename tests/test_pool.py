@@ -1,59 +1,33 @@
 """The worker pool on a real local Ray cluster, with workers that do arithmetic."""
 
-import time
+from collections.abc import Callable
 
 import numpy as np
+import psutil
 import pytest
 import ray
-import yaml
+from ray import cloudpickle
+from ray.exceptions import TaskCancelledError
 
 from bruno_ray.errors import ModelError, TrialError, WorkerError
-from bruno_ray.settings import RaySettings
 from bruno_ray.workers.pool import WorkerPool
-from bruno_ray.workers.session import STARTS, autoscaler_has_gpus, ray_session, start_local
+from bruno_ray.workers.worker_actor import WorkerState
 from tests.support.fakes import BrokenWorker, FakeWorker
+from tests.support.study_driver import settings
+from tests.support.waiting import wait_for
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytest_plugins = ["tests.support.local_ray"]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(600), pytest.mark.usefixtures("local_ray")]
 
-SETTINGS = RaySettings(workers=2, cpus_per_worker=0.5, gpus_per_worker=0, object_store_memory=100 * 1024**2)
-
-
-@pytest.fixture(scope="module")
-def session():
-    with ray_session(SETTINGS):
-        yield
+SETTINGS = settings(workers=2).ray
+ONE_WORKER = SETTINGS.model_copy(update={"workers": 1})
 
 
 @pytest.fixture(scope="module")
-def pool(session):
+def pool(local_ray):
     with WorkerPool(FakeWorker, (), SETTINGS) as pool:
         pool.wait_ready()
         yield pool
-
-
-@pytest.mark.parametrize(
-    ("failures", "message", "expected", "tries"),
-    [
-        (STARTS - 1, "The current node timed out during startup.", None, STARTS),
-        (STARTS, "The current node timed out during startup.", WorkerError, STARTS),
-        (1, "no room for sockets", OSError, 1),
-    ],
-)
-def test_ray_gets_more_time_on_a_busy_machine_and_for_nothing_else(monkeypatch, failures, message, expected, tries):
-    calls = []
-
-    def init(**options):
-        calls.append(options)
-        if len(calls) <= failures:
-            raise (Exception if "timed out" in message else OSError)(message)
-
-    monkeypatch.setattr(ray, "init", init)
-    if expected is None:
-        start_local(num_cpus=1)
-    else:
-        with pytest.raises(expected):
-            start_local(num_cpus=1)
-    assert calls == [{"address": "local", "num_cpus": 1}] * tries
 
 
 def test_calls_reach_a_worker_and_its_errors_come_back_as_they_are(pool):
@@ -75,26 +49,25 @@ def test_shards_come_back_under_their_index(pool):
 
 
 def test_both_workers_are_seen_with_their_memory(pool):
-    deadline = time.monotonic() + 60
-    while (states := pool.snapshot()) and not all(s.state == "idle" and s.memory for s in states):
-        assert time.monotonic() < deadline, states
-        time.sleep(0.2)
-    assert len({state.pid for state in states}) == 2
+    wait_for(
+        lambda: all(s.state == "idle" and s.memory for s in pool.snapshot()), "both are idle", detail=pool.snapshot
+    )
+    assert len({state.pid for state in pool.snapshot()}) == 2
 
 
-def test_a_shard_whose_worker_dies_is_run_once_more_elsewhere(session, tmp_path):
+def test_a_shard_whose_worker_dies_is_run_once_more_elsewhere(tmp_path):
     (tmp_path / "doomed").write_text("shard 3.0")
     with WorkerPool(FakeWorker, (str(tmp_path),), SETTINGS) as pool:
         results = dict(pool.map_shards("double", [([float(i)],) for i in range(6)]))
         assert {i: r.tolist() for i, r in results.items()} == {i: [2.0 * i] for i in range(6)}
         assert (tmp_path / "deaths").stat().st_size == 1
-        deadline = time.monotonic() + 30  # the loss is counted by another of the broker's tasks
-        while not (losses := sum(state.losses for state in pool.snapshot())) and time.monotonic() < deadline:
-            time.sleep(0.1)
-        assert losses == 1
+        # The loss is counted by another of the broker's tasks.
+        wait_for(lambda: sum(state.losses for state in pool.snapshot()), "the loss is counted")
+        wait_for(lambda: all(state.state == "idle" for state in pool.snapshot()), "the worker is replaced")
+        assert sum(state.losses for state in pool.snapshot()) == 1
 
 
-def test_a_call_that_kills_two_workers_is_given_up_and_the_pool_lives_on(session, tmp_path):
+def test_a_call_that_kills_two_workers_is_given_up_and_the_pool_lives_on(tmp_path):
     (tmp_path / "doomed").write_text("shard 3.0")
     with WorkerPool(FakeWorker, (str(tmp_path), 0.0, 0, 0, 9), SETTINGS) as pool:
         with pytest.raises(WorkerError, match="it lost worker"):
@@ -103,33 +76,53 @@ def test_a_call_that_kills_two_workers_is_given_up_and_the_pool_lives_on(session
         assert pool.call("double", [1.0]).tolist() == [2.0]
 
 
-def test_an_idle_worker_that_is_killed_is_replaced(session, tmp_path):
-    with WorkerPool(FakeWorker, (str(tmp_path),), SETTINGS.model_copy(update={"workers": 1})) as pool:
+def test_an_idle_worker_that_is_killed_is_replaced(tmp_path):
+    with WorkerPool(FakeWorker, (str(tmp_path),), ONE_WORKER) as pool:
         pool.wait_ready()
-        before = wait_for(pool, lambda s: s.state == "idle" and s.pid)
-        ray.get(kill_process.remote(before))
-        after = wait_for(pool, lambda s: s.state == "idle" and s.losses == 1 and s.pid != before and s.pid)
-        assert after != before
+        before = only(pool, lambda state: state.state == "idle" and state.pid).pid
+        psutil.Process(before).kill()
+        after = only(pool, lambda state: state.state == "idle" and state.losses == 1 and state.pid not in (0, before))
+        assert after.pid != before
         assert pool.call("double", [1.0]).tolist() == [2.0]
 
 
-def wait_for(pool, condition) -> int:
-    deadline = time.monotonic() + 60
-    while not condition(state := pool.snapshot()[0]):
-        assert time.monotonic() < deadline, state
-        time.sleep(0.2)
-    return state.pid
+def only(pool: WorkerPool, condition: Callable[[WorkerState], object]) -> WorkerState:
+    """The state of the only worker once it fulfils the condition."""
+    (state,) = wait_for(
+        lambda: [state for state in pool.snapshot() if condition(state)], "the worker's state", detail=pool.snapshot
+    )
+    return state
 
 
-@ray.remote(num_cpus=0)
-def kill_process(pid: int) -> None:
-    import os
-    import signal
+def test_a_worker_is_idle_again_after_a_call_that_was_stopped(tmp_path):
+    """And not before: it is busy until it has finished what nobody waits for any more."""
+    with WorkerPool(FakeWorker, (str(tmp_path), 1.0), ONE_WORKER) as pool:
+        pool.wait_ready()
+        call = pool.broker.run.remote("double", cloudpickle.dumps(([1.0],)))
+        only(pool, lambda state: state.state == "busy")
+        pool.cancel()
+        with pytest.raises(WorkerError, match="stopped before this call came back"):
+            ray.get(call)
+        assert only(pool, lambda state: state.state == "idle").calls == 1
 
-    os.kill(pid, signal.SIGKILL)
+
+@pytest.mark.parametrize("recursive", [False, True])
+def test_a_call_that_its_caller_cancels_leaves_its_worker_to_the_next(recursive, tmp_path):
+    """Whether Ray cancels the worker's part in it as well or lets that finish."""
+    with WorkerPool(FakeWorker, (str(tmp_path), 1.0), ONE_WORKER) as pool:
+        pool.wait_ready()
+        running, waiting = (pool.broker.run.remote("double", cloudpickle.dumps(([1.0],))) for _ in range(2))
+        only(pool, lambda state: state.state == "busy")
+        for call in (waiting, running):
+            ray.cancel(call, recursive=recursive)
+            with pytest.raises(TaskCancelledError):
+                ray.get(call)
+        assert pool.call("double", [2.0]).tolist() == [4.0]
+        state = only(pool, lambda state: state.state == "idle")
+        assert (state.calls, state.losses) == (2, 0), "the waiting call was never made"
 
 
-def test_a_worker_that_cannot_be_built_says_why(session):
+def test_a_worker_that_cannot_be_built_says_why():
     with WorkerPool(BrokenWorker, (), SETTINGS) as pool:
         with pytest.raises(ModelError, match="no model"):
             pool.wait_ready()
@@ -137,19 +130,8 @@ def test_a_worker_that_cannot_be_built_says_why(session):
             pool.call("describe")
 
 
-def test_no_room_for_a_worker_is_said_after_the_time_limit(session):
+def test_no_room_for_a_worker_is_said_after_the_time_limit():
     settings = SETTINGS.model_copy(update={"cpus_per_worker": 64.0, "start_timeout": 1.0})
     with WorkerPool(FakeWorker, (), settings) as pool:
         with pytest.raises(WorkerError, match=r"no worker started within 1 s .*64 CPU"):
             pool.wait_ready()
-
-
-def test_gpus_that_the_autoscaler_may_add_are_seen_in_its_configuration(tmp_path):
-    config = tmp_path / "ray_bootstrap_config.yaml"
-    assert not autoscaler_has_gpus(config)
-    for gpus, most, expected in ((1, 2, True), (0, 2, False), (1, 0, False)):
-        workers = {"resources": {"CPU": 8, "GPU": gpus}, "max_workers": most}
-        head = {"resources": {"CPU": 4, "GPU": 1}, "max_workers": 0}
-        types = {"head": head, "workers": workers}
-        config.write_text(yaml.safe_dump({"head_node_type": "head", "available_node_types": types}))
-        assert autoscaler_has_gpus(config) is expected

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from bruno_ray.study.progress import LogView, Snapshot, render, status_line
 from bruno_ray.study.selection import TrialRecord
-from bruno_ray.workers.broker import WorkerState
+from bruno_ray.workers.worker_actor import WorkerState
 
 EDIT = {
     "components": {"attention": {"max_weight": 1.2, "max_weight_position": 5.0}},

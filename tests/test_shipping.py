@@ -31,6 +31,7 @@ def two_nodes() -> Cluster:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[Cluster]:
+    ray.shutdown()  # of the one that other tests of this process share
     cluster = two_nodes()
     ray.init(address=cluster.address, log_to_driver=False)
     yield cluster

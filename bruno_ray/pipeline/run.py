@@ -28,7 +28,8 @@ from bruno_ray.publishing import report
 from bruno_ray.runs.directory import RunDirectory, refuse_existing
 from bruno_ray.settings import Settings
 from bruno_ray.settings.sources import apply, flatten
-from bruno_ray.study.run import run_study, study_fingerprint
+from bruno_ray.study.fingerprint import study_fingerprint
+from bruno_ray.study.run import run_study
 from bruno_ray.workers.session import ray_session
 
 

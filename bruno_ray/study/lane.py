@@ -1,8 +1,7 @@
-"""The Tune trainable: a light process that takes batches of edits to the pool and brings back outcomes.
+"""The Tune trainable: the one light process, the lane, between Tune and the pool. It imports no torch.
 
-A Tune trial is one such trip. A lane does not stay with the batches it has brought: it returns with whatever has
-finished meanwhile, so a few lanes serve any number of workers. This module imports no torch: a lane is an extra
-process on the driver's machine.
+A Tune trial is one swap: the lane takes along the batches that are due, and brings back whatever has finished,
+whichever batches it had brought before. One lane thus serves any number of workers.
 """
 
 import traceback
@@ -14,35 +13,28 @@ from ray.exceptions import RayError, RayTaskError
 
 from bruno_ray.errors import BrunoError
 from bruno_ray.workers.broker import NoWorkerLeft
+from bruno_ray.workers.messages import BatchResult, CallReply, Failed, Lost, NoWorkers, Scored
+
+SWAP = "swap"
+"""Key of a ``Swap`` in a Tune trial's config."""
+
+RESULTS = "results"
+"""Key of the ``BatchResults`` in a Tune trial's result."""
 
 
 class BatchLane(tune.Trainable):
-    """One iteration is one trip; the process is used again for the next."""
+    """One iteration is one swap; the process is used again for the next."""
 
     def setup(self, config: dict[str, Any], broker: Any = None) -> None:
         self._broker = broker
-        self._name = ray.get_runtime_context().get_actor_id()
-        self._first = True
 
     def reset_config(self, new_config: dict[str, Any]) -> bool:
         return True
 
     def step(self) -> dict[str, Any]:
-        """``results``: (ticket, result) of every batch that has come back. A result holds ``worker`` and ``outcomes``
-        (one dict per edit), or ``error`` for the whole batch, or ``stop``: the pool has no worker left and the batch
-        was not evaluated, or ``lost``: so were its outcomes.
-
-        An error is a result, not a crash: the study records it per trial and goes on.
-        """
-        if self._first:
-            self._broker.lane_started.remote()
-        trip = {name: self.config[name] for name in ("batches", "wait", "again")}
-        replies = ray.get(self._broker.exchange.remote(self._name, **trip))
-        results = [(ticket, _result(reply)) for ticket, reply in replies]
-        if self._first:
-            ray.get(self._broker.lanes_started.remote())
-            self._first = False
-        return {"done": True, "results": results}
+        """An error is a result, not a crash: the study records it per trial and goes on."""
+        replies = ray.get(self._broker.swap.remote(self.config[SWAP]))
+        return {"done": True, RESULTS: [(batch_id, batch_result(reply)) for batch_id, reply in replies]}
 
     def save_checkpoint(self, checkpoint_dir: str) -> None:
         """Nothing to save: the study's storage is the record."""
@@ -51,21 +43,20 @@ class BatchLane(tune.Trainable):
         """Nothing to load."""
 
 
-def _result(reply: Any) -> dict[str, Any]:
+def batch_result(reply: CallReply | Exception) -> BatchResult:
+    """What became of a batch, its outcomes fetched."""
     try:
         if isinstance(reply, Exception):
             raise reply
-        worker, (value,) = reply
-        return {"worker": worker, "outcomes": ray.get(value)}
+        return Scored(reply.worker, ray.get(reply.result[0]))
     except Exception as error:
         cause = error.cause if isinstance(error, RayTaskError) else error
-        if isinstance(cause, NoWorkerLeft):
-            return {"stop": str(cause)}
-        if isinstance(cause, BrunoError):
-            return {"error": str(cause)}
-        if isinstance(cause, RayError):  # the worker's machine went away with the finished outcomes
-            return {"lost": str(cause)}
-        return {
-            "error": f"{type(cause).__name__}: {cause}",
-            "traceback": "".join(traceback.format_exception(error)),
-        }
+        match cause:
+            case NoWorkerLeft():
+                return NoWorkers(str(cause))
+            case BrunoError():
+                return Failed(str(cause))
+            case RayError():  # the worker's machine went away with the finished outcomes
+                return Lost(str(cause))
+            case _:
+                return Failed(f"{type(cause).__name__}: {cause}", "".join(traceback.format_exception(error)))

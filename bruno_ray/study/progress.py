@@ -20,7 +20,7 @@ from rich.text import Text
 from bruno_ray.files import size_text
 from bruno_ray.study.selection import TrialRecord
 from bruno_ray.study.tables import front_lines, front_table, metric_text
-from bruno_ray.workers.broker import WorkerState
+from bruno_ray.workers.worker_actor import WorkerState
 
 logger = logging.getLogger(__name__)
 

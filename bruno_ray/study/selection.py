@@ -11,6 +11,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from bruno_ray.errors import SettingsError, StudyError
+from bruno_ray.study.trial_result import RESULT, TrialResult
 
 BEHAVIOUR = "behaviour_rate"
 KL = "kl_divergence"
@@ -52,19 +53,19 @@ def load_trials(study: optuna.Study) -> list[TrialRecord]:
 
 
 def record(trial: FrozenTrial) -> TrialRecord:
-    result = trial.user_attrs.get("result") or {}
+    result = TrialResult.from_json(trial.user_attrs.get(RESULT) or {})
     complete = trial.state == TrialState.COMPLETE
     return TrialRecord(
         number=trial.number,
         state=trial.state.name,
         edit=trial.user_attrs.get("edit"),
-        values=dict(result.get("values", {})) if complete else {},
-        counts={name: (pair[0], pair[1]) for name, pair in result.get("counts", {}).items()} if complete else {},
-        seconds=result.get("seconds"),
-        worker=result.get("worker"),
-        error=None if complete else result.get("error"),
+        values=result.values if complete else {},
+        counts=result.counts if complete else {},
+        seconds=result.seconds,
+        worker=result.worker,
+        error=None if complete else result.error,
         params=dict(trial.params),
-        samples=tuple((pair[0], pair[1]) for pair in result.get("samples", ())),
+        samples=result.samples,
     )
 
 

@@ -21,7 +21,9 @@ from optuna.storages.journal import BaseJournalBackend
 from sqlalchemy.exc import SQLAlchemyError
 
 from bruno_ray.errors import NoStudyError, StudyError, first_line
+from bruno_ray.optuna_internals import journal_backend, storage_of
 from bruno_ray.settings.passwords import with_password, without_password
+from bruno_ray.study.fingerprint import first_difference
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +105,7 @@ class RunJournal(BaseJournalBackend):
 
 def batched(storage: BaseStorage):
     """Context manager in which writes to a journal are held together; does nothing for other storages."""
-    backend = getattr(storage, "_backend", None)
+    backend = journal_backend(storage)
     return backend.batch() if isinstance(backend, RunJournal) else nullcontext()
 
 
@@ -156,7 +158,7 @@ def open_study(
     """Create the study or continue it, as its only driver.
 
     Args:
-        fingerprint: what the results depend on, as nested dicts of plain values; a stored study must have the same.
+        fingerprint: what the results depend on (``fingerprint.py``); a stored study must have the same.
         take_over: continue although a driver on another machine has not signed off.
 
     Raises:
@@ -175,7 +177,7 @@ def open_study(
             directions=["minimize"] * len(objectives),
             load_if_exists=True,
         )
-        with batched(study._storage):
+        with batched(storage_of(study)):
             _check_fingerprint(study, {**fingerprint, "objectives": list(objectives)})
             _check_driver(study, take_over)
             me = psutil.Process()
@@ -196,23 +198,13 @@ def _check_fingerprint(study: optuna.Study, mine: dict[str, Any]) -> None:
             raise StudyError(f"study {study.study_name!r} was not made by bruno-ray: choose another study.name")
         study.set_user_attr("fingerprint", mine)
         return
-    difference = _first_difference(stored, mine)
+    difference = first_difference(stored, mine)
     if difference:
         part, theirs, ours = difference
         raise StudyError(
             f"study {study.study_name!r} was made with {part} = {theirs}, this run has {ours}:"
             " choose another study.name, or make the settings agree"
         )
-
-
-def _first_difference(stored: Any, mine: Any, part: str = "") -> tuple[str, Any, Any] | None:
-    if isinstance(stored, dict) and isinstance(mine, dict):
-        for key in sorted(stored.keys() | mine.keys()):
-            found = _first_difference(stored.get(key), mine.get(key), f"{part}.{key}" if part else key)
-            if found:
-                return found
-        return None
-    return None if stored == mine else (part, stored, mine)
 
 
 def _check_driver(study: optuna.Study, take_over: bool) -> None:

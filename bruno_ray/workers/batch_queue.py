@@ -1,64 +1,46 @@
-"""Where lanes hand in batches and take away what has finished, whichever lane brought it in.
+"""Where batches are handed in and finished ones are fetched, in one call, by a caller that may die at any moment.
 
-A few lanes thus serve any number of workers. A reply that a lane takes away is kept until the same lane comes again,
-which it does only when the driver has what it carried. When a lane is lost, the driver hands in again what that lane
-had along: a ticket that is known is not run again, and replies that were on their way are given out once more.
+A batch is run once, however often it is handed in, and its reply is handed out in every swap until the caller says
+that it has arrived. So nothing has to be known about a caller that has died: its successor hands in again what may
+not have arrived here, and is given again what may not have arrived there.
 """
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
 
-Reply = tuple[int, Any]
-"""The batch's ticket, and what evaluating it has returned, or the exception that it has raised."""
+from bruno_ray.ablation.edit import Edit
+from bruno_ray.workers.messages import CallReply, Reply, Submission, Swap
 
 
-class Exchange:
-    """Belongs to one study; all its methods run in one event loop."""
+class BatchQueue:
+    """The batches of one study; all its methods run in one event loop."""
 
-    def __init__(self, evaluate: Callable[[Any], Awaitable[Any]]):
+    def __init__(self, evaluate: Callable[[Sequence[Edit]], Awaitable[CallReply]]):
         self._evaluate = evaluate
         self._known: set[int] = set()
         self._running: dict[int, asyncio.Task[None]] = {}
-        self._finished: list[Reply] = []
-        self._carried: dict[str, list[Reply]] = {}  # by lane: what it took away the last time
-        self._losses = 0
-        self._moved = asyncio.Condition()
+        self._finished: dict[int, CallReply | Exception] = {}  # and not known to have arrived
 
-    async def trip(self, lane: str, batches: Sequence[tuple[int, Any]], wait: bool, again: bool) -> list[Reply]:
-        """Hand in (ticket, batch) pairs, take away all that has finished; the first that finishes if nothing has yet.
+    async def swap(self, swap: Swap) -> list[Reply]:
+        """Hand in batches, fetch all that have finished. If none has and ``block`` is set, wait for the first.
 
-        Args:
-            lane: names the caller.
-            wait: else it returns at once, with nothing if nothing has finished. It never waits when nothing runs.
-            again: a lane was lost, and with it perhaps replies.
+        It never waits when nothing runs.
         """
-        self._carried.pop(lane, None)
-        if again:
-            self._losses += 1  # also ends the waiting of a lost lane, which would take replies to nowhere
-            self._finished += [reply for replies in self._carried.values() for reply in replies]
-            self._carried.clear()
-        for ticket, batch in batches:
-            if ticket not in self._known:
-                self._known.add(ticket)
-                self._running[ticket] = asyncio.create_task(self._run(ticket, batch))
-        losses = self._losses
-        async with self._moved:
-            self._moved.notify_all()
-            if wait:
-                await self._moved.wait_for(lambda: self._finished or not self._running or self._losses != losses)
-            if self._losses != losses:
-                return []
-            replies, self._finished = self._finished, []
-        self._carried[lane] = replies
-        return replies
+        for batch_id in swap.received:
+            self._finished.pop(batch_id, None)
+        for submission in swap.submit:
+            if submission.batch_id not in self._known:
+                self._known.add(submission.batch_id)
+                self._running[submission.batch_id] = asyncio.create_task(self._run(submission))
+        if swap.block and not self._finished and self._running:
+            await asyncio.wait(self._running.values(), return_when=asyncio.FIRST_COMPLETED)
+        return list(self._finished.items())
 
-    async def _run(self, ticket: int, batch: Any) -> None:
+    async def _run(self, submission: Submission) -> None:
+        reply: CallReply | Exception
         try:
-            reply = await self._evaluate(batch)
+            reply = await self._evaluate(submission.edits)
         except Exception as error:  # a reply as well: the lane knows what to make of it
             reply = error
-        async with self._moved:
-            del self._running[ticket]
-            self._finished.append((ticket, reply))
-            self._moved.notify_all()
+        del self._running[submission.batch_id]
+        self._finished[submission.batch_id] = reply

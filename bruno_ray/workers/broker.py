@@ -1,31 +1,36 @@
-"""The actors of the worker pool: one broker, and one worker per model copy.
+"""The broker of the worker pool: a small asynchronous actor on the driver's machine.
 
-The broker is a small asynchronous actor on the driver's machine. It starts the workers, replaces those that die,
-and hands each call to the next idle worker; a call whose worker dies is run again elsewhere, once. Everything that
-asks for work to be done (lanes of the study, the pipeline) talks to the broker, so workers may come and go.
+It starts the workers, replaces those that die, and hands each call to the next idle worker; a call whose worker dies is
+run again elsewhere, once. Everything that asks for work to be done (the study's lane, the pipeline) talks to the
+broker, so workers may come and go. One worker's place:
 
-Neither the broker nor the lanes import torch: calls, edits and outcomes pass through them as plain values or as
-references to objects they never open.
+                       a call                 its actor dies              three times in a row
+    starting ---> idle <-----> busy       (any) ------------> lost ------------------------------> failed
+        |                                   ^                  |                                     ^
+        |                                   +--- starting <----+                                     |
+        +--------------------------------------------------------------------------------------------+
+                              its constructor has raised an error, and would again
+
+Neither the broker nor the lane imports torch: calls, edits and outcomes pass through them as plain values or as
+references to objects that they never open.
 """
 
 import asyncio
-import os
-import socket
-import sys
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
-import psutil
 import ray
-from ray import cloudpickle
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 
+from bruno_ray.ablation.edit import Edit
 from bruno_ray.errors import BrunoError, WorkerError
-from bruno_ray.workers.batch_queue import Exchange, Reply
+from bruno_ray.workers.batch_queue import BatchQueue
+from bruno_ray.workers.idle_queue import IdleQueue
+from bruno_ray.workers.messages import CallReply, Reply, Swap
+from bruno_ray.workers.worker_actor import BUSY, FAILED, IDLE, LOST, STARTING, WorkerActor, WorkerState
 
 HEARTBEAT_S = 2.0
 """How often a worker is asked for its memory; also how soon the death of an idle worker is noticed."""
@@ -33,71 +38,24 @@ HEARTBEAT_S = 2.0
 LOSSES_IN_A_ROW = 3
 """A worker that dies this many times without finishing a call in between is not started again."""
 
-LANES_START_S, LANE_START_S = 15.0, 1.5
-"""Longest time that lanes wait for each other at the start: the first, and the second for each of them, because they
-share the cores of one machine."""
-
 ATTEMPTS = 2
 """How many workers a call may lose before it counts as failed."""
 
-STARTING, IDLE, BUSY, LOST, FAILED = "starting", "idle", "busy", "lost", "failed"
+STOPPED = "the run was stopped before this call came back: resume it to run the call again"
 
-
-@dataclass
-class WorkerState:
-    """What the progress view shows of one worker."""
-
-    name: str
-    state: str = STARTING
-    host: str = ""
-    pid: int = 0
-    memory: int = 0
-    """Resident bytes of the process."""
-
-    gpu_memory: int = 0
-    """Bytes that torch holds on GPUs."""
-
-    calls: int = 0
-    losses: int = 0
-
-
-@ray.remote(concurrency_groups={"control": 1})
-class WorkerActor:
-    """Owns one worker object (a ``ModelWorker``) and forwards calls to it."""
-
-    def start(self, payload: bytes) -> None:
-        """Build the worker. Apart from ``__init__``, so that its errors arrive as what they are."""
-        factory, args = cloudpickle.loads(payload)
-        self._worker = factory(*args)
-
-    def call(self, method: str, arguments: bytes, *context: Any) -> tuple[None, Any]:
-        """(None, result): with two returns the broker can await the first and pass the second on unopened."""
-        return None, getattr(self._worker, method)(*context, *cloudpickle.loads(arguments))
-
-    def evaluate(self, context: Any, edits: list[dict[str, Any]]) -> tuple[None, list[dict[str, Any]]]:
-        """Like ``call``, with edits and outcomes as plain dicts."""
-        from bruno_ray.ablation.edit import Edit
-
-        outcomes = self._worker.evaluate(context, [Edit.from_dict(edit) for edit in edits])
-        return None, [asdict(outcome) for outcome in outcomes]
-
-    @ray.method(concurrency_group="control")
-    def stat(self) -> dict[str, Any]:
-        """Answered while a call is running, from another thread."""
-        gpu_memory = 0
-        torch = sys.modules.get("torch")
-        if torch is not None and torch.cuda.is_initialized():
-            gpu_memory = sum(torch.cuda.memory_reserved(i) for i in range(torch.cuda.device_count()))
-        return {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "memory": psutil.Process().memory_info().rss,
-            "gpu_memory": gpu_memory,
-        }
+Submit = Callable[[Any], tuple[Any, Any]]
+"""Starts a call on an actor; returns a reference that is ready when the call is over, and one to its result."""
 
 
 class NoWorkerLeft(WorkerError):
     """Every worker has been given up: the call did not fail, there is nobody to run it."""
+
+
+@dataclass(frozen=True)
+class _WorkerDied:
+    """How a call may end."""
+
+    reason: str
 
 
 class Slot:
@@ -128,20 +86,19 @@ class PoolBroker:
         self._payload = payload
         self._options = options
         self._slots = [Slot(f"worker {i}") for i in range(n_workers)]
-        self._waiting: deque[asyncio.Future[Slot]] = deque()
+        self._idle: IdleQueue[Slot] = IdleQueue()
         self._context: list[Any] = [None]
         self._events: list[str] = []
         self._failure: BrunoError | None = None
+        self._stopped = False
         self._first = asyncio.Event()
-        self._tasks: list[asyncio.Task[None]] = []
-        self._cancelled = asyncio.Event()
-        self._lanes_missing = 0
-        self._lanes_start_s = LANES_START_S
-        self._lanes_here = asyncio.Event()
-        self._exchange = Exchange(self.evaluate)
+        self._keepers: list[asyncio.Task[None]] = []
+        self._calls: set[asyncio.Task[CallReply]] = set()
+        self._in_use: set[asyncio.Task[CallReply | _WorkerDied]] = set()  # the event loop alone does not keep tasks
+        self._batches = BatchQueue(self.evaluate)
 
     async def open(self) -> None:
-        self._tasks = [asyncio.create_task(self._keep(slot)) for slot in self._slots]
+        self._keepers = [asyncio.create_task(self._keep(slot)) for slot in self._slots]
 
     async def ready(self) -> None:
         """Returns once the first worker can be used. Raises what its constructor raised if all have failed."""
@@ -156,56 +113,40 @@ class PoolBroker:
         """``context`` is a list with one object reference, which is thus kept and not opened."""
         self._context = context
 
-    async def run(self, method: str, arguments: bytes, with_context: bool = False) -> tuple[str, list[Any]]:
+    async def run(self, method: str, arguments: bytes, with_context: bool = False) -> CallReply:
         """Call a method on the next idle worker; ``arguments`` is a cloudpickled tuple, opened in the worker.
 
-        Returns the worker's name and a list with the reference to the result; getting that raises what the method
-        raised. Raises WorkerError when the call has lost its worker twice or no worker is left.
+        Raises WorkerError when the call has lost its worker twice or no worker is left.
         """
         context = self._context if with_context else []
-        return await self._run(lambda actor: actor.call.options(num_returns=2).remote(method, arguments, *context))
+        return await self._call(lambda actor: actor.call.options(num_returns=2).remote(method, arguments, *context))
 
-    async def evaluate(self, edits: list[dict[str, Any]]) -> tuple[str, list[Any]]:
+    async def evaluate(self, edits: Sequence[Edit]) -> CallReply:
         """``evaluate(context, edits)`` on the next idle worker, as ``run`` does; NoWorkerLeft when there is none."""
         try:
-            return await self._run(lambda actor: actor.evaluate.options(num_returns=2).remote(self._context[0], edits))
+            return await self._call(lambda actor: actor.evaluate.options(num_returns=2).remote(self._context[0], edits))
         except BrunoError as error:
             if error is self._failure:
                 raise NoWorkerLeft(f"no worker is left ({error}): see to that, then resume the run") from error
             raise
 
-    async def begin_study(self, lanes: int) -> None:
-        """Expect this many lanes, and forget what the last study has left behind."""
-        self._exchange = Exchange(self.evaluate)
-        self._lanes_missing = lanes
-        self._lanes_start_s = LANES_START_S + lanes * LANE_START_S
-        self._lanes_here = asyncio.Event()
+    async def begin_study(self) -> None:
+        """Forget the batches of the last study."""
+        self._batches = BatchQueue(self.evaluate)
 
-    async def lane_started(self) -> None:
-        self._lanes_missing -= 1
-        if self._lanes_missing <= 0:
-            self._lanes_here.set()
-
-    async def lanes_started(self) -> None:
-        """Returns once all expected lanes have started (or have had time enough).
-
-        A lane must not finish its first trip before: Tune would give its process to the next lane, throw away
-        the process that was being started for that one, and go on like this for as long as a trip is faster than
-        the start of a process.
-        """
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._lanes_here.wait(), self._lanes_start_s)
-
-    async def exchange(self, lane: str, batches: list[tuple[int, Any]], wait: bool, again: bool) -> list[Reply]:
-        """See ``Exchange.trip``; a batch is a list of edits, and replies are what ``evaluate`` returns or raises."""
-        return await self._exchange.trip(lane, batches, wait, again)
+    async def swap(self, swap: Swap) -> list[Reply]:
+        """See ``BatchQueue``; replies are what ``evaluate`` returns or raises."""
+        return await self._batches.swap(swap)
 
     async def cancel(self) -> None:
-        """Calls that wait or run now return WorkerError at once; workers finish what they are at."""
-        self._cancelled.set()
+        """Calls that wait or run now return WorkerError at once, and so do later ones; workers finish what they do."""
+        self._stopped = True
+        self._idle.fail(WorkerError(STOPPED))
+        for call in self._calls:
+            call.cancel()
 
     async def close(self) -> None:
-        for task in self._tasks:
+        for task in self._keepers:
             task.cancel()
         for slot in self._slots:
             if slot.actor is not None:
@@ -213,70 +154,53 @@ class PoolBroker:
 
     # ----- calls -----
 
-    async def _run(self, submit: Callable[[Any], tuple[Any, Any]]) -> tuple[str, list[Any]]:
-        work = asyncio.ensure_future(self._attempts(submit))
-        cancelled = asyncio.ensure_future(self._cancelled.wait())
-        await asyncio.wait((work, cancelled), return_when=asyncio.FIRST_COMPLETED)
-        cancelled.cancel()
-        if not work.done():
-            work.cancel()
-            raise WorkerError("the run was stopped before this call came back: resume it to run the call again")
-        return work.result()
+    async def _call(self, submit: Submit) -> CallReply:
+        call = asyncio.create_task(self._attempts(submit))
+        self._calls.add(call)
+        try:
+            return await call
+        except asyncio.CancelledError:
+            if self._stopped:
+                raise WorkerError(STOPPED) from None
+            raise
+        finally:
+            self._calls.discard(call)
 
-    async def _attempts(self, submit: Callable[[Any], tuple[Any, Any]]) -> tuple[str, list[Any]]:
-        losses = []
+    async def _attempts(self, submit: Submit) -> CallReply:
+        losses: list[str] = []
         while len(losses) < ATTEMPTS:
-            slot = await self._lease(first=bool(losses))
-            done, value = submit(slot.actor)
-            try:
-                await done
-            except RayTaskError:
-                pass  # the method raised: the caller will see it when it gets the value
-            except RayError as error:
-                slot.reason = _reason(error)
-                losses.append(f"{slot.name} ({slot.reason})")
-                slot.state.state = LOST
-                slot.lost.set()
-                continue
-            slot.losses_in_a_row = 0
-            slot.state.calls += 1
-            slot.state.state = IDLE
-            self._deal()
-            return slot.name, [value]
+            slot = await self._idle.get(urgent=bool(losses))
+            slot.state.state = BUSY
+            use = asyncio.create_task(self._use(slot, submit))
+            self._in_use.add(use)
+            use.add_done_callback(self._in_use.discard)
+            end = await asyncio.shield(use)  # a call that is cancelled stops waiting; its worker is busy all the same
+            if isinstance(end, CallReply):
+                return end
+            losses.append(f"{slot.name} ({end.reason})")
         raise WorkerError(f"it lost {' and then '.join(losses)}: look at the memory and logs of the workers")
 
-    async def _lease(self, first: bool) -> Slot:
-        """The next idle worker, marked busy. A call that has lost a worker goes before those that have not."""
-        future: asyncio.Future[Slot] = asyncio.get_running_loop().create_future()
-        if first:
-            self._waiting.appendleft(future)
-        else:
-            self._waiting.append(future)
-        self._deal()
+    async def _use(self, slot: Slot, submit: Submit) -> CallReply | _WorkerDied:
+        """Run a call on the slot's worker. However it ends, the slot is then idle again or about to be filled anew."""
+        actor = slot.actor
         try:
-            return await future
-        except asyncio.CancelledError:
-            if future.done() and not future.cancelled():
-                future.result().state.state = IDLE
-                self._deal()
-            raise
-
-    def _deal(self) -> None:
-        """Pair idle workers with waiting calls; with no worker left, fail the calls."""
-        for slot in self._slots:
-            if slot.state.state != IDLE:
-                continue
-            while self._waiting and self._waiting[0].done():
-                self._waiting.popleft()
-            if not self._waiting:
-                break
-            slot.state.state = BUSY
-            self._waiting.popleft().set_result(slot)
-        if self._failure is not None:
-            while self._waiting:
-                future = self._waiting.popleft()
-                if not future.done():
-                    future.set_exception(self._failure)
+            done, result = submit(actor)
+            # The method raised, or the call was cancelled: the caller will see it when it gets the result.
+            with suppress(RayTaskError, TaskCancelledError):
+                await done
+            slot.losses_in_a_row = 0
+            slot.state.calls += 1
+            return CallReply(slot.name, [result])
+        except RayError as error:
+            if slot.actor is actor:  # else the slot has been filled anew already
+                slot.reason = _reason(error)
+                slot.state.state = LOST
+                slot.lost.set()
+            return _WorkerDied(_reason(error))
+        finally:
+            if slot.actor is actor and slot.state.state == BUSY:
+                slot.state.state = IDLE
+                self._idle.put(slot)
 
     # ----- workers -----
 
@@ -290,7 +214,7 @@ class PoolBroker:
                 await slot.actor.start.remote(self._payload)
                 slot.state.state = IDLE
                 self._first.set()
-                self._deal()
+                self._idle.put(slot)
                 await self._watch(slot)
                 reason = slot.reason
             except RayTaskError as error:  # its constructor raised, and would again
@@ -299,6 +223,7 @@ class PoolBroker:
                 return
             except RayError as error:
                 reason = _reason(error)
+            self._idle.discard(slot)
             slot.state.state = LOST
             slot.state.losses += 1
             slot.losses_in_a_row += 1
@@ -323,7 +248,7 @@ class PoolBroker:
         if all(other.state.state == FAILED for other in self._slots):
             self._failure = error
             self._first.set()
-            self._deal()
+            self._idle.fail(error)
 
     def _say(self, event: str) -> None:
         self._events.append(f"{time.strftime('%H:%M:%S')} {event}")

@@ -18,8 +18,10 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bruno_ray.errors import BrunoError, WorkerError
 from bruno_ray.settings import RaySettings
-from bruno_ray.workers.broker import FAILED, PoolBroker, WorkerState
+from bruno_ray.workers.broker import PoolBroker
+from bruno_ray.workers.messages import CallReply
 from bruno_ray.workers.session import gpus_per_worker
+from bruno_ray.workers.worker_actor import FAILED, WorkerState
 
 logger = logging.getLogger(__name__)
 
@@ -141,12 +143,12 @@ class WorkerPool:
         return self.broker.run.remote(method, cloudpickle.dumps(args), with_context)
 
     def _fetch(self, reply: Any, method: str, args: tuple[Any, ...], with_context: bool = False) -> Any:
-        _, (value,) = self._ask(reply)
+        called: CallReply = self._ask(reply)
         try:
-            return self._ask(value)
+            return self._ask(called.result[0])
         except (ObjectLostError, OwnerDiedError):  # its machine went away with the finished result
-            _, (value,) = self._ask(self._submit(method, args, with_context))
-            return self._ask(value)
+            called = self._ask(self._submit(method, args, with_context))
+            return self._ask(called.result[0])
 
     def _ask(self, reference: Any, timeout: float | None = None) -> Any:
         """``ray.get`` that raises the project's own errors as they are."""

@@ -3,7 +3,6 @@
 import logging
 import math
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,9 +10,9 @@ from typing import Any
 
 import ray
 import yaml
-from ray._private.ray_logging import stdout_deduplicator
 
 from bruno_ray.errors import SettingsError, WorkerError, first_line
+from bruno_ray.ray_internals import drop_worker_output
 from bruno_ray.settings import RaySettings
 
 logger = logging.getLogger(__name__)
@@ -41,9 +40,8 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's warning about GPUs of 0-GPU actors
-    # Ray prints a paragraph to stdout for each dead worker; the pool says it in a line. (RAY_DEDUP_LOGS_SKIP_REGEX
-    # would do the same, but is read when ray is imported.)
-    stdout_deduplicator.skip_re = re.compile("A worker died or was killed|The node with node id")
+    # Ray prints a paragraph to stdout for each dead worker; the pool says it in a line.
+    drop_worker_output("A worker died or was killed|The node with node id")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address := cluster_address(settings):
         try:

@@ -7,8 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
 
-from ray.autoscaler._private.command_runner import SSHCommandRunner
-
+from bruno_ray.ray_internals import ssh_command_runner
 from cluster.errors import NodeError
 from cluster.network.addresses import NodeAddress
 from cluster.network.keys import KNOWN_HOSTS_NAME, host_key_alias
@@ -35,7 +34,7 @@ class NodeDirectory(Protocol):
     def address(self, node_id: str) -> NodeAddress: ...
 
 
-class VastCommandRunner(SSHCommandRunner):
+class VastCommandRunner(ssh_command_runner()):
     """Runs commands and rsync on one node. Every command finds out on which node it runs from
 
     CLUSTER_NAME, CLUSTER_NODE_INDEX, CLUSTER_NODE_ADDRESS (the loopback alias) and CLUSTER_MAX_CPUS.

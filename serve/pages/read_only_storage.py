@@ -2,14 +2,17 @@
 
 from collections.abc import Container, Sequence
 from copy import copy
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from optuna.storages import BaseStorage
 from optuna.study import StudyDirection
-from optuna.study._frozen import FrozenStudy
 from optuna.trial import FrozenTrial, TrialState
 
 from bruno_ray.errors import StudyError
+from bruno_ray.optuna_internals import study_id_of
+
+if TYPE_CHECKING:
+    from bruno_ray.optuna_internals import FrozenStudy
 
 METRIC_NAMES = "study:metric_names"
 """Where `Study.set_metric_names` keeps them."""
@@ -46,8 +49,8 @@ class OneStudy(BaseStorage):
     set_trial_param = set_trial_state_values = set_trial_intermediate_value = _write
     set_trial_user_attr = set_trial_system_attr = _write
 
-    def get_all_studies(self) -> list[FrozenStudy]:
-        studies = [copy(study) for study in self._storage.get_all_studies() if study._study_id == self.study_id]
+    def get_all_studies(self) -> "list[FrozenStudy]":
+        studies = [copy(study) for study in self._storage.get_all_studies() if study_id_of(study) == self.study_id]
         for study in studies:
             study.system_attrs = {**study.system_attrs, METRIC_NAMES: self._objectives}
         return studies

@@ -22,6 +22,7 @@ class FakeOutcome:
     scores: FakeScores | None
     error: str | None = None
     seconds: float = 0.0
+    samples: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

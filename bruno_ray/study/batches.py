@@ -1,0 +1,159 @@
+"""An Optuna study that is asked and told in batches of trials, and goes on where another process has left it.
+
+A trial's user attributes say all that is needed for that: ``batch`` (number and size of its batch), ``edit``
+(``Edit.to_dict()``) and, once it is evaluated, ``result``. Trials that a dead driver left RUNNING are adopted: those
+with results are only told, the others are evaluated under their own numbers and parameters.
+"""
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+
+import optuna
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
+
+from bruno_ray.ablation.edit import Edit
+from bruno_ray.optuna_internals import set_trial_attribute, storage_of, unfinished_trial
+from bruno_ray.study.storage import batched
+from bruno_ray.study.trial_result import RESULT, TrialResult
+
+logger = logging.getLogger(__name__)
+
+
+class BatchState(Enum):
+    """See the drawing in ``schedule.py``; a batch that is told is forgotten."""
+
+    QUEUED = auto()
+    OUT = auto()
+    BACK = auto()
+
+
+@dataclass
+class Batch:
+    """Trials that are evaluated together."""
+
+    number: int
+    edits: dict[int, Edit]
+    """By trial number."""
+
+    results: dict[int, TrialResult] = field(default_factory=dict)
+    """By trial number; an adopted batch may have some of them."""
+
+    state: BatchState = BatchState.QUEUED
+    batch_id: int = -1
+    """Names this evaluation of it in the pool."""
+
+    losses: int = 0
+    """How often its outcomes were lost with the machine that had them."""
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of the trials that have no result."""
+        return [number for number in self.edits if number not in self.results]
+
+
+@dataclass(frozen=True)
+class Told:
+    """What telling a batch has come to."""
+
+    complete: int
+    errors: Mapping[int, str]
+    """By number, of the trials that have FAILed."""
+
+
+class BatchStudy:
+    """The only writer of a study's trials."""
+
+    def __init__(
+        self,
+        study: optuna.Study,
+        sampler: BaseSampler,
+        suggest: Callable[[optuna.Trial], Edit],
+        objectives: Sequence[str],
+    ):
+        """
+        Args:
+            study: opened by ``storage.open_study``.
+            suggest: samples one edit.
+            objectives: metric names in the order of the study's directions; all minimised.
+        """
+        study.sampler = sampler
+        self.study = study
+        self.objectives = tuple(objectives)
+        self._suggest = suggest
+
+    def ask(self, number: int, size: int) -> Batch:
+        """A new batch of ``size`` trials."""
+        with batched(storage_of(self.study)):
+            return Batch(number, dict(self._sample(self.study.ask(), number, size) for _ in range(size)))
+
+    def store(self, batch: Batch, results: Mapping[int, TrialResult]) -> None:
+        """Keep results of a batch by trial number, on disk as well, before they are told."""
+        batch.results.update(results)
+        with batched(storage_of(self.study)):
+            for number, result in results.items():
+                set_trial_attribute(self.study, number, RESULT, result.to_json())
+
+    def tell(self, batch: Batch) -> Told:
+        """Tell all results of a batch, in the order of the trials' numbers."""
+        errors: dict[int, str] = {}
+        with batched(storage_of(self.study)):
+            for number, result in sorted(batch.results.items()):
+                if result.error is not None:
+                    self.study.tell(number, state=TrialState.FAIL)
+                    errors[number] = result.error
+                else:
+                    self.study.tell(number, [result.values[name] for name in self.objectives])
+        return Told(len(batch.results) - len(errors), errors)
+
+    def n_complete(self) -> int:
+        return sum(trial.state == TrialState.COMPLETE for trial in self.study.get_trials(deepcopy=False))
+
+    def adopt(self, default_size: int) -> tuple[list[Batch], int]:
+        """The batches that are not told yet, by number, and the number of the next new one.
+
+        Trials that had no edit yet get one under their own number; trials of the last batch that were not asked yet
+        are asked. ``default_size`` is the size of a batch whose driver died before it was noted.
+        """
+        batches: dict[int, list[FrozenTrial]] = {}
+        sizes: dict[int, int] = {}  # trials the batch was meant to have
+        for trial in self.study.get_trials(deepcopy=False):
+            last = max(sizes, default=-1)
+            if "batch" in trial.user_attrs:
+                number, sizes[number] = trial.user_attrs["batch"]
+            elif sizes and len(batches[last]) < sizes[last]:  # died before it was said which batch it is for
+                number = last
+            else:
+                number, sizes[last + 1] = last + 1, default_size
+            batches.setdefault(number, []).append(trial)
+        adopted = []
+        for number in sorted(batches):
+            running = [trial for trial in batches[number] if trial.state == TrialState.RUNNING]
+            if running:
+                unasked = sizes[number] - len(batches[number]) if number == max(batches) else 0
+                adopted.append(self._adopted(number, running, sizes[number], unasked))
+        if adopted:
+            logger.info("adopting %d trials that were under way", sum(len(batch.edits) for batch in adopted))
+        return adopted, max(batches, default=-1) + 1
+
+    def _adopted(self, number: int, running: Sequence[FrozenTrial], size: int, unasked: int) -> Batch:
+        batch = Batch(number, {})
+        for trial in running:
+            if "edit" in trial.user_attrs:
+                batch.edits[trial.number] = Edit.from_dict(trial.user_attrs["edit"])
+                if RESULT in trial.user_attrs:
+                    batch.results[trial.number] = TrialResult.from_json(trial.user_attrs[RESULT])
+            else:
+                batch.edits.update([self._sample(unfinished_trial(self.study, trial), number, size)])
+        batch.edits.update(self._sample(self.study.ask(), number, size) for _ in range(unasked))
+        if not batch.missing:
+            batch.state = BatchState.BACK
+        return batch
+
+    def _sample(self, trial: optuna.Trial, batch_number: int, batch_size: int) -> tuple[int, Edit]:
+        trial.set_user_attr("batch", [batch_number, batch_size])
+        edit = self._suggest(trial)
+        trial.set_user_attr("edit", edit.to_dict())
+        return trial.number, edit

@@ -1,0 +1,65 @@
+"""What a study's results depend on: two runs may share a study only if they agree in it."""
+
+import re
+from typing import Any
+
+from bruno_ray.settings import Settings
+
+
+def study_fingerprint(settings: Settings, info: Any, prompts_fingerprint: str) -> dict[str, Any]:
+    """As stored with a study, nested dicts of plain values.
+
+    Seeds, numbers of trials and workers, batch sizes and places may differ. The model's id is noted for people: what
+    counts is the fingerprint of its content, since a folder may be renamed, or lie elsewhere on another machine.
+
+    Args:
+        info: ``ModelInfo``.
+    """
+    dump = settings.model_dump(mode="json")
+    return {
+        "model": {
+            "id": settings.model.id,
+            "fingerprint": info.fingerprint,
+            "dtype": info.dtype,
+            "quantization": settings.model.quantization,
+        },
+        "prompts": prompts_fingerprint,
+        "settings": {
+            "residuals": {name: dump["residuals"][name] for name in ("max_tokens", "answer_tokens")},
+            "directions": dump["directions"],
+            "search": dump["search"],
+            "scoring": {name: value for name, value in dump["scoring"].items() if name != "row_tokens"},
+            "response_prefix": dump["prompts"]["response_prefix"],
+        },
+    }
+
+
+def first_difference(stored: dict[str, Any], mine: dict[str, Any]) -> tuple[str, Any, Any] | None:
+    """(part, its value in the study, its value here) where two fingerprints first disagree; None if they agree."""
+    found = _difference(_content(stored), _content(mine), "")
+    if found is None or found[0] != "model.fingerprint":
+        return found
+    return ("model", *(_named(fingerprint["model"]) for fingerprint in (stored, mine)))
+
+
+def _content(fingerprint: dict[str, Any]) -> dict[str, Any]:
+    model = fingerprint.get("model")
+    if not isinstance(model, dict):
+        return fingerprint
+    return {**fingerprint, "model": {name: value for name, value in model.items() if name != "id"}}
+
+
+def _named(model: dict[str, Any]) -> str:
+    """A model as people know it; equal names are no help without the content's hash."""
+    short = re.sub(r"(sha256:[0-9a-f]{12})[0-9a-f]+", r"\1", str(model.get("fingerprint")))
+    return f"{model.get('id', 'a model')} ({short})"
+
+
+def _difference(stored: Any, mine: Any, part: str) -> tuple[str, Any, Any] | None:
+    if isinstance(stored, dict) and isinstance(mine, dict):
+        for key in sorted(stored.keys() | mine.keys()):
+            found = _difference(stored.get(key), mine.get(key), f"{part}.{key}" if part else key)
+            if found:
+                return found
+        return None
+    return None if stored == mine else (part, stored, mine)

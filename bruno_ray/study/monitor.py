@@ -1,0 +1,82 @@
+"""Snapshots of a running study for the progress view."""
+
+import logging
+import time
+
+import psutil
+from ray.exceptions import RayError
+
+from bruno_ray.errors import WorkerError
+from bruno_ray.study.batches import Batch
+from bruno_ray.study.progress import Snapshot
+from bruno_ray.study.schedule import Schedule
+from bruno_ray.study.selection import TrialRecord, load_trials, pareto_front
+from bruno_ray.workers.pool import WorkerPool
+from bruno_ray.workers.worker_actor import WorkerState
+
+logger = logging.getLogger(__name__)
+
+
+class Monitor:
+    """``add`` is called from the schedule's thread, ``snapshot`` from that of the view.
+
+    So only whole values pass between the two: ``add`` replaces the list of records and never changes one, and of the
+    schedule nothing is read but its plain attributes.
+    """
+
+    def __init__(self, schedule: Schedule, pool: WorkerPool):
+        self._schedule = schedule
+        self._pool = pool
+        self._records = load_trials(schedule.study.study)
+        self._started = time.monotonic()
+        self._at_start = sum(record.state == "COMPLETE" for record in self._records)
+        self._driver = psutil.Process()
+        self._workers: tuple[WorkerState, ...] = ()
+        self._asked_at = 0.0
+
+    def add(self, batch: Batch) -> None:
+        """Take over results that have come back."""
+        kept = [record for record in self._records if record.number not in batch.results]
+        self._records = kept + [
+            TrialRecord(
+                number=number,
+                state="COMPLETE" if result.error is None else "FAIL",
+                edit=batch.edits[number].to_dict(),
+                values=result.values,
+                counts=result.counts,
+                seconds=result.seconds,
+                worker=result.worker,
+                error=result.error,
+            )
+            for number, result in batch.results.items()
+        ]
+
+    def snapshot(self) -> Snapshot:
+        schedule, records = self._schedule, self._records
+        complete = sum(record.state == "COMPLETE" for record in records)
+        elapsed = time.monotonic() - self._started
+        new = complete - self._at_start
+        to_go = max(schedule.target - complete, 0)
+        return Snapshot(
+            name=schedule.study.study.study_name,
+            objectives=schedule.study.objectives,
+            target=schedule.target,
+            complete=complete,
+            running=schedule.running,
+            failed=sum(record.state == "FAIL" for record in records),
+            elapsed=elapsed,
+            remaining=0.0 if not to_go else elapsed / new * to_go if new else None,
+            memory=self._driver.memory_info().rss,
+            front=tuple(pareto_front(records, schedule.study.objectives)),
+            workers=self._worker_states(),
+            note="stopping" if schedule.stopping else "",
+        )
+
+    def _worker_states(self) -> tuple[WorkerState, ...]:
+        if time.monotonic() - self._asked_at > 1.0:
+            try:
+                self._workers = tuple(self._pool.snapshot())
+            except (RayError, WorkerError):
+                logger.debug("the broker did not answer; showing the last known states")
+            self._asked_at = time.monotonic()
+        return self._workers

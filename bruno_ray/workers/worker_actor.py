@@ -1,0 +1,67 @@
+"""The actor around one worker object, and what is shown of it. Imports no torch: the worker it builds does."""
+
+import os
+import socket
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import ray
+from ray import cloudpickle
+
+from bruno_ray.ablation.edit import Edit
+from bruno_ray.workers.messages import EditOutcome, edit_outcome
+
+STARTING, IDLE, BUSY, LOST, FAILED = "starting", "idle", "busy", "lost", "failed"
+
+
+@dataclass
+class WorkerState:
+    """What the progress view shows of one worker."""
+
+    name: str
+    state: str = STARTING
+    host: str = ""
+    pid: int = 0
+    memory: int = 0
+    """Resident bytes of the process."""
+
+    gpu_memory: int = 0
+    """Bytes that torch holds on GPUs."""
+
+    calls: int = 0
+    losses: int = 0
+
+
+@ray.remote(concurrency_groups={"control": 1})
+class WorkerActor:
+    """Owns one worker object (a ``ModelWorker``) and forwards calls to it."""
+
+    def start(self, payload: bytes) -> None:
+        """Build the worker. Apart from ``__init__``, so that its errors arrive as what they are."""
+        factory, args = cloudpickle.loads(payload)
+        self._worker = factory(*args)
+
+    def call(self, method: str, arguments: bytes, *context: Any) -> tuple[None, Any]:
+        """(None, result): with two returns the broker can await the first and pass the second on unopened."""
+        return None, getattr(self._worker, method)(*context, *cloudpickle.loads(arguments))
+
+    def evaluate(self, context: Any, edits: Sequence[Edit]) -> tuple[None, tuple[EditOutcome, ...]]:
+        """Like ``call``, with outcomes that a process without torch can open."""
+        return None, tuple(edit_outcome(outcome) for outcome in self._worker.evaluate(context, list(edits)))
+
+    @ray.method(concurrency_group="control")
+    def stat(self) -> dict[str, Any]:
+        """Answered while a call is running, from another thread."""
+        gpu_memory = 0
+        torch = sys.modules.get("torch")
+        if torch is not None and torch.cuda.is_initialized():
+            gpu_memory = sum(torch.cuda.memory_reserved(i) for i in range(torch.cuda.device_count()))
+        return {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "memory": psutil.Process().memory_info().rss,
+            "gpu_memory": gpu_memory,
+        }

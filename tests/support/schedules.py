@@ -1,0 +1,61 @@
+"""Schedules of small studies, for tests that drive one without Tune and Ray."""
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+import optuna
+import pytest
+
+from bruno_ray.settings import SearchSettings
+from bruno_ray.study.batches import BatchStudy
+from bruno_ray.study.sampler import NumberedTPESampler
+from bruno_ray.study.schedule import Schedule
+from bruno_ray.study.space import search_space, suggest
+from bruno_ray.study.storage import open_study
+
+OBJECTIVES = ("behaviour_rate", "kl_divergence")
+SPACE = (SearchSettings(), ("a", "b"), 8, ("attention", "mlp"))
+NAMES = tuple(search_space(*SPACE))
+
+
+@contextmanager
+def in_memory() -> Iterator[Path]:
+    """A folder in memory, where there is one: a journal syncs every write, and none of these tests pulls a plug."""
+    memory = "/dev/shm"
+    with tempfile.TemporaryDirectory(dir=memory if os.access(memory, os.W_OK) else None) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture
+def memory_folder() -> Iterator[Path]:
+    with in_memory() as folder:
+        yield folder
+
+
+def opened(folder: Path, url: str | None = None) -> AbstractContextManager[optuna.Study]:
+    return open_study("test", url, folder, OBJECTIVES, {"model": "A"})
+
+
+def make_schedule(
+    study: optuna.Study,
+    window: int = 2,
+    workers: int = 1,
+    target: int = 30,
+    batch_size: int = 4,
+    n_startup_trials: int = 8,
+) -> Schedule:
+    sampler = NumberedTPESampler(n_startup_trials, seed=3, names=NAMES)
+    return Schedule(
+        BatchStudy(study, sampler, lambda trial: suggest(trial, *SPACE), OBJECTIVES),
+        target=target,
+        batch_size=batch_size,
+        window=window,
+        workers=workers,
+    )
+
+
+def params(study: optuna.Study) -> list[dict]:
+    return [trial.params for trial in study.get_trials(deepcopy=False)]

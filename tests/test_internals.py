@@ -1,0 +1,153 @@
+"""What is private in Ray and Optuna still does what this project needs of it. An upgrade that breaks it breaks here."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
+from optuna.trial import TrialState
+from ray import serve, tune
+
+from bruno_ray import optuna_internals, ray_internals
+from bruno_ray.study.storage import RunJournal
+from cluster.jobs.shell import free_port
+
+pytest_plugins = ["tests.support.local_ray"]
+
+# ----- Optuna -----
+
+
+def test_a_study_s_storage_is_where_its_trials_go() -> None:
+    study = optuna.create_study(storage=InMemoryStorage())
+    storage = optuna_internals.storage_of(study)
+    study.ask()
+    assert isinstance(storage, BaseStorage)
+    assert storage.get_n_trials(storage.get_study_id_from_name(study.study_name)) == 1
+
+
+def test_the_backend_of_a_journal_is_the_one_it_was_made_with(tmp_path: Path) -> None:
+    journal = RunJournal(tmp_path / "study.journal")
+    study = optuna.create_study(storage=JournalStorage(journal))
+    assert optuna_internals.journal_backend(optuna_internals.storage_of(study)) is journal
+    assert optuna_internals.journal_backend(InMemoryStorage()) is None
+    database = optuna.create_study(storage=RDBStorage(f"sqlite:///{tmp_path}/study.db"))
+    assert not isinstance(optuna_internals.journal_backend(optuna_internals.storage_of(database)), RunJournal)
+
+
+def test_an_unfinished_trial_gets_an_attribute_by_its_number() -> None:
+    study = optuna.create_study()
+    study.ask()
+    study.ask()
+    optuna_internals.set_trial_attribute(study, 1, "result", {"values": {"a": 1.0}})
+    assert [trial.user_attrs for trial in study.get_trials()] == [{}, {"result": {"values": {"a": 1.0}}}]
+
+
+def test_an_unfinished_trial_goes_on_under_its_own_number() -> None:
+    study = optuna.create_study()
+    study.ask()
+    first = study.ask()
+    first.suggest_float("x", 0.0, 1.0)
+    again = optuna_internals.unfinished_trial(study, study.get_trials()[1])
+    again.suggest_float("y", 0.0, 1.0)
+    assert (again.number, set(study.get_trials()[1].params)) == (1, {"x", "y"})
+    study.tell(again.number, 0.5)
+    assert study.get_trials()[1].state == TrialState.COMPLETE
+
+
+@pytest.mark.parametrize("n_startup_trials", [100, 1])
+def test_a_seeded_sampler_draws_the_same_again(n_startup_trials: int) -> None:
+    """While it draws at random, and while it samples from its model."""
+
+    def drawn(key: list[int]) -> list[float]:
+        sampler = optuna.samplers.TPESampler(multivariate=True, n_startup_trials=n_startup_trials)
+        study = optuna.create_study(sampler=sampler)
+        for value in range(4):
+            distribution = optuna.distributions.FloatDistribution(0.0, 1.0)
+            study.add_trial(
+                optuna.create_trial(params={"x": value / 4}, distributions={"x": distribution}, value=value)
+            )
+        optuna_internals.seed_sampler(sampler, key)
+        trial = study.ask()
+        return [trial.suggest_float("x", 0.0, 1.0), trial.suggest_float("y", 0.0, 1.0)]
+
+    assert drawn([1, 2]) == drawn([1, 2]) != drawn([1, 3])
+
+
+def test_the_id_of_a_stored_study_is_the_one_storages_find_it_by() -> None:
+    storage = InMemoryStorage()
+    optuna.create_study(storage=storage, study_name="first")
+    optuna.create_study(storage=storage, study_name="second")
+    ids = {study.study_name: optuna_internals.study_id_of(study) for study in storage.get_all_studies()}
+    assert ids == {name: storage.get_study_id_from_name(name) for name in ("first", "second")}
+
+
+# ----- Ray -----
+
+
+PRINTS_TWO_LINES = """
+from bruno_ray.ray_internals import drop_worker_output
+drop_worker_output("swallow this")
+from ray._private.worker import print_to_stdstream
+for line in ("swallow this line", "keep this line"):
+    data = {"ip": "1", "pid": 7, "job": "01", "is_err": False, "lines": [line], "actor_name": None, "task_name": None}
+    print_to_stdstream(data, ignore_prefix=False)
+"""
+
+
+def test_lines_that_match_are_not_printed_by_the_driver() -> None:
+    done = subprocess.run([sys.executable, "-c", PRINTS_TWO_LINES], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "keep this line" in done.stdout and "swallow" not in done.stdout
+
+
+def test_no_signal_is_raised_when_no_tuner_runs() -> None:
+    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL, "which would end this process"
+    ray_internals.stop_tuner()
+
+
+class StopsTheTuner(tune.Callback):
+    def on_trial_result(self, iteration: int, trials: list, trial: object, result: dict, **info: object) -> None:
+        ray_internals.stop_tuner()
+
+
+def never_done(config: dict) -> None:
+    while True:
+        tune.report({"value": 1})
+        time.sleep(0.05)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_a_tuner_that_is_stopped_returns(local_ray: None, tmp_path: Path) -> None:
+    run_config = tune.RunConfig(storage_path=str(tmp_path), verbose=0, callbacks=[StopsTheTuner()])
+    tune.Tuner(never_done, run_config=run_config).fit()
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_serve_says_where_its_proxy_listens(local_ray: None) -> None:
+    serve.start(http_options={"host": "127.0.0.1", "port": free_port()})
+    try:
+        first = ray_internals.serve_address()
+        serve.start(http_options={"host": "127.0.0.1", "port": free_port()})  # which changes nothing
+        assert ray_internals.serve_address() == first
+        with socket.create_connection(first, timeout=60):
+            pass
+    finally:
+        serve.shutdown()
+
+
+def test_the_autoscaler_s_command_runner_takes_what_ours_gives_it() -> None:
+    from cluster.setup.command_runner import VastCommandRunner
+
+    runner = ray_internals.ssh_command_runner()
+    assert issubclass(VastCommandRunner, runner)
+    for name in ("run", "_get_node_ip", "remote_shell_command_str", "run_rsync_up", "run_rsync_down"):
+        assert callable(getattr(runner, name))
