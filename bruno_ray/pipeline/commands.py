@@ -16,7 +16,7 @@ from bruno_ray.model.coverage import format_coverage
 from bruno_ray.model.loading import load_model
 from bruno_ray.pipeline.chat import chat_loop
 from bruno_ray.pipeline.finishing import choose, print_front, score_selected, study_of, trials_of, write_model
-from bruno_ray.pipeline.steps import evaluation_context, find_model, find_response_prefix, worker_pool
+from bruno_ray.pipeline.steps import evaluation_context, find_model, find_response_prefix, for_workers, worker_pool
 from bruno_ray.prompts.sets import load_prompts
 from bruno_ray.publishing import report as reports
 from bruno_ray.publishing import wording
@@ -84,7 +84,7 @@ def evaluate(settings: Settings, base: str | None = None) -> None:
         pool.set_context(evaluation_context(settings, prompts, "test", {}, prefix))
         columns = {reference.model.id: ScoresRecord.of(pool.call("baseline", with_context=True))}
         if base is not None:
-            other = pool.call("measure_other", settings.model, with_context=True)
+            other = pool.call("measure_other", for_workers(settings.model), with_context=True)
             columns[settings.model.id] = ScoresRecord.of(other)
     table = Table("metric", *columns, title="Test prompts")
     for metric in next(iter(columns.values())).values:

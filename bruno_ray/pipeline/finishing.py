@@ -130,7 +130,9 @@ def write_model(run: RunDirectory, prompts: Prompts, folder: Path) -> None:
 
     def measure(saved: Path) -> Scores:
         context = evaluation_context(settings, prompts, "test", run.load_directions(), record.response_prefix)
-        other = settings.model.model_copy(update={"id": str(saved), "revision": None, "quantization": "none"})
+        other = settings.model.model_copy(
+            update={"id": str(saved), "gguf_file": None, "revision": None, "quantization": "none"}
+        )
         with ray_session(settings.ray), worker_pool(settings, workers=1) as pool:
             pool.wait_ready()
             pool.set_context(context)
