@@ -93,6 +93,7 @@ def convert(file: Path, folder: Path, dtype: str = "auto", card: str = "") -> No
         try:
             config = AutoConfig.from_pretrained(**source)
             _round(config)
+            _restore_head_dim(config, reader)
             _restore_rope(config, reader)
             tokenizer = AutoTokenizer.from_pretrained(**source)
             model, found = AutoModelForCausalLM.from_pretrained(
@@ -191,6 +192,12 @@ def _round(config: "PreTrainedConfig") -> None:
     for name in ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_eps", "norm_epsilon"):
         if isinstance(value := getattr(config, name, None), float):
             setattr(config, name, float(f"{value:.6g}"))
+
+
+def _restore_head_dim(config: "PreTrainedConfig", reader: "GGUFReader") -> None:
+    architecture = _value(reader, "general.architecture")
+    if architecture in ("llama", "qwen3") and (length := _value(reader, f"{architecture}.attention.key_length")):
+        config.head_dim = length
 
 
 def _restore_rope(config: "PreTrainedConfig", reader: "GGUFReader") -> None:
