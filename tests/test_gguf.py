@@ -29,7 +29,7 @@ EDIT = Edit(
         "attention": AblationParameters(1.2, 1.0, 0.5, 2.0),
         "mlp": AblationParameters(0.9, 1.5, 0.0, 2.0),
     },
-    direction_set="difference_in_means@0",
+    direction_set="b",
     direction_index=None,
     norm_mode="full",
 )

@@ -93,7 +93,7 @@ def convert(file: Path, folder: Path, dtype: str = "auto", card: str = "") -> No
         try:
             config = AutoConfig.from_pretrained(**source)
             _round(config)
-            _restore_head_dim(config, reader)
+            _restore_attention(config, reader)
             _restore_rope(config, reader)
             tokenizer = AutoTokenizer.from_pretrained(**source)
             model, found = AutoModelForCausalLM.from_pretrained(
@@ -185,6 +185,8 @@ def _require_whole(model: "PreTrainedModel", missing: Any, reader: "GGUFReader",
 # ----- what transformers leaves out -----
 
 ROPE_TENSORS = ("rope_freqs.weight",)
+GEMMA_OF_27B = {"gemma2": 46, "gemma3": 62}
+"""Number of blocks by which llama.cpp knows the models that scale by the width of a head's share of the stream."""
 
 
 def _round(config: "PreTrainedConfig") -> None:
@@ -194,10 +196,15 @@ def _round(config: "PreTrainedConfig") -> None:
             setattr(config, name, float(f"{value:.6g}"))
 
 
-def _restore_head_dim(config: "PreTrainedConfig", reader: "GGUFReader") -> None:
+def _restore_attention(config: "PreTrainedConfig", reader: "GGUFReader") -> None:
+    """The size of heads, and what their scores are scaled by, where transformers keeps the defaults of its classes."""
     architecture = _value(reader, "general.architecture")
-    if architecture in ("llama", "qwen3") and (length := _value(reader, f"{architecture}.attention.key_length")):
+    length = _value(reader, f"{architecture}.attention.key_length")
+    if architecture in ("llama", "qwen3") and length:
         config.head_dim = length
+    if architecture in GEMMA_OF_27B and length:  # no key of the file says it: the numbers are llama.cpp's
+        is_27b = config.num_hidden_layers == GEMMA_OF_27B[architecture]
+        config.query_pre_attn_scalar = config.hidden_size // config.num_attention_heads if is_27b else length
 
 
 def _restore_rope(config: "PreTrainedConfig", reader: "GGUFReader") -> None:
