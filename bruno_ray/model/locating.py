@@ -52,9 +52,7 @@ def _require_config(name: str, folder: Path) -> None:
         return
     files = sorted(file.name for file in folder.glob("*.gguf"))
     if files:
-        raise ModelError(
-            f"{name} holds GGUF files and no config.json: choose one with model.gguf_file, such as {files[0]}"
-        )
+        raise ModelError(f"{name} holds GGUF files, no config.json: name one in model.gguf_file, such as {files[0]}")
     raise ModelError(f"{name} is a folder without a config.json: give the folder that holds the model")
 
 

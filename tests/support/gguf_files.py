@@ -34,7 +34,7 @@ def write_gguf(
     Args:
         family: a key of ARCHITECTURES.
         kind: F32, F16, BF16, Q8_0, Q4_0 or Q4_1. Vectors are always F32, as llama.cpp has it.
-        metadata: more keys, or other values of keys: str, int, float or bool.
+        metadata: more keys, or other values of keys: str, int, float, bool, or None for no such key.
         changes: of the config.
     """
     model = tiny_models.build(family, **(SIZES | changes))
@@ -43,6 +43,9 @@ def write_gguf(
     _write_config(writer, model, architecture)
     _write_tokenizer(writer)
     for key, value in (metadata or {}).items():
+        if value is None:
+            del writer.kv_data[0][key]
+            continue
         add = {str: writer.add_string, bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32}
         add[type(value)](key, value)
     names = get_tensor_name_map(
