@@ -42,7 +42,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def load(file: Path, **changes: object) -> LoadedModel:
+def load(file: Path | str, **changes: object) -> LoadedModel:
     return load_model(ModelSettings(id=str(file), device_map="cpu", **changes))
 
 
@@ -175,6 +175,11 @@ def test_a_file_in_a_folder_is_named_by_gguf_file(tmp_path: Path) -> None:
         load(tmp_path / "repo", gguf_file="other.gguf")
     with pytest.raises(ModelError, match=r"leave model\.gguf_file out"):
         load(tmp_path / "repo" / "tiny.gguf", gguf_file="tiny.gguf")
+
+
+def test_a_file_on_the_hub_that_cannot_be_had() -> None:
+    with pytest.raises(ModelError, match="owner/nothing-GGUF is not in the local cache and the hub cannot be reached"):
+        load("owner/nothing-GGUF", gguf_file="tiny.gguf")
 
 
 def test_it_is_converted_once_for_each_file_and_dtype(tmp_path: Path, cache: Path) -> None:

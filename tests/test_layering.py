@@ -12,6 +12,7 @@ import pytest
         ("bruno_ray.settings", {"torch", "ray", "transformers", "optuna", "datasets"}),
         ("bruno_ray.cli.main", {"torch", "ray", "transformers", "optuna", "datasets"}),
         ("serve.command", {"torch", "ray", "transformers", "optuna", "fastapi"}),
+        ("bruno_ray.model.locating", {"torch", "ray", "transformers"}),
         ("bruno_ray.prompts.sets", {"torch", "ray", "transformers", "datasets"}),
         ("bruno_ray.organism", {"torch", "ray", "transformers"}),
         ("bruno_ray.runs.directory", {"torch", "ray", "transformers"}),

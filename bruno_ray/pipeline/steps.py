@@ -57,6 +57,7 @@ def with_name(settings: Settings) -> Settings:
     digest = hashlib.sha256(f"{settings.model_dump_json(include=deciding)} {settings.study.seed}".encode())
     folder = Path(settings.model.id)
     model = folder.parent.name if folder.name == "model" else folder.name
+    model = model.removesuffix(".gguf")
     name = f"{model}-{Path(settings.behaviour).stem}-{digest.hexdigest()[:6]}"
     return settings.model_copy(update={"study": settings.study.model_copy(update={"name": name})})
 
