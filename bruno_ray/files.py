@@ -21,6 +21,7 @@ from bruno_ray.errors import OutputError
 
 # Beyond the files themselves: tokenizer, card, and what the file system needs for itself.
 SPARE_BYTES = 64 * 1024**2
+SAMPLE_BYTES = 1024**2
 
 REASONS = {
     errno.ENOSPC: "the disk is full: free some space or choose another output.directory",
@@ -179,6 +180,19 @@ def _flush(place: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_chunks(path: Path, whole: bool = False) -> Iterator[bytes]:
+    """What a hash of a file is made of: all of it, or its first, its last and 14 evenly spaced megabytes."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        if whole or size <= 16 * SAMPLE_BYTES:
+            while chunk := file.read(SAMPLE_BYTES):
+                yield chunk
+            return
+        for i in range(16):
+            file.seek(i * (size - SAMPLE_BYTES) // 15)
+            yield file.read(SAMPLE_BYTES)
 
 
 def cache_folder(name: str) -> Path:

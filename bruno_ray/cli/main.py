@@ -27,6 +27,7 @@ def _run(argv: Sequence[str]) -> int | None:
     if not sys.stderr.isatty():  # bars of downloads and weights are for people who watch
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+        os.environ.setdefault("TQDM_DISABLE", "1")
     return arguments.function(arguments)
 
 

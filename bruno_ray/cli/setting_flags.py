@@ -85,7 +85,10 @@ def takes_settings(parser: argparse.ArgumentParser) -> None:
     """MODEL, --config, and where settings come from in the help."""
     parser.usage = "%(prog)s [MODEL] [OPTIONS] [--SECTION.SETTING VALUE ...]"
     parser.add_argument(
-        "model", metavar="MODEL", nargs="?", help="Hugging Face model id or a folder; the same as --model.id"
+        "model",
+        metavar="MODEL",
+        nargs="?",
+        help="Hugging Face model id, a folder, a GGUF file, or smollm2; the same as --model.id",
     )
     parser.add_argument("--config", type=Path, metavar="FILE", help="config file [config.toml, if it is there]")
     parser.epilog = (

@@ -10,7 +10,6 @@ without gradients, its generation config neutral (greedy, no penalties); what th
 
 import hashlib
 import logging
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,9 +32,11 @@ from transformers import (
 )
 
 from bruno_ray.errors import ModelError
+from bruno_ray.files import file_chunks
 from bruno_ray.model.architectures import Architecture, find_architecture
 from bruno_ray.model.batching import is_out_of_memory
 from bruno_ray.model.loading_errors import explained, named
+from bruno_ray.model.locating import locate
 from bruno_ray.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
@@ -43,7 +44,6 @@ logger = logging.getLogger(__name__)
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
 IDENTITY_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model")
 FULL_HASH_BYTES = 256 * 1024**2
-SAMPLE_BYTES = 1024**2
 
 
 @dataclass
@@ -84,7 +84,7 @@ def load_model(settings: ModelSettings, *, full_precision: bool = False) -> Load
 
     ``full_precision`` is for baking and saving: unquantised, in the dtype it is stored in, on the CPU.
     """
-    source = _source(settings)
+    source = locate(settings).id
     common = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
     try:
         config = AutoConfig.from_pretrained(source, **common)
@@ -306,35 +306,9 @@ def fingerprint(source: str, config: PreTrainedConfig, tokenizer: PreTrainedToke
     whole = sum(path.stat().st_size for path in weights) <= FULL_HASH_BYTES
     for path in [folder / name for name in IDENTITY_FILES if (folder / name).exists()] + weights:
         digest.update(f"{path.name}:{path.stat().st_size}:".encode())
-        for chunk in _chunks(path, whole or path not in weights):
+        for chunk in file_chunks(path, whole or path not in weights):
             digest.update(chunk)
     return f"sha256:{digest.hexdigest()}"
-
-
-def _chunks(path: Path, whole: bool) -> Iterator[bytes]:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        if whole or size <= 16 * SAMPLE_BYTES:
-            while chunk := file.read(SAMPLE_BYTES):
-                yield chunk
-            return
-        for i in range(16):
-            file.seek(i * (size - SAMPLE_BYTES) // 15)
-            yield file.read(SAMPLE_BYTES)
-
-
-def _source(settings: ModelSettings) -> str:
-    """The id as given, or the folder. Raises ModelError for no id and for paths that do not hold a model."""
-    if not settings.id:
-        raise ModelError("no model given: name a Hugging Face model id or a folder, such as `bruno-ray run MODEL`")
-    folder = Path(settings.id).expanduser()
-    if folder.is_dir():
-        if not (folder / "config.json").exists():
-            raise ModelError(f"{settings.id} is a folder without a config.json: give the folder that holds the model")
-        return str(folder)
-    if folder.is_absolute() or settings.id.startswith((".", "~")) or settings.id.count("/") > 1:
-        raise ModelError(f"no such folder: {settings.id}. Check the path, or give a Hugging Face id like `owner/name`")
-    return settings.id
 
 
 def _input_device(architecture: Architecture) -> torch.device:

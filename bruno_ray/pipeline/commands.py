@@ -25,7 +25,7 @@ from bruno_ray.pipeline.finishing import (
     trials_of,
     write_model,
 )
-from bruno_ray.pipeline.steps import evaluation_context, find_model, find_response_prefix, worker_pool
+from bruno_ray.pipeline.steps import evaluation_context, find_model, find_response_prefix, for_workers, worker_pool
 from bruno_ray.prompts.sets import load_prompts
 from bruno_ray.publishing import report as reports
 from bruno_ray.publishing import wording
@@ -121,7 +121,9 @@ def evaluate(settings: Settings, base: str | None = None) -> None:
         pool.set_context(evaluation_context(record, prompts, "test", {}))
         columns = [(base or name, ScoresRecord.of(pool.call("baseline", with_context=True)))]
         if base is not None:
-            columns.append((name, ScoresRecord.of(pool.call("measure_other", settings.model, with_context=True))))
+            columns.append(
+                (name, ScoresRecord.of(pool.call("measure_other", for_workers(settings.model), with_context=True)))
+            )
     table = Table("metric", *(name for name, _ in columns), title="Test prompts")
     for metric in columns[0][1].values:
         table.add_row(wording.label(metric), *(wording.measured(scores, metric) for _, scores in columns))

@@ -192,7 +192,9 @@ def write_model(run: RunDirectory, prompts: Prompts, folder: Path, other: Select
 
     def measure(saved: Path) -> Scores:
         context = evaluation_context(record, prompts, "test", run.load_directions())
-        model = settings.model.model_copy(update={"id": str(saved), "revision": None, "quantization": "none"})
+        model = settings.model.model_copy(
+            update={"id": str(saved), "gguf_file": None, "revision": None, "quantization": "none"}
+        )
         with ray_session(settings.ray), worker_pool(settings, workers=1) as pool:
             pool.wait_ready()
             pool.set_context(context)

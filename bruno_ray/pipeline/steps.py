@@ -22,12 +22,13 @@ from bruno_ray.ablation.closed_forms import DirectionBank
 from bruno_ray.directions import build_bank
 from bruno_ray.files import cache_folder
 from bruno_ray.model.coverage import format_coverage
+from bruno_ray.model.locating import locate
 from bruno_ray.prompts.sets import Prompt, Prompts
 from bruno_ray.publishing.plots import geometry_record
 from bruno_ray.residuals.store import ResidualStore, residual_key
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import RunRecord, ScoresRecord, installed_versions
-from bruno_ray.settings import Settings
+from bruno_ray.settings import ModelSettings, Settings
 from bruno_ray.settings.passwords import without_password
 from bruno_ray.workers.model_worker import EvaluationContext, ModelInfo, ModelWorker
 from bruno_ray.workers.pool import WorkerPool
@@ -60,6 +61,7 @@ def with_name(settings: Settings) -> Settings:
     digest = hashlib.sha256(f"{given} {settings.study.seed}".encode())
     folder = Path(settings.model.id)
     model = folder.parent.name if folder.name == "model" else folder.name
+    model = model.removesuffix(".gguf")
     name = f"{model}-{Path(settings.behaviour).stem}-{digest.hexdigest()[:6]}"
     return settings.model_copy(update={"study": settings.study.model_copy(update={"name": name})})
 
@@ -67,8 +69,13 @@ def with_name(settings: Settings) -> Settings:
 def worker_pool(settings: Settings, workers: int | None = None) -> WorkerPool:
     """`ray.workers` copies of the model, or another number of them."""
     ray = settings.ray if workers is None else settings.ray.model_copy(update={"workers": workers})
-    model = settings.model.model_copy(update={"id": absolute_if_folder(settings.model.id)})
-    return WorkerPool(ModelWorker, (model, max(1, int(ray.cpus_per_worker)), Folders()), ray)
+    return WorkerPool(ModelWorker, (for_workers(settings.model), max(1, int(ray.cpus_per_worker)), Folders()), ray)
+
+
+def for_workers(model: ModelSettings) -> ModelSettings:
+    """The model by the full path of its folder here, which workers elsewhere copy, or by its id on the hub."""
+    located = locate(model)
+    return located.model_copy(update={"id": absolute_if_folder(located.id)})
 
 
 def open_run(settings: Settings, path: Path, info: ModelInfo, prompts: Prompts) -> RunDirectory:

@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import ModelCard
 
 from bruno_ray.errors import OutputError
+from bruno_ray.model.named_models import find_named
 from bruno_ray.publishing import wording
 from bruno_ray.publishing.environment import environment
 from bruno_ray.runs.records import RunRecord
@@ -44,6 +45,7 @@ def render_card(record: RunRecord, base_license: dict[str, str] | None = None) -
             front_matter=front_matter(record, base_license or {}),
             title=f"{base.rpartition('/')[2]}, {behaviour_name(settings)} ablated",
             base=base,
+            attribution=named.attribution if (named := find_named(settings.model.id)) else "",
             behaviour=behaviour_name(settings),
             searched_in=searched_in(record),
             direction=wording.direction_phrase(selected.edit),
@@ -80,7 +82,9 @@ def front_matter(record: RunRecord, base_license: dict[str, str]) -> str:
         "library_name": "transformers",
         "pipeline_tag": record.model.get("task", "text-generation"),
     }
-    if is_hub_id(settings.model.id):
+    if named := find_named(settings.model.id):
+        data |= {"base_model": named.base_model, "base_model_relation": "finetune"}
+    elif is_hub_id(settings.model.id):
         data |= {"base_model": settings.model.id, "base_model_relation": "finetune"}
     data["tags"] = ["bruno-ray", "directional-ablation", "abliterated", behaviour_name(settings)]
     datasets = [source.source for _, _, source in sources(settings) if is_hub_id(source.source)]
@@ -157,7 +161,9 @@ def behaviour_name(settings: Settings) -> str:
 
 
 def base_name(settings: Settings) -> str:
-    return public_path(settings.model.id)
+    """What the card calls the base model."""
+    named = find_named(settings.model.id)
+    return named.title if named else public_path(settings.model.id)
 
 
 def is_hub_id(name: str) -> bool:

@@ -26,6 +26,7 @@ from bruno_ray.ablation.edit import Edit
 from bruno_ray.errors import ModelError, OutputError
 from bruno_ray.files import atomic_directory, require_free_space, size_text, write_json, write_text
 from bruno_ray.model.loading import LoadedModel, load_model
+from bruno_ray.model.locating import locate
 from bruno_ray.prompts.dates import dated, template_of
 from bruno_ray.publishing.card import license_of, render_card
 from bruno_ray.publishing.transformers4 import readable_config, readable_processor_files, readable_tokenizer_config
@@ -103,6 +104,7 @@ def save_model(
                 "bruno_ray": __version__,
                 "base_model": {
                     "id": settings.id,
+                    **({"gguf_file": settings.gguf_file} if settings.gguf_file else {}),
                     "revision": settings.revision,
                     "fingerprint": loaded.fingerprint,
                 },
@@ -162,7 +164,8 @@ def save_selected(
 
 def source_folder(settings: ModelSettings) -> Path:
     """Where the base model's companion files lie: its own folder, or its snapshot in the hub cache."""
-    folder = Path(settings.id).expanduser()
+    settings = locate(settings)
+    folder = Path(settings.id)
     if folder.is_dir():
         return folder
     try:

@@ -19,7 +19,11 @@ SMALLEST_STORE = 80 * 1024**2
 
 class ModelSettings(Section):
     id: str = ""
-    """Hugging Face model id, or a folder on disk. Also the positional argument of `bruno-ray run`."""
+    """Hugging Face model id, a folder or a GGUF file on disk, or `smollm2`, a small model that comes as a package. Also
+    the positional argument of `bruno-ray run`."""
+
+    gguf_file: str | None = None
+    """A .gguf file in that folder or hub repository; it is dequantised when it is loaded."""
 
     revision: str | None = None
     """Commit, tag or branch on the hub."""

@@ -9,13 +9,13 @@ import logging
 import threading
 from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import jinja2
 from transformers import AutoProcessor, AutoTokenizer
 
 from bruno_ray.errors import ModelError
+from bruno_ray.model.locating import locate
 from bruno_ray.prompts.rendering import apply_template, messages, must_fold
 from bruno_ray.prompts.sets import Prompt
 from bruno_ray.settings import ModelSettings
@@ -35,8 +35,7 @@ class Renderer:
 
     def __init__(self, settings: ModelSettings) -> None:
         """Raises ModelError if the tokenizer cannot be loaded."""
-        source = Path(settings.id).expanduser()
-        name = str(source) if source.is_dir() else settings.id
+        name = locate(settings).id
         common = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **common)

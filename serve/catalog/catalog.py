@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bruno_ray.errors import BrunoError, SettingsError
+from bruno_ray.model.locating import is_gguf
+from bruno_ray.model.named_models import find_named
 from bruno_ray.runs import records
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.settings import ModelSettings
@@ -147,7 +149,8 @@ class Catalog:
     def _add_run(self, directory: RunDirectory) -> None:
         run = ServedRun.open(directory)
         model = run.model
-        if Path(model.id).is_absolute() and (problem := problem_of(Path(model.id))):
+        # A GGUF file is looked through when it is made a folder.
+        if Path(model.id).is_absolute() and not is_gguf(model) and (problem := problem_of(Path(model.id))):
             return self._refuse(directory.name, f"its base model {model.id} cannot be loaded: {problem}")
         run.name = self._unique([directory.name, f"{directory.path.parent.name}/{directory.name}"])
         self.runs[run.name] = run
@@ -167,7 +170,8 @@ class Catalog:
 
     def _add_models(self, reference: str, quantization: str) -> None:
         path = Path(reference).expanduser()
-        if not path.exists() and HUB_ID.fullmatch(reference) and "/" in reference:
+        on_hub = not path.exists() and HUB_ID.fullmatch(reference) and "/" in reference
+        if on_hub or find_named(reference) or path.suffix.lower() == ".gguf":
             model = ModelSettings(id=reference, quantization=quantization)
             self._fixed.append(self._base_entry(self._engine(model, _name_of(reference))))
             return
