@@ -11,7 +11,7 @@ import logging
 import os
 import shlex
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -95,7 +95,7 @@ def fetch(shell: Shell, name: str, runs: Path) -> Path:
 
 
 @contextmanager
-def _alone(aside: Path, name: str) -> Iterator[None]:
+def _alone(aside: Path, name: str) -> Generator[None, None, None]:
     """Hold the folder that is being filled. Raises `FetchError` while another process does."""
     descriptor = os.open(aside, os.O_RDONLY | os.O_DIRECTORY)
     try:

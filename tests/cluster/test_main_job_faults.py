@@ -13,7 +13,7 @@ import pytest
 from bruno_ray.study.storage import load_study
 from tests.cluster.fake_vast.api import Fault
 from tests.cluster.lab.laptop import Laptop
-from tests.cluster.lab.life import NAME, RunningJob
+from tests.cluster.lab.life import NAME, WORKERS, RunningJob
 from tests.cluster.lab.ray_cluster import PATIENCE_S, RayCluster
 from tests.support.waiting import wait_for
 
@@ -39,11 +39,10 @@ def supervisor(cluster: RayCluster) -> int:
     return json.loads(cluster.head().read("root/.bruno-ray/mesh/status.json"))["pid"]
 
 
-def test_cuts_a_killed_supervisor_and_outages_of_the_api_cost_nothing(job: RunningJob) -> None:
-    """A cut of 2 s, then one of 45: ssh gives up and connects again, Ray takes the node for alive all the time."""
+def test_a_short_cut_a_killed_supervisor_and_outages_of_the_api_cost_nothing(job: RunningJob) -> None:
     cluster = job.cluster
-    first = job.joined()[0]
-    nodes, rented = job.ray_nodes(), {instance.id for instance in job.joined()}
+    wait_for(lambda: len(job.joined()) == WORKERS, "all of the job's workers", PATIENCE_S, cluster.logs)
+    first, rented = job.joined()[0], set(cluster.vast.instances)
     cluster.container(first).cut()
     time.sleep(2)
     cluster.container(first).mend()
@@ -56,6 +55,14 @@ def test_cuts_a_killed_supervisor_and_outages_of_the_api_cost_nothing(job: Runni
         wait_for(lambda asked=asked: len(cluster.api.requests) >= asked + ASKED, f"requests in {outage}", PATIENCE_S)
     cluster.api.outage = None
     job.goes_on()
+    assert " is lost (" not in job.log(), "no evaluation was lost"
+    assert set(cluster.vast.instances) == rented and len(job.joined()) == WORKERS, "nor a machine"
+
+
+def test_a_cut_of_45_seconds_costs_no_node(job: RunningJob) -> None:
+    """ssh gives up and connects again. What ran on the worker is done again, the others go on meanwhile."""
+    cluster, nodes = job.cluster, job.ray_nodes()
+    first, rented = job.joined()[0], set(cluster.vast.instances)
     cluster.container(first).cut()
     complete = job.states()["COMPLETE"]
     time.sleep(45)
@@ -66,8 +73,7 @@ def test_cuts_a_killed_supervisor_and_outages_of_the_api_cost_nothing(job: Runni
     after = job.ray_nodes()
     logger.info("Ray's nodes: %s before, %s after", nodes, after)
     assert nodes.items() <= after.items(), "no node was declared dead"
-    assert rented <= {instance.id for instance in job.joined()}
-    assert " is lost (" not in job.log(), "no evaluation was lost either"
+    assert set(cluster.vast.instances) == rented and len(job.joined()) == WORKERS, "nothing was rented instead"
 
 
 def test_a_machine_that_its_host_deletes_is_replaced_and_what_it_did_is_done_again(job: RunningJob) -> None:

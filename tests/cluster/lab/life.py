@@ -30,9 +30,10 @@ LIFE = ("test_main_job", "test_isolation", "test_main_job_faults", "test_ray_up"
 NAME = "lab-run"
 ENDLESS = 100_000
 """Trials of the job: it ends when a test ends it."""
+WORKERS = 3
 JOB = (
     *("bruno-ray", "run", "--behaviour", "organism", "--study.name", NAME, "--study.n-trials", str(ENDLESS)),
-    *("--study.n-startup-trials", str(ENDLESS), "--study.trials-per-batch", "1", "--ray.workers", "3"),
+    *("--study.n-startup-trials", str(ENDLESS), "--study.trials-per-batch", "1", "--ray.workers", str(WORKERS)),
     *("--auto-select", "--selection.max-kl", "10"),
 )
 NODES = """
