@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 # Before crewai is imported, which reads them then: nothing is reported to anyone.
 os.environ.setdefault("CREWAI_DISABLE_TELEMETRY", "true")
@@ -25,7 +25,8 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-from crewai import LLM, Agent, Crew, Process, Task
+if TYPE_CHECKING:  # it takes seconds: a mistake in the team's file is said before
+    from crewai import Agent, Crew
 
 HERE = Path(__file__).parent
 
@@ -77,8 +78,10 @@ class Team:
             specialists=tuple(member for member in specialists if not only or member.name in only),
         )
 
-    def crew(self, key: str) -> Crew:
+    def crew(self, key: str) -> "Crew":
         """The tasks in the order they are done: plan, one per specialist, the whole."""
+        from crewai import Crew, Process, Task
+
         lead = self._agent(self.orchestrator, key)
         plan = Task(
             description="Plan how to do this: {task}",
@@ -103,7 +106,9 @@ class Team:
         agents = [lead, *(part.agent for part in parts)]
         return Crew(agents=agents, tasks=[plan, *parts, whole], process=Process.sequential, tracing=False)
 
-    def _agent(self, member: Member, key: str) -> Agent:
+    def _agent(self, member: Member, key: str) -> "Agent":
+        from crewai import LLM, Agent
+
         llm = LLM(
             model=member.model,
             custom_openai=True,  # any id of ours, whatever it looks like
