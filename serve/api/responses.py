@@ -1,28 +1,36 @@
-"""What the API answers with, as OpenAPI documents it. The routes build plain dictionaries of these shapes."""
+"""What the API answers with, as OpenAPI documents it.
+
+The routes build plain dictionaries of these shapes: validating each piece of each answer would cost more than making
+it. The tests validate every body that a server of theirs sends (``tests/serve/bodies.py``).
+"""
 
 from typing import Any, Literal
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
 
-class ErrorDetail(BaseModel):
+class Body(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ErrorDetail(Body):
     message: str
     type: str
     param: str | None
     code: str | None
 
 
-class ErrorBody(BaseModel):
+class ErrorBody(Body):
     error: ErrorDetail
 
 
-class Usage(BaseModel):
+class Usage(Body):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
 
 
-class TopLogprob(BaseModel):
+class TopLogprob(Body):
     token: str
     logprob: float
     bytes: list[int] | None
@@ -32,25 +40,25 @@ class ContentLogprob(TopLogprob):
     top_logprobs: list[TopLogprob]
 
 
-class ChatLogprobs(BaseModel):
+class ChatLogprobs(Body):
     content: list[ContentLogprob] | None
     refusal: None
 
 
-class AssistantMessage(BaseModel):
+class AssistantMessage(Body):
     role: Literal["assistant"]
     content: str
     refusal: None
 
 
-class ChatChoice(BaseModel):
+class ChatChoice(Body):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 
-class ChatCompletion(BaseModel):
+class ChatCompletion(Body):
     id: str
     object: Literal["chat.completion"]
     created: int
@@ -59,21 +67,45 @@ class ChatCompletion(BaseModel):
     usage: Usage
 
 
-class CompletionLogprobs(BaseModel):
+class ChatDelta(Body):
+    role: Literal["assistant"] = "assistant"
+    content: str = ""
+    refusal: None = None
+
+
+class ChatChunkChoice(Body):
+    index: int
+    delta: ChatDelta
+    logprobs: ChatLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class ChatCompletionChunk(Body):
+    """An event of a stream."""
+
+    id: str
+    object: Literal["chat.completion.chunk"]
+    created: int
+    model: str
+    choices: list[ChatChunkChoice]
+    usage: Usage | None = None
+
+
+class CompletionLogprobs(Body):
     tokens: list[str]
     token_logprobs: list[float | None]
     top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
-class CompletionChoice(BaseModel):
+class CompletionChoice(Body):
     index: int
     text: str
     logprobs: CompletionLogprobs | None
     finish_reason: Literal["stop", "length"]
 
 
-class Completion(BaseModel):
+class Completion(Body):
     id: str
     object: Literal["text_completion"]
     created: int
@@ -82,7 +114,25 @@ class Completion(BaseModel):
     usage: Usage
 
 
-class AboutModel(BaseModel):
+class CompletionChunkChoice(Body):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: Literal["stop", "length"] | None
+
+
+class CompletionChunk(Body):
+    """An event of a stream."""
+
+    id: str
+    object: Literal["text_completion"]
+    created: int
+    model: str
+    choices: list[CompletionChunkChoice]
+    usage: Usage | None = None
+
+
+class AboutModel(Body):
     kind: Literal["base", "trial", "run", "saved"] | None
     run: str | None
     trial: int | None
@@ -95,7 +145,7 @@ class AboutModel(BaseModel):
     """Why it cannot be used; None if it can."""
 
 
-class ModelCard(BaseModel):
+class ModelCard(Body):
     id: str
     object: Literal["model"]
     created: int
@@ -103,12 +153,12 @@ class ModelCard(BaseModel):
     bruno: AboutModel
 
 
-class ModelList(BaseModel):
+class ModelList(Body):
     object: Literal["list"]
     data: list[ModelCard]
 
 
-class Status(BaseModel):
+class Status(Body):
     status: str
 
 
@@ -116,14 +166,14 @@ class Readiness(Status):
     engines: dict[str, bool]
 
 
-class Stats(BaseModel):
+class Stats(Body):
     engines: dict[str, dict[str, Any]]
     """Engine -> sums over its copies, and how many there are."""
 
     api: dict[str, Any]
 
 
-class FrontRow(BaseModel):
+class FrontRow(Body):
     trial: int
     values: dict[str, float]
     counts: dict[str, tuple[int, int]]
@@ -131,24 +181,24 @@ class FrontRow(BaseModel):
     model: str
 
 
-class Front(BaseModel):
+class Front(Body):
     run: str
     objectives: list[str]
     rows: list[FrontRow]
 
 
-class RunConfig(BaseModel):
+class RunConfig(Body):
     markers: list[str]
     system_prompt: str | None
     base: str
 
 
-class Config(BaseModel):
+class Config(Body):
     auth: bool
     runs: dict[str, RunConfig]
 
 
-class Evaluation(BaseModel):
+class Evaluation(Body):
     id: str
     object: Literal["evaluation"]
     created: int
@@ -161,6 +211,6 @@ class Evaluation(BaseModel):
     error: str | None
 
 
-class EvaluationList(BaseModel):
+class EvaluationList(Body):
     object: Literal["list"]
     data: list[Evaluation]
