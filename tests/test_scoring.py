@@ -112,10 +112,11 @@ def test_kl_by_hand() -> None:
 
 
 def test_first_token_kl_per_prompt(engine: Engine, prompts: ScoringPrompts, edits: list) -> None:
-    scorer = prepared("kl_divergence", settings(), engine, prompts)
-    evaluation = Evaluation(engine, prompts, settings(), [*edits, None])
+    given = settings(kl_tokens=1)
+    scorer = prepared("kl_divergence", given, engine, prompts)
+    evaluation = Evaluation(engine, prompts, given, [*edits, None])
     base, strong = engine.next_logits(prompts.baseline_ids, [None, edits[0]]).double().log_softmax(-1)
-    kl_KP = scorer.per_prompt(evaluation)
+    kl_KP = scorer.per_token(evaluation)[:, :, 0]
     torch.testing.assert_close(kl_KP[0], (base.exp() * (base - strong)).sum(-1), rtol=1e-4, atol=1e-6)
     scores = scorer.score(evaluation)
     assert scores[0].values == pytest.approx(
@@ -123,6 +124,7 @@ def test_first_token_kl_per_prompt(engine: Engine, prompts: ScoringPrompts, edit
             "kl_divergence": kl_KP[0].mean().item(),
             "kl_median": kl_KP[0].quantile(0.5).item(),
             "kl_p95": kl_KP[0].quantile(0.95).item(),
+            "kl_first": kl_KP[0].mean().item(),
         }
     )
     assert scores[0].values["kl_divergence"] > 0.01
@@ -141,10 +143,29 @@ def test_kl_over_several_tokens_follows_the_unedited_answer(
         positions = min(n, len(answer.token_ids) + answer.ended)
         sequences = [[*ids, *answer.token_ids[:i]] for i in range(positions)]
         base, strong = engine.next_logits(sequences, [None, edits[0]])
-        expected.append(kl_of_logits(base, strong).mean())
-    scorer = prepared("kl_divergence", settings(kl_tokens=n), engine, prompts)
-    found = scorer.per_prompt(Evaluation(engine, prompts, settings(kl_tokens=n), edits))[0]
-    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-6)
+        expected.append(kl_of_logits(base, strong))
+    given = settings(kl_tokens=n)
+    scorer = prepared("kl_divergence", given, engine, prompts)
+    evaluation = Evaluation(engine, prompts, given, edits)
+    found = scorer.per_token(evaluation)[0]
+    for kl_N, by_hand in zip(found, expected):
+        torch.testing.assert_close(kl_N[n - len(by_hand) :], by_hand, rtol=1e-4, atol=1e-6)
+        assert not kl_N[: n - len(by_hand)].any()
+    values = scorer.score(evaluation)[0].values
+    assert values["kl_divergence"] == pytest.approx(torch.cat(expected).mean().item(), rel=1e-4), "over all tokens"
+    assert values["kl_first"] == pytest.approx(torch.stack([kl[0] for kl in expected]).mean().item(), rel=1e-4)
+
+
+def test_kl_is_exact_where_it_is_small_and_where_a_model_is_broken() -> None:
+    """Against float64 throughout. An edit's KL may be 1e-5, which float32 alone would drown in rounding."""
+    generator = torch.Generator().manual_seed(0)
+    p = 3 * torch.randn(4, 5000, generator=generator)
+    for size in (0.0, 1e-4, 1e-2, 1.0, 30.0):
+        q = p + size * torch.randn(4, 5000, generator=generator)
+        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+        expected = (log_p.exp() * (log_p - log_q)).sum(-1)
+        torch.testing.assert_close(kl_of_logits(p, q), expected, rtol=1e-6, atol=3e-8)
+    assert not kl_of_logits(p, p).any()
 
 
 # ----- coherence -----

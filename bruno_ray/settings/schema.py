@@ -206,8 +206,9 @@ class ScoringSettings(Section):
     response_tokens: PositiveInt = 30
     """Longest answer generated for scoring, in tokens. Rows that are decided leave earlier."""
 
-    kl_tokens: PositiveInt = 1
-    """Answer positions the KL divergence is taken over, teacher-forced on the unedited model's answer."""
+    kl_tokens: PositiveInt = 16
+    """Answer positions the KL divergence is taken over, teacher-forced on the unedited model's answer. 1 is what other
+    tools measure; it is reported as `kl_first` in any case."""
 
     compliant_opening: str = ""
     """Opening of a compliant answer, for the `compliant_perplexity` scorer; when empty, the most common opening
