@@ -27,6 +27,7 @@ from bruno_ray.publishing.plots import geometry_record
 from bruno_ray.residuals.store import ResidualStore, residual_key
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import RunRecord, ScoresRecord, installed_versions
+from bruno_ray.scoring import report_settings
 from bruno_ray.settings import Settings
 from bruno_ray.settings.passwords import without_password
 from bruno_ray.workers.model_worker import EvaluationContext, ModelInfo, ModelWorker
@@ -174,8 +175,9 @@ def find_directions(
 def evaluation_context(
     settings: Settings, prompts: Prompts, part: str, bank: DirectionBank, response_prefix: str
 ) -> EvaluationContext:
-    """All that trials on one part of the prompts share."""
-    digest = hashlib.sha256(f"{prompts.fingerprint} {part} {response_prefix} {settings.scoring!r}".encode())
+    """All that trials on one part of the prompts share; test prompts are scored as what is reported is."""
+    scoring = report_settings(settings.scoring) if part == "test" else settings.scoring
+    digest = hashlib.sha256(f"{prompts.fingerprint} {part} {response_prefix} {scoring!r}".encode())
     for name, directions in sorted(bank.items()):
         digest.update(name.encode())
         digest.update(directions.numpy().tobytes())
@@ -185,7 +187,7 @@ def evaluation_context(
         target=getattr(prompts.target, part),
         baseline=getattr(prompts.baseline, part),
         response_prefix=response_prefix,
-        scoring=settings.scoring,
+        scoring=scoring,
     )
 
 

@@ -68,7 +68,7 @@ class KLDivergence:
         return found
 
     def per_token(self, edited: Evaluation) -> Float[Tensor, "K P N"]:
-        """KL of each edit at each answer token of each baseline prompt, float64; 0 in columns before the first token."""
+        """KL of each edit at each answer token of each baseline prompt, float64; 0 before the first token."""
         kl_KPN = torch.zeros(len(edited.edits), len(self._ids), self._positions, dtype=torch.float64)
         for edit_B, prompt_B, logits_BNV in edited.engine.last_logits(self._ids, edited.edits, self._positions):
             n = logits_BNV.shape[1]
@@ -82,8 +82,8 @@ class KLDivergence:
 def kl_of_logits(p: Float[Tensor, "*rows V"], q: Float[Tensor, "*rows V"]) -> Float[Tensor, " *rows"]:
     """KL(softmax p || softmax q) per row in nats, float64.
 
-    As E_p[p - q] + log Z_q - log Z_p: exponentials in float32, sums in float64. The errors of the two normalisers cancel
-    where the logits agree, so what rounding leaves is about 1e-8, and equal logits give exactly 0.
+    As E_p[p - q] + log Z_q - log Z_p: exponentials in float32, sums in float64. The errors of the two normalisers
+    cancel where the logits agree, so what rounding leaves is about 1e-8, and equal logits give exactly 0.
     """
     p, q = p.float(), q.float()
     high_p, high_q = p.amax(-1, keepdim=True), q.amax(-1, keepdim=True)

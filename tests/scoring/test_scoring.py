@@ -2,79 +2,18 @@
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from bruno_ray.ablation.edit import AblationParameters, Edit
 from bruno_ray.errors import SettingsError, TrialError
 from bruno_ray.generation.engine import Engine, Response
-from bruno_ray.model.loading import load_model
-from bruno_ray.prompts.sets import Prompt
 from bruno_ray.scoring import SCORERS, Evaluation, ScoringPrompts, make_scorers, score_edits
 from bruno_ray.scoring.coherence import repetition
 from bruno_ray.scoring.kl_divergence import kl_of_logits
 from bruno_ray.scoring.markers import Markers, normalise
 from bruno_ray.scoring.openings import common_openings, compliant_opening
-from bruno_ray.settings import ModelSettings, ScoringSettings
-from tests.support import tiny_models
-
-TARGET = tuple(
-    Prompt(user, answer=answer) for user, answer in [("red?", "yes"), ("blue?", None), ("dark green?", "no")]
-)
-BASELINE = tuple(map(Prompt, ["one", "two and three", "four", "five"]))
-
-
-def settings(**changes: object) -> ScoringSettings:
-    return ScoringSettings(**({"markers": ("sorry",), "response_tokens": 6} | changes))
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
-    folder: Path = tiny_models.write(tmp_path_factory.mktemp("model"), "llama")
-    return Engine(load_model(ModelSettings(id=str(folder), dtypes=("float32",))))
-
-
-@pytest.fixture(scope="module")
-def prompts(engine: Engine) -> ScoringPrompts:
-    return ScoringPrompts.rendered(engine, TARGET, BASELINE)
-
-
-@pytest.fixture(scope="module")
-def edits(engine: Engine) -> list:
-    """A strong edit, and one that removes next to nothing."""
-    shape = (engine.loaded.architecture.n_layers + 1, 1, engine.loaded.architecture.d_model)
-    directions = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-    bank = {"random": directions / directions.norm(dim=-1, keepdim=True)}
-    return engine.editor.resolve_all(
-        [
-            Edit({"mlp": AblationParameters(strength, 1.0, 1.0, 5.0)}, "random", None, "full")
-            for strength in (1.5, 1e-9)
-        ],
-        bank,
-    )
-
-
-def prepared(name: str, given: ScoringSettings, engine: Engine, prompts: ScoringPrompts):
-    scorer = SCORERS[name](given)
-    scorer.prepare(Evaluation(engine, prompts, given))
-    return scorer
-
-
-def response(text: str, ended: bool = True) -> Response:
-    """Some token per character."""
-    return Response(tuple(text.encode()), text, ended, end_id=258 if ended else None)
-
-
-def scripted(texts: list[str], **changes: object) -> Evaluation:
-    """A round whose only edit has given these answers."""
-    ids = tuple((1,) for _ in texts)
-    evaluation = Evaluation(None, ScoringPrompts((), (), ids, ids), settings(**changes))
-    evaluation.target_answers = [[response(text) for text in texts]]
-    evaluation.baseline_answers = evaluation.target_answers
-    return evaluation
-
+from tests.scoring.helpers import BASELINE, prepared, response, scripted, settings
 
 # ----- markers and the behaviour rate -----
 
