@@ -19,10 +19,11 @@ class BehaviourByLength:
 
     name = "behaviour_by_length"
     needs_unedited = False
-    metrics = tuple(f"behaviour_rate_{n}" for n in LENGTHS)
+    metrics: tuple[str, ...] = tuple(f"behaviour_rate_{n}" for n in LENGTHS)
 
     def __init__(self, settings: ScoringSettings):
         self._lengths = [n for n in LENGTHS if n <= settings.response_tokens]
+        self.metrics = tuple(f"behaviour_rate_{n}" for n in self._lengths)
 
     def prepare(self, unedited: Evaluation) -> None:
         pass
