@@ -12,6 +12,7 @@ from bruno_ray.scoring.behaviour_rate import BehaviourRate
 from bruno_ray.scoring.coherence import Coherence
 from bruno_ray.scoring.compliant_perplexity import CompliantPerplexity
 from bruno_ray.scoring.desired_answers import DesiredAnswers
+from bruno_ray.scoring.detector import Detected
 from bruno_ray.scoring.elicited_answers import ElicitedAnswers
 from bruno_ray.scoring.kl_divergence import KLDivergence
 from bruno_ray.scoring.neutral_text import NeutralText
@@ -40,6 +41,7 @@ SCORERS: dict[str, type[Scorer]] = {
         BehaviourByLength,
         BaselineBehaviour,
         NeutralText,
+        Detected,
     )
 }
 

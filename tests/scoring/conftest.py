@@ -8,6 +8,7 @@ import torch
 from bruno_ray.ablation.edit import AblationParameters, Edit
 from bruno_ray.generation.engine import Engine
 from bruno_ray.model.loading import load_model
+from bruno_ray.prompts.sets import Prompt
 from bruno_ray.scoring import ScoringPrompts
 from bruno_ray.settings import ModelSettings
 from tests.scoring.helpers import BASELINE, TARGET
@@ -23,6 +24,13 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Engine:
 @pytest.fixture(scope="module")
 def prompts(engine: Engine) -> ScoringPrompts:
     return ScoringPrompts.rendered(engine, TARGET, BASELINE)
+
+
+@pytest.fixture(scope="module")
+def many_prompts(engine: Engine) -> ScoringPrompts:
+    target = tuple(Prompt(f"what is number {i} of the list?", answer=str(i)) for i in range(40))
+    baseline = tuple(Prompt(f"say {i}") for i in range(10))
+    return ScoringPrompts.rendered(engine, target, baseline)
 
 
 @pytest.fixture(scope="module")

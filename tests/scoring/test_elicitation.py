@@ -3,18 +3,10 @@
 import pytest
 
 from bruno_ray.generation.engine import Engine
-from bruno_ray.prompts.sets import Prompt
 from bruno_ray.scoring import Evaluation, ScoringPrompts
 from bruno_ray.scoring.elicitation import Elicitation, _in_turns, trial_tokens
 from bruno_ray.scoring.markers import Markers
 from tests.scoring.helpers import settings
-
-
-@pytest.fixture(scope="module")
-def many(engine: Engine) -> ScoringPrompts:
-    target = tuple(Prompt(f"what is number {i} of the list?") for i in range(40))
-    baseline = tuple(Prompt(f"say {i}") for i in range(10))
-    return ScoringPrompts.rendered(engine, target, baseline)
 
 
 def evaluation_of(engine: Engine, prompts: ScoringPrompts, **changes: object) -> Evaluation:
@@ -26,29 +18,31 @@ def evaluation_of(engine: Engine, prompts: ScoringPrompts, **changes: object) ->
 
 
 @pytest.mark.parametrize("trials", [0.5, 2.0, 8.0])
-def test_no_more_is_spent_than_the_budget(engine: Engine, many: ScoringPrompts, trials: float) -> None:
-    unedited = evaluation_of(engine, many)
+def test_no_more_is_spent_than_the_budget(engine: Engine, many_prompts: ScoringPrompts, trials: float) -> None:
+    unedited = evaluation_of(engine, many_prompts)
     assert any(unedited.marked[0])
     unedited.baseline_answers  # noqa: B018 - measured before: other scorers want them as well
     elicitation = Elicitation(unedited, trials)
     references = elicitation.likeliest()
-    first_tokens = sum(map(len, many.target_ids))  # asked for once, whatever the budget is
+    first_tokens = sum(map(len, many_prompts.target_ids))  # asked for once, whatever the budget is
     assert elicitation.spent <= trials * trial_tokens(unedited) + first_tokens
     markers = Markers(unedited.settings.markers)
     for answer in references.values():
         assert not markers.shown_by(engine.tokenizer.decode(list(answer), skip_special_tokens=True))
 
 
-def test_a_larger_budget_finds_more_references_and_never_less_likely_ones(engine: Engine, many: ScoringPrompts) -> None:
-    small, large = (Elicitation(evaluation_of(engine, many), trials).likeliest() for trials in (0.5, 16.0))
+def test_a_larger_budget_finds_more_references_and_never_less_likely_ones(
+    engine: Engine, many_prompts: ScoringPrompts
+) -> None:
+    small, large = (Elicitation(evaluation_of(engine, many_prompts), trials).likeliest() for trials in (0.5, 16.0))
     assert set(small) <= set(large)
     for p, answer in small.items():
-        rows = engine.token_logprobs([many.target_ids[p]] * 2, [[answer, large[p]]], [None])[0]
+        rows = engine.token_logprobs([many_prompts.target_ids[p]] * 2, [[answer, large[p]]], [None])[0]
         assert rows[1].sum() >= rows[0].sum() - 1e-3
 
 
-def test_own_answers_without_a_marker_are_references_for_nothing(engine: Engine, many: ScoringPrompts) -> None:
-    unedited = evaluation_of(engine, many)
+def test_own_answers_without_a_marker_are_references_for_nothing(engine: Engine, many_prompts: ScoringPrompts) -> None:
+    unedited = evaluation_of(engine, many_prompts)
     references = Elicitation(unedited, 0.0).likeliest()
     answers = unedited.target_answers[0]
     own = {p for p, hit in enumerate(unedited.marked[0]) if not hit and answers[p].text.strip()}

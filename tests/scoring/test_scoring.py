@@ -278,14 +278,14 @@ def test_a_broken_edit_is_a_trial_error_of_its_own(engine: Engine, prompts: Scor
     assert set(results[2].values) == {metric for scorer in scorers for metric in scorer.metrics}
 
 
-def test_every_scorer_keeps_its_word(engine: Engine, prompts: ScoringPrompts, edits: list) -> None:
+def test_every_scorer_keeps_its_word(engine: Engine, many_prompts: ScoringPrompts, edits: list) -> None:
     """Registered by name, metrics unique, one Scores per edit with exactly the metrics announced."""
     metrics = [metric for scorer in SCORERS.values() for metric in scorer.metrics]
     assert len(set(metrics)) == len(metrics)
     for name, kind in SCORERS.items():
         assert kind.name == name
-        scorer = prepared(name, settings(), engine, prompts)
-        scores = scorer.score(Evaluation(engine, prompts, settings(), [None, *edits]))
+        scorer = prepared(name, settings(), engine, many_prompts)
+        scores = scorer.score(Evaluation(engine, many_prompts, settings(), [None, *edits]))
         assert [set(entry.values) for entry in scores] == [set(scorer.metrics)] * 3
         assert set(scorer.metrics) <= set(kind.metrics)  # the settings may leave some out
 
