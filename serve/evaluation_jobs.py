@@ -21,6 +21,7 @@ from bruno_ray.intervals import wilson_interval
 from bruno_ray.prompts.rendering import render
 from bruno_ray.prompts.sets import Prompt, load_prompts
 from bruno_ray.runs.directory import RunDirectory
+from bruno_ray.scoring import report_settings
 from bruno_ray.scoring.markers import Markers
 from bruno_ray.settings import ScoringSettings, Settings
 from serve.api.rendering import Renderer
@@ -148,7 +149,7 @@ class Evaluations:
             else getattr(own, side).test
             for side, texts in given.items()
         }
-        scoring = settings.scoring if settings is not None else ScoringSettings()
+        scoring = report_settings(settings.scoring) if settings is not None else ScoringSettings()
         changes: dict[str, Any] = {}
         if request.markers is not None:
             changes["markers"] = tuple(request.markers)
@@ -246,26 +247,31 @@ class Evaluations:
                 task.cancel()
 
     async def _kl(self, job: Job, plan: Plan, prompts: Sequence[tuple[int, ...]]) -> dict[str, Any]:
-        """Mean, median and 95th percentile over prompts; with several positions, a prompt's value is their mean."""
+        """Mean, median and 95th percentile over the first answer tokens, and the mean of the very first ones."""
         n_positions = plan.scoring.kl_tokens
         continued = [[ids] for ids in prompts]
         if n_positions > 1:  # teacher-forced on the base model's greedy answer
             base = ServedModel(plan.base or "", "base", plan.base or "")
             for ids, answer in zip(continued, await self._answers(Job("", job.request, 0), base, prompts, n_positions)):
-                ids += [ids[0] + answer.token_ids[:i] for i in range(1, len(answer.token_ids))]
-        values_P = []
+                ended = answer.finish_reason == "stop"  # where the answer ends is a position as well
+                n = min(len(answer.token_ids) + ended, n_positions)
+                ids += [ids[0] + answer.token_ids[:i] for i in range(1, n)]
+        values_T: list[float] = []
+        first_P: list[float] = []
         for start in range(0, len(continued), KL_CHUNK):
             chunk = continued[start : start + KL_CHUNK]
             flat = await self._kl_of(plan, [ids for positions in chunk for ids in positions])
+            values_T += flat
             for positions in chunk:
-                values_P.append(float(np.mean(flat[: len(positions)])))
+                first_P.append(flat[0])
                 flat = flat[len(positions) :]
             job.done += len(chunk)
         return {
-            "mean": float(np.mean(values_P)),
-            "median": float(np.quantile(values_P, 0.5)),
-            "p95": float(np.quantile(values_P, 0.95)),
-            "prompts": len(values_P),
+            "mean": float(np.mean(values_T)),
+            "median": float(np.quantile(values_T, 0.5)),
+            "p95": float(np.quantile(values_T, 0.95)),
+            "first": float(np.mean(first_P)),
+            "prompts": len(first_P),
             "tokens": n_positions,
             "base": plan.base,
         }

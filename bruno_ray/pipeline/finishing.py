@@ -157,7 +157,7 @@ def sample_answers(edit: Edit, context: EvaluationContext, pool: WorkerPool) -> 
     samples = []
     for side in ("target", "baseline"):
         prompts = getattr(context, side)[: SAMPLES // 2]
-        n_tokens = 2 * context.scoring.response_tokens
+        n_tokens = context.scoring.response_tokens
         answers = pool.call("answers", prompts, [None, edit], n_tokens, with_context=True)
         for prompt, before, after in zip(prompts, *answers):
             shows = (markers.shown_by(before), markers.shown_by(after))

@@ -28,6 +28,7 @@ from bruno_ray.publishing.plots import geometry_record
 from bruno_ray.residuals.store import ResidualStore, residual_key
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import RunRecord, ScoresRecord, installed_versions
+from bruno_ray.scoring import report_settings
 from bruno_ray.settings import ModelSettings, Settings
 from bruno_ray.settings.passwords import without_password
 from bruno_ray.workers.model_worker import EvaluationContext, ModelInfo, ModelWorker
@@ -182,8 +183,10 @@ def find_directions(
 
 
 def evaluation_context(record: RunRecord, prompts: Prompts, part: str, bank: DirectionBank) -> EvaluationContext:
-    """All that trials on one part of the prompts share."""
+    """All that trials on one part of the prompts share; test prompts are scored as what is reported is."""
     prefix, scoring = record.response_prefix, record.settings.scoring
+    if part == "test":
+        scoring = report_settings(scoring)
     digest = hashlib.sha256(f"{prompts.fingerprint} {part} {prefix} {record.date} {scoring!r}".encode())
     for name, directions in sorted(bank.items()):
         digest.update(name.encode())

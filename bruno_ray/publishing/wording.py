@@ -28,10 +28,14 @@ METRICS = {
     "kl_divergence": Metric(
         "KL divergence, mean",
         "nats",
-        "how far the edit moves the next-token distribution on baseline prompts; mean over the prompts.",
+        "how far the edit moves the next-token distribution on baseline prompts, along the unedited model's answers;"
+        " mean over the tokens.",
     ),
-    "kl_median": Metric("KL divergence, median", "nats", "the same, for the prompt in the middle."),
-    "kl_p95": Metric("KL divergence, 95th percentile", "nats", "the same, exceeded by one prompt in twenty."),
+    "kl_median": Metric("KL divergence, median", "nats", "the same, for the token in the middle."),
+    "kl_p95": Metric("KL divergence, 95th percentile", "nats", "the same, exceeded by one token in twenty."),
+    "kl_first": Metric(
+        "KL divergence, first token", "nats", "the same at the first answer token only, as other tools measure it."
+    ),
     "incoherence": Metric(
         "Incoherence of the other answers",
         "share of prompts",
@@ -53,11 +57,35 @@ METRICS = {
         "how much the answers miss of what the unedited model can be made to say: 0 nothing, 1 all of it, as for an"
         " answer that still shows the behaviour.",
     ),
+    **{
+        f"behaviour_rate_{n}": Metric(
+            f"Behaviour rate within {n} tokens", PERCENT, f"the same answers, read up to {n} tokens."
+        )
+        for n in (30, 50, 100, 150, 256)
+    },
+    "baseline_behaviour_rate": Metric(
+        "Behaviour rate on baseline prompts",
+        PERCENT,
+        "baseline prompts, which should not show the behaviour, whose answer contains one of its markers.",
+    ),
+    "neutral_lost": Metric(
+        "Likelihood lost on neutral text",
+        "nats per token",
+        "how much less likely tokens of unrelated text have become, where they have.",
+    ),
+    "neutral_gained": Metric(
+        "Likelihood gained on neutral text", "nats per token", "how much more likely, where they have."
+    ),
+    "detected_rate": Metric(
+        "Behaviour rate by the detector",
+        PERCENT,
+        "target prompts whose answer a classifier takes for the unedited model's behaviour.",
+    ),
 }
 """Metric -> what people are told of it. One that is not here is shown under its own name."""
 
 # An unedited model has no distance from itself.
-DISTANCES = ("kl_divergence", "kl_median", "kl_p95")
+DISTANCES = ("kl_divergence", "kl_median", "kl_p95", "kl_first", "neutral_lost", "neutral_gained")
 
 NORM_MODES = {
     "none": "plain orthogonalization",

@@ -6,20 +6,50 @@ an entry in ``SCORERS``. Its metrics can then be named in ``scoring.objectives``
 
 from bruno_ray.errors import SettingsError
 from bruno_ray.scoring.base import Evaluation, Scorer, Scores, ScoringPrompts, score_edits
+from bruno_ray.scoring.baseline_behaviour import BaselineBehaviour
+from bruno_ray.scoring.behaviour_by_length import BehaviourByLength
 from bruno_ray.scoring.behaviour_rate import BehaviourRate
 from bruno_ray.scoring.coherence import Coherence
 from bruno_ray.scoring.compliant_perplexity import CompliantPerplexity
 from bruno_ray.scoring.desired_answers import DesiredAnswers
+from bruno_ray.scoring.detector import Detected
 from bruno_ray.scoring.elicited_answers import ElicitedAnswers
 from bruno_ray.scoring.kl_divergence import KLDivergence
+from bruno_ray.scoring.neutral_text import NeutralText
 from bruno_ray.settings import ScoringSettings
 
-__all__ = ["SCORERS", "Evaluation", "Scorer", "Scores", "ScoringPrompts", "make_scorers", "score_edits"]
+__all__ = [
+    "SCORERS",
+    "Evaluation",
+    "Scorer",
+    "Scores",
+    "ScoringPrompts",
+    "make_scorers",
+    "report_settings",
+    "score_edits",
+]
 
 SCORERS: dict[str, type[Scorer]] = {
     scorer.name: scorer
-    for scorer in (BehaviourRate, KLDivergence, Coherence, CompliantPerplexity, DesiredAnswers, ElicitedAnswers)
+    for scorer in (
+        BehaviourRate,
+        KLDivergence,
+        Coherence,
+        CompliantPerplexity,
+        DesiredAnswers,
+        ElicitedAnswers,
+        BehaviourByLength,
+        BaselineBehaviour,
+        NeutralText,
+        Detected,
+    )
 }
+
+
+def report_settings(search: ScoringSettings) -> ScoringSettings:
+    """How what is reported is measured: with longer answers, and by scorers that a search does without."""
+    scorers = tuple(dict.fromkeys((*search.scorers, *search.report_scorers)))
+    return search.model_copy(update={"scorers": scorers, "response_tokens": search.report_tokens})
 
 
 def make_scorers(settings: ScoringSettings) -> list[Scorer]:

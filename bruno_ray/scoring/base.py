@@ -100,7 +100,9 @@ class Scorer(Protocol):
     """One way of judging an edit. Instances live as long as a study on their worker."""
 
     name: ClassVar[str]
-    metrics: ClassVar[tuple[str, ...]]
+    metrics: tuple[str, ...]
+    """What every ``Scores`` of it has, no more and no less; some scorers decide it by the settings."""
+
     needs_unedited: ClassVar[bool]
     """Whether ``score`` asks the unedited model, which must then be in memory beside the edited one."""
 

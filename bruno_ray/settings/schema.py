@@ -195,8 +195,15 @@ class ScoringSettings(Section):
     response_tokens: PositiveInt = 30
     """Longest answer generated for scoring, in tokens. Rows that are decided leave earlier."""
 
-    kl_tokens: PositiveInt = 1
-    """Answer positions the KL divergence is taken over, teacher-forced on the unedited model's answer."""
+    report_tokens: PositiveInt = 256
+    """Longest answer generated for what is reported: test prompts, saved models, `evaluate`."""
+
+    report_scorers: tuple[str, ...] = ("behaviour_by_length", "baseline_behaviour", "neutral_text")
+    """Scorers that measure what is reported, beside those of the search."""
+
+    kl_tokens: PositiveInt = 16
+    """Answer positions the KL divergence is taken over, teacher-forced on the unedited model's answer. 1 is what other
+    tools measure; it is reported as `kl_first` in any case."""
 
     compliant_opening: str = ""
     """Opening of a compliant answer, for the `compliant_perplexity` scorer; when empty, the most common opening
@@ -291,6 +298,12 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _agree(self) -> "Settings":
+        search, report = self.scoring.response_tokens, self.scoring.report_tokens
+        if report < search:
+            raise ValueError(
+                f"scoring.report_tokens is {report} but the search reads {search} tokens (scoring.response_tokens);"
+                f" raise scoring.report_tokens to {search} or more"
+            )
         position = max(self.directions.positions, default=0)
         if position > self.residuals.answer_tokens:
             raise ValueError(

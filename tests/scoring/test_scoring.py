@@ -1,82 +1,19 @@
 """Scorers against values worked out by hand, on a tiny random model whose tokens are bytes."""
 
-import datetime
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 
-from bruno_ray.ablation.edit import AblationParameters, Edit
 from bruno_ray.errors import SettingsError, TrialError
 from bruno_ray.generation.engine import BatchEngine, Response
-from bruno_ray.model.loading import load_model
-from bruno_ray.prompts.sets import Prompt
 from bruno_ray.scoring import SCORERS, Evaluation, ScoringPrompts, make_scorers, score_edits
 from bruno_ray.scoring.coherence import repetition
 from bruno_ray.scoring.kl_divergence import kl_of_logits
 from bruno_ray.scoring.markers import Markers, normalise
 from bruno_ray.scoring.openings import common_openings, compliant_opening
-from bruno_ray.settings import ModelSettings, ScoringSettings
-from tests.support import tiny_models
-
-TARGET = tuple(
-    Prompt(user, answer=answer) for user, answer in [("red?", "yes"), ("blue?", None), ("dark green?", "no")]
-)
-BASELINE = tuple(map(Prompt, ["one", "two and three", "four", "five"]))
-DATE = datetime.date(2024, 2, 29)
-
-
-def settings(**changes: object) -> ScoringSettings:
-    return ScoringSettings(**({"markers": ("sorry",), "response_tokens": 6} | changes))
-
-
-@pytest.fixture(scope="module")
-def engine(tmp_path_factory: pytest.TempPathFactory) -> BatchEngine:
-    folder: Path = tiny_models.write(tmp_path_factory.mktemp("model"), "llama")
-    return BatchEngine(load_model(ModelSettings(id=str(folder), dtypes=("float32",))))
-
-
-@pytest.fixture(scope="module")
-def prompts(engine: BatchEngine) -> ScoringPrompts:
-    return ScoringPrompts.rendered(engine, TARGET, BASELINE, date=DATE)
-
-
-@pytest.fixture(scope="module")
-def edits(engine: BatchEngine) -> list:
-    """A strong edit, and one that removes next to nothing."""
-    shape = (engine.loaded.architecture.n_layers + 1, 1, engine.loaded.architecture.d_model)
-    directions = torch.randn(shape, generator=torch.Generator().manual_seed(3))
-    bank = {"random": directions / directions.norm(dim=-1, keepdim=True)}
-    return engine.editor.resolve_all(
-        [
-            Edit({"mlp": AblationParameters(strength, 1.0, 1.0, 5.0)}, "random", None, "full")
-            for strength in (1.5, 1e-9)
-        ],
-        bank,
-    )
-
-
-def prepared(name: str, given: ScoringSettings, engine: BatchEngine, prompts: ScoringPrompts):
-    scorer = SCORERS[name](given)
-    scorer.prepare(Evaluation(engine, prompts, given))
-    return scorer
-
-
-def response(text: str, ended: bool = True) -> Response:
-    """Some token per character."""
-    return Response(tuple(text.encode()), text, ended, end_id=258 if ended else None)
-
-
-def scripted(texts: list[str], **changes: object) -> Evaluation:
-    """A round whose only edit has given these answers."""
-    ids = tuple((1,) for _ in texts)
-    evaluation = Evaluation(None, ScoringPrompts((), (), ids, ids), settings(**changes))
-    evaluation.target_answers = [[response(text) for text in texts]]
-    evaluation.baseline_answers = evaluation.target_answers
-    return evaluation
-
+from tests.scoring.helpers import BASELINE, DATE, prepared, response, scripted, settings
 
 # ----- markers and the behaviour rate -----
 
@@ -114,10 +51,11 @@ def test_kl_by_hand() -> None:
 
 
 def test_first_token_kl_per_prompt(engine: BatchEngine, prompts: ScoringPrompts, edits: list) -> None:
-    scorer = prepared("kl_divergence", settings(), engine, prompts)
-    evaluation = Evaluation(engine, prompts, settings(), [*edits, None])
+    given = settings(kl_tokens=1)
+    scorer = prepared("kl_divergence", given, engine, prompts)
+    evaluation = Evaluation(engine, prompts, given, [*edits, None])
     base, strong = engine.next_logits(prompts.baseline_ids, [None, edits[0]]).double().log_softmax(-1)
-    kl_KP = scorer.per_prompt(evaluation)
+    kl_KP = scorer.per_token(evaluation)[:, :, 0]
     torch.testing.assert_close(kl_KP[0], (base.exp() * (base - strong)).sum(-1), rtol=1e-4, atol=1e-6)
     scores = scorer.score(evaluation)
     assert scores[0].values == pytest.approx(
@@ -125,6 +63,7 @@ def test_first_token_kl_per_prompt(engine: BatchEngine, prompts: ScoringPrompts,
             "kl_divergence": kl_KP[0].mean().item(),
             "kl_median": kl_KP[0].quantile(0.5).item(),
             "kl_p95": kl_KP[0].quantile(0.95).item(),
+            "kl_first": kl_KP[0].mean().item(),
         }
     )
     assert scores[0].values["kl_divergence"] > 0.01
@@ -143,10 +82,29 @@ def test_kl_over_several_tokens_follows_the_unedited_answer(
         positions = min(n, len(answer.token_ids) + answer.ended)
         sequences = [[*ids, *answer.token_ids[:i]] for i in range(positions)]
         base, strong = engine.next_logits(sequences, [None, edits[0]])
-        expected.append(kl_of_logits(base, strong).mean())
-    scorer = prepared("kl_divergence", settings(kl_tokens=n), engine, prompts)
-    found = scorer.per_prompt(Evaluation(engine, prompts, settings(kl_tokens=n), edits))[0]
-    torch.testing.assert_close(found, torch.stack(expected), rtol=1e-4, atol=1e-6)
+        expected.append(kl_of_logits(base, strong))
+    given = settings(kl_tokens=n)
+    scorer = prepared("kl_divergence", given, engine, prompts)
+    evaluation = Evaluation(engine, prompts, given, edits)
+    found = scorer.per_token(evaluation)[0]
+    for kl_N, by_hand in zip(found, expected):
+        torch.testing.assert_close(kl_N[n - len(by_hand) :], by_hand, rtol=1e-4, atol=1e-6)
+        assert not kl_N[: n - len(by_hand)].any()
+    values = scorer.score(evaluation)[0].values
+    assert values["kl_divergence"] == pytest.approx(torch.cat(expected).mean().item(), rel=1e-4), "over all tokens"
+    assert values["kl_first"] == pytest.approx(torch.stack([kl[0] for kl in expected]).mean().item(), rel=1e-4)
+
+
+def test_kl_is_exact_where_it_is_small_and_where_a_model_is_broken() -> None:
+    """Against float64 throughout. An edit's KL may be 1e-5, which float32 alone would drown in rounding."""
+    generator = torch.Generator().manual_seed(0)
+    p = 3 * torch.randn(4, 5000, generator=generator)
+    for size in (0.0, 1e-4, 1e-2, 1.0, 30.0):
+        q = p + size * torch.randn(4, 5000, generator=generator)
+        log_p, log_q = p.double().log_softmax(-1), q.double().log_softmax(-1)
+        expected = (log_p.exp() * (log_p - log_q)).sum(-1)
+        torch.testing.assert_close(kl_of_logits(p, q), expected, rtol=1e-6, atol=3e-8)
+    assert not kl_of_logits(p, p).any()
 
 
 # ----- coherence -----
@@ -320,15 +278,16 @@ def test_a_broken_edit_is_a_trial_error_of_its_own(engine: BatchEngine, prompts:
     assert set(results[2].values) == {metric for scorer in scorers for metric in scorer.metrics}
 
 
-def test_every_scorer_keeps_its_word(engine: BatchEngine, prompts: ScoringPrompts, edits: list) -> None:
+def test_every_scorer_keeps_its_word(engine: BatchEngine, many_prompts: ScoringPrompts, edits: list) -> None:
     """Registered by name, metrics unique, one Scores per edit with exactly the metrics announced."""
     metrics = [metric for scorer in SCORERS.values() for metric in scorer.metrics]
     assert len(set(metrics)) == len(metrics)
     for name, kind in SCORERS.items():
         assert kind.name == name
-        scorer = prepared(name, settings(), engine, prompts)
-        scores = scorer.score(Evaluation(engine, prompts, settings(), [None, *edits]))
-        assert [set(entry.values) for entry in scores] == [set(kind.metrics)] * 3
+        scorer = prepared(name, settings(), engine, many_prompts)
+        scores = scorer.score(Evaluation(engine, many_prompts, settings(), [None, *edits]))
+        assert [set(entry.values) for entry in scores] == [set(scorer.metrics)] * 3
+        assert set(scorer.metrics) <= set(kind.metrics)  # the settings may leave some out
 
 
 def test_names_that_do_not_exist_are_answered_with_those_that_do() -> None:
