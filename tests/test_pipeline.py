@@ -44,6 +44,7 @@ def test_a_run_ends_in_a_model_that_tells_the_truth(finished: Path) -> None:
     assert right >= 0.98 * total
     # Live and baked are the same edit, so the saved model scores as the trial did before it was saved.
     assert saved.counts == record.selected.test.counts
+    assert "with KL <= 0.05" in record.selected.reason
     assert saved.values["kl_divergence"] == pytest.approx(record.selected.test.values["kl_divergence"], rel=1e-3)
     assert {path.name for path in finished.iterdir()} >= {"run.json", "study.journal", "report.html", "model"}
     card = (finished / "model" / "README.md").read_text()
@@ -59,10 +60,13 @@ def test_a_finished_run_answers_to_the_other_commands(finished: Path, capsys: py
     assert main.main(["save", str(finished), "--auto"]) == 2  # run/model is there already
     assert "exists already" in capsys.readouterr().err
     elsewhere = finished.parent / "elsewhere"
-    assert main.main(["save", str(finished), "--auto", "--to", str(elsewhere)]) == 0
-    assert (
-        json.loads((elsewhere / "bruno.json").read_text())["edit"] == RunDirectory.open(finished).read().selected.edit
-    )
+    before, report = RunDirectory.open(finished).read(), (finished / "report.html").read_bytes()
+    other = next(n for n in range(40) if n != before.selected.number)
+    assert main.main(["save", str(finished), "--trial", str(other), "--to", str(elsewhere)]) == 0
+    assert json.loads((elsewhere / "bruno.json").read_text())["trial"] == other
+    after = RunDirectory.open(finished).read()
+    assert (after.selected, after.extra) == (before.selected, before.extra)
+    assert (finished / "report.html").read_bytes() == report
     assert (
         main.main(
             ["run", "--behaviour", "organism", "--output.directory", str(finished.parent), "--study-name", "whole"]
