@@ -4,7 +4,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from bruno_ray import organism as organisms
@@ -15,7 +14,7 @@ from bruno_ray.model.coverage import coverage as coverage_of
 from bruno_ray.model.coverage import format_coverage
 from bruno_ray.model.loading import load_model
 from bruno_ray.pipeline.chat import chat_loop
-from bruno_ray.pipeline.finishing import choose, print_front, score_selected, study_of, trials_of, write_model
+from bruno_ray.pipeline.finishing import ask_for_trial, choose, finish, print_front, study_of, trials_of
 from bruno_ray.pipeline.steps import evaluation_context, find_model, find_response_prefix, worker_pool
 from bruno_ray.prompts.sets import load_prompts
 from bruno_ray.publishing import report as reports
@@ -25,6 +24,7 @@ from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import ScoresRecord
 from bruno_ray.settings import ModelSettings, Settings
 from bruno_ray.study import selection
+from bruno_ray.terminal import can_ask, console
 from bruno_ray.workers.session import ray_session
 
 logger = logging.getLogger(__name__)
@@ -49,19 +49,12 @@ def save(
     folder = (to or run.model_folder).absolute()
     if folder.exists():
         raise OutputError(f"{folder} exists already: name another folder with --to, or remove it")
-    if trial is None:
+    if trial is None and (auto or not can_ask()):
         print_front(run)
     if not choose(run, auto=auto, number=trial):
-        raise OutputError(f"no trial was chosen: name one with --trial, see `bruno-ray front {run.name}`")
-    settings = record.settings
-    prompts = load_prompts(settings)
-    context = evaluation_context(settings, prompts, "test", run.load_directions(), record.response_prefix)
-    with ray_session(settings.ray):
-        with worker_pool(settings, workers=1) as pool:
-            pool.wait_ready()
-            score_selected(run, context, pool)
-        write_model(run, prompts, folder)
-    reports.write_report(run, study_of(path, settings))
+        raise OutputError(f"no trial was chosen: `bruno-ray save {run.name} --trial N` saves one, --auto picks by rule")
+    finish(run, load_prompts(record.settings), folder)
+    reports.write_report(run, study_of(path, record.settings))
     if upload_to:
         logger.info("uploaded to %s", upload(folder, upload_to, private=private))
     return folder
@@ -89,7 +82,7 @@ def evaluate(settings: Settings, base: str | None = None) -> None:
     table = Table("metric", *columns, title="Test prompts")
     for metric in next(iter(columns.values())).values:
         table.add_row(wording.label(metric), *(wording.measured(scores, metric) for scores in columns.values()))
-    Console().print(table)
+    console().print(table)
 
 
 def coverage(settings: Settings) -> None:
@@ -104,8 +97,10 @@ def chat(
     """Talk to a trial (the selected one, if none is named) in the terminal, applied live to the base model."""
     run = RunDirectory.open(path)
     settings = run.read().settings
-    if trial is None and run.read().selected is None and not unedited and not choose(run, auto=False):
-        raise OutputError(f"no trial was chosen: name one as {run.name}:TRIAL, see `bruno-ray front {run.name}`")
+    if trial is None and run.read().selected is None and not unedited:
+        trial = ask_for_trial(run, "Which trial do you want to talk to?")
+        if trial is None:
+            raise OutputError(f"no trial was chosen: name one as {run.name}:TRIAL, see `bruno-ray front {run.name}`")
     record = run.read()
     edit = record.selected.edit if record.selected else None
     if trial is not None:

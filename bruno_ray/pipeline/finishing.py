@@ -1,12 +1,9 @@
 """After the study: choose a trial, score it on the test prompts, save it, and measure what was saved."""
 
 import logging
-import sys
 from pathlib import Path
 
 import optuna
-from rich.console import Console
-from rich.prompt import IntPrompt
 
 from bruno_ray import organism
 from bruno_ray.ablation.edit import Edit
@@ -26,6 +23,7 @@ from bruno_ray.study import selection
 from bruno_ray.study.selection import TrialRecord, load_trials
 from bruno_ray.study.storage import load_study
 from bruno_ray.study.tables import describe_edit, front_table
+from bruno_ray.terminal import ask_number, can_ask, console
 from bruno_ray.workers.model_worker import EvaluationContext
 from bruno_ray.workers.pool import WorkerPool
 from bruno_ray.workers.session import ray_session
@@ -53,23 +51,41 @@ def print_front(run: RunDirectory, all_trials: bool = False) -> None:
     objectives = settings.scoring.objectives
     shown = complete if all_trials else selection.pareto_front(complete, objectives)
     title = f"{run.name}: {'all' if all_trials else 'Pareto front of'} {len(complete)} completed trials"
-    Console().print(front_table(shown, objectives, title=title))
+    console().print(front_table(shown, objectives, title=title))
+
+
+def note_trials(run: RunDirectory) -> list[TrialRecord]:
+    """Note in run.json how many trials are in which state; returns them."""
+    trials = trials_of(run.path, run.read().settings)
+    states = [trial.state for trial in trials]
+    run.update(n_trials={state: states.count(state) for state in dict.fromkeys(states)})
+    return trials
+
+
+def ask_for_trial(run: RunDirectory, question: str) -> int | None:
+    """Show the front and ask for a trial; None if there is nobody to ask, or nobody answers.
+
+    Hold no workers meanwhile. Ctrl-C is KeyboardInterrupt; nothing has been written then.
+    """
+    if not can_ask():
+        return None
+    print_front(run)
+    trials = trials_of(run.path, run.read().settings)
+    return ask_number(question, [trial.number for trial in trials if trial.state == "COMPLETE"])
 
 
 def choose(run: RunDirectory, auto: bool, number: int | None = None) -> bool:
-    """Select a trial by number, by rule, or by asking on a terminal; False if none was."""
+    """Select a trial by number, by rule, or by asking on a terminal; False if none was.
+
+    Where it may ask, hold no workers (see `ask_for_trial`).
+    """
     settings = run.read().settings
-    trials = trials_of(run.path, settings)
-    states = [trial.state for trial in trials]
-    run.update(n_trials={state: states.count(state) for state in dict.fromkeys(states)})
+    trials = note_trials(run)
     if number is None and auto:
         number = selection.auto_select(trials, settings.selection.max_kl, settings.scoring.objectives).number
-    elif number is None and sys.stdin.isatty():
-        print_front(run)
-        choices = [str(trial.number) for trial in trials if trial.state == "COMPLETE"]
-        number = IntPrompt.ask("Which trial shall be saved?", choices=choices, show_choices=False)
+    elif number is None:
+        number = ask_for_trial(run, "Which trial shall be saved?")
     if number is None:
-        logger.info("save a trial with `bruno-ray save %s --trial N` or `--auto`", run.name)
         return False
     trial = selection.find_trial(trials, number)
     edit = dict(trial.edit or {})
@@ -113,6 +129,23 @@ def score_selected(run: RunDirectory, context: EvaluationContext, pool: WorkerPo
                 )
             )
     run.save_samples(samples)
+
+
+def finish(run: RunDirectory, prompts: Prompts, folder: Path | None) -> None:
+    """What a run does with the selected trial, afterwards and with a worker of its own: test it, save it, measure that.
+
+    Args:
+        folder: where the model goes; None only tests.
+    """
+    record = run.read()
+    settings = record.settings
+    context = evaluation_context(settings, prompts, "test", run.load_directions(), record.response_prefix)
+    with ray_session(settings.ray):
+        with timed(run, "test"), worker_pool(settings, workers=1) as pool:
+            pool.wait_ready()
+            score_selected(run, context, pool)
+        if folder is not None:
+            write_model(run, prompts, folder)
 
 
 def free_model_folder(run: RunDirectory) -> Path | None:

@@ -6,11 +6,21 @@ Each step is a function of ``steps.py`` or of the module that is named after it;
 afterwards is in ``commands.py``.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bruno_ray.pipeline.finishing import choose, free_model_folder, score_selected, study_of, trials_of, write_model
+from bruno_ray.pipeline.finishing import (
+    choose,
+    finish,
+    free_model_folder,
+    note_trials,
+    score_selected,
+    study_of,
+    trials_of,
+    write_model,
+)
 from bruno_ray.pipeline.steps import (
     describe_model,
     evaluation_context,
@@ -23,13 +33,15 @@ from bruno_ray.pipeline.steps import (
     with_name,
     worker_pool,
 )
-from bruno_ray.prompts.sets import load_prompts
+from bruno_ray.prompts.sets import Prompts, load_prompts
 from bruno_ray.publishing import report
 from bruno_ray.runs.directory import RunDirectory, refuse_existing
 from bruno_ray.settings import Settings
 from bruno_ray.settings.sources import apply, flatten
 from bruno_ray.study.run import run_study, study_fingerprint
 from bruno_ray.workers.session import ray_session
+
+logger = logging.getLogger(__name__)
 
 
 def run(settings: Settings) -> Path:
@@ -53,7 +65,12 @@ def resume(
 
 
 def search(settings: Settings, path: Path) -> Path:
-    """The run itself. Every step finds what an earlier, interrupted run has left and goes on from there."""
+    """The run itself. Every step finds what an earlier, interrupted run has left and goes on from there.
+
+    A person is asked for a trial last, when the report is written and the workers and Ray are gone: nobody can say how
+    long it takes, and Ctrl-C is an answer too.
+    """
+    auto = settings.selection.auto
     prompts = load_prompts(settings)
     with ray_session(settings.ray):
         with worker_pool(settings) as pool:
@@ -72,11 +89,24 @@ def search(settings: Settings, path: Path) -> Path:
                 run_study(
                     settings, pool, validation, info, path, study_fingerprint(settings, info, prompts.fingerprint)
                 )
-            chosen = choose(run, auto=settings.selection.auto)
-            if chosen:
+            note_trials(run)
+            if auto and choose(run, auto=True):
                 with timed(run, "test"):
                     score_selected(run, evaluation_context(settings, prompts, "test", bank, prefix), pool)
-        if chosen and (folder := free_model_folder(run)):  # the workers are gone: their memory is free for it
+        if auto and (folder := free_model_folder(run)):  # the workers are gone: their memory is free for it
             write_model(run, prompts, folder)
     report.write_report(run, study_of(path, settings))
+    if not auto:
+        ask_and_save(run, prompts)
     return path
+
+
+def ask_and_save(run: RunDirectory, prompts: Prompts) -> None:
+    """Save the trial that somebody at the terminal picks, and write the report once more."""
+    if not choose(run, auto=False):
+        logger.info(
+            "no trial was saved: `bruno-ray save %s` asks again, with --trial N or --auto it does not", run.name
+        )
+        return
+    finish(run, prompts, free_model_folder(run))
+    report.write_report(run, study_of(run.path, run.read().settings))
