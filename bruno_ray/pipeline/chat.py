@@ -4,6 +4,7 @@ Works on a pipe as well: lines in, answers out.
 """
 
 import datetime
+import io
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -104,19 +105,17 @@ def chat_loop(
 ) -> None:
     """Talk on standard input and output until `/exit` or the end of the input; see `Chat` for the options."""
     chat = Chat(engine, edit, system_prompt, response_prefix, date, max_tokens, temperature, top_p, edited)
-    converse(chat, sys.stdin, Console(highlight=False, soft_wrap=True))
+    source = io.StringIO() if sys.stdin is None else sys.stdin  # None: it was closed before we began
+    converse(chat, source, Console(highlight=False, soft_wrap=True))
 
 
 def converse(chat: Chat, source: TextIO, console: Console) -> None:
-    """The loop itself. Ctrl-C stops an answer; where none is under way, it leaves."""
+    """The loop itself. Ctrl-C stops an answer; where none is under way, it leaves as KeyboardInterrupt."""
     at_terminal = source is sys.stdin and source.isatty()
     if at_terminal:
         console.print("[dim]/help lists what else can be typed[/dim]")
     while True:
-        try:
-            line = _read_line(source, console, at_terminal)
-        except KeyboardInterrupt:
-            line = None
+        line = _read_line(source, console, at_terminal)
         if line is None or line.strip() in ("/exit", "/quit"):
             if at_terminal:
                 console.print()
@@ -136,6 +135,9 @@ def _read_line(source: TextIO, console: Console, at_terminal: bool) -> str | Non
         return console.input("[bold]you>[/bold] ")
     except EOFError:
         return None
+    except KeyboardInterrupt:
+        console.print()
+        raise
 
 
 def _command(chat: Chat, line: str, console: Console) -> None:

@@ -4,7 +4,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from bruno_ray import organism as organisms
@@ -15,16 +14,7 @@ from bruno_ray.model.coverage import coverage as coverage_of
 from bruno_ray.model.coverage import format_coverage
 from bruno_ray.model.loading import load_model
 from bruno_ray.pipeline.chat import chat_loop
-from bruno_ray.pipeline.finishing import (
-    pick,
-    print_front,
-    sample_answers,
-    score_on_test,
-    select,
-    study_of,
-    trials_of,
-    write_model,
-)
+from bruno_ray.pipeline.finishing import ask_for_trial, finish, pick, print_front, study_of, trials_of
 from bruno_ray.pipeline.steps import evaluation_context, find_model, find_response_prefix, for_workers, worker_pool
 from bruno_ray.prompts.sets import load_prompts
 from bruno_ray.publishing import report as reports
@@ -34,6 +24,7 @@ from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import RunRecord, ScoresRecord
 from bruno_ray.settings import Settings
 from bruno_ray.study import selection
+from bruno_ray.terminal import can_ask, console
 from bruno_ray.workers.session import ray_session
 
 logger = logging.getLogger(__name__)
@@ -63,27 +54,12 @@ def save(
     own = folder.resolve() == run.model_folder.resolve()
     if folder.exists():
         raise OutputError(f"{folder} exists already: name another folder with --to, or remove it")
-    if trial is None:
+    if trial is None and (auto or not can_ask()):
         print_front(run)
     if (picked := pick(run, auto=auto, number=trial)) is None:
-        raise OutputError(f"no trial was chosen: name one with --trial, see `bruno-ray front {run.name}`")
-    settings = record.settings
-    prompts = load_prompts(settings)
-    context = evaluation_context(record, prompts, "test", run.load_directions())
-    with ray_session(settings.ray):
-        with worker_pool(settings, workers=1) as pool:
-            pool.wait_ready()
-            picked = score_on_test(run, picked, context, pool)
-            if own:
-                samples = sample_answers(Edit.from_dict(picked.edit), context, pool)
-        if own:
-            select(run, picked)
-            run.save_samples(samples)
-            reports.write_report(run, study_of(path, settings))  # selection and report agree if saving fails
-        write_model(run, prompts, folder, None if own else picked)
-    if own:
-        reports.write_report(run, study_of(path, settings))
-    else:
+        raise OutputError(f"no trial was chosen: `bruno-ray save {run.name} --trial N` saves one, --auto picks by rule")
+    finish(run, load_prompts(record.settings), picked, folder, own)
+    if not own:
         logger.info("%s", _what_stays(run, picked.number))
     if upload_to:
         logger.info("uploaded to %s", upload(folder, upload_to, private=private))
@@ -127,7 +103,7 @@ def evaluate(settings: Settings, base: str | None = None) -> None:
     table = Table("metric", *(name for name, _ in columns), title="Test prompts")
     for metric in columns[0][1].values:
         table.add_row(wording.label(metric), *(wording.measured(scores, metric) for _, scores in columns))
-    Console().print(table)
+    console().print(table)
 
 
 def coverage(settings: Settings) -> None:
@@ -141,6 +117,11 @@ def chat(
 ) -> None:
     """Talk to a trial (the selected one, if none is named) in the terminal, applied live to the base model."""
     run = RunDirectory.open(path)
+    settings = run.read().settings
+    if trial is None and run.read().selected is None and not unedited:
+        trial = ask_for_trial(run, "Which trial do you want to talk to?")
+        if trial is None:
+            raise OutputError(f"no trial was chosen: name one as {run.name}:TRIAL, see `bruno-ray front {run.name}`")
     record = run.read()
     settings = record.settings
     selected = record.selected

@@ -1,15 +1,12 @@
 """After the study: choose a trial, score it on the test prompts, save it, and measure what was saved."""
 
 import logging
-import sys
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import optuna
-from rich.console import Console
-from rich.prompt import IntPrompt
 
 from bruno_ray import organism
 from bruno_ray.ablation.edit import Edit
@@ -19,6 +16,7 @@ from bruno_ray.model.loading import load_model
 from bruno_ray.pipeline.steps import evaluation_context, score_unedited, timed, worker_pool
 from bruno_ray.prompts.rendering import render
 from bruno_ray.prompts.sets import Prompt, Prompts
+from bruno_ray.publishing.report import write_report
 from bruno_ray.publishing.saving import save_selected
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import RunRecord, Sample, ScoresRecord, SelectedRecord
@@ -29,6 +27,7 @@ from bruno_ray.study import selection
 from bruno_ray.study.selection import TrialRecord, load_trials
 from bruno_ray.study.storage import load_study
 from bruno_ray.study.tables import describe_edit, front_lines, front_table, with_selected
+from bruno_ray.terminal import ask_number, can_ask, console
 from bruno_ray.workers.model_worker import EvaluationContext
 from bruno_ray.workers.pool import WorkerPool
 from bruno_ray.workers.session import ray_session
@@ -67,33 +66,51 @@ def print_front(run: RunDirectory, all_trials: bool = False) -> None:
     shown = complete if all_trials else with_selected(front, complete, number)
     title = f"{run.name}: {'all' if all_trials else 'Pareto front of'} {len(complete)} completed trials"
     title += f" (* trial {number} is selected)" if number is not None else ""
-    Console().print(front_table(shown, objectives, title=title, selected=number))
+    console().print(front_table(shown, objectives, title=title, selected=number))
 
 
-def choose(run: RunDirectory, auto: bool, number: int | None = None) -> bool:
-    """Select a trial by number, by rule, or by asking on a terminal; False if none was."""
-    if (selected := pick(run, auto, number)) is None:
-        return False
-    select(run, selected)
-    return True
+def note_trials(run: RunDirectory) -> list[TrialRecord]:
+    """Note in run.json how many trials are in which state; returns them."""
+    trials = trials_of(run.path, run.read().settings)
+    states = [trial.state for trial in trials]
+    run.update(n_trials={state: states.count(state) for state in dict.fromkeys(states)})
+    return trials
+
+
+def ask_for_trial(run: RunDirectory, question: str) -> int | None:
+    """Show the front and ask for a trial; None if there is nobody to ask, or nobody answers.
+
+    Hold no workers meanwhile. Ctrl-C is KeyboardInterrupt; nothing has been written then.
+    """
+    if not can_ask():
+        return None
+    print_front(run)
+    trials = trials_of(run.path, run.read().settings)
+    return ask_number(question, [trial.number for trial in trials if trial.state == "COMPLETE"])
+
+
+def choose(run: RunDirectory, auto: bool, number: int | None = None) -> SelectedRecord | None:
+    """Select a trial by number, by rule, or by asking on a terminal; None if none was.
+
+    Where it may ask, hold no workers (see `ask_for_trial`).
+    """
+    selected = pick(run, auto, number)
+    if selected is not None:
+        select(run, selected)
+    return selected
 
 
 def pick(run: RunDirectory, auto: bool, number: int | None = None) -> SelectedRecord | None:
     """As `choose`, but the run's own selection stays what it is."""
     settings = run.read().settings
-    trials = trials_of(run.path, settings)
-    states = [trial.state for trial in trials]
-    run.update(n_trials={state: states.count(state) for state in dict.fromkeys(states)})
+    trials = note_trials(run)
     reason = ""
     if number is None and auto:
         choice = selection.auto_select(trials, settings.selection.max_kl, settings.scoring.objectives)
         number, reason = choice.trial.number, choice.reason
-    elif number is None and sys.stdin.isatty():
-        print_front(run)
-        choices = [str(trial.number) for trial in trials if trial.state == "COMPLETE"]
-        number = IntPrompt.ask("Which trial shall be saved?", choices=choices, show_choices=False)
+    elif number is None:
+        number = ask_for_trial(run, "Which trial shall be saved?")
     if number is None:
-        logger.info("save a trial with `bruno-ray save %s --trial N` or `--auto`", run.name)
         return None
     trial = selection.find_trial(trials, number)
     edit = dict(trial.edit or {})
@@ -174,11 +191,34 @@ def sample_answers(edit: Edit, context: EvaluationContext, pool: WorkerPool) -> 
     return samples
 
 
-def free_model_folder(run: RunDirectory) -> Path | None:
+def finish(run: RunDirectory, prompts: Prompts, picked: SelectedRecord, folder: Path | None, own: bool = True) -> None:
+    """What a run does with a trial that was picked, with a worker of its own: test it, save it, measure what was saved.
+
+    Args:
+        folder: where the model goes; None only tests.
+        own: the trial becomes the selected one, and the report follows. Otherwise selection and report stay.
+    """
+    record = run.read()
+    settings = record.settings
+    context = evaluation_context(record, prompts, "test", run.load_directions())
+    with ray_session(settings.ray):
+        with timed(run, "test") if own else nullcontext(), worker_pool(settings, workers=1) as pool:
+            pool.wait_ready()
+            picked = score_on_test(run, picked, context, pool)
+            samples = sample_answers(Edit.from_dict(picked.edit), context, pool) if own else []
+        if own:
+            select(run, picked)
+            run.save_samples(samples)
+            write_report(run, study_of(run.path, settings))  # selection and report agree if saving fails
+        if folder is not None:
+            write_model(run, prompts, folder, None if own else picked)
+    if own:
+        write_report(run, study_of(run.path, settings))
+
+
+def free_model_folder(run: RunDirectory, number: int) -> Path | None:
     """`model/`, or a folder named by the trial where a resumed run has saved one before; None if that is there too."""
-    selected = run.read().selected
-    assert selected is not None
-    folders = (run.model_folder, run.path / f"model-{selected.number}")
+    folders = (run.model_folder, run.path / f"model-{number}")
     return next((folder for folder in folders if not folder.exists()), None)
 
 

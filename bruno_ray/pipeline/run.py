@@ -6,11 +6,22 @@ Each step is a function of ``steps.py`` or of the module that is named after it;
 afterwards is in ``commands.py``.
 """
 
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bruno_ray.pipeline.finishing import choose, free_model_folder, n_complete, score_selected, study_of, write_model
+from bruno_ray.pipeline.finishing import (
+    choose,
+    finish,
+    free_model_folder,
+    n_complete,
+    note_trials,
+    pick,
+    score_selected,
+    study_of,
+    write_model,
+)
 from bruno_ray.pipeline.steps import (
     describe_model,
     evaluation_context,
@@ -23,7 +34,7 @@ from bruno_ray.pipeline.steps import (
     with_name,
     worker_pool,
 )
-from bruno_ray.prompts.sets import load_prompts
+from bruno_ray.prompts.sets import Prompts, load_prompts
 from bruno_ray.publishing import report
 from bruno_ray.runs.directory import RunDirectory, refuse_existing
 from bruno_ray.settings import Settings
@@ -31,6 +42,8 @@ from bruno_ray.settings.sources import apply, flatten
 from bruno_ray.study.fingerprint import study_fingerprint
 from bruno_ray.study.run import run_study
 from bruno_ray.workers.session import ray_session
+
+logger = logging.getLogger(__name__)
 
 
 def run(settings: Settings) -> Path:
@@ -54,7 +67,12 @@ def resume(
 
 
 def search(settings: Settings, path: Path) -> Path:
-    """The run itself. Every step finds what an earlier, interrupted run has left and goes on from there."""
+    """The run itself. Every step finds what an earlier, interrupted run has left and goes on from there.
+
+    A person is asked for a trial last, when the report is written and the workers and Ray are gone: nobody can say how
+    long it takes, and Ctrl-C is an answer too.
+    """
+    auto = settings.selection.auto
     prompts = load_prompts(settings)
     with ray_session(settings.ray):
         with worker_pool(settings) as pool:
@@ -71,11 +89,25 @@ def search(settings: Settings, path: Path) -> Path:
             with timed(run, "study"):
                 asked = f"{prompts.fingerprint} of {record.date}" if info.prints_date else prompts.fingerprint
                 run_study(settings, pool, validation, info, path, study_fingerprint(settings, info, asked))
-            chosen = choose(run, auto=settings.selection.auto)
-            if chosen:
+            note_trials(run)
+            picked = choose(run, auto=True) if auto else None
+            if picked is not None:
                 with timed(run, "test"):
                     score_selected(run, evaluation_context(record, prompts, "test", bank), pool)
-        if chosen and (folder := free_model_folder(run)):  # the workers are gone: their memory is free for it
+        # The workers are gone: their memory is free for it.
+        if picked is not None and (folder := free_model_folder(run, picked.number)):
             write_model(run, prompts, folder)
     report.write_report(run, study_of(path, settings))
+    if not auto:
+        ask_and_save(run, prompts)
     return path
+
+
+def ask_and_save(run: RunDirectory, prompts: Prompts) -> None:
+    """Save the trial that somebody at the terminal picks, and write the report once more."""
+    if (picked := pick(run, auto=False)) is None:
+        logger.info(
+            "no trial was saved: `bruno-ray save %s` asks again, with --trial N or --auto it does not", run.name
+        )
+        return
+    finish(run, prompts, picked, free_model_folder(run, picked.number))

@@ -1,10 +1,6 @@
 """Nothing that costs or destroys happens without a yes."""
 
-import sys
-
-from rich.console import Console
-from rich.prompt import Confirm
-
+from bruno_ray.terminal import ask_yes, can_ask
 from cluster.errors import RefusedError
 
 
@@ -14,9 +10,5 @@ def agree(question: str, yes: bool) -> None:
         return
     if not can_ask():
         raise RefusedError(f"nothing was done: {question.rstrip('?')}? cannot be asked without a terminal; add --yes")
-    if not Confirm.ask(question, default=False, console=Console(stderr=True)):
+    if not ask_yes(question):
         raise RefusedError("nothing was done: it was not agreed to")
-
-
-def can_ask() -> bool:
-    return sys.stdin.isatty()

@@ -16,6 +16,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from bruno_ray import terminal
 from cluster.cli.asking import agree
 from cluster.errors import ClusterError, ClusterSettingsError, FetchError, NodeError, RefusedError
 from cluster.jobs import fetching, submitting
@@ -40,7 +41,7 @@ STILL_BILLED_S = 60.0
 def list_offers(arguments: argparse.Namespace) -> int:
     """What could be rented now for each node type, and why the rest could not."""
     session = Session.open(arguments.cluster_config)
-    console = Console()
+    console = terminal.console()
     for name, node_type in _node_types(session, arguments.type).items():
         console.print(offer_table(session, name, node_type["node_config"], arguments.limit))
     return 0
@@ -88,7 +89,7 @@ def up(arguments: argparse.Namespace) -> int:
     session = Session.open(arguments.cluster_config)
     check_mounts(session)
     heads = [node for node in session.nodes() if node.is_head]
-    out = Console()
+    out = terminal.console()
     for line in plan(session, heads):
         out.print(line, highlight=False)
     restart = [] if arguments.restart or not heads else ["--no-restart"]
@@ -160,7 +161,7 @@ def ray_command(session: Session, *words: str) -> int:
 
 def status(arguments: argparse.Namespace) -> int:
     session = Session.open(arguments.cluster_config)
-    Console().print(status_view(session))
+    terminal.console().print(status_view(session))
     return 0
 
 
@@ -256,7 +257,7 @@ def stop(arguments: argparse.Namespace) -> int:
 
 
 def _take_down(arguments: argparse.Namespace, stop_jobs: bool) -> int:
-    session, out = Session.open(arguments.cluster_config), Console()
+    session, out = Session.open(arguments.cluster_config), terminal.console()
     nodes = session.nodes()
     if not nodes:
         out.print(f"cluster {session.name}: no machines, nothing is billed")

@@ -6,10 +6,11 @@ import os
 import shlex
 import time
 
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
+from bruno_ray import terminal
 from bruno_ray.settings.passwords import VARIABLE
 from cluster.cli.machines import status_view
 from cluster.errors import ClusterError, ClusterSettingsError
@@ -22,7 +23,7 @@ FRONT_ROWS = 8
 
 def progress(arguments: argparse.Namespace) -> int:
     session = Session.open(arguments.cluster_config)
-    Console().print(progress_view(session.head_shell(), arguments.run))
+    terminal.console().print(progress_view(session.head_shell(), arguments.run))
     return 0
 
 
@@ -71,7 +72,7 @@ def fetch(arguments: argparse.Namespace) -> int:
 
 def watch(arguments: argparse.Namespace) -> int:
     """Machines, study and cost, again and again; once where there is no terminal."""
-    session, console = Session.open(arguments.cluster_config), Console()
+    session, console = Session.open(arguments.cluster_config), terminal.console()
     if not console.is_terminal:
         console.print(watch_view(session))
         return 0
