@@ -106,7 +106,7 @@ def laptop(namespaces: None, organism: Path, tmp_path_factory: pytest.TempPathFa
     """The user's machine, after `bruno-ray cluster up`."""
     folder = tmp_path_factory.mktemp("laptop")
     (folder / "work").mkdir()
-    waits = {"boot_timeout_s": 45, "join_timeout_s": 150}
+    waits = {"boot_timeout_s": 90, "join_timeout_s": 300}
     with Lab() as lab, RayCluster(lab, folder, provider=waits) as cluster:
         laptop = Laptop(cluster, folder / "work")
         try:
