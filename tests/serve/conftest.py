@@ -1,23 +1,101 @@
-"""The real application on the organism, started once for all tests that talk to a server."""
+"""Three servers for all tests that talk to one, each started when it is first needed, and one xdist worker for each.
 
+server   at the root, behind a key, with pages: base, trials, the run, its saved model, one that never ends an answer
+small    open to others, with a key that it makes, without pages, with little room and little patience: the endless
+         model, and a base in four bits with its trials
+copies   below a prefix, without a key, with pages: the run and the endless model, one or two copies of each
+
+A test belongs to the server whose fixture it takes; the tests of one server run in one worker.
+"""
+
+import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.serve.server import Server, make_run, serving
+from tests.support.shared import once
+
+SERVERS = ("server", "small", "copies")
+TALKATIVE = "talkative"
+CONTEXT = 32_768
+"""Of the talkative model: more tokens than any machine writes in the time that a test has."""
+
+ORIGIN = "https://chat.example.org"
+PREFIX = "/deep/down"
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for name in SERVERS:
+            if name in getattr(item, "fixturenames", ()) and "/serve/" in str(item.path):
+                item.add_marker(pytest.mark.xdist_group(name))
 
 
 @pytest.fixture(scope="session")
 def served_run(organism: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Run directory of the organism with six trials, one selected and saved in ``model``."""
-    return make_run(tmp_path_factory.mktemp("runs"))
+    return once(tmp_path_factory, "served-run", make_run)
 
 
 @pytest.fixture(scope="session")
-def server(served_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Base, trials, the run and its saved model, behind a key."""
-    folder = tmp_path_factory.mktemp("server")
-    with serving(folder, str(served_run), "--model", str(served_run / "model")) as server:
-        server.run = served_run
+def talkative(served_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The saved model without a way to end a greedy answer, so that there is something to watch and to stop; and with
+    a context that takes long prompts."""
+    from safetensors.torch import load_file, save_file
+
+    folder = tmp_path_factory.mktemp("models") / TALKATIVE
+    shutil.copytree(served_run / "model", folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["max_position_embeddings"] = CONTEXT
+    (folder / "config.json").write_text(json.dumps(config))
+    (weights,) = folder.glob("*.safetensors")
+    tensors = load_file(weights)
+    head = tensors["lm_head.weight"]
+    head[config["eos_token_id"]] = head[config["pad_token_id"]]  # which was never an answer
+    save_file(tensors, weights, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(served_run: Path, talkative: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    models = ("--model", str(served_run / "model"), "--model", str(talkative))
+    with serving(tmp_path_factory.mktemp("server"), str(served_run), *models) as server:
+        server.run, server.talkative = served_run, TALKATIVE
         yield server
+
+
+@pytest.fixture(scope="session")
+def small(four_bit: Path, talkative: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Ends with ``test_small_server.py``, whose last test stops it."""
+    where = ("--host", "0.0.0.0", "--cors-origin", ORIGIN, "--no-pages")
+    room = ("--max-rows", "2", "--max-waiting", "2", "--request-timeout", "10")
+    models = (str(four_bit), "--model", str(talkative))
+    with serving(tmp_path_factory.mktemp("small"), *models, *where, *room, key="") as server:
+        server.talkative = TALKATIVE
+        yield server
+
+
+@pytest.fixture(scope="session")
+def copies(served_run: Path, talkative: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    where = ("--route-prefix", PREFIX, "--no-key", "--max-replicas", "2")
+    models = (str(served_run), "--model", str(talkative))
+    with serving(tmp_path_factory.mktemp("copies"), *models, *where, key="") as server:
+        server.run, server.talkative = served_run, TALKATIVE
+        yield server
+
+
+@pytest.fixture(scope="session")
+def four_bit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Run directory of a tiny model that is loaded in four bits."""
+    from bruno_ray.settings import ModelSettings
+    from tests.serve.test_catalog import make_run
+    from tests.support import tiny_models
+
+    where = tmp_path_factory.mktemp("four-bit")
+    model = tiny_models.write(where / "tiny-4bit", "llama", **tiny_models.FOR_4BIT)
+    settings = ModelSettings(id=str(model), dtypes=("float32",), quantization="bnb_4bit")
+    return make_run(where / "four-bit", settings, d_model=tiny_models.FOR_4BIT["hidden_size"]).path

@@ -9,19 +9,24 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import psutil
 
+from tests.serve.bodies import check_event, check_response
+from tests.support.waiting import wait_for
+
 ROOT = Path(__file__).parents[2]
 KEY = "a-key-for-the-tests-0123456789abcdef"
 STORE = "100000000"
-START_SECONDS = 420.0
+START_SECONDS = 1200.0
+"""For a run or a server to be there. A machine that stalls makes a test late, not red."""
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -39,7 +44,8 @@ def make_run(folder: Path) -> Path:
     with ray_folder() as place:
         done = subprocess.run(
             [*command, *settings, "--auto-select", "--output.directory", str(folder)],
-            cwd=folder, env=environment(RAY_TMPDIR=place), capture_output=True, text=True, timeout=500,
+            cwd=folder, env=environment(RAY_TMPDIR=place), capture_output=True, text=True,
+            timeout=START_SECONDS,
         )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     return folder / "tiny"
@@ -89,6 +95,8 @@ class Server:
     trials: list[str] = field(default_factory=list)
     selected: str = ""
     saved: str = ""
+    talkative: str = ""
+    """A model that never ends a greedy answer, and takes long prompts."""
 
     @property
     def base_url(self) -> str:
@@ -99,7 +107,9 @@ class Server:
         return {"Authorization": f"Bearer {self.key}"} if self.key else {}
 
     def client(self, timeout: float = 120.0) -> httpx.Client:
-        return httpx.Client(base_url=self.url, headers=self.headers, timeout=timeout)
+        """Every body but those of streams is held against its model."""
+        check = partial(check_response, prefix=urlsplit(self.url).path)
+        return httpx.Client(base_url=self.url, headers=self.headers, timeout=timeout, event_hooks={"response": [check]})
 
     def post(self, path: str, **body: object) -> httpx.Response:
         with self.client() as client:
@@ -138,6 +148,22 @@ class Server:
         return self.process.wait(120)
 
 
+def events_of(server: Server, path: str, **body: object) -> list[str]:
+    """What comes after `data: ` in a stream, event by event, each held against its model."""
+    with server.client() as client, client.stream("POST", path, json={**body, "stream": True}) as response:
+        assert response.status_code == 200, response.read()
+        assert response.headers["content-type"].startswith("text/event-stream")
+        assert response.headers["cache-control"] == "no-cache"
+        text = response.read().decode()
+    assert text.endswith("\n\n")
+    parts = text[:-2].split("\n\n")
+    assert all(part.startswith("data: ") for part in parts)
+    events = [part.removeprefix("data: ") for part in parts]
+    for event in events:
+        check_event(path, event)
+    return events
+
+
 @contextmanager
 def serving(folder: Path, *arguments: str, key: str = KEY, **variables: str) -> Iterator[Server]:
     """`bruno-ray serve` with these arguments, until the block ends."""
@@ -167,24 +193,20 @@ def serving(folder: Path, *arguments: str, key: str = KEY, **variables: str) -> 
                     process.wait()
 
 
-def wait_for(condition: Callable[[], bool], seconds: float = 60.0) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"not within {seconds:g} s"
-        time.sleep(0.05)
-
-
 def argument_after(arguments: Sequence[str], name: str, default: str) -> str:
     return arguments[arguments.index(name) + 1] if name in arguments else default
 
 
 def wait_until_ready(server: Server) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while "Ctrl-C stops" not in (said := server.output.read_text()):
-        assert server.process.poll() is None, said[-3000:]
-        assert time.monotonic() < deadline, said[-3000:]
-        time.sleep(0.3)
-    if not server.key and (made := re.search(r"^key: +(bruno-\S+)", said, re.MULTILINE)):
+    def said() -> str:
+        return server.output.read_text()[-3000:]
+
+    def announced() -> bool:
+        assert server.process.poll() is None, said()
+        return "Ctrl-C stops" in server.output.read_text()
+
+    wait_for(announced, "the server is ready", START_SECONDS, said, interval_s=0.3)
+    if not server.key and (made := re.search(r"^key: +(bruno-\S+)", server.output.read_text(), re.MULTILINE)):
         server.key = made[1]
 
 

@@ -1,43 +1,23 @@
-"""The example team: every role asks the model that is its own, and the answers reach those who need them."""
+"""The example team: every role asks the model that is its own, and the answers reach those who need them.
+
+CrewAI comes from the registry: what it sends is recorded, see ``test_recorded_clients.py``.
+"""
 
 import json
-import os
-import subprocess
+import sys
 import threading
+from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 
+from tests.serve.environments import python_of, run_team
 from tests.serve.server import Server
 
-pytest_plugins = ["tests.serve.crewai_environment"]
 pytestmark = pytest.mark.slow
 
-AGENTS = Path(__file__).parents[2] / "examples" / "agents"
-
-TEAM = """
-base_url = "{base_url}"
-temperature = 0
-max_tokens = {max_tokens}
-[orchestrator]
-model = "{orchestrator}"
-role = "P"
-goal = "p"
-backstory = "p"
-[[specialist]]
-name = "first"
-model = "{first}"
-role = "F"
-goal = "f"
-backstory = "f"
-[[specialist]]
-name = "second"
-model = "{second}"
-role = "S"
-goal = "s"
-backstory = "s"
-"""
+NAMES = {"orchestrator": "base", "first": "base:trial-3", "second": "runs/mine"}
 
 
 class ScriptedModel(ThreadingHTTPServer):
@@ -75,7 +55,7 @@ class ScriptedHandler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture
-def scripted():
+def scripted() -> Iterator[ScriptedModel]:
     with ScriptedModel() as server:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
@@ -84,20 +64,19 @@ def scripted():
         thread.join()
 
 
-def run_team(python: Path, folder: Path, *arguments: str, key: str, **team: object) -> subprocess.CompletedProcess:
-    (folder / "team.toml").write_text(TEAM.format(**team))
-    command = [python, AGENTS / "team.py", "Hi", "--config", folder / "team.toml", *arguments]
-    # crewai keeps notes of its own in the home folder; proxies would be asked for 127.0.0.1.
-    environment = {**os.environ, "HOME": str(folder), "BRUNO_API_KEY": key, "NO_PROXY": "*", "no_proxy": "*"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, cwd=folder)
+def test_a_mistake_in_the_teams_file_is_said_in_one_line(tmp_path: Path) -> None:
+    """Before anything of CrewAI is loaded: our own interpreter has none."""
+    team = {"base_url": "http://127.0.0.1:1/v1", "max_tokens": 20, **NAMES}
+    wrong = run_team(sys.executable, tmp_path, "--only", "third", key="a-key", **team)
+    assert wrong.returncode == 1
+    assert wrong.stderr.strip() == "there is no specialist third: there are first, second"
 
 
-NAMES = {"orchestrator": "base", "first": "base:trial-3", "second": "runs/mine"}
-
-
-def test_each_role_asks_its_own_model(crewai_python: Path, scripted: ScriptedModel, tmp_path: Path):
+@pytest.mark.nightly
+def test_each_role_asks_its_own_model(scripted: ScriptedModel, tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{scripted.server_port}/v1"
-    done = run_team(crewai_python, tmp_path, "--output", "out.md", key="a-key", base_url=url, max_tokens=20, **NAMES)
+    team = {"base_url": url, "max_tokens": 20, **NAMES}
+    done = run_team(python_of("crewai"), tmp_path, "--output", "out.md", key="a-key", **team)
     assert done.returncode == 0, done.stderr[-2000:]
 
     bodies = [body for _, body in scripted.asked]
@@ -113,34 +92,25 @@ def test_each_role_asks_its_own_model(crewai_python: Path, scripted: ScriptedMod
     assert not any("tools" in body for body in bodies)
 
 
-def test_only_some_of_the_team(crewai_python: Path, scripted: ScriptedModel, tmp_path: Path):
+@pytest.mark.nightly
+def test_only_some_of_the_team(scripted: ScriptedModel, tmp_path: Path) -> None:
     url = f"http://127.0.0.1:{scripted.server_port}/v1"
     team = {"base_url": url, "max_tokens": 20, **NAMES}
-    done = run_team(crewai_python, tmp_path, "--only", "second", key="a-key", **team)
+    done = run_team(python_of("crewai"), tmp_path, "--only", "second", key="a-key", **team)
     assert done.returncode == 0, done.stderr[-2000:]
     assert [body["model"] for _, body in scripted.asked] == ["base", "runs/mine", "base"]
 
-    wrong = run_team(crewai_python, tmp_path, "--only", "third", key="a-key", **team)
-    assert wrong.returncode == 1
-    assert "no specialist third: there are first, second" in wrong.stderr
 
-
+@pytest.mark.nightly
 @pytest.mark.ray
-def test_on_a_served_base_trial_and_selected_trial(crewai_python: Path, server: Server, tmp_path: Path):
+def test_on_a_served_base_trial_and_selected_trial(server: Server, tmp_path: Path) -> None:
     """The organism cannot follow such prompts; that each role is answered by its model is what matters."""
     names = {"orchestrator": server.base, "first": server.trials[0], "second": server.selected}
-    answered = 'bruno_http_requests_total{route="/v1/chat/completions",status="200"} '
-
-    def count() -> float:
-        lines = server.get("/metrics").text.splitlines()
-        return next((float(line.removeprefix(answered)) for line in lines if line.startswith(answered)), 0.0)
-
-    before = count()
-    done = run_team(crewai_python, tmp_path, key=server.key, base_url=server.base_url, max_tokens=6, **names)
+    team = {"base_url": server.base_url, "max_tokens": 6, **names}
+    done = run_team(python_of("crewai"), tmp_path, key=server.key, **team)
     assert done.returncode == 0, done.stderr[-2000:]
-    assert count() - before == 4
     for role, model in (("P", server.base), ("F", server.trials[0]), ("S", server.selected)):
         assert f"--- {role} ({model})" in done.stdout
 
-    wrong = run_team(crewai_python, tmp_path, key="not the key", base_url=server.base_url, max_tokens=6, **names)
+    wrong = run_team(python_of("crewai"), tmp_path, key="not the key", **team)
     assert wrong.returncode != 0 and "401" in wrong.stderr

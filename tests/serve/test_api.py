@@ -7,7 +7,8 @@ import threading
 import httpx
 import pytest
 
-from tests.serve.server import Server, wait_for
+from tests.serve.server import Server, events_of
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -21,18 +22,6 @@ def chat(server: Server, model: str = "", **fields) -> httpx.Response:
 def text_of(answer: httpx.Response) -> str:
     assert answer.status_code == 200, answer.text
     return answer.json()["choices"][0]["message"]["content"]
-
-
-def events_of(server: Server, path: str, **body) -> list[str]:
-    """What comes after `data: `, event by event."""
-    with server.client() as client, client.stream("POST", path, json={**body, "stream": True}) as response:
-        assert response.status_code == 200, response.read()
-        assert response.headers["content-type"].startswith("text/event-stream")
-        assert response.headers["cache-control"] == "no-cache"
-        body = response.read().decode()
-    assert body.endswith("\n\n")
-    assert all(event.startswith("data: ") for event in body[:-2].split("\n\n"))
-    return [event.removeprefix("data: ") for event in body[:-2].split("\n\n")]
 
 
 # ----- models -----
@@ -376,14 +365,14 @@ def test_rows_of_a_client_that_goes_away_leave_the_engine(server):
     async def leave(stream: bool) -> None:
         async with httpx.AsyncClient(base_url=server.url, headers=server.headers, timeout=60) as client:
             task = asyncio.create_task(client.post("/v1/completions", json={**body, "stream": stream}))
-            await asyncio.to_thread(wait_for, lambda: server.running() > 0)
+            await asyncio.to_thread(wait_for, lambda: server.running() > 0, "the engine is busy")
             task.cancel()
             await asyncio.wait([task])
 
     for stream in (True, False):
         asyncio.run(leave(stream))
         before = tokens(server)
-        wait_for(lambda: server.running() == 0)
+        wait_for(lambda: server.running() == 0, "the rows have left the engine")
         assert tokens(server) - before < 128 * 200  # not because they were finished
 
 
@@ -395,11 +384,11 @@ def test_control_calls_are_answered_while_the_engine_is_busy(server):
     body = {"model": server.base, "prompt": "tell me", "max_tokens": 240, "n": 100, "ignore_eos": True}
     busy = threading.Thread(target=lambda: server.post("/v1/completions", **body))
     busy.start()
-    wait_for(lambda: server.running() > 0)
+    wait_for(lambda: server.running() > 0, "the engine is busy")
     still_busy = 0
     for path in ("/v1/models", "/health", "/ready", "/api/stats", "/metrics", "/api/front?run=tiny"):
         if path == "/ready":  # gives an engine 2 s to answer
-            wait_for(lambda: server.get("/ready").status_code == 200)
+            wait_for(lambda: server.get("/ready").status_code == 200, "the server is ready")
         assert server.get(path).status_code == 200
         still_busy += busy.is_alive()
     busy.join()

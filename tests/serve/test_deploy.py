@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,14 +13,14 @@ import pytest
 import yaml
 
 from bruno_ray.workers.session import TIMED_OUT
-from tests.serve.server import ROOT, STORE, environment, free_port, ray_folder
+from tests.serve.server import ROOT, START_SECONDS, STORE, environment, free_port, ray_folder
 from tests.support import tiny_models
+from tests.support.waiting import wait_for
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("deploy")]
 
 BIN = Path(sys.executable).parent
 KEY = "a-key-for-deployments-0123456789"
-SECONDS = 300.0
 
 
 @dataclass
@@ -46,17 +45,16 @@ class Cluster:
     def answer(self, prefix: str, child: "Child | None" = None) -> dict:
         """What the one served model says, once the application under this prefix is ready."""
         url, headers = f"http://127.0.0.1:{self.port}{prefix}", {"Authorization": f"Bearer {KEY}"}
-        deadline = time.monotonic() + SECONDS
         with httpx.Client(headers=headers, timeout=60) as client:
-            while True:
+
+            def ready() -> bool:
+                assert child is None or child.process.poll() is None, child.said()
                 try:
-                    if client.get(f"{url}/ready").status_code == 200:
-                        break
+                    return client.get(f"{url}/ready").status_code == 200
                 except httpx.TransportError:
-                    pass  # Serve is not up yet
-                assert child is None or child.process.poll() is None, child.log.read_text()[-3000:]
-                assert time.monotonic() < deadline, "not ready"
-                time.sleep(0.5)
+                    return False  # Serve is not up yet
+
+            wait_for(ready, f"{url} is ready", START_SECONDS, child.said if child else str, interval_s=0.5)
             (model,) = client.get(f"{url}/v1/models").json()["data"]
             body = {"model": model["id"], "prompt": "hello", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
             answer = client.post(f"{url}/v1/completions", json=body).json()
@@ -69,12 +67,15 @@ class Child:
     process: subprocess.Popen
     log: Path
 
-    def wait_for(self, text: str) -> None:
-        deadline = time.monotonic() + SECONDS
-        while text not in self.log.read_text():
-            assert self.process.poll() is None, self.log.read_text()[-3000:]
-            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
-            time.sleep(0.3)
+    def said(self) -> str:
+        return self.log.read_text()[-3000:]
+
+    def wait_until_it_says(self, text: str) -> None:
+        def says() -> bool:
+            assert self.process.poll() is None, self.said()
+            return text in self.log.read_text()
+
+        wait_for(says, f"it says {text!r}", START_SECONDS, self.said, interval_s=0.3)
 
     def interrupt(self) -> int:
         self.process.send_signal(signal.SIGINT)
@@ -113,13 +114,13 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         head = made.spawn("head", *command)
         try:
             try:
-                head.wait_for("Ray runtime started")
+                head.wait_until_it_says("Ray runtime started")
             except AssertionError:
                 if TIMED_OUT not in head.log.read_text():
                     raise
                 head.end()
                 head = made.spawn("head", *command)
-                head.wait_for("Ray runtime started")
+                head.wait_until_it_says("Ray runtime started")
             yield made
         finally:
             head.end()
@@ -134,7 +135,7 @@ def test_deployed_run_and_joined_applications_live_side_by_side(cluster: Cluster
     application["args"] |= {"models": [str(model)], "pages": False}
     (cluster.folder / "config.yaml").write_text(yaml.safe_dump(config))
     deploy = cluster.spawn("deploy", "serve", "deploy", "--address", cluster.dashboard, "config.yaml")
-    assert deploy.process.wait(SECONDS) == 0, deploy.log.read_text()[-3000:]
+    assert deploy.process.wait(START_SECONDS) == 0, deploy.log.read_text()[-3000:]
     expected = cluster.answer("/deployed")
 
     arguments = ["serve.app:build", f"models={model}", "require_key=false", "pages=false"]
@@ -146,7 +147,7 @@ def test_deployed_run_and_joined_applications_live_side_by_side(cluster: Cluster
         assert cluster.answer("/run", run) == expected
         joined = cluster.spawn("join", "python", "-m", "serve.command", "--model", *join)
         try:
-            joined.wait_for("Ctrl-C stops")
+            joined.wait_until_it_says("Ctrl-C stops")
             assert cluster.answer("/joined", joined) == expected
             assert joined.interrupt() == 0
         finally:
@@ -163,7 +164,7 @@ def test_a_cluster_that_asks_for_a_token_says_so(cluster: Cluster, model: Path) 
     command = [sys.executable, "-m", "serve.command", "--model", str(model), "--address", cluster.address]
     done = subprocess.run(
         command, env={**variables, "HOME": str(cluster.folder)}, cwd=cluster.folder, capture_output=True, text=True,
-        timeout=SECONDS,
+        timeout=START_SECONDS,
     )  # fmt: skip
     assert done.returncode == 2
     assert "RAY_AUTH_MODE=token" in done.stderr.strip().splitlines()[-1]

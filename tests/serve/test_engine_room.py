@@ -24,6 +24,7 @@ from tests.support.engine_helpers import (
     together,
     writer_in,
 )
+from tests.support.waiting import wait_for
 
 # ----- room -----
 
@@ -238,10 +239,8 @@ def test_a_closed_event_loop_takes_its_rows_with_it() -> None:
         stream = engine.generate(request(prompt(4), None, 450, ignore_eos=True))
         loop.run_until_complete(anext(stream))
         loop.close()
-        deadline = time.monotonic() + 30
-        while engine.stats().running and time.monotonic() < deadline:
-            time.sleep(0.005)
-        assert engine.stats().running == 0 and engine.stats().tokens < 449
+        wait_for(lambda: engine.stats().running == 0, "the rows have left", interval_s=0.005)
+        assert engine.stats().tokens < 449
 
 
 def test_an_idle_engine_does_nothing_and_closing_ends_what_runs() -> None:
@@ -341,9 +340,7 @@ def test_a_crowd_that_comes_and_goes() -> None:
             return await asyncio.gather(*(one(i) for i in range(len(asked))))
 
         found = run(work)
-        deadline = time.monotonic() + 30
-        while engine._steps.has_work() and time.monotonic() < deadline:
-            time.sleep(0.005)
+        wait_for(lambda: not engine._steps.has_work(), "nothing is left over", interval_s=0.005)
         stats = engine.stats()
     served = [(one, event) for i, (one, event) in enumerate(zip(asked, found)) if i % 5]
     check_texts(loaded, [one for one, _ in served], [event for _, event in served])

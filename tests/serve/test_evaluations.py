@@ -1,11 +1,10 @@
 """Evaluations as background jobs: the figures are those the run measured."""
 
-import time
-
 import pytest
 
 from bruno_ray.runs.directory import RunDirectory
 from tests.serve.server import Server
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -15,15 +14,16 @@ def finished(server: Server, **body) -> dict:
     assert started.status_code == 202, started.text
     job = started.json()
     assert job["object"] == "evaluation" and job["result"] is None
-    deadline = time.monotonic() + 120
-    seen = [0]
-    while job["status"] in ("queued", "running"):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-        job = server.get(f"/v1/evaluations/{job['id']}").json()
-        seen.append(job["progress"]["done"])
-    assert seen == sorted(seen)
-    return job
+    seen = [job]
+
+    def ended() -> bool:
+        seen.append(server.get(f"/v1/evaluations/{job['id']}").json())
+        return seen[-1]["status"] not in ("queued", "running")
+
+    wait_for(ended, "the evaluation has ended", detail=lambda: seen[-1])
+    done = [view["progress"]["done"] for view in seen]
+    assert done == sorted(done)
+    return seen[-1]
 
 
 @pytest.mark.parametrize("which", ["base", "selected", "saved"])
@@ -81,7 +81,4 @@ def test_a_job_can_be_cancelled(server):
     assert answer.status_code == 200
     assert answer.json()["status"] == "cancelled"
     assert answer.json()["progress"]["done"] < 3000
-    deadline = time.monotonic() + 30
-    while server.running():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
+    wait_for(lambda: server.running() == 0, "its rows have left the engine")

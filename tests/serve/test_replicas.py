@@ -2,84 +2,100 @@
 
 import json
 import threading
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
 
-from tests.serve.server import Server, serving, wait_for
+from benchmarks import serve_load
+from tests.serve.conftest import PREFIX
+from tests.serve.server import START_SECONDS, Server
+from tests.serve.test_load import check_round
+from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
-LONG = {"prompt": "tell me", "max_tokens": 240, "ignore_eos": True, "temperature": 0}
+LONG = {"prompt": "tell me", "max_tokens": 240, "ignore_eos": True, "temperature": 0, "n": 4}
+
+
+def test_everything_is_below_the_prefix(copies: Server) -> None:
+    assert copies.post("/v1/completions", model=copies.base, prompt="tell me", max_tokens=1).status_code == 200
+    above = copies.url.removesuffix(PREFIX)
+    assert httpx.get(f"{above}/v1/models", timeout=60).status_code == 404
+
+
+def resends(server: Server) -> float:
+    lines = server.get("/metrics").text.splitlines()
+    return next(float(line.split()[-1]) for line in lines if line.startswith("bruno_resent_requests_total"))
 
 
 def wait_until_ready(server: Server) -> None:
-    deadline = time.monotonic() + 200
-    while server.get("/ready").status_code != 200:
-        assert time.monotonic() < deadline
-        time.sleep(0.5)
+    wait_for(lambda: server.get("/ready").status_code == 200, "the server is ready", START_SECONDS)
 
 
-def test_a_replica_that_dies_is_replaced_and_nothing_that_was_not_begun_is_lost(server):
-    expected = server.post("/v1/completions", model=server.base, **LONG).json()["choices"][0]["text"]
-    (engine,) = server.engines()
+def test_a_replica_that_dies_is_replaced_and_nothing_that_was_not_begun_is_lost(copies: Server) -> None:
+    expected = copies.post("/v1/completions", model=copies.base, **LONG).json()["choices"][0]["text"]
+    before = {engine.pid for engine in copies.engines()}
+    resent = resends(copies)
     streamed: list[str] = []
     begun = threading.Event()
 
     def stream() -> None:
-        with server.client(300) as client:
-            body = {"model": server.base, **LONG, "n": 32, "stream": True}
+        with copies.client(300) as client:
+            body = {"model": copies.base, **LONG, "n": 32, "stream": True}
             with client.stream("POST", "/v1/completions", json=body) as response:
                 for line in response.iter_lines():
                     streamed.append(line)
                     begun.set()
 
     def whole(_: int) -> httpx.Response:
-        with server.client(300) as client:
-            return client.post("/v1/completions", json={"model": server.base, **LONG})
+        with copies.client(300) as client:
+            return client.post("/v1/completions", json={"model": copies.base, **LONG})
 
     with ThreadPoolExecutor(9) as pool:
+        answers = [pool.submit(whole, i) for i in range(8)]
+        wait_for(lambda: copies.running() > 0, "the engine is busy", interval_s=0.01)
         broken = pool.submit(stream)
         assert begun.wait(60)
-        answers = [pool.submit(whole, i) for i in range(8)]
-        time.sleep(0.2)
-        engine.kill()
+        for engine in copies.engines():
+            engine.kill()
         broken.result()
         for answer in answers:
             assert answer.result().status_code == 200, answer.result().text
-            assert answer.result().json()["choices"][0]["text"] == expected
+            assert {choice["text"] for choice in answer.result().json()["choices"]} == {expected}
+    assert resends(copies) > resent  # the answers had been asked for when the replica died
     # The stream had begun: it ends with an error in its own format.
     events = [line.removeprefix("data: ") for line in streamed if line]
     assert events[-1] == "[DONE]"
     assert json.loads(events[-2])["error"]["type"] == "server_error"
-    wait_until_ready(server)
-    (new,) = server.engines()
-    assert new.pid != engine.pid
-    wait_for(lambda: server.running() == 0)  # the figures of the dead one are kept for 10 s
+    wait_until_ready(copies)
+    assert (after := {engine.pid for engine in copies.engines()}) and not after & before
+    wait_for(lambda: copies.running() == 0, "nothing is left over")  # figures of the dead one are kept for 10 s
 
 
-def test_replicas_come_when_there_is_much_to_do(served_run, tmp_path):
-    with serving(tmp_path, str(served_run), "--max-replicas", "2", "--no-pages") as server:
-        stop = threading.Event()
+def test_replicas_come_when_there_is_much_to_do(copies: Server) -> None:
+    stop = threading.Event()
 
-        def load(_: int) -> set[int]:
-            statuses = set()
-            with server.client(300) as client:
-                while not stop.is_set():
-                    statuses.add(
-                        client.post("/v1/completions", json={"model": server.base, **LONG, "n": 4}).status_code
-                    )
-            return statuses
+    def load(_: int) -> set[int]:
+        statuses = set()
+        with copies.client(300) as client:
+            while not stop.is_set():
+                statuses.add(client.post("/v1/completions", json={"model": copies.base, **LONG}).status_code)
+        return statuses
 
-        with ThreadPoolExecutor(24) as pool:
-            loads = [pool.submit(load, i) for i in range(24)]
-            deadline = time.monotonic() + 240
-            try:
-                while server.get("/api/stats").json()["engines"][server.base]["replicas"] < 2:
-                    assert time.monotonic() < deadline
-                    time.sleep(1)
-            finally:
-                stop.set()
-            assert set().union(*(entry.result() for entry in loads)) == {200}
+    def copies_now() -> int:
+        return copies.get("/api/stats").json()["engines"][copies.base]["replicas"]
+
+    with ThreadPoolExecutor(24) as pool:
+        loads = [pool.submit(load, i) for i in range(24)]
+        try:
+            wait_for(lambda: copies_now() == 2, "there are two copies", START_SECONDS, copies_now, interval_s=1)
+        finally:
+            stop.set()
+        assert set().union(*(entry.result() for entry in loads)) == {200}
+
+
+def test_a_crowd_while_one_of_two_copies_dies(copies: Server) -> None:
+    """A short form of ``test_load.py``; the test before has brought the second copy."""
+    assert len(copies.engines()) == 2
+    check_round(serve_load.play(copies, serve_load.requests(copies), n=120, connections=32, seed=0), 120)

@@ -1,9 +1,6 @@
-"""The chat page of a real server in headless Chromium, at the root with a key and under a prefix without one."""
+"""The chat page of a real server in headless Chromium, at the root with a key; briefly, below a prefix without one."""
 
 import json
-import shutil
-import time
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -11,32 +8,15 @@ from urllib.parse import urlsplit
 
 import pytest
 from playwright.sync_api import Browser
-from safetensors.torch import load_file, save_file
 
 from bruno_ray.scoring.markers import Markers, normalise
-from tests.serve.browser import RECORD, ChatPage
-from tests.serve.server import KEY, Server, serving
+from tests.serve.browser import PATIENCE_MS, RECORD, ChatPage
+from tests.serve.conftest import TALKATIVE
+from tests.serve.server import KEY, Server
+from tests.support.waiting import wait_for
 
-pytest_plugins = ["tests.support.organism_fixture", "tests.serve.browser"]
+pytest_plugins = ["tests.serve.browser"]
 pytestmark = [pytest.mark.ray, pytest.mark.browser, pytest.mark.slow]
-
-TALKATIVE = "talkative"
-
-
-@pytest.fixture(scope="module")
-def talkative(served_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The saved model without a way to end a greedy answer, so that there is something to watch and to stop."""
-    folder = tmp_path_factory.mktemp("models") / TALKATIVE
-    shutil.copytree(served_run / "model", folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["max_position_embeddings"] = 16_384
-    (folder / "config.json").write_text(json.dumps(config))
-    (weights,) = folder.glob("*.safetensors")
-    tensors = load_file(weights)
-    head = tensors["lm_head.weight"]
-    head[config["eos_token_id"]] = head[config["pad_token_id"]]  # which was never an answer
-    save_file(tensors, weights, metadata={"format": "pt"})
-    return folder
 
 
 @dataclass
@@ -44,7 +24,7 @@ class Place:
     """A server and how to get to its page."""
 
     server: Server
-    key: str | None
+    key: str
     browser: Browser
 
     @property
@@ -55,29 +35,9 @@ class Place:
         return ChatPage.open(self.browser, self.url, self.key, **context)
 
 
-@pytest.fixture(scope="module", params=["root-with-key", "prefix"])
-def place(
-    request: pytest.FixtureRequest,
-    served_run: Path,
-    talkative: Path,
-    chromium: Browser,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Place]:
-    with_key = request.param == "root-with-key"
-    more = [] if with_key else ["--route-prefix", "/some/prefix", "--no-key"]
-    folder = tmp_path_factory.mktemp("server")
-    with serving(folder, str(served_run), "--model", str(talkative), *more, key=KEY if with_key else "") as server:
-        server.run = served_run
-        yield Place(server, KEY if with_key else None, chromium)
-
-
-def until(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.1)
-    return True
+@pytest.fixture
+def place(server: Server, chromium: Browser) -> Place:
+    return Place(server, server.key, chromium)
 
 
 def target_prompts(place: Place) -> list[str]:
@@ -92,13 +52,13 @@ def test_two_answers_stream_side_by_side_and_stop(place: Place):
     chat = place.open()
     chat.pick("left", TALKATIVE)
     chat.pick("right", TALKATIVE)
-    chat.set_sampling(temperature=0, max_tokens=9000, seed=1)
+    chat.set_sampling(temperature=0, max_tokens=30_000, seed=1)
     chat.page.evaluate(RECORD)
     chat.ask("tell me everything")
-    chat.page.wait_for_function("window.lengths.length > 8", timeout=60_000)
-    assert until(lambda: place.server.running() == 2)
+    chat.page.wait_for_function("window.lengths.length > 8")
+    wait_for(lambda: place.server.running() == 2, "both answers are being written")
     chat.page.click("#stop")
-    assert until(lambda: place.server.running() == 0)
+    wait_for(lambda: place.server.running() == 0, "the stopped answers have left the engine")
     for side in ("left", "right"):
         chat.wait_for_caption(side, "stopped")
         assert len(chat.answers(side)) == 1 and chat.answers(side)[0]
@@ -116,11 +76,11 @@ def test_two_answers_stream_side_by_side_and_stop(place: Place):
 def test_a_closed_tab_stops_its_answers(place: Place):
     chat = place.open()
     chat.pick("left", TALKATIVE)
-    chat.set_sampling(temperature=0, max_tokens=9000, seed=1)
+    chat.set_sampling(temperature=0, max_tokens=30_000, seed=1)
     chat.ask("tell me everything")
-    assert until(lambda: place.server.running() > 0)
+    wait_for(lambda: place.server.running() > 0, "an answer is being written")
     chat.close()
-    assert until(lambda: place.server.running() == 0)
+    wait_for(lambda: place.server.running() == 0, "the stopped answers have left the engine")
 
 
 def test_front_click_loads_a_trial_and_history_survives(place: Place):
@@ -146,8 +106,10 @@ def test_front_click_loads_a_trial_and_history_survives(place: Place):
     shown = [answer for side in ("left", "right") for answer in chat.answers(side) if markers.seen_in(answer)]
     assert shown  # the unedited model refuses
     # Marks follow the text by a moment; until then those of a text that was drawn anew are empty.
-    assert until(lambda: len(marked := chat.highlighted()) >= len(shown) and all(map(markers.seen_in, marked))), (
-        chat.highlighted()
+    wait_for(
+        lambda: len(marked := chat.highlighted()) >= len(shown) and all(map(markers.seen_in, marked)),
+        "every answer that shows the behaviour is marked",
+        detail=chat.highlighted,
     )
 
     with chat.page.expect_download() as download:
@@ -215,7 +177,8 @@ def test_the_studys_page_opens_from_the_link(place: Place):
     with chat.page.context.expect_page() as opened:
         chat.page.click("#study-link a")
     study = opened.value
-    study.get_by_text("behaviour_rate").first.wait_for(timeout=30_000)
+    study.set_default_timeout(PATIENCE_MS)
+    study.get_by_text("behaviour_rate").first.wait_for()
     assert study.url.startswith(f"{place.server.url}/study/")
     chat.close()
 
@@ -228,9 +191,8 @@ def test_narrow_screens_need_no_sideways_scrolling(place: Place):
 
 
 def test_without_the_key_the_page_shows_nothing(place: Place):
-    if place.key is None:
-        pytest.skip("this server asks for no key")
     page = place.browser.new_page()
+    page.set_default_timeout(PATIENCE_MS)
     page.goto(place.url)
     page.get_by_text("Enter the server's key").wait_for()
     page.fill("#key input", "a guess at the key")
@@ -241,3 +203,24 @@ def test_without_the_key_the_page_shows_nothing(place: Place):
     for route in ("upload", "file=/etc/hostname", "proxy=http://127.0.0.1/", "info", "vibe-code", "run/predict"):
         assert page.request.post(f"{place.url}gradio_api/{route}", data="{}").status == 404
     page.close()
+
+
+def test_the_page_works_below_a_prefix_without_a_key(copies: Server, chromium: Browser) -> None:
+    """It opens, asks, streams and stops; what else it does is tested at the root, above."""
+    chat = ChatPage.open(chromium, f"{copies.url}/chat/", key=None)
+    chat.pick("left", TALKATIVE)
+    chat.pick("right", copies.base)
+    chat.set_sampling(temperature=0, max_tokens=30_000, seed=1)
+    chat.ask("tell me everything")
+    chat.wait_for_text("left")
+    chat.page.click("#stop")
+    chat.wait_for_caption("left", "stopped")
+    wait_for(lambda: copies.running() == 0, "the stopped answers have left the engine")
+    assert chat.answers("left")[0]
+    with chat.page.context.expect_page() as opened:
+        chat.page.click("#study-link a")
+    opened.value.set_default_timeout(PATIENCE_MS)
+    opened.value.get_by_text("behaviour_rate").first.wait_for()
+    assert opened.value.url.startswith(f"{copies.url}/study/")
+    assert chat.failures == []
+    chat.close()
