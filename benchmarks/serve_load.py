@@ -182,9 +182,10 @@ async def malformed(client: httpx.AsyncClient, request: Request, generator: rand
         (400, request.path, {"json": {**body, "logit_bias": {"5": 1}}}),
         (400, request.path, {"json": {**body, "no_such_field": 1}}),
         (400, "/v1/completions", {"json": {"model": body["model"], "prompt": "word " * 5000}}),
-        (401, request.path, {"json": body, "headers": {"Authorization": "Bearer wrong"}}),
         (404, request.path, {"json": {**body, "model": "no-such-model"}}),
     ]
+    if "Authorization" in client.headers:
+        kinds.append((401, request.path, {"json": body, "headers": {"Authorization": "Bearer wrong"}}))
     expected, path, content = generator.choice(kinds)
     response = await client.post(path, **content)
     if response.status_code != expected:

@@ -9,8 +9,13 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser, Page, TimeoutError, expect, sync_playwright
 
+from tests.support.waiting import PATIENCE_S
+
 CHROMIUM = Path("/usr/bin/chromium")
 Side = Literal["left", "right"]
+
+PATIENCE_MS = 1000 * PATIENCE_S
+expect.set_options(timeout=PATIENCE_MS)
 
 # Lengths of both sides' last answers, each time one of them changes.
 RECORD = """() => {
@@ -60,12 +65,13 @@ class ChatPage:
     @classmethod
     def open(cls, browser: Browser, url: str, key: str | None, **context: object) -> "ChatPage":
         page = browser.new_context(viewport={"width": 1280, "height": 900}, **context).new_page()
+        page.set_default_timeout(PATIENCE_MS)
         self = cls(page, url)
         page.on("request", lambda request: self.requests.append(request.url))
         page.on("response", lambda r: self.failures.append(f"{r.status} {r.url}") if r.status >= 400 else None)
         page.on("pageerror", lambda error: self.failures.append(str(error)))
         page.goto(url)
-        page.wait_for_selector("#prompt textarea", timeout=60_000)
+        page.wait_for_selector("#prompt textarea")
         if key:
             page.get_by_text("Enter the server's key").wait_for()
             page.fill("#key input", key)
@@ -75,9 +81,7 @@ class ChatPage:
 
     def wait_ready(self) -> None:
         """Until the pickers are filled."""
-        self.page.wait_for_function(
-            "['left', 'right'].every(s => document.querySelector(`#model-${s} input`)?.value)", timeout=90_000
-        )
+        self.page.wait_for_function("['left', 'right'].every(s => document.querySelector(`#model-${s} input`)?.value)")
 
     @property
     def hosts(self) -> set[str]:
@@ -90,7 +94,7 @@ class ChatPage:
             box = self.page.locator(f"#{field_id} :is(input:not([type=range]), textarea)")
             box.fill(str(value))
             box.press("Tab")
-            expect(box).to_have_value(str(value), timeout=30_000)
+            expect(box).to_have_value(str(value))
 
     def open_sampling(self) -> None:
         """Until its fields can be filled: Gradio makes them when they are first shown, and writes their values once
@@ -128,7 +132,6 @@ class ChatPage:
                 document.querySelectorAll(`#chat-${side} .bot .prose`).length >= n
                 && !document.querySelector(`#caption-${side}`).innerText.includes('writing'))""",
             arg=n,
-            timeout=60_000,
         )
 
     def wait_for_text(self, side: Side) -> None:
@@ -136,7 +139,6 @@ class ChatPage:
         self.page.wait_for_function(
             "side => [...document.querySelectorAll(`#chat-${side} .bot .prose`)].at(-1)?.textContent.length > 0",
             arg=side,
-            timeout=90_000,
         )
 
     def wait_for_caption(self, side: Side, text: str) -> None:
@@ -144,7 +146,6 @@ class ChatPage:
             self.page.wait_for_function(
                 "([side, text]) => document.querySelector(`#caption-${side}`).innerText.includes(text)",
                 arg=[side, text],
-                timeout=90_000,
             )
         except TimeoutError as error:
             lengths = [len(answer) for answer in self.answers(side)]

@@ -1,9 +1,9 @@
 """Three servers for all tests that talk to one, each started when it is first needed, and one xdist worker for each.
 
 server   at the root, behind a key, with pages: base, trials, the run, its saved model, one that never ends an answer
-small    below a prefix, without a key, with pages, open to a page elsewhere, with little room and little patience: the
-         endless model, and a base in four bits with its trials
-copies   open to others, with a key that it makes, without pages: the run, one or two copies of its base
+small    open to others, with a key that it makes, without pages, with little room and little patience: the endless
+         model, and a base in four bits with its trials
+copies   below a prefix, without a key, with pages: the run and the endless model, one or two copies of each
 
 A test belongs to the server whose fixture it takes; the tests of one server run in one worker.
 """
@@ -71,18 +71,20 @@ def server(served_run: Path, talkative: Path, tmp_path_factory: pytest.TempPathF
 @pytest.fixture(scope="session")
 def small(four_bit: Path, talkative: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Ends with ``test_small_server.py``, whose last test stops it."""
-    where = ("--route-prefix", PREFIX, "--no-key", "--cors-origin", ORIGIN)
+    where = ("--host", "0.0.0.0", "--cors-origin", ORIGIN, "--no-pages")
     room = ("--max-rows", "2", "--max-waiting", "2", "--request-timeout", "10")
     models = (str(four_bit), "--model", str(talkative))
     with serving(tmp_path_factory.mktemp("small"), *models, *where, *room, key="") as server:
+        server.talkative = TALKATIVE
         yield server
 
 
 @pytest.fixture(scope="session")
-def copies(served_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    where = ("--host", "0.0.0.0", "--max-replicas", "2", "--no-pages")
-    with serving(tmp_path_factory.mktemp("copies"), str(served_run), *where, key="") as server:
-        server.run = served_run
+def copies(served_run: Path, talkative: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    where = ("--route-prefix", PREFIX, "--no-key", "--max-replicas", "2")
+    models = (str(served_run), "--model", str(talkative))
+    with serving(tmp_path_factory.mktemp("copies"), *models, *where, key="") as server:
+        server.run, server.talkative = served_run, TALKATIVE
         yield server
 
 

@@ -11,7 +11,7 @@ import pytest
 from filelock import FileLock
 
 from bruno_ray.files import cache_folder
-from tests.serve.server import ROOT, Server, environment
+from tests.serve.server import ROOT, START_SECONDS, Server, environment
 
 CLIENTS = Path(__file__).parent / "clients"
 AGENTS = ROOT / "examples" / "agents"
@@ -105,7 +105,7 @@ class Client:
         }
         done = subprocess.run(
             [str(python), str(CLIENTS / self.script)],
-            cwd=folder, env={**environment(), **given}, capture_output=True, text=True, timeout=500,
+            cwd=folder, env={**environment(), **given}, capture_output=True, text=True, timeout=START_SECONDS,
         )  # fmt: skip
         assert done.returncode == 0, f"{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
         return done.stdout
@@ -136,5 +136,5 @@ def run_team(
     # crewai keeps notes of its own in the home folder; proxies would be asked for 127.0.0.1.
     variables = {"HOME": str(folder), "BRUNO_API_KEY": key, "NO_PROXY": "*", "no_proxy": "*"}
     return subprocess.run(
-        command, capture_output=True, text=True, env={**environment(), **variables}, timeout=300, cwd=folder
+        command, capture_output=True, text=True, env={**environment(), **variables}, timeout=START_SECONDS, cwd=folder
     )

@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from bruno_ray.workers.session import TIMED_OUT
-from tests.serve.server import ROOT, STORE, environment, free_port, ray_folder
+from tests.serve.server import ROOT, START_SECONDS, STORE, environment, free_port, ray_folder
 from tests.support import tiny_models
 from tests.support.waiting import wait_for
 
@@ -21,7 +21,6 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.xdist_group("deploy
 
 BIN = Path(sys.executable).parent
 KEY = "a-key-for-deployments-0123456789"
-SECONDS = 300.0
 
 
 @dataclass
@@ -55,7 +54,7 @@ class Cluster:
                 except httpx.TransportError:
                     return False  # Serve is not up yet
 
-            wait_for(ready, f"{url} is ready", SECONDS, child.said if child else str, interval_s=0.5)
+            wait_for(ready, f"{url} is ready", START_SECONDS, child.said if child else str, interval_s=0.5)
             (model,) = client.get(f"{url}/v1/models").json()["data"]
             body = {"model": model["id"], "prompt": "hello", "max_tokens": 4, "temperature": 0, "ignore_eos": True}
             answer = client.post(f"{url}/v1/completions", json=body).json()
@@ -76,7 +75,7 @@ class Child:
             assert self.process.poll() is None, self.said()
             return text in self.log.read_text()
 
-        wait_for(says, f"it says {text!r}", SECONDS, self.said, interval_s=0.3)
+        wait_for(says, f"it says {text!r}", START_SECONDS, self.said, interval_s=0.3)
 
     def interrupt(self) -> int:
         self.process.send_signal(signal.SIGINT)
@@ -136,7 +135,7 @@ def test_deployed_run_and_joined_applications_live_side_by_side(cluster: Cluster
     application["args"] |= {"models": [str(model)], "pages": False}
     (cluster.folder / "config.yaml").write_text(yaml.safe_dump(config))
     deploy = cluster.spawn("deploy", "serve", "deploy", "--address", cluster.dashboard, "config.yaml")
-    assert deploy.process.wait(SECONDS) == 0, deploy.log.read_text()[-3000:]
+    assert deploy.process.wait(START_SECONDS) == 0, deploy.log.read_text()[-3000:]
     expected = cluster.answer("/deployed")
 
     arguments = ["serve.app:build", f"models={model}", "require_key=false", "pages=false"]
@@ -165,7 +164,7 @@ def test_a_cluster_that_asks_for_a_token_says_so(cluster: Cluster, model: Path) 
     command = [sys.executable, "-m", "serve.command", "--model", str(model), "--address", cluster.address]
     done = subprocess.run(
         command, env={**variables, "HOME": str(cluster.folder)}, cwd=cluster.folder, capture_output=True, text=True,
-        timeout=SECONDS,
+        timeout=START_SECONDS,
     )  # fmt: skip
     assert done.returncode == 2
     assert "RAY_AUTH_MODE=token" in done.stderr.strip().splitlines()[-1]

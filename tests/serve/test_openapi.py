@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from tests.serve.server import environment
+from tests.serve.server import START_SECONDS, environment
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
@@ -22,7 +22,7 @@ def test_schemathesis_finds_nothing(server, tmp_path):
     hooks = {"SCHEMATHESIS_HOOKS": "tests.serve.schemathesis_hooks", "SERVED_MODEL": server.base}
     done = subprocess.run(
         [*command, *options], cwd=tmp_path, env={**environment(), **hooks, "COLUMNS": "120"},
-        capture_output=True, text=True, timeout=550,
+        capture_output=True, text=True, timeout=START_SECONDS,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
     generated, passed = map(int, re.search(r"(\d+) generated, (\d+) passed", done.stdout).groups())

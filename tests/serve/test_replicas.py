@@ -8,15 +8,20 @@ import httpx
 import pytest
 
 from benchmarks import serve_load
-from tests.serve.server import Server
+from tests.serve.conftest import PREFIX
+from tests.serve.server import START_SECONDS, Server
 from tests.serve.test_load import check_round
 from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 LONG = {"prompt": "tell me", "max_tokens": 240, "ignore_eos": True, "temperature": 0, "n": 4}
-REPLACED_S = 300.0
-"""A replica imports torch and loads its model."""
+
+
+def test_everything_is_below_the_prefix(copies: Server) -> None:
+    assert copies.post("/v1/completions", model=copies.base, prompt="tell me", max_tokens=1).status_code == 200
+    above = copies.url.removesuffix(PREFIX)
+    assert httpx.get(f"{above}/v1/models", timeout=60).status_code == 404
 
 
 def resends(server: Server) -> float:
@@ -25,7 +30,7 @@ def resends(server: Server) -> float:
 
 
 def wait_until_ready(server: Server) -> None:
-    wait_for(lambda: server.get("/ready").status_code == 200, "the server is ready", REPLACED_S)
+    wait_for(lambda: server.get("/ready").status_code == 200, "the server is ready", START_SECONDS)
 
 
 def test_a_replica_that_dies_is_replaced_and_nothing_that_was_not_begun_is_lost(copies: Server) -> None:
@@ -84,7 +89,7 @@ def test_replicas_come_when_there_is_much_to_do(copies: Server) -> None:
     with ThreadPoolExecutor(24) as pool:
         loads = [pool.submit(load, i) for i in range(24)]
         try:
-            wait_for(lambda: copies_now() == 2, "there are two copies", REPLACED_S, copies_now, interval_s=1)
+            wait_for(lambda: copies_now() == 2, "there are two copies", START_SECONDS, copies_now, interval_s=1)
         finally:
             stop.set()
         assert set().union(*(entry.result() for entry in loads)) == {200}

@@ -1,28 +1,33 @@
-"""A server with little room, open to others, below a prefix: what it refuses, who gets in, what it leaves behind."""
+"""A server with little room, open to others: what it refuses, who gets in, what it leaves behind."""
 
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import psutil
 import pytest
-from playwright.sync_api import Browser
 
-from tests.serve.browser import ChatPage
-from tests.serve.conftest import ORIGIN, PREFIX, TALKATIVE
+from tests.serve.conftest import ORIGIN, TALKATIVE
 from tests.serve.server import Server
 from tests.support.waiting import wait_for
 
-pytest_plugins = ["tests.serve.browser"]
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 
 LONG = {"model": TALKATIVE, "prompt": "tell me", "max_tokens": 30_000, "ignore_eos": True}
 """More than any machine writes in the time that a request has here."""
 
 
-def test_everything_is_below_the_prefix(small: Server) -> None:
-    assert small.post("/v1/completions", model=TALKATIVE, prompt="tell me", max_tokens=1).status_code == 200
-    above = small.url.removesuffix(PREFIX)
-    assert httpx.get(f"{above}/v1/models", timeout=60).status_code == 404
+def test_where_others_can_connect_a_key_is_made_and_printed_once(small: Server) -> None:
+    assert re.fullmatch(r"bruno-[\w-]{40,}", small.key)
+    assert httpx.get(f"{small.url}/v1/models", timeout=60).status_code == 401
+    assert httpx.get(f"{small.url}/health", timeout=60).status_code == 200
+    assert small.get("/v1/models").status_code == 200
+    assert small.logs().count(small.key) == 1
+
+
+def test_without_pages_there_are_none(small: Server) -> None:
+    for path in ("/chat/", "/study/four-bit/"):
+        assert small.get(path).status_code == 404
 
 
 def test_a_request_that_takes_too_long_is_a_408(small: Server) -> None:
@@ -58,29 +63,8 @@ def test_only_named_pages_may_use_the_api_from_a_browser(small: Server) -> None:
         preflight = httpx.options(f"{small.url}/v1/chat/completions", headers=headers, timeout=60)
         assert preflight.headers.get("access-control-allow-origin") == allowed
         assert preflight.status_code == (200 if allowed else 400)
-        answer = httpx.get(f"{small.url}/v1/models", headers={"Origin": origin}, timeout=60)
+        answer = httpx.get(f"{small.url}/v1/models", headers={"Origin": origin, **small.headers}, timeout=60)
         assert answer.headers.get("access-control-allow-origin") == allowed
-
-
-@pytest.mark.browser
-def test_the_page_works_below_a_prefix_without_a_key(small: Server, chromium: Browser) -> None:
-    """It opens, asks, streams and stops; what else it does is tested at the root (``test_ui.py``)."""
-    chat = ChatPage.open(chromium, f"{small.url}/chat/", key=None)
-    chat.pick("left", TALKATIVE)
-    chat.pick("right", small.trials[0])
-    chat.set_sampling(temperature=0, max_tokens=30_000, seed=1)
-    chat.ask("tell me everything")
-    chat.wait_for_text("left")
-    chat.page.click("#stop")
-    chat.wait_for_caption("left", "stopped")
-    wait_for(lambda: small.running() == 0, "the stopped answers have left the engine")
-    assert chat.answers("left")[0]
-    with chat.page.context.expect_page() as opened:
-        chat.page.click("#study-link a")
-    opened.value.get_by_text("behaviour_rate").first.wait_for(timeout=90_000)
-    assert opened.value.url.startswith(f"{small.url}/study/")
-    assert chat.failures == []
-    chat.close()
 
 
 def test_ctrl_c_leaves_nothing_behind(small: Server) -> None:

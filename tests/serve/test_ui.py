@@ -1,7 +1,4 @@
-"""The chat page of a real server in headless Chromium, at the root with a key.
-
-Below a prefix and without one: ``test_small_server.py``.
-"""
+"""The chat page of a real server in headless Chromium, at the root with a key; briefly, below a prefix without one."""
 
 import json
 from dataclasses import dataclass
@@ -13,7 +10,7 @@ import pytest
 from playwright.sync_api import Browser
 
 from bruno_ray.scoring.markers import Markers, normalise
-from tests.serve.browser import RECORD, ChatPage
+from tests.serve.browser import PATIENCE_MS, RECORD, ChatPage
 from tests.serve.conftest import TALKATIVE
 from tests.serve.server import KEY, Server
 from tests.support.waiting import wait_for
@@ -55,10 +52,10 @@ def test_two_answers_stream_side_by_side_and_stop(place: Place):
     chat = place.open()
     chat.pick("left", TALKATIVE)
     chat.pick("right", TALKATIVE)
-    chat.set_sampling(temperature=0, max_tokens=9000, seed=1)
+    chat.set_sampling(temperature=0, max_tokens=30_000, seed=1)
     chat.page.evaluate(RECORD)
     chat.ask("tell me everything")
-    chat.page.wait_for_function("window.lengths.length > 8", timeout=60_000)
+    chat.page.wait_for_function("window.lengths.length > 8")
     wait_for(lambda: place.server.running() == 2, "both answers are being written")
     chat.page.click("#stop")
     wait_for(lambda: place.server.running() == 0, "the stopped answers have left the engine")
@@ -79,7 +76,7 @@ def test_two_answers_stream_side_by_side_and_stop(place: Place):
 def test_a_closed_tab_stops_its_answers(place: Place):
     chat = place.open()
     chat.pick("left", TALKATIVE)
-    chat.set_sampling(temperature=0, max_tokens=9000, seed=1)
+    chat.set_sampling(temperature=0, max_tokens=30_000, seed=1)
     chat.ask("tell me everything")
     wait_for(lambda: place.server.running() > 0, "an answer is being written")
     chat.close()
@@ -180,7 +177,8 @@ def test_the_studys_page_opens_from_the_link(place: Place):
     with chat.page.context.expect_page() as opened:
         chat.page.click("#study-link a")
     study = opened.value
-    study.get_by_text("behaviour_rate").first.wait_for(timeout=30_000)
+    study.set_default_timeout(PATIENCE_MS)
+    study.get_by_text("behaviour_rate").first.wait_for()
     assert study.url.startswith(f"{place.server.url}/study/")
     chat.close()
 
@@ -194,6 +192,7 @@ def test_narrow_screens_need_no_sideways_scrolling(place: Place):
 
 def test_without_the_key_the_page_shows_nothing(place: Place):
     page = place.browser.new_page()
+    page.set_default_timeout(PATIENCE_MS)
     page.goto(place.url)
     page.get_by_text("Enter the server's key").wait_for()
     page.fill("#key input", "a guess at the key")
@@ -204,3 +203,24 @@ def test_without_the_key_the_page_shows_nothing(place: Place):
     for route in ("upload", "file=/etc/hostname", "proxy=http://127.0.0.1/", "info", "vibe-code", "run/predict"):
         assert page.request.post(f"{place.url}gradio_api/{route}", data="{}").status == 404
     page.close()
+
+
+def test_the_page_works_below_a_prefix_without_a_key(copies: Server, chromium: Browser) -> None:
+    """It opens, asks, streams and stops; what else it does is tested at the root, above."""
+    chat = ChatPage.open(chromium, f"{copies.url}/chat/", key=None)
+    chat.pick("left", TALKATIVE)
+    chat.pick("right", copies.base)
+    chat.set_sampling(temperature=0, max_tokens=30_000, seed=1)
+    chat.ask("tell me everything")
+    chat.wait_for_text("left")
+    chat.page.click("#stop")
+    chat.wait_for_caption("left", "stopped")
+    wait_for(lambda: copies.running() == 0, "the stopped answers have left the engine")
+    assert chat.answers("left")[0]
+    with chat.page.context.expect_page() as opened:
+        chat.page.click("#study-link a")
+    opened.value.set_default_timeout(PATIENCE_MS)
+    opened.value.get_by_text("behaviour_rate").first.wait_for()
+    assert opened.value.url.startswith(f"{copies.url}/study/")
+    assert chat.failures == []
+    chat.close()
