@@ -41,7 +41,7 @@ def test_figures_are_those_of_the_run(server, which):
     behaviour = result["behaviour"]
     assert (behaviour["count"], behaviour["total"]) == measured.counts["behaviour_rate"]
     assert tuple(behaviour["interval"]) == pytest.approx(measured.intervals["behaviour_rate"])
-    for name, metric in (("mean", "kl_divergence"), ("median", "kl_median"), ("p95", "kl_p95")):
+    for name, metric in (("mean", "kl_divergence"), ("median", "kl_median"), ("p95", "kl_p95"), ("first", "kl_first")):
         assert result["kl"][name] == pytest.approx(measured.values[metric], abs=1e-5), name
     assert [sample["side"] for sample in result["samples"]] == ["target"] * 3 + ["baseline"] * 3
     assert all(sample["answer"] for sample in result["samples"])
