@@ -50,5 +50,5 @@ class NeutralText:
 
 @cache
 def passages() -> tuple[str, ...]:
-    lines = resources.files("bruno_ray.scoring").joinpath("data", "neutral_text.jsonl").read_text(encoding="utf-8")
+    lines = (resources.files("bruno_ray.scoring") / "data" / "neutral_text.jsonl").read_text(encoding="utf-8")
     return tuple(json.loads(line)["text"] for line in lines.splitlines())
