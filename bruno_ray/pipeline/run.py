@@ -58,7 +58,7 @@ def resume(
     path: Path, total: int | None = None, more: int | None = None, overrides: Mapping[str, Any] | None = None
 ) -> Path:
     """Go on with a run: trials under way when it stopped are evaluated, then new ones until the target."""
-    settings = apply(RunDirectory.open(path).read().settings, flatten(overrides or {}, "overrides"))
+    settings = find_model(apply(RunDirectory.open(path).read().settings, flatten(overrides or {}, "overrides")))
     if more is not None:
         total = n_complete(path, settings) + more
     if total is not None:

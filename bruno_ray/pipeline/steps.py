@@ -20,6 +20,7 @@ from jaxtyping import Float
 from bruno_ray import organism
 from bruno_ray.ablation.closed_forms import DirectionBank
 from bruno_ray.directions import build_bank
+from bruno_ray.errors import StudyError
 from bruno_ray.files import cache_folder
 from bruno_ray.model.coverage import format_coverage
 from bruno_ray.model.locating import locate
@@ -80,10 +81,19 @@ def for_workers(model: ModelSettings) -> ModelSettings:
 
 
 def open_run(settings: Settings, path: Path, info: ModelInfo, prompts: Prompts) -> RunDirectory:
-    """The run directory: made now that prompts and model are known to be good, or opened to go on."""
+    """The run directory: made now that prompts and model are known to be good, or opened to go on.
+
+    Raises StudyError if it was begun with another model; nothing is written then.
+    """
     run = RunDirectory.create(
         path, RunRecord(settings=settings, command=[without_password(word) for word in sys.argv]), resume=True
     )
+    before = run.read().hashes.get("model", info.fingerprint)
+    if before != info.fingerprint:
+        raise StudyError(
+            f"{run.name} was begun with another model than the one at {settings.model.id}, whose content differs: give"
+            " the place of the same files with --model.id, or start a new run"
+        )
     run.update(
         settings=settings,
         versions=installed_versions(),

@@ -18,9 +18,9 @@ SMALLEST_STORE = 80 * 1024**2
 
 
 class ModelSettings(Section):
-    id: str = ""
+    id: str = setting("", resumable=True)
     """Hugging Face model id, a folder or a GGUF file on disk, or `smollm2`, a small model that comes as a package. Also
-    the positional argument of `bruno-ray run`."""
+    the positional argument of `bruno-ray run`. A run may be resumed from another place, with the same files."""
 
     gguf_file: str | None = None
     """A .gguf file in that folder or hub repository; it is dequantised when it is loaded."""

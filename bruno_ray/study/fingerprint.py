@@ -5,6 +5,9 @@ from typing import Any
 
 from bruno_ray.settings import Settings
 
+NOT_OF_THE_SEARCH = {"row_tokens", "report_tokens", "report_scorers"}
+"""Settings of scoring that change no trial's scores."""
+
 
 def study_fingerprint(settings: Settings, info: Any, prompts_fingerprint: str) -> dict[str, Any]:
     """As stored with a study, nested dicts of plain values.
@@ -28,7 +31,7 @@ def study_fingerprint(settings: Settings, info: Any, prompts_fingerprint: str) -
             "residuals": {name: dump["residuals"][name] for name in ("max_tokens", "answer_tokens")},
             "directions": dump["directions"],
             "search": dump["search"],
-            "scoring": {name: value for name, value in dump["scoring"].items() if name != "row_tokens"},
+            "scoring": {name: value for name, value in dump["scoring"].items() if name not in NOT_OF_THE_SEARCH},
             "response_prefix": dump["prompts"]["response_prefix"],
         },
     }

@@ -55,6 +55,7 @@ class ModelInfo:
     device: str
     task: str
     """What the hub calls what the model does, such as `text-generation`."""
+
     prints_date: bool
     """Whether the chat template writes the date into every prompt."""
 

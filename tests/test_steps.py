@@ -1,0 +1,60 @@
+"""A run goes on with the model that it was begun with, wherever that lies now."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from bruno_ray.cli.main import main
+from bruno_ray.errors import StudyError
+from bruno_ray.pipeline.steps import open_run
+from bruno_ray.prompts.sets import Prompt, PromptParts, Prompts
+from bruno_ray.settings import ModelSettings, Settings
+from bruno_ray.settings.keys import is_resumable
+from bruno_ray.workers.model_worker import ModelInfo
+
+INFO = ModelInfo(
+    n_layers=3,
+    d_model=32,
+    family="llama",
+    components=("attention", "mlp"),
+    fingerprint="sha256:one",
+    dtype="float32",
+    coverage=(),
+    n_parameters=1000,
+    device="cpu",
+    task="text-generation",
+    prints_date=False,
+)
+
+
+@pytest.fixture
+def prompts() -> Prompts:
+    part = (Prompt("a"), Prompt("b"))
+    return Prompts(PromptParts(part, part, part), PromptParts(part, part, part), "sha256:prompts")
+
+
+def settings(folder: str) -> Settings:
+    return Settings(model=ModelSettings(id=folder))
+
+
+def test_a_run_is_resumed_with_the_same_model_in_another_place(tmp_path: Path, prompts: Prompts) -> None:
+    open_run(settings("/models/here"), tmp_path / "run", INFO, prompts)
+    run = open_run(settings("/models/moved"), tmp_path / "run", INFO, prompts)
+    assert run.read().settings.model.id == "/models/moved"
+
+
+def test_another_model_is_refused_before_anything_is_written(tmp_path: Path, prompts: Prompts) -> None:
+    run = open_run(settings("/models/here"), tmp_path / "run", INFO, prompts)
+    before = run.run_file.read_bytes()
+    other = dataclasses.replace(INFO, fingerprint="sha256:two")
+    with pytest.raises(StudyError, match=r"begun with another model than the one at /models/there.*--model\.id"):
+        open_run(settings("/models/there"), tmp_path / "run", other, prompts)
+    assert run.run_file.read_bytes() == before
+
+
+def test_the_place_of_the_model_may_be_given_to_resume(capsys: pytest.CaptureFixture[str]) -> None:
+    assert is_resumable("model.id")
+    with pytest.raises(SystemExit):
+        main(["resume", "--help"])
+    assert "--model.id" in capsys.readouterr().out
