@@ -67,7 +67,7 @@ def test_a_run_that_is_left_at_its_question_is_whole(searched: tuple[RunDirector
     assert "Traceback" not in text and text.rstrip().endswith("interrupted")
     record = run.read()
     assert record.n_trials == {"COMPLETE": 4} and record.selected is None
-    assert {file.name for file in run.path.iterdir() if file.name.startswith(".")} == set()
+    assert not list(run.path.rglob("*.partial-*")) and json.loads(run.run_file.read_text())
 
 
 @pytest.mark.ray
