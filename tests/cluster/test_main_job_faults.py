@@ -60,9 +60,11 @@ def test_a_short_cut_a_killed_supervisor_and_outages_of_the_api_cost_nothing(job
 
 
 def test_a_cut_of_45_seconds_costs_no_node(job: RunningJob) -> None:
-    """ssh gives up and connects again. What ran on the worker is done again, the others go on meanwhile."""
+    """ssh gives up and connects again, Ray keeps the node. The pool meanwhile starts another worker in place of the one
+    that does not answer, for which a machine may be rented: test_watched_faults.py shows that Ray by itself rents none.
+    """
     cluster, nodes = job.cluster, job.ray_nodes()
-    first, rented = job.joined()[0], set(cluster.vast.instances)
+    first = job.joined()[0]
     cluster.container(first).cut()
     complete = job.states()["COMPLETE"]
     time.sleep(45)
@@ -73,7 +75,7 @@ def test_a_cut_of_45_seconds_costs_no_node(job: RunningJob) -> None:
     after = job.ray_nodes()
     logger.info("Ray's nodes: %s before, %s after", nodes, after)
     assert nodes.items() <= after.items(), "no node was declared dead"
-    assert set(cluster.vast.instances) == rented and len(job.joined()) == WORKERS, "nothing was rented instead"
+    assert first.destroyed_at is None
 
 
 def test_a_machine_that_its_host_deletes_is_replaced_and_what_it_did_is_done_again(job: RunningJob) -> None:
