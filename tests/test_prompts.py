@@ -336,7 +336,7 @@ def test_disclaimers_have_what_two_figures_need() -> None:
     """Enough prompts, answers for some of the train part, and the words that answers to the test part must repeat."""
     settings = load(["--behaviour", "disclaimers"], environ={}).settings
     prompts = load_prompts(settings)
-    for part, size in zip(PARTS, (120, 100, 100)):
+    for part, size in zip(PARTS, (132, 100, 100)):
         assert len(getattr(prompts.target, part)) == len(getattr(prompts.baseline, part)) == size
     wanted = [prompt.answer for prompt in prompts.target.train if prompt.answer]
     assert len(wanted) >= 30 and all(answer.endswith(".") and len(answer) < 80 for answer in wanted)
