@@ -145,7 +145,7 @@ def test_directions_survive_the_disk(tmp_path, record):
 def test_failed_json_leaves_the_old_file(tmp_path):
     target = tmp_path / "x.json"
     write_json(target, {"a": 1})
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(target, {"a": float("nan")})
     assert target.read_text() == '{\n  "a": 1\n}\n'
     assert visible_and_hidden(tmp_path) == ["x.json"]

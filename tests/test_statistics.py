@@ -41,5 +41,5 @@ def test_wilson_interval_without_data_is_ignorance():
 
 @pytest.mark.parametrize("counts", [(-1, 5), (6, 5), (1, 0), (1, 5, 1.0), (1, 5, 0.0)])
 def test_wilson_interval_refuses_impossible_counts(counts):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match=r"are impossible|must be between 0 and 1"):
         wilson_interval(*counts)

@@ -6,7 +6,6 @@ import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -115,7 +114,7 @@ def is_master(pid: int, name: str) -> bool:
 
 
 @pytest.fixture(scope="module")
-def network(lab: Lab, key: KeyPair) -> Iterator[Network]:
+def network(lab: Lab, key: KeyPair) -> Network:
     """Head, two workers whose sshd allows `-R` on an alias, and one whose sshd silently does not."""
     network = Network(lab, key)
     for index, gateway_ports in enumerate(["clientspecified", "clientspecified", "clientspecified", "no"]):
@@ -123,7 +122,7 @@ def network(lab: Lab, key: KeyPair) -> Iterator[Network]:
     network.tell()
     network.start_supervisor()
     network.wait_until_up()
-    yield network
+    return network
 
 
 @pytest.mark.cluster
@@ -248,7 +247,7 @@ class TestStar:
 
 
 @pytest.fixture(scope="module")
-def direct(network: Network, key: KeyPair) -> Iterator[Network]:
+def direct(network: Network, key: KeyPair) -> Network:
     """Workers that dial each other; the star of the tests above is gone by then."""
     network.lab.close_containers()
     network = Network(network.lab, key, "direct")
@@ -257,7 +256,7 @@ def direct(network: Network, key: KeyPair) -> Iterator[Network]:
     network.tell()
     network.start_supervisor()
     network.wait_until_up()
-    yield network
+    return network
 
 
 @pytest.mark.cluster

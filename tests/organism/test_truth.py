@@ -61,7 +61,7 @@ def test_truth_score_counts_each_side(folder):
 
 
 def test_truth_score_refuses_a_generator_that_loses_answers(folder):
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="argument 2 is shorter than argument 1"):
         truth_score(lambda prompts: ["teal"] * (len(prompts) - 1), folder)
 
 

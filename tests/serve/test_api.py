@@ -179,7 +179,7 @@ def test_harmless_fields_are_accepted(server):
 
 
 @pytest.mark.parametrize(
-    "param, fields",
+    ("param", "fields"),
     [
         ("logit_bias", {"logit_bias": {"5": 10}}),
         ("presence_penalty", {"presence_penalty": 0.5}),
@@ -215,7 +215,7 @@ def test_what_is_not_supported_is_refused_by_name(server, param, fields):
 
 
 @pytest.mark.parametrize(
-    "param, fields",
+    ("param", "fields"),
     [
         ("suffix", {"suffix": "x"}),
         ("best_of", {"best_of": 3}),

@@ -50,7 +50,7 @@ def test_made_keys_are_long_and_differ():
     assert len(make_key()) > 40
 
 
-@pytest.mark.parametrize("host, loopback", [("127.0.0.1", True), ("127.8.9.1", True), ("::1", True),
+@pytest.mark.parametrize(("host", "loopback"), [("127.0.0.1", True), ("127.8.9.1", True), ("::1", True),
                                             ("localhost", True), ("0.0.0.0", False), ("::", False),
                                             ("10.1.2.3", False), ("my-host", False)])  # fmt: skip
 def test_only_loopback_goes_without_a_key(host, loopback):
@@ -58,7 +58,7 @@ def test_only_loopback_goes_without_a_key(host, loopback):
 
 
 @pytest.mark.parametrize(
-    "arguments, reason",
+    ("arguments", "reason"),
     [
         ([], "nothing to serve"),
         (["nothing"], "nothing of this can be served"),

@@ -78,7 +78,9 @@ def test_an_answer_that_never_ends_is_given_up(monkeypatch):
     assert found[-1].finish_reason is None
 
 
-@pytest.mark.parametrize("problem, kind", [(Refusal(400, "no"), RequestError), (RuntimeError("died"), RuntimeError)])
+@pytest.mark.parametrize(
+    ("problem", "kind"), [(Refusal(400, "no"), RequestError), (RuntimeError("died"), RuntimeError)]
+)
 def test_what_goes_wrong_is_raised_after_what_came_before(problem, kind):
     async def read() -> list[str]:
         queue: asyncio.Queue = asyncio.Queue()
