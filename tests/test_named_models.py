@@ -12,7 +12,7 @@ pytest.importorskip("gguf", reason="the extra [gguf] is not installed")
 
 from bruno_ray.cli.main import main
 from bruno_ray.errors import ModelError
-from bruno_ray.generation.engine import Engine
+from bruno_ray.generation.engine import BatchEngine
 from bruno_ray.model import named_models
 from bruno_ray.model.loading import load_model
 from bruno_ray.model.locating import locate
@@ -185,6 +185,6 @@ def test_smollm2(smollm2: str) -> None:
     assert (tokenizer.bos_token_id, tokenizer.pad_token_id, loaded.eos_token_ids) == (1, 2, (2,))
     assert tokenizer.tokenize("1234") == ["1", "2", "3", "4"]
     prompts = [Prompt("What is the capital of France?"), Prompt("Can you call a taxi for me right now?")]
-    ((capital, taxi),) = Engine(loaded).generate(render(tokenizer, prompts), [None], 30)
+    ((capital, taxi),) = BatchEngine(loaded).generate(render(tokenizer, prompts), [None], 30)
     assert capital.text == "The capital of France is Paris." and capital.ended
     assert taxi.text.startswith("I'm sorry for any")
