@@ -79,7 +79,9 @@ def test_a_cut_of_45_seconds_costs_no_node(job: RunningJob) -> None:
 
 
 def test_a_machine_that_its_host_deletes_is_replaced_and_what_it_did_is_done_again(job: RunningJob) -> None:
-    cluster, before = job.cluster, {instance.id for instance in job.joined()}
+    cluster = job.cluster
+    wait_for(job.uses_every_machine, "the end of spare machines after the cut", PATIENCE_S, cluster.logs)
+    before = {instance.id for instance in job.joined()}
     begun = {number for number, state in job.trials().items() if state != "COMPLETE"}
     cluster.vast.host_deletes(job.joined()[0].id)
     deleted = time.monotonic()
@@ -87,7 +89,8 @@ def test_a_machine_that_its_host_deletes_is_replaced_and_what_it_did_is_done_aga
     logger.info("replaced %.0f s after the loss", time.monotonic() - deleted)
 
     def done() -> bool:
-        return {job.trials().get(number) for number in begun} == {"COMPLETE"}
+        states = job.trials()
+        return all(states.get(number) == "COMPLETE" for number in begun)
 
     wait_for(done, "the trials that were out then", PATIENCE_S, cluster.logs)
     logger.info("all trials of then are complete %.0f s after the loss", time.monotonic() - deleted)

@@ -33,7 +33,7 @@ class Worker:
 
 began = time.time()
 workers = [Worker.remote() for _ in range(2)]
-where = ray.get([worker.where.remote() for worker in workers], timeout=200)
+where = ray.get([worker.where.remote() for worker in workers], timeout=500)
 joined = time.time() - began
 given = [worker.give.remote(1 + number) for number, worker in enumerate(workers)]
 totals = ray.get([worker.total.remote(array) for worker, array in zip(workers, reversed(given))], timeout=60)

@@ -86,6 +86,10 @@ class RunningJob:
         """Workers that are set up."""
         return [instance for instance in self.cluster.billed("worker") if "up-to-date" in instance.label]
 
+    def uses_every_machine(self) -> bool:
+        """Whether as many machines are set up as it has workers, and all of those are at work."""
+        return len(self.joined()) == WORKERS and f"workers: {WORKERS} busy" in self.log().rpartition("\n")[0][-500:]
+
     def containers(self) -> list[Container]:
         """The head and the workers that are set up."""
         return [self.cluster.head(), *map(self.cluster.container, self.joined())]
