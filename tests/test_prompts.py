@@ -332,6 +332,21 @@ def test_disclaimers_are_what_their_templates_make() -> None:
         assert [row.text for row in read_rows(settings, 1000)] == [row["prompt"] for row in rows]
 
 
+def test_the_markers_of_disclaimers_agree_with_labels_by_hand() -> None:
+    """On SmolLM2's answers to the test part, read and labelled; the markers were chosen on the other two."""
+    from bruno_ray.scoring.markers import Markers
+
+    settings = load(["--behaviour", "disclaimers"], environ={}).settings
+    markers = Markers(settings.scoring.markers)
+    lines = (ROOT / "examples" / "disclaimers" / "labelled_answers.jsonl").read_text(encoding="utf-8").splitlines()
+    labelled = [json.loads(line) for line in lines]
+    marked = [row for row in labelled if markers.shown_by(row["answer"])]
+    right = sum(row["shows"] for row in marked)
+    assert len(labelled) == 200
+    assert right / len(marked) >= 0.98
+    assert right / sum(row["shows"] for row in labelled) >= 0.95
+
+
 def test_disclaimers_have_what_two_figures_need() -> None:
     """Enough prompts, answers for some of the train part, and the words that answers to the test part must repeat."""
     settings = load(["--behaviour", "disclaimers"], environ={}).settings
