@@ -253,9 +253,8 @@ class Evaluations:
         if n_positions > 1:  # teacher-forced on the base model's greedy answer
             base = ServedModel(plan.base or "", "base", plan.base or "")
             for ids, answer in zip(continued, await self._answers(Job("", job.request, 0), base, prompts, n_positions)):
-                ended = answer.finish_reason == "stop"  # where the answer ends is a position as well
-                n = min(len(answer.token_ids) + ended, n_positions)
-                ids += [ids[0] + answer.token_ids[:i] for i in range(1, n)]
+                # The token that ends an answer is among them: where it ends is a position as well.
+                ids += [ids[0] + answer.token_ids[:i] for i in range(1, len(answer.token_ids))]
         values_T: list[float] = []
         first_P: list[float] = []
         for start in range(0, len(continued), KL_CHUNK):
