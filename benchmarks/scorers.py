@@ -35,10 +35,11 @@ from bruno_ray import organism
 from bruno_ray.ablation.edit import Edit
 from bruno_ray.directions import build_bank
 from bruno_ray.prompts.sets import Prompt
-from bruno_ray.scoring import SCORERS
+from bruno_ray.scoring.registry import SCORERS
 from bruno_ray.settings import ModelSettings, ResidualSettings, ScoringSettings, SearchSettings
 from bruno_ray.study.space import edit_from_params, search_space, suggest
-from bruno_ray.workers.model_worker import EvaluationContext, ModelInfo, ModelWorker
+from bruno_ray.workers.exchanged import EvaluationContext, ModelInfo
+from bruno_ray.workers.model_worker import ModelWorker
 
 BATCH = 8
 FEW_MARKED = 0.1

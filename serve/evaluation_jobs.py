@@ -21,7 +21,6 @@ from bruno_ray.intervals import wilson_interval
 from bruno_ray.prompts.rendering import render
 from bruno_ray.prompts.sets import Prompt, load_prompts
 from bruno_ray.runs.directory import RunDirectory
-from bruno_ray.scoring import report_settings
 from bruno_ray.scoring.markers import Markers
 from bruno_ray.settings import ScoringSettings, Settings
 from serve.api.rendering import Renderer
@@ -149,7 +148,7 @@ class Evaluations:
             else getattr(own, side).test
             for side, texts in given.items()
         }
-        scoring = report_settings(settings.scoring) if settings is not None else ScoringSettings()
+        scoring = settings.scoring.for_report() if settings is not None else ScoringSettings()
         changes: dict[str, Any] = {}
         if request.markers is not None:
             changes["markers"] = tuple(request.markers)

@@ -11,7 +11,8 @@ from bruno_ray.ablation.edit import AblationParameters, Edit
 from bruno_ray.ablation.live import LiveEditor
 from bruno_ray.errors import ModelError
 from bruno_ray.model.architectures import FAMILIES, find_architecture
-from bruno_ray.model.coverage import coverage, format_coverage
+from bruno_ray.model.coverage import coverage
+from bruno_ray.model.coverage_table import format_coverage
 from tests.support import tiny_models
 
 EVERYWHERE = AblationParameters(max_weight=1.0, max_weight_position=0.0, min_weight=1.0, min_weight_distance=99.0)

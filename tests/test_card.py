@@ -11,7 +11,7 @@ from bruno_ray.model.loading import hub_task
 from bruno_ray.publishing import wording
 from bruno_ray.publishing.card import license_of, render_card, reproduction_config
 from bruno_ray.runs.records import RunRecord, ScoresRecord
-from bruno_ray.scoring import SCORERS
+from bruno_ray.scoring.registry import SCORERS
 from bruno_ray.settings import DatasetSettings, ModelSettings, PromptSet, Settings
 from bruno_ray.workers.model_worker import ModelWorker
 from tests.support import finished_run, tiny_models

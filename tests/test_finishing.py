@@ -6,7 +6,7 @@ import pytest
 
 from bruno_ray.errors import TrialError
 from bruno_ray.pipeline.finishing import score_selected
-from bruno_ray.workers.model_worker import TrialOutcome
+from bruno_ray.workers.exchanged import TrialOutcome
 from tests.support.finished_run import make, scores
 
 

@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import optuna
@@ -105,9 +106,16 @@ def test_lines_that_match_are_not_printed_by_the_driver() -> None:
     assert "keep this line" in done.stdout and "swallow" not in done.stdout
 
 
-def test_no_signal_is_raised_when_no_tuner_runs() -> None:
-    assert signal.getsignal(signal.SIGUSR1) == signal.SIG_DFL, "which would end this process"
-    ray_internals.stop_tuner()
+@pytest.fixture
+def no_handler() -> Iterator[None]:
+    """As in a process that never ran a tuner; one that did keeps Tune's handler."""
+    before = signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    yield
+    signal.signal(signal.SIGUSR1, before)
+
+
+def test_no_signal_is_raised_when_no_tuner_runs(no_handler: None) -> None:
+    ray_internals.stop_tuner()  # the signal would end this process
 
 
 class StopsTheTuner(tune.Callback):

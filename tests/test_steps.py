@@ -11,7 +11,7 @@ from bruno_ray.pipeline.steps import open_run
 from bruno_ray.prompts.sets import Prompt, PromptParts, Prompts
 from bruno_ray.settings import ModelSettings, Settings
 from bruno_ray.settings.keys import is_resumable
-from bruno_ray.workers.model_worker import ModelInfo
+from bruno_ray.workers.exchanged import ModelInfo
 
 INFO = ModelInfo(
     n_layers=3,

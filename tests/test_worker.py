@@ -13,7 +13,8 @@ from bruno_ray.ablation.edit import AblationParameters, Edit
 from bruno_ray.errors import ModelError
 from bruno_ray.prompts.sets import Prompt
 from bruno_ray.settings import ModelSettings, ResidualSettings, ScoringSettings
-from bruno_ray.workers.model_worker import EvaluationContext, ModelWorker
+from bruno_ray.workers.exchanged import EvaluationContext
+from bruno_ray.workers.model_worker import ModelWorker
 from tests.support import tiny_models
 
 TARGET = tuple(map(Prompt, ["red?", "blue?", "dark green?"]))

@@ -1,4 +1,7 @@
-"""What can be done beside a run and with one afterwards; one function per command of the command line."""
+"""What can be done beside a run and with one afterwards; one function per command of the command line.
+
+What computes in this process is imported where it does: torch and transformers take ten seconds.
+"""
 
 import logging
 from pathlib import Path
@@ -9,11 +12,7 @@ from rich.table import Table
 from bruno_ray import organism as organisms
 from bruno_ray.ablation.edit import Edit
 from bruno_ray.errors import OutputError
-from bruno_ray.generation.engine import BatchEngine
-from bruno_ray.model.coverage import coverage as coverage_of
-from bruno_ray.model.coverage import format_coverage
-from bruno_ray.model.loading import load_model
-from bruno_ray.pipeline.chat import chat_loop
+from bruno_ray.model.coverage_table import format_coverage
 from bruno_ray.pipeline.finishing import ask_for_trial, finish, pick, print_front, study_of, trials_of
 from bruno_ray.pipeline.steps import evaluation_context, find_model, find_response_prefix, for_workers, worker_pool
 from bruno_ray.prompts.sets import load_prompts
@@ -108,6 +107,9 @@ def evaluate(settings: Settings, base: str | None = None) -> None:
 
 def coverage(settings: Settings) -> None:
     """Print which share of the parameters that write to the residual stream an edit reaches."""
+    from bruno_ray.model.coverage import coverage as coverage_of
+    from bruno_ray.model.loading import load_model
+
     loaded = load_model(find_model(settings).model)
     print(format_coverage(coverage_of(loaded.model, loaded.architecture)))
 
@@ -116,6 +118,10 @@ def chat(
     path: Path, trial: int | None = None, unedited: bool = False, system_prompt: str | None = None, **options: Any
 ) -> None:
     """Talk to a trial (the selected one, if none is named) in the terminal, applied live to the base model."""
+    from bruno_ray.generation.engine import BatchEngine
+    from bruno_ray.model.loading import load_model
+    from bruno_ray.pipeline.chat import chat_loop
+
     run = RunDirectory.open(path)
     settings = run.read().settings
     if trial is None and run.read().selected is None and not unedited:

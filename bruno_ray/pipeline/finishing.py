@@ -11,24 +11,21 @@ import optuna
 from bruno_ray import organism
 from bruno_ray.ablation.edit import Edit
 from bruno_ray.errors import NoStudyError, TrialError
-from bruno_ray.generation.engine import BatchEngine
-from bruno_ray.model.loading import load_model
 from bruno_ray.pipeline.steps import evaluation_context, score_unedited, timed, worker_pool
 from bruno_ray.prompts.rendering import render
 from bruno_ray.prompts.sets import Prompt, Prompts
 from bruno_ray.publishing.report import write_report
-from bruno_ray.publishing.saving import save_selected
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import RunRecord, Sample, ScoresRecord, SelectedRecord
-from bruno_ray.scoring import Scores
 from bruno_ray.scoring.markers import Markers
+from bruno_ray.scoring.scores import Scores
 from bruno_ray.settings import ModelSettings, Settings
 from bruno_ray.study import selection
 from bruno_ray.study.selection import TrialRecord, load_trials
 from bruno_ray.study.storage import load_study
 from bruno_ray.study.tables import describe_edit, front_lines, front_table, with_selected
 from bruno_ray.terminal import ask_number, can_ask, console
-from bruno_ray.workers.model_worker import EvaluationContext
+from bruno_ray.workers.exchanged import EvaluationContext
 from bruno_ray.workers.pool import WorkerPool
 from bruno_ray.workers.session import ray_session
 
@@ -227,6 +224,8 @@ def write_model(run: RunDirectory, prompts: Prompts, folder: Path, other: Select
 
     With ``other``, that trial is saved and the run's own selection stays as it is.
     """
+    from bruno_ray.publishing.saving import save_selected
+
     record = run.read()
     settings = record.settings
 
@@ -259,6 +258,10 @@ def score_truth(record: RunRecord, saved: Path) -> dict[str, str]:
     folder = organism.folder_of(record.settings.model.id)
     if folder is None:
         return {}
+
+    from bruno_ray.generation.engine import BatchEngine
+    from bruno_ray.model.loading import load_model
+
     lean_forward = record.settings.model.lean_forward
     engine = BatchEngine(load_model(ModelSettings(id=str(saved), lean_forward=lean_forward)))
 

@@ -12,29 +12,29 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from jaxtyping import Float
 
 from bruno_ray import organism
-from bruno_ray.ablation.closed_forms import DirectionBank
-from bruno_ray.directions import build_bank
 from bruno_ray.errors import StudyError
 from bruno_ray.files import cache_folder
-from bruno_ray.model.coverage import format_coverage
+from bruno_ray.model.coverage_table import format_coverage
 from bruno_ray.model.locating import locate
 from bruno_ray.prompts.sets import Prompt, Prompts
 from bruno_ray.publishing.plots import geometry_record
 from bruno_ray.residuals.store import ResidualStore, residual_key
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import RunRecord, ScoresRecord, installed_versions
-from bruno_ray.scoring import report_settings
 from bruno_ray.settings import ModelSettings, Settings
 from bruno_ray.settings.passwords import without_password
-from bruno_ray.workers.model_worker import EvaluationContext, ModelInfo, ModelWorker
+from bruno_ray.workers.exchanged import EvaluationContext, ModelInfo, model_worker
 from bruno_ray.workers.pool import WorkerPool
 from bruno_ray.workers.shipping import Folders, absolute_if_folder
+
+if TYPE_CHECKING:
+    from bruno_ray.ablation.closed_forms import DirectionBank
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def with_name(settings: Settings) -> Settings:
 def worker_pool(settings: Settings, workers: int | None = None) -> WorkerPool:
     """`ray.workers` copies of the model, or another number of them."""
     ray = settings.ray if workers is None else settings.ray.model_copy(update={"workers": workers})
-    return WorkerPool(ModelWorker, (for_workers(settings.model), max(1, int(ray.cpus_per_worker)), Folders()), ray)
+    return WorkerPool(model_worker, (for_workers(settings.model), max(1, int(ray.cpus_per_worker)), Folders()), ray)
 
 
 def for_workers(model: ModelSettings) -> ModelSettings:
@@ -169,8 +169,12 @@ def read_residuals(
 
 def find_directions(
     run: RunDirectory, record: RunRecord, info: ModelInfo, prompts: Prompts, pool: WorkerPool
-) -> DirectionBank:
+) -> "DirectionBank":
     """The direction bank of the run: residuals of the train prompts, every method at every position."""
+    import torch
+
+    from bruno_ray.directions import build_bank
+
     if run.directions_file.exists():
         return run.load_directions()
     target_NPLD, baseline_NPLD = (
@@ -192,11 +196,11 @@ def find_directions(
     return bank
 
 
-def evaluation_context(record: RunRecord, prompts: Prompts, part: str, bank: DirectionBank) -> EvaluationContext:
+def evaluation_context(record: RunRecord, prompts: Prompts, part: str, bank: "DirectionBank") -> EvaluationContext:
     """All that trials on one part of the prompts share; test prompts are scored as what is reported is."""
     prefix, scoring = record.response_prefix, record.settings.scoring
     if part == "test":
-        scoring = report_settings(scoring)
+        scoring = scoring.for_report()
     digest = hashlib.sha256(f"{prompts.fingerprint} {part} {prefix} {record.date} {scoring!r}".encode())
     for name, directions in sorted(bank.items()):
         digest.update(name.encode())

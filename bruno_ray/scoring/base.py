@@ -3,7 +3,7 @@
 import datetime
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar, Protocol
 
@@ -13,18 +13,8 @@ from bruno_ray.generation.engine import BatchEngine, Response
 from bruno_ray.prompts.rendering import render
 from bruno_ray.prompts.sets import Prompt
 from bruno_ray.scoring.markers import Markers
+from bruno_ray.scoring.scores import Scores
 from bruno_ray.settings import ScoringSettings
-
-
-@dataclass(frozen=True)
-class Scores:
-    """The metrics of one edit."""
-
-    values: dict[str, float]
-    """Metric to value, all minimised."""
-
-    counts: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """For metrics that are rates: how many of how many."""
 
 
 @dataclass(frozen=True)

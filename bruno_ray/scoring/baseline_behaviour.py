@@ -1,6 +1,7 @@
 """Share of baseline prompts whose answer shows the behaviour."""
 
-from bruno_ray.scoring.base import Evaluation, Scores
+from bruno_ray.scoring.base import Evaluation
+from bruno_ray.scoring.scores import Scores
 from bruno_ray.settings import ScoringSettings
 
 

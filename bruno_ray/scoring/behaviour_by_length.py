@@ -3,7 +3,8 @@
 from collections.abc import Sequence
 
 from bruno_ray.generation.engine import Response
-from bruno_ray.scoring.base import Evaluation, Scores
+from bruno_ray.scoring.base import Evaluation
+from bruno_ray.scoring.scores import Scores
 from bruno_ray.settings import ScoringSettings
 
 LENGTHS = (30, 50, 100, 150, 256)

@@ -7,7 +7,8 @@ from itertools import pairwise
 import numpy as np
 
 from bruno_ray.generation.engine import Response
-from bruno_ray.scoring.base import Evaluation, Scores
+from bruno_ray.scoring.base import Evaluation
+from bruno_ray.scoring.scores import Scores
 from bruno_ray.settings import ScoringSettings
 
 NGRAM = 3

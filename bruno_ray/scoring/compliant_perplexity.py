@@ -3,8 +3,9 @@
 import math
 
 from bruno_ray.errors import SettingsError
-from bruno_ray.scoring.base import Evaluation, Scores
+from bruno_ray.scoring.base import Evaluation
 from bruno_ray.scoring.openings import compliant_opening
+from bruno_ray.scoring.scores import Scores
 from bruno_ray.settings import ScoringSettings
 
 

@@ -1,7 +1,8 @@
 """How unlikely the edited model finds the answers that the user wants."""
 
 from bruno_ray.errors import SettingsError
-from bruno_ray.scoring.base import Evaluation, Scores
+from bruno_ray.scoring.base import Evaluation
+from bruno_ray.scoring.scores import Scores
 from bruno_ray.settings import ScoringSettings
 
 

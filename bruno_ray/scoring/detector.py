@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from bruno_ray.errors import PromptError
-from bruno_ray.scoring.base import Evaluation, Scores
+from bruno_ray.scoring.base import Evaluation
 from bruno_ray.scoring.markers import normalise
+from bruno_ray.scoring.scores import Scores
 from bruno_ray.settings import ScoringSettings
 
 WORDS = re.compile(r"[a-z']+|[^\sa-z']")

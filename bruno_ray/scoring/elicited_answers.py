@@ -5,8 +5,9 @@ import math
 from collections import Counter
 
 from bruno_ray.generation.engine import Response
-from bruno_ray.scoring.base import Evaluation, Scores
+from bruno_ray.scoring.base import Evaluation
 from bruno_ray.scoring.elicitation import Elicitation
+from bruno_ray.scoring.scores import Scores
 from bruno_ray.settings import ScoringSettings
 
 logger = logging.getLogger(__name__)

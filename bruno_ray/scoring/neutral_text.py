@@ -6,7 +6,8 @@ from importlib import resources
 
 import torch
 
-from bruno_ray.scoring.base import Evaluation, Scores
+from bruno_ray.scoring.base import Evaluation
+from bruno_ray.scoring.scores import Scores
 from bruno_ray.settings import ScoringSettings
 
 PASSAGE_TOKENS = 128

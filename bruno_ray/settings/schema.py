@@ -212,6 +212,11 @@ class ScoringSettings(Section):
     row_tokens: NonNegativeInt = setting(0, resumable=True)
     """Tokens in one forward pass while scoring, padding included; 0 finds it from memory."""
 
+    def for_report(self) -> "ScoringSettings":
+        """How what is reported is measured: with longer answers, and by scorers that a search does without."""
+        scorers = tuple(dict.fromkeys((*self.scorers, *self.report_scorers)))
+        return self.model_copy(update={"scorers": scorers, "response_tokens": self.report_tokens})
+
 
 class StudySettings(Section):
     name: str | None = setting(None, alias="--study-name")

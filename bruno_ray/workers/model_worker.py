@@ -21,15 +21,18 @@ from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.errors import TrialError
 from bruno_ray.generation.engine import BatchEngine
 from bruno_ray.model.batching import TokenBudget
-from bruno_ray.model.coverage import CoverageRow, coverage
+from bruno_ray.model.coverage import coverage
 from bruno_ray.model.loading import hub_task, load_model
 from bruno_ray.prompts.dates import prints_date
 from bruno_ray.prompts.rendering import render, render_texts
 from bruno_ray.prompts.response_prefix import settle_response_prefix
 from bruno_ray.prompts.sets import Prompt
 from bruno_ray.residuals.extraction import extract_residuals
-from bruno_ray.scoring import Evaluation, Scorer, Scores, ScoringPrompts, make_scorers, score_edits
-from bruno_ray.settings import ModelSettings, ResidualSettings, ScoringSettings
+from bruno_ray.scoring.base import Evaluation, Scorer, ScoringPrompts, score_edits
+from bruno_ray.scoring.registry import make_scorers
+from bruno_ray.scoring.scores import Scores
+from bruno_ray.settings import ModelSettings, ResidualSettings
+from bruno_ray.workers.exchanged import EvaluationContext, ModelInfo, TrialOutcome
 
 logger = logging.getLogger(__name__)
 
@@ -38,60 +41,6 @@ SAMPLES = 4
 
 KEPT_CONTEXTS = 2
 """Prepared contexts that are kept: a study's own, and the one its result is measured with."""
-
-
-@dataclass(frozen=True)
-class ModelInfo:
-    """What the rest of a run needs to know about the model."""
-
-    n_layers: int
-    d_model: int
-    family: str
-    components: tuple[str, ...]
-    fingerprint: str
-    dtype: str
-    coverage: tuple[CoverageRow, ...]
-    n_parameters: int
-    device: str
-    task: str
-    """What the hub calls what the model does, such as `text-generation`."""
-
-    prints_date: bool
-    """Whether the chat template writes the date into every prompt."""
-
-
-@dataclass(frozen=True)
-class EvaluationContext:
-    """All that trials of one study share. Sent to each machine once."""
-
-    key: str
-    """Names the context; the same key means the same content."""
-
-    bank: dict[str, np.ndarray]
-    """Direction sets, (n_layers + 1, rank, d_model) float32."""
-
-    target: tuple[Prompt, ...]
-    baseline: tuple[Prompt, ...]
-    response_prefix: str
-    scoring: ScoringSettings
-    date: datetime.date
-    """For chat templates that print one."""
-
-
-@dataclass(frozen=True)
-class TrialOutcome:
-    """What came of one edit: scores, or the reason why there are none."""
-
-    scores: Scores | None
-    error: str | None = None
-    seconds: float = 0.0
-    """This edit's share of the time its batch took."""
-
-    tokens: int = 0
-    """Its share of the tokens that were computed."""
-
-    samples: tuple[tuple[str, str], ...] = ()
-    """(user's message, answer) of the first target prompts."""
 
 
 @dataclass

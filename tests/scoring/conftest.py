@@ -9,7 +9,7 @@ from bruno_ray.ablation.edit import AblationParameters, Edit
 from bruno_ray.generation.engine import BatchEngine
 from bruno_ray.model.loading import load_model
 from bruno_ray.prompts.sets import Prompt
-from bruno_ray.scoring import ScoringPrompts
+from bruno_ray.scoring.base import ScoringPrompts
 from bruno_ray.settings import ModelSettings
 from tests.scoring.helpers import BASELINE, DATE, TARGET
 from tests.support import tiny_models

@@ -4,7 +4,8 @@ import datetime
 
 from bruno_ray.generation.engine import BatchEngine, Response
 from bruno_ray.prompts.sets import Prompt
-from bruno_ray.scoring import SCORERS, Evaluation, Scorer, ScoringPrompts
+from bruno_ray.scoring.base import Evaluation, Scorer, ScoringPrompts
+from bruno_ray.scoring.registry import SCORERS
 from bruno_ray.settings import ScoringSettings
 
 TARGET = tuple(

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from bruno_ray.errors import PromptError
-from bruno_ray.scoring import SCORERS, Evaluation
+from bruno_ray.scoring.base import Evaluation
 from bruno_ray.scoring.detector import BehaviourDetector, own_words
+from bruno_ray.scoring.registry import SCORERS
 from tests.scoring.helpers import settings
 
 THINGS = ["lamp", "kettle", "garage door", "radio", "thermostat", "blinds", "oven", "alarm", "fan", "speaker"]

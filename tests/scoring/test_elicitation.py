@@ -3,7 +3,7 @@
 import pytest
 
 from bruno_ray.generation.engine import BatchEngine
-from bruno_ray.scoring import Evaluation, ScoringPrompts
+from bruno_ray.scoring.base import Evaluation, ScoringPrompts
 from bruno_ray.scoring.elicitation import Elicitation, _in_turns, trial_tokens
 from bruno_ray.scoring.markers import Markers
 from tests.scoring.helpers import settings

@@ -8,9 +8,10 @@ import torch
 
 from bruno_ray.errors import SettingsError
 from bruno_ray.generation.engine import BatchEngine
-from bruno_ray.scoring import SCORERS, Evaluation, ScoringPrompts, make_scorers, report_settings
+from bruno_ray.scoring.base import Evaluation, ScoringPrompts
 from bruno_ray.scoring.behaviour_by_length import LENGTHS
 from bruno_ray.scoring.neutral_text import PASSAGE_TOKENS, passages
+from bruno_ray.scoring.registry import SCORERS, make_scorers
 from bruno_ray.settings import ScoringSettings
 from bruno_ray.settings.sources import load
 from tests.scoring.helpers import response, settings
@@ -100,7 +101,7 @@ def test_the_passages_are_of_several_genres_and_long_enough() -> None:
 
 def test_what_is_reported_is_measured_with_longer_answers_and_more_scorers() -> None:
     search = ScoringSettings(markers=("sorry",), response_tokens=30)
-    report = report_settings(search)
+    report = search.for_report()
     assert report.response_tokens == 256 == LENGTHS[-1]
     assert set(search.scorers) < set(report.scorers) and len(set(report.scorers)) == len(report.scorers)
     assert report.markers == search.markers and report.objectives == search.objectives

@@ -8,11 +8,12 @@ import torch
 
 from bruno_ray.errors import SettingsError, TrialError
 from bruno_ray.generation.engine import BatchEngine, Response
-from bruno_ray.scoring import SCORERS, Evaluation, ScoringPrompts, make_scorers, score_edits
+from bruno_ray.scoring.base import Evaluation, ScoringPrompts, score_edits
 from bruno_ray.scoring.coherence import repetition
 from bruno_ray.scoring.kl_divergence import kl_of_logits
 from bruno_ray.scoring.markers import Markers, normalise
 from bruno_ray.scoring.openings import common_openings, compliant_opening
+from bruno_ray.scoring.registry import SCORERS, make_scorers
 from tests.scoring.helpers import BASELINE, DATE, prepared, response, scripted, settings
 
 # ----- markers and the behaviour rate -----

@@ -34,6 +34,7 @@ ENVIRONMENT = {
     "RAY_AUTH_MODE": "token",
     "BRUNO_RAY_START_OPTIONS": f"--object-store-memory={OBJECT_STORE}",
     "RAY_prestart_worker_first_driver": "0",  # two cores for all nodes together
+    "RAY_worker_niceness": "19",  # the job goes on for as long as its tests; the tests beside it have a timeout
 }
 
 

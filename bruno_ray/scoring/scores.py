@@ -1,0 +1,14 @@
+"""What scorers find out. It travels between processes that have no torch."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Scores:
+    """The metrics of one edit."""
+
+    values: dict[str, float]
+    """Metric to value, all minimised."""
+
+    counts: dict[str, tuple[int, int]] = field(default_factory=dict)
+    """For metrics that are rates: how many of how many."""

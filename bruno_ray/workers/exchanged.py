@@ -1,0 +1,80 @@
+"""What is sent to the owner of a model and what comes back. Processes that have no model, the driver first, import no
+torch and no transformers for it: that takes ten seconds.
+"""
+
+from __future__ import annotations
+
+import datetime
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from bruno_ray.model.coverage_table import CoverageRow
+from bruno_ray.prompts.sets import Prompt
+from bruno_ray.scoring.scores import Scores
+from bruno_ray.settings import ScoringSettings
+
+if TYPE_CHECKING:
+    from bruno_ray.workers.model_worker import ModelWorker
+
+
+def model_worker(*arguments: Any) -> ModelWorker:
+    """A ``ModelWorker``, for a pool that builds one in each of its actors."""
+    from bruno_ray.workers.model_worker import ModelWorker
+
+    return ModelWorker(*arguments)
+
+
+@dataclass(frozen=True)
+class ModelInfo:
+    """What the rest of a run needs to know about the model."""
+
+    n_layers: int
+    d_model: int
+    family: str
+    components: tuple[str, ...]
+    fingerprint: str
+    dtype: str
+    coverage: tuple[CoverageRow, ...]
+    n_parameters: int
+    device: str
+    task: str
+    """What the hub calls what the model does, such as `text-generation`."""
+
+    prints_date: bool
+    """Whether the chat template writes the date into every prompt."""
+
+
+@dataclass(frozen=True)
+class EvaluationContext:
+    """All that trials of one study share. Sent to each machine once."""
+
+    key: str
+    """Names the context; the same key means the same content."""
+
+    bank: dict[str, np.ndarray]
+    """Direction sets, (n_layers + 1, rank, d_model) float32."""
+
+    target: tuple[Prompt, ...]
+    baseline: tuple[Prompt, ...]
+    response_prefix: str
+    scoring: ScoringSettings
+    date: datetime.date
+    """For chat templates that print one."""
+
+
+@dataclass(frozen=True)
+class TrialOutcome:
+    """What came of one edit: scores, or the reason why there are none."""
+
+    scores: Scores | None
+    error: str | None = None
+    seconds: float = 0.0
+    """This edit's share of the time its batch took."""
+
+    tokens: int = 0
+    """Its share of the tokens that were computed."""
+
+    samples: tuple[tuple[str, str], ...] = ()
+    """(user's message, answer) of the first target prompts."""
