@@ -1,11 +1,12 @@
 """Wall and CPU time of a command and of everything that it starts.
 
 CPU time is sampled, because Ray's daemons are not children that anybody waits for: a process counts with what it had
-used when it was last seen, so up to half a second of each is missing. A process that was seen once stays in the sum,
+used when it was last seen, so up to a second of each is missing. A process that was seen once stays in the sum,
 also when its parent is gone.
 """
 
 import subprocess
+import sys
 import threading
 import time
 from bisect import bisect_left
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-INTERVAL = 0.5
+INTERVAL = 1.0
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,7 @@ class Usage:
 
 
 def run_measured(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Usage:
-    """Run a command to its end, output to a file. Raises CalledProcessError if it fails."""
+    """Run a command to its end, output to a file. Raises CalledProcessError, with the file's end, if it fails."""
     with log.open("w") as stream:
         started = time.time()
         process = subprocess.Popen(command, stdout=stream, stderr=stream, env=dict(environment))
@@ -58,7 +59,9 @@ def run_measured(command: Sequence[str], log: Path, environment: Mapping[str, st
             tree.ended.set()
             sampler.join()
     if code:
-        raise subprocess.CalledProcessError(code, command, log.read_text()[-2000:])
+        end = log.read_text()[-2000:]
+        print(end, file=sys.stderr)
+        raise subprocess.CalledProcessError(code, command, end)
     return Usage(started, finished, tree.samples)
 
 

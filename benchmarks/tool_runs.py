@@ -214,7 +214,9 @@ def _interval_of_study(study: optuna.Study, batch: int) -> tuple[float, float]:
     """From when the first batch reached the worker to when the last one was told."""
     trials = study.get_trials(deepcopy=False)
     first = min(trials, key=lambda trial: trial.datetime_complete)
-    evaluated = batch * first.user_attrs["result"]["seconds"]  # each trial's is its share of the batch's
+    evaluated = (
+        min(batch, len(trials)) * first.user_attrs["result"]["seconds"]
+    )  # each trial's is its share of the batch's
     last = max(trial.datetime_complete for trial in trials)
     return first.datetime_complete.timestamp() - evaluated, last.timestamp()
 
