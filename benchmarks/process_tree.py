@@ -1,7 +1,7 @@
 """Wall and CPU time of a command and of everything that it starts.
 
 CPU time is sampled, because Ray's daemons are not children that anybody waits for: a process counts with what it had
-used when it was last seen, so up to a second of each is missing. A process that was seen once stays in the sum,
+used when it was last seen, so up to half a second of each is missing. A process that was seen once stays in the sum,
 also when its parent is gone.
 """
 
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import psutil
 
-INTERVAL = 1.0
+INTERVAL = 0.5
 
 
 @dataclass(frozen=True)

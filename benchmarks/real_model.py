@@ -19,7 +19,8 @@ import html
 import shlex
 import statistics
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,6 +77,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--heretic-batch-size", type=int, default=0, help="for trying this out [heretic finds it]")
     parser.add_argument("--reuse-heretic", action="store_true", help="take heretic's runs of this task from the cache")
+    parser.add_argument("--work", type=Path, help="folder that keeps our runs; what is there is not run again")
     parser.add_argument("--dry", action="store_true", help="print the section, leave RESULTS.md alone")
     parser.add_argument("--ours", nargs=argparse.REMAINDER, default=[], help="further options of `bruno-ray run`")
     arguments = parser.parse_args()
@@ -85,9 +87,9 @@ def main() -> None:
     results = {}
     for seed in arguments.seeds:
         task = task_of(settings, prompts, arguments, seed)
-        with tempfile.TemporaryDirectory(prefix="real-model-") as work:
+        with work_folder(arguments.work, seed) as work:
             theirs = run_heretic(task, arguments.reuse_heretic)
-            ours = run_ours(task, Path(work), given, arguments.ours)
+            ours = run_ours(task, work, given, arguments.ours)
             folders = {THEIRS: theirs.folder, OURS: ours.folder}
             folders |= {f"{THEIRS}, trial {number}": path for number, path in theirs.neighbours.items()}
             results[seed] = SeedResult(theirs, ours, measure(task.model, folders, settings, prompts))
@@ -95,6 +97,17 @@ def main() -> None:
         print(text, flush=True)
     if not arguments.dry:
         write_section("real_model", text)
+
+
+@contextmanager
+def work_folder(kept: Path | None, seed: int) -> Iterator[Path]:
+    if kept is None:
+        with tempfile.TemporaryDirectory(prefix="real-model-") as name:
+            yield Path(name)
+    else:
+        folder = kept.resolve() / f"seed-{seed}"
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
 
 
 def options(arguments: argparse.Namespace) -> list[str]:

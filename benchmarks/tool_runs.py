@@ -182,12 +182,14 @@ def _prompt_files(task: Task) -> dict[str, str]:
 
 
 def run_ours(task: Task, work: Path, given: Sequence[str], further: Sequence[str] = ()) -> ToolRun:
-    """The product's command line in a folder of its own.
+    """The product's command line in a folder of its own. What was run there before is returned as it is.
 
     Args:
         given: options that name behaviour and prompts; the rest of the task is added.
         further: options that come last, so that they win.
     """
+    if (work / "result.json").exists():
+        return _from_json(json.loads((work / "result.json").read_text()) | {"reused": True})
     command = [
         *(sys.executable, "-m", "bruno_ray.cli.main", "run", str(task.model), *given),
         *("--model.dtypes", '["float32"]', "--study.n-trials", str(task.trials)),
@@ -207,7 +209,9 @@ def run_ours(task: Task, work: Path, given: Sequence[str], further: Sequence[str
     ]
     assert record.selected is not None
     interval = _interval_of_study(study_of(run, record.settings), record.settings.study.trials_per_batch)
-    return _tool_run(trials, record.selected.number, run / "model", {}, usage, interval, whole=usage.finished)
+    result = _tool_run(trials, record.selected.number, run / "model", {}, usage, interval, whole=usage.finished)
+    (work / "result.json").write_text(json.dumps(asdict(result)))
+    return result
 
 
 def _interval_of_study(study: optuna.Study, batch: int) -> tuple[float, float]:
