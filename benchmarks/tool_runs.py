@@ -29,8 +29,9 @@ from process_tree import Usage, run_measured
 from results import machine
 
 from bruno_ray.files import cache_folder
-from bruno_ray.pipeline.finishing import study_of, trials_of
 from bruno_ray.runs.directory import RunDirectory
+from bruno_ray.study.selection import load_trials
+from bruno_ray.study.storage import load_study
 
 HERETIC = "heretic-llm==1.4.0"
 TORCH = "torch==2.13.0"
@@ -202,13 +203,14 @@ def run_ours(task: Task, work: Path, given: Sequence[str], further: Sequence[str
     usage = run_measured(command, work / "bruno-ray.log", os.environ | ONE_THREAD)
     run = work / "runs" / "bench"
     record = RunDirectory.open(run).read()
+    study = load_study(record.settings.study.storage, run, "bench")
     trials = [
         TrialFigures(t.number, *t.counts["behaviour_rate"], t.values["kl_first"], t.values["kl_divergence"])
-        for t in trials_of(run, record.settings)
+        for t in load_trials(study)
         if t.state == "COMPLETE"
     ]
     assert record.selected is not None
-    interval = _interval_of_study(study_of(run, record.settings), record.settings.study.trials_per_batch)
+    interval = _interval_of_study(study, record.settings.study.trials_per_batch)
     result = _tool_run(trials, record.selected.number, run / "model", {}, usage, interval, whole=usage.finished)
     (work / "result.json").write_text(json.dumps(asdict(result)))
     return result
