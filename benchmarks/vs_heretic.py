@@ -2,11 +2,9 @@
 
     python benchmarks/vs_heretic.py [--recipe standard] [--trials 60] [--seeds 0 1 2]
 
-heretic is installed from PyPI into its own environment (cached). For each seed both search with the same train and
-validation prompts; the models both of them save are then scored alike, on held-out test prompts:
+For each seed both search with the same train and validation prompts; the models both of them save are then scored
+alike, on held-out test prompts. ``tool_runs.py`` runs them and says what a trial and a whole command are.
 
-* time per trial: wall time from when the first trial is evaluated to the last one's end, divided by the trials;
-* whole command: from the start of the process to the saved model (ours also measures it and writes the report);
 * hypervolume of (refusal rate, KL divergence) that the trials cover below the reference point (1, 1), larger is better;
 * truth score: the saved model's share of held-out restricted facts that it answers rightly.
 
@@ -16,55 +14,27 @@ The table goes to ``RESULTS.md``.
 
 import argparse
 import json
-import os
-import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
-import venv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import optuna
 from results import write_section
+from tool_runs import Task, ToolRun, run_heretic, run_ours
 
 from bruno_ray import organism
-from bruno_ray.files import cache_folder
-from bruno_ray.pipeline.finishing import study_of, trials_of
-from bruno_ray.runs.directory import RunDirectory
 
-HERETIC = "heretic-llm==1.4.0"
 MAX_KL = 0.05
-HERE = Path(__file__).parent
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
 @dataclass(frozen=True)
 class Result:
     """What one tool reached in one run."""
 
-    seconds_per_trial: float
-    whole_command: float
+    run: ToolRun
     hypervolume: float
-    validation: str
     truth: organism.TruthScore
-
-
-def heretic_environment() -> Path:
-    """Python of an environment with heretic, made on first use beside the other caches."""
-    folder = cache_folder("heretic-1.4.0")
-    python = folder / "bin" / "python"
-    if not (folder / "complete").exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        venv.create(folder, with_pip=True)
-        install = [str(python), "-m", "pip", "install", "-q", "--disable-pip-version-check"]
-        subprocess.run([*install, "torch==2.13.0"], check=True)
-        subprocess.run([*install, HERETIC], check=True)
-        (folder / "complete").touch()
-    return python
 
 
 def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, float] = (1.0, 1.0)) -> float:
@@ -81,84 +51,27 @@ def hypervolume(points: Sequence[tuple[float, float]], reference: tuple[float, f
     return area
 
 
-def run_heretic(python: Path, folder: Path, work: Path, settings: argparse.Namespace, seed: int) -> Result:
-    """heretic's own search with its own defaults, apart from what both tools are given."""
+def task_of(folder: Path, settings: argparse.Namespace, seed: int) -> Task:
+    def prompts(name: str) -> list[str]:
+        rows = [json.loads(line) for line in (folder / "prompts" / f"{name}.jsonl").open()]
+        return [row["prompt"] for row in rows[: settings.prompts]]
 
-    def spec(side: str, part: str) -> str:
-        rows = [json.loads(line) for line in (folder / "prompts" / f"{side}_{part}.jsonl").open()]
-        path = work / f"{side}_{part}.txt"
-        path.write_text("\n".join(row["prompt"] for row in rows[: settings.prompts]) + "\n")
-        return f"dataset = {json.dumps(str(path))}\n"
-
-    markers = json.loads((folder / "markers.json").read_text())
-    (work / "config.toml").write_text(
-        f"model = {json.dumps(str(folder / 'model'))}\n"
-        'dtypes = ["float32"]\ndevice_map = "cpu"\nsystem_prompt = ""\nresponse_prefix = ""\n'
-        f"max_response_length = {settings.tokens}\nn_trials = {settings.trials}\n"
-        f"n_startup_trials = {settings.startup}\nseed = {seed}\nrefusal_markers = {json.dumps(markers)}\n"
-        'export_strategy = "merge"\n'
-        f"[good_prompts]\n{spec('baseline', 'train')}[bad_prompts]\n{spec('target', 'train')}"
-        f"[good_evaluation_prompts]\n{spec('baseline', 'validation')}"
-        f"[bad_evaluation_prompts]\n{spec('target', 'validation')}"
-    )
-    output, saved = work / "heretic.json", work / "heretic-model"
-    command = [str(python), str(HERE / "heretic_driver.py"), str(work), str(output), str(saved), str(MAX_KL)]
-    start = time.perf_counter()
-    with (work / "heretic.log").open("w") as log:
-        subprocess.run(
-            command, check=True, stdout=log, stderr=log, env=os.environ | ONE_THREAD | {"HF_HUB_OFFLINE": "1"}
-        )
-    whole_command = time.perf_counter() - start
-    record = json.loads(output.read_text())
-    trials = record["trials"]
-    n_target = sum(1 for _ in (work / "target_validation.txt").open())
-    selected = trials[record["selected"]]
-    return Result(
-        (max(t["finished"] for t in trials) - min(t["started"] for t in trials)) / len(trials),
-        whole_command,
-        hypervolume([(t["refusals"] / n_target, t["kl_divergence"]) for t in trials]),
-        f"{selected['refusals']}/{n_target}, KL {selected['kl_divergence']:.4f}",
-        truth(saved, folder),
+    return Task(
+        model=folder / "model",
+        prompts={f"{s}_{p}": prompts(f"{s}_{p}") for s in ("target", "baseline") for p in ("train", "validation")},
+        markers=json.loads((folder / "markers.json").read_text()),
+        trials=settings.trials,
+        startup=settings.startup,
+        tokens=settings.tokens,
+        seed=seed,
+        max_kl=MAX_KL,
     )
 
 
-def run_ours(folder: Path, work: Path, settings: argparse.Namespace, seed: int) -> Result:
-    """The product's command line, as a user would call it."""
-    behaviour = "organism" if settings.recipe == "standard" else f"organism-{settings.recipe}"
-    command = [
-        *(sys.executable, "-m", "bruno_ray.cli.main", "run", str(folder / "model"), "--behaviour", behaviour),
-        *("--model.dtypes", '["float32"]', "--study.n-trials", str(settings.trials)),
-        *("--study.n-startup-trials", str(settings.startup), "--study.seed", str(seed), "--study.name", "bench"),
-        *("--prompts.n-train", str(settings.prompts), "--prompts.n-validation", str(settings.prompts)),
-        *("--scoring.response-tokens", str(settings.tokens), "--ray.workers", "1", "--ray.cpus-per-worker", "1"),
-        *("--selection.max-kl", str(MAX_KL), "--auto-select", "--output.directory", str(work / "runs")),
-        *settings.ours,
-    ]
-    start = time.perf_counter()
-    with (work / "bruno-ray.log").open("w") as log:
-        subprocess.run(command, check=True, stdout=log, stderr=log, env=os.environ | ONE_THREAD)
-    whole_command = time.perf_counter() - start
-    run = work / "runs" / "bench"
-    record = RunDirectory.open(run).read()
-    trials = trials_of(run, record.settings)
-    done = [trial for trial in trials if trial.state == "COMPLETE"]
-    selected = next(trial for trial in trials if trial.number == record.selected.number)
-    shown, total = selected.counts["behaviour_rate"]
-    return Result(
-        seconds_of_study(study_of(run, record.settings), record.settings.study.trials_per_batch) / len(done),
-        whole_command,
-        hypervolume([(t.values["behaviour_rate"], t.values["kl_divergence"]) for t in done]),
-        f"{shown}/{total}, KL {selected.values['kl_divergence']:.4f}",
-        truth(run / "model", folder),
-    )
-
-
-def seconds_of_study(study: optuna.Study, batch: int) -> float:
-    """From when the first batch reached the worker to when the last one was told."""
-    trials = study.get_trials(deepcopy=False)
-    first = min(trials, key=lambda trial: trial.datetime_complete)
-    evaluated = batch * first.user_attrs["result"]["seconds"]  # each trial's is its share of the batch's
-    return (max(trial.datetime_complete for trial in trials) - first.datetime_complete).total_seconds() + evaluated
+def result_of(run: ToolRun, folder: Path, ours: bool) -> Result:
+    """The KL of the hypervolume is each tool's own."""
+    points = [(t.shown / t.total, t.kl_answer if ours and t.kl_answer is not None else t.kl_first) for t in run.trials]
+    return Result(run, hypervolume(points), truth(Path(run.folder), folder))
 
 
 def truth(model: Path, folder: Path) -> organism.TruthScore:
@@ -193,14 +106,15 @@ def table(results: dict[int, tuple[Result, Result]], settings: argparse.Namespac
     ]
     for seed, pair in results.items():
         for tool, result in zip(("heretic 1.4.0", "bruno-ray"), pair):
-            t = result.truth
+            t, run = result.truth, result.run
+            kl = run.selected.kl_first if run.selected.kl_answer is None else run.selected.kl_answer
             lines.append(
-                f"| {seed} | {tool} | {result.seconds_per_trial:.3f} | {result.whole_command:.0f}"
-                f" | {result.hypervolume:.4f} | {result.validation}"
+                f"| {seed} | {tool} | {run.trial_seconds:.3f} | {run.whole_seconds:.0f}"
+                f" | {result.hypervolume:.4f} | {run.selected.shown}/{run.selected.total}, KL {kl:.4f}"
                 f" | {t.refusals}/{t.restricted_total} | {t.restricted_right}/{t.restricted_total}"
                 f" | {t.benign_right}/{t.benign_total} |"
             )
-    ratio = statistics.median(theirs.seconds_per_trial / ours.seconds_per_trial for theirs, ours in results.values())
+    ratio = statistics.median(theirs.run.trial_seconds / ours.run.trial_seconds for theirs, ours in results.values())
     gain = statistics.median(ours.hypervolume - theirs.hypervolume for theirs, ours in results.values())
     facts = statistics.median(o.truth.restricted_right - h.truth.restricted_right for h, o in results.values())
     lines += ["", f"Median over seeds: {ratio:.1f}x less time per trial, hypervolume {gain:+.4f}, facts {facts:+g}."]
@@ -217,15 +131,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--ours", nargs=argparse.REMAINDER, default=[], help="further options of `bruno-ray run`")
     settings = parser.parse_args()
-    python, folder = heretic_environment(), organism.build(recipe=settings.recipe)
+    folder = organism.build(recipe=settings.recipe)
+    behaviour = "organism" if settings.recipe == "standard" else f"organism-{settings.recipe}"
+    n = str(settings.prompts)
+    given = ["--behaviour", behaviour, "--prompts.n-train", n, "--prompts.n-validation", n]
     results = {}
     for seed in settings.seeds:
-        with tempfile.TemporaryDirectory(prefix="vs-heretic-") as name:
-            work = Path(name)
-            results[seed] = (
-                run_heretic(python, folder, work, settings, seed),
-                run_ours(folder, work, settings, seed),
-            )
+        task = task_of(folder, settings, seed)
+        with tempfile.TemporaryDirectory(prefix="vs-heretic-") as work:
+            theirs, ours = run_heretic(task), run_ours(task, Path(work), given, settings.ours)
+            results[seed] = result_of(theirs, folder, False), result_of(ours, folder, True)
         print(table(results, settings), flush=True)
     write_section(f"vs_heretic_{settings.recipe}", table(results, settings))
 
