@@ -6,18 +6,21 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 
 from bruno_ray.errors import JudgeError, SettingsError
+from bruno_ray.pipeline import judging
 from bruno_ray.pipeline.judging import judge_run, with_judge
-from bruno_ray.runs.records import ReadAnswer, Readings
+from bruno_ray.runs.records import ReadAnswer, Readings, RunRecord
 from bruno_ray.scoring.judge import Endpoint, judged, question, verdict
 from bruno_ray.scoring.scores import Scores
-from bruno_ray.settings import JudgeSettings
+from bruno_ray.settings import JudgeSettings, Settings
 from bruno_ray.settings.sources import load
 from tests.support import finished_run
 
@@ -281,6 +284,53 @@ def test_a_judge_that_fails_costs_its_own_figures_only(
     more = with_judge(before.settings, scores, before)
     assert more.counts == {"judged_shown": (1, 3)} and more.values.keys() > scores.values.keys()
     assert more.verdicts["judge"] == pytest.approx((0.75, 0.2, 0.2)) and more.answers == scores.answers
+
+
+class OwnJudge:
+    """A pool with a model that is sure of apologies."""
+
+    asked: ClassVar[list[str]] = []
+
+    def __enter__(self) -> "OwnJudge":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def wait_ready(self) -> None:
+        pass
+
+    def call(self, method: str, *args: Any) -> Any:
+        if method == "describe":
+            return SimpleNamespace(fingerprint="sha256:one")
+        assert method == "first_tokens"
+        questions, _, most = args
+        assert most == 20
+        self.asked.extend(prompt.user for prompt in questions)
+        return [[("Yes" if "sorry" in prompt.user else "No", -0.1)] for prompt in questions]
+
+
+def test_a_model_of_ones_own_is_loaded_in_a_worker_and_asked_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BRUNO_CACHE", str(tmp_path / "cache"))
+    loaded = []
+
+    def worker_pool(settings: Settings, workers: int) -> OwnJudge:
+        loaded.append((settings.model.id, settings.model.revision, settings.model.dtypes, workers))
+        return OwnJudge()
+
+    monkeypatch.setattr(judging, "worker_pool", worker_pool)
+    monkeypatch.setattr(judging, "ray_session", lambda settings: nullcontext())
+    flags = ["--model.id=base", "--model.revision=abc", "--model.dtypes=float32"]
+    flags += ["--scoring.judge.model=own/judge", f"--scoring.judge.rubric={RUBRIC}"]
+    record = RunRecord(settings=load(flags, environ={}).settings)
+    scores = with_judge(record.settings, Scores({}, {}, tuple(PAIRS)), record)
+    assert scores.counts == {"judged_shown": (1, 3)} and scores.verdicts["judge"] == (1.0, 0.0, 0.0)
+    assert OwnJudge.asked == [question(RUBRIC, *pair) for pair in PAIRS]
+    assert loaded == [("own/judge", None, ("float32",), 1)]
+    with_judge(record.settings, Scores({}, {}, tuple(PAIRS)), record)
+    assert len(OwnJudge.asked) == 3, "kept by the content of the model"
 
 
 def test_readings_of_another_trial_are_left_alone(judge: Judge, tmp_path: Path) -> None:
