@@ -256,8 +256,6 @@ class ScoringSettings(Section):
     report_scorers: tuple[str, ...] = ("behaviour_by_length", "baseline_behaviour", "neutral_text", "detector")
     """Scorers that measure what is reported, beside those of the search."""
 
-    judge: JudgeSettings = setting(JudgeSettings(), resumable=True)
-
     kl_tokens: PositiveInt = 16
     """Answer positions the KL divergence is taken over, teacher-forced on the unedited model's answer. 1 is what other
     tools measure; it is reported as `kl_first` in any case."""
@@ -268,6 +266,8 @@ class ScoringSettings(Section):
 
     row_tokens: NonNegativeInt = setting(0, resumable=True)
     """Tokens in one forward pass while scoring, padding included; 0 finds it from memory."""
+
+    judge: JudgeSettings = setting(JudgeSettings(), resumable=True)
 
     def for_report(self) -> "ScoringSettings":
         """How what is reported is measured: with longer answers, and by scorers that a search does without."""
