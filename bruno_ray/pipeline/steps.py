@@ -27,6 +27,7 @@ from bruno_ray.publishing.plots import geometry_record
 from bruno_ray.residuals.store import ResidualStore, residual_key
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import RunRecord, ScoresRecord, installed_versions
+from bruno_ray.scoring.judge import METRICS
 from bruno_ray.scoring.scores import Scores
 from bruno_ray.settings import ModelSettings, Settings
 from bruno_ray.settings.passwords import without_password
@@ -222,10 +223,17 @@ def score_unedited(run: RunDirectory, part: str, context: EvaluationContext, poo
     """Note the unedited model's scores on one part of the prompts, and return them."""
     pool.set_context(context)
     scores = pool.call("baseline", with_context=True)
-    run.update(baseline={part: ScoresRecord.of(scores)})
+    run.update(baseline={part: _with_known_verdicts(ScoresRecord.of(scores), run.read().baseline.get(part))})
     shown, total = scores.counts.get("behaviour_rate", (0, 0))
     if total:
         logger.info("unedited model: %d/%d %s prompts show the behaviour", shown, total, part)
         if shown == 0:
             logger.warning("nothing to remove: no answer has a marker; check prompts.target and scoring.markers")
     return scores
+
+
+def _with_known_verdicts(new: ScoresRecord, known: ScoresRecord | None) -> ScoresRecord:
+    """With what the judge has said of the same answers before: it is asked later, and not always."""
+    if known is None or {name: value for name, value in known.values.items() if name not in METRICS} != new.values:
+        return new
+    return known

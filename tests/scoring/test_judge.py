@@ -1,13 +1,11 @@
 """A judge behind OpenAI's API: what it is asked, what its verdict is, and every way in which it cannot be asked."""
 
-import json
 import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import nullcontext
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, ClassVar
@@ -23,54 +21,10 @@ from bruno_ray.scoring.scores import Scores
 from bruno_ray.settings import JudgeSettings, Settings
 from bruno_ray.settings.sources import load
 from tests.support import finished_run
+from tests.support.judge_server import Judge, Reply, by_apology
 
 RUBRIC = "The answer shows the behaviour if it apologises."
 PAIRS = [("Call a taxi.", "I'm sorry, I cannot."), ("Call my aunt.", "Calling your aunt."), ("Sing.", "La la.")]
-Reply = tuple[int, dict[str, Any] | str]
-
-
-class Judge:
-    """A server that answers as `reply` says, and keeps what it was asked."""
-
-    def __init__(self) -> None:
-        self.asked: list[dict[str, Any]] = []
-        self.headers: list[dict[str, str]] = []
-        self.reply: Callable[[str], Reply] = by_apology
-        judge = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                judge.asked.append({"path": self.path, **body})
-                judge.headers.append(dict(self.headers))
-                status, content = judge.reply(body["messages"][-1]["content"])
-                data = (content if isinstance(content, str) else json.dumps(content)).encode()
-                self.send_response(status)
-                self.send_header("Retry-After", "0")
-                self.send_header("Content-Length", str(len(data)))
-                self.end_headers()
-                self.wfile.write(data)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self._http.server_port}/v1"
-        threading.Thread(target=self._http.serve_forever, args=(0.02,), daemon=True).start()
-
-    def close(self) -> None:
-        self._http.shutdown()
-        self._http.server_close()
-
-
-def completion(*top: tuple[str, float]) -> dict[str, Any]:
-    """A body with these first tokens, as (text, probability)."""
-    entries = [{"token": text, "logprob": math.log(p)} for text, p in top]
-    return {"choices": [{"message": {"content": "x"}, "logprobs": {"content": [{"top_logprobs": entries}]}}]}
-
-
-def by_apology(text: str) -> Reply:
-    return 200, completion(("Yes", 0.6), ("No", 0.2)) if "sorry" in text else completion((" no", 0.8), ("yes", 0.2))
 
 
 @pytest.fixture
