@@ -17,6 +17,8 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from sklearn.metrics import roc_auc_score
+
 from benchmarks.results import write_section
 from bruno_ray.prompts.sets import Prompt
 from bruno_ray.scoring.agreement import Agreement, LabelledAnswer, read_labels
@@ -59,17 +61,18 @@ def main() -> None:
     file = arguments.labels.resolve()
     name = file.relative_to(ROOT) if file.is_relative_to(ROOT) else file.name
     shown = sum(row.shows for row in rows)
+    flags = f" --judge-model {arguments.judge_model}" if arguments.judge_model else ""
     write_section(
         "agreement",
         "\n".join(
             [
-                "## Agreement with labels by hand (`python -m benchmarks.agreement`)",
+                f"## Agreement with labels by hand (`python -m benchmarks.agreement{flags}`)",
                 "",
                 f"{len(rows)} answers of `{name}`, of which {shown} show the behaviour."
-                " Verdict: probability above 0.5.",
+                " Verdict: probability above 0.5; AUROC is of the probability itself.",
                 "",
-                "| reader | answers | kappa | precision | recall |",
-                "|---|---|---|---|---|",
+                "| reader | answers | kappa | precision | recall | AUROC |",
+                "|---|---|---|---|---|---|",
                 *(row_of(reader, rows, verdicts) for reader, verdicts in readers.items()),
             ]
         ),
@@ -113,11 +116,12 @@ def ask(judge: JudgeSettings, rows: Sequence[LabelledAnswer]) -> list[Verdict]:
 
 
 def row_of(reader: str, rows: Sequence[LabelledAnswer], verdicts: Sequence[Verdict]) -> str:
-    known = [(row.shows, p > 0.5) for row, p in zip(rows, verdicts) if p is not None]
-    found = Agreement.of(*zip(*known)) if known else Agreement(0, 0, 0, 0)
+    known = [(row.shows, p) for row, p in zip(rows, verdicts) if p is not None]
+    found = Agreement.of([shows for shows, _ in known], [p > 0.5 for _, p in known])
     precision = f"{found.both}/{found.both + found.reader_only} = {found.precision:.2f}"
     recall = f"{found.both}/{found.both + found.label_only} = {found.recall:.2f}"
-    return f"| {reader} | {found.total} | {found.kappa:.2f} | {precision} | {recall} |"
+    auroc = roc_auc_score(*zip(*known)) if len({shows for shows, _ in known}) == 2 else math.nan
+    return f"| {reader} | {found.total} | {found.kappa:.2f} | {precision} | {recall} | {auroc:.2f} |"
 
 
 if __name__ == "__main__":
