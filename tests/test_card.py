@@ -11,6 +11,7 @@ from bruno_ray.model.loading import hub_task
 from bruno_ray.publishing import wording
 from bruno_ray.publishing.card import license_of, render_card, reproduction_config
 from bruno_ray.runs.records import RunRecord, ScoresRecord
+from bruno_ray.scoring import judge
 from bruno_ray.scoring.registry import SCORERS
 from bruno_ray.settings import DatasetSettings, ModelSettings, PromptSet, Settings
 from bruno_ray.workers.model_worker import ModelWorker
@@ -61,7 +62,7 @@ def test_a_model_that_hears_as_well_as_sees_is_any_to_any():
 
 
 def test_every_metric_of_every_scorer_has_a_title_a_unit_and_a_meaning(finished):
-    metrics = {metric for scorer in SCORERS.values() for metric in scorer.metrics}
+    metrics = {metric for scorer in SCORERS.values() for metric in scorer.metrics} | set(judge.METRICS)
     assert set(wording.METRICS) == metrics
     for metric in wording.METRICS.values():
         assert metric.title[0].isupper() and metric.unit

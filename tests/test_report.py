@@ -11,6 +11,7 @@ from plotly.offline import get_plotlyjs
 from bruno_ray.errors import OutputError
 from bruno_ray.publishing import plots
 from bruno_ray.publishing.report import render_report, write_report
+from bruno_ray.runs.records import ReadAnswer, Readings
 from tests.support import finished_run
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -96,6 +97,33 @@ def test_text_of_models_and_prompts_is_escaped(finished, page):
 
 def test_no_path_of_this_machine_is_in_it(finished):
     assert str(finished.run.path) not in render_report(finished.run, finished.study)
+
+
+def read_answer(i: int, **shows: float | None) -> ReadAnswer:
+    return ReadAnswer(prompt=f"prompt {i} <i>", answer=f"answer {i}", shows=shows)
+
+
+def test_where_the_readers_disagree_is_shown_before_and_after(tmp_path):
+    finished = finished_run.make(tmp_path / "run", n_trials=3)
+    number = finished.record.selected.number
+    before = [read_answer(i, markers=float(i < 9), detector=0.01) for i in range(20)]
+    after = [read_answer(i, markers=0.0, detector=0.9 if i == 4 else 0.2, judge=None if i else 1.0) for i in range(20)]
+    finished.run.save_readings(Readings(trial=number, unedited=before, edited=before, saved=after))
+    page = Page(render_report(finished.run, finished.study))
+    assert page.open == [] and "readers" in page.ids
+    said = "Markers and detector disagree on {} of 20 answers: {} show it by the markers only, {} by the detector only."
+    assert said.format(9, 9, 0) in page.text and said.format(1, 0, 1) in page.text
+    assert any(text.startswith("Markers and judge disagree on 1 of 1 answers") for text in page.text)
+    assert page.text.count("markers: yes, detector: no (0.01)") == 6
+    assert "markers: no, detector: yes (0.90), judge: silent" in page.text
+    assert "markers: no, detector: no (0.20), judge: yes (1.00)" in page.text
+    assert "prompt 4 <i>" in page.text
+
+    finished.run.save_readings(Readings(trial=number + 1, unedited=before))
+    assert "readers" not in Page(render_report(finished.run, finished.study)).ids
+    finished.run.readings_file.write_text("[]")
+    with pytest.raises(OutputError, match=r"readings\.json is damaged"):
+        render_report(finished.run, finished.study)
 
 
 FOUR = ("behaviour_rate", "kl_divergence", "incoherence", "kl_p95")

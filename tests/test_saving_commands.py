@@ -20,6 +20,7 @@ from bruno_ray.runs.records import RunRecord
 from bruno_ray.scoring.base import ScoringPrompts
 from bruno_ray.settings import (
     DatasetSettings,
+    JudgeSettings,
     ModelSettings,
     OutputSettings,
     PromptSet,
@@ -36,6 +37,7 @@ from tests.support import tiny_models
 from tests.support.clock import move_clock
 from tests.support.dated_templates import LLAMA_32, MISTRAL
 from tests.support.inline_pool import InlinePool, use_inline_pools
+from tests.support.judge_server import Judge, by_apology
 
 DAY = datetime.date(2024, 2, 29)
 TRIALS = {0: (0.5, 0.01, 0.2), 1: (0.0, 0.05, 0.3), 2: (0.0, 0.02, 0.7), 3: (0.0, 0.5, 0.1)}
@@ -139,6 +141,41 @@ def test_a_model_in_the_run_agrees_with_run_and_report(
     assert record.extra == {} and "7/8" not in (run.model_folder / "README.md").read_text()
     report = run.report_file.read_text()
     assert "Trial 2 was selected" in report and "read back from disk" in report
+
+
+def test_a_judge_reads_what_is_tested_and_what_is_saved(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """While it is away everything else is there; once it answers, `report` adds its figures."""
+    monkeypatch.setenv("BRUNO_CACHE", str(tmp_path / "cache"))
+    use_inline_pools(monkeypatch)
+    judge = Judge()
+    judge.reply = lambda text: (500, "away")
+    given = run.read().settings
+    wise = JudgeSettings(url=judge.url, model="wise", rubric="The answer shows it if it apologises.")
+    scoring = given.scoring.model_copy(update={"judge": wise})
+    run.update(settings=given.model_copy(update={"scoring": scoring}))
+    commands.save(run.path, trial=1)
+    assert sum("no figures by the judge" in line for line in caplog.messages) == 2
+    record = run.read()
+    assert record.selected.saved.values["kl_divergence"] > 0 and "judged_rate" not in record.selected.saved.values
+
+    judge.reply = by_apology
+    commands.report(run.path)
+    judge.close()
+    record, readings = run.read(), run.load_readings()
+    for scores in (record.baseline["test"], record.selected.test, record.selected.saved):
+        assert scores.counts["judged_shown"] == (0, 4) and scores.values["judged_rate"] == pytest.approx(0.2)
+    for column in (readings.unedited, readings.edited, readings.saved):
+        assert len(column) == 4 and all(answer.shows["judge"] == pytest.approx(0.2) for answer in column)
+    assert readings.edited != readings.unedited
+    report = run.report_file.read_text()
+    assert "Behaviour rate by the judge" in report and "Markers and judge disagree on 0 of 4 answers" in report
+
+    kept = run.readings_file.read_bytes()
+    commands.save(run.path, trial=1, to=tmp_path / "elsewhere")  # all of its answers are known
+    assert "Behaviour rate by the judge | 0/4" in (tmp_path / "elsewhere" / "README.md").read_text()
+    assert run.read().baseline == record.baseline and run.readings_file.read_bytes() == kept
 
 
 def test_selection_and_report_agree_although_saving_fails(

@@ -1,6 +1,7 @@
 """A worker from settings to scores, without Ray."""
 
 import datetime
+import math
 import pickle
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from bruno_ray.ablation.edit import AblationParameters, Edit
 from bruno_ray.errors import ModelError
+from bruno_ray.prompts.rendering import render
 from bruno_ray.prompts.sets import Prompt
 from bruno_ray.settings import ModelSettings, ResidualSettings, ScoringSettings
 from bruno_ray.workers.exchanged import EvaluationContext
@@ -101,6 +103,36 @@ def test_answers_with_and_without_edits(worker: ModelWorker, context: Evaluation
     plain, edited, plain_again = worker.answers(context, TARGET, [None, edit(1.5), None], 8)
     assert plain == plain_again != edited
     assert [len(answers) for answers in (plain, edited)] == [3, 3]
+
+
+def test_a_model_as_judge_gives_its_likeliest_first_tokens(worker: ModelWorker) -> None:
+    found = worker.first_tokens(TARGET, DATE, 5)
+    assert [len(top) for top in found] == [5, 5, 5]
+    ids = render(worker.loaded.tokenizer, TARGET, date=DATE)
+    (logits_PV,) = worker.engine.next_logits(ids, [None])
+    for top, logits_V in zip(found, logits_PV):
+        best = logits_V.softmax(-1).argmax()
+        assert top[0][0] == worker.loaded.tokenizer.decode([int(best)], skip_special_tokens=True)
+        assert math.exp(top[0][1]) == pytest.approx(float(logits_V.softmax(-1)[best]), rel=1e-5)
+        assert [logprob for _, logprob in top] == sorted((logprob for _, logprob in top), reverse=True)
+
+
+def test_own_answers_need_no_markers(worker: ModelWorker, context: EvaluationContext) -> None:
+    (plain,) = worker.answers(context, TARGET, [None], 8)
+    assert worker.own_answers(TARGET, "", DATE, 8) == plain
+
+
+def test_whole_answers_come_with_scores_where_they_are_asked_for(
+    worker: ModelWorker, context: EvaluationContext
+) -> None:
+    reading = replace(context, key="reading", readings=True)
+    plain, edited = worker.answers(context, TARGET, [None, edit(1.5)], 8)
+    unedited, (outcome,) = worker.baseline(reading), worker.evaluate(reading, [edit(1.5)])
+    assert unedited.answers == tuple((prompt.user, answer) for prompt, answer in zip(TARGET, plain))
+    assert outcome.scores.answers == tuple((prompt.user, answer) for prompt, answer in zip(TARGET, edited))
+    shown, total = outcome.scores.counts["behaviour_rate"]
+    assert sum(outcome.scores.verdicts["markers"]) == shown and total == len(TARGET)
+    assert worker.baseline(context).answers == ()
 
 
 def test_the_response_prefix_is_part_of_every_prompt(worker: ModelWorker, context: EvaluationContext) -> None:

@@ -14,6 +14,7 @@ from bruno_ray.ablation.edit import Edit
 from bruno_ray.errors import OutputError
 from bruno_ray.model.coverage_table import format_coverage
 from bruno_ray.pipeline.finishing import ask_for_trial, finish, pick, print_front, study_of, trials_of
+from bruno_ray.pipeline.judging import judge_run, with_judge
 from bruno_ray.pipeline.steps import evaluation_context, find_model, find_response_prefix, for_workers, worker_pool
 from bruno_ray.prompts.sets import load_prompts
 from bruno_ray.publishing import report as reports
@@ -72,8 +73,12 @@ def _what_stays(run: RunDirectory, number: int) -> str:
 
 
 def report(path: Path) -> Path:
-    """Write report.html again, from what the run directory and the study hold now."""
+    """Write report.html again, from what the run directory and the study hold now.
+
+    Answers that the run's judge has not read yet, since it could not be asked, are brought to it first.
+    """
     run = RunDirectory.open(path)
+    judge_run(run)
     return reports.write_report(run, study_of(path, run.read().settings))
 
 
@@ -94,11 +99,10 @@ def evaluate(settings: Settings, base: str | None = None) -> None:
         pool.wait_ready()
         record = record.model_copy(update={"response_prefix": find_response_prefix(record, prompts, pool)})
         pool.set_context(evaluation_context(record, prompts, "test", {}))
-        columns = [(base or name, ScoresRecord.of(pool.call("baseline", with_context=True)))]
+        measured = [(base or name, pool.call("baseline", with_context=True))]
         if base is not None:
-            columns.append(
-                (name, ScoresRecord.of(pool.call("measure_other", for_workers(settings.model), with_context=True)))
-            )
+            measured.append((name, pool.call("measure_other", for_workers(settings.model), with_context=True)))
+    columns = [(column, ScoresRecord.of(with_judge(settings, scores, record))) for column, scores in measured]
     table = Table("metric", *(name for name, _ in columns), title="Test prompts")
     for metric in columns[0][1].values:
         table.add_row(wording.label(metric), *(wording.measured(scores, metric) for _, scores in columns))

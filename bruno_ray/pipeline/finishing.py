@@ -11,12 +11,13 @@ import optuna
 from bruno_ray import organism
 from bruno_ray.ablation.edit import Edit
 from bruno_ray.errors import NoStudyError, TrialError
+from bruno_ray.pipeline.judging import judge_run, read_answers, with_judge
 from bruno_ray.pipeline.steps import evaluation_context, score_unedited, timed, worker_pool
 from bruno_ray.prompts.rendering import render
 from bruno_ray.prompts.sets import Prompt, Prompts
 from bruno_ray.publishing.report import write_report
 from bruno_ray.runs.directory import RunDirectory
-from bruno_ray.runs.records import RunRecord, Sample, ScoresRecord, SelectedRecord
+from bruno_ray.runs.records import Readings, RunRecord, Sample, ScoresRecord, SelectedRecord
 from bruno_ray.scoring.markers import Markers
 from bruno_ray.scoring.scores import Scores
 from bruno_ray.settings import ModelSettings, Settings
@@ -138,31 +139,36 @@ def select(run: RunDirectory, selected: SelectedRecord) -> None:
 
 
 def score_selected(run: RunDirectory, context: EvaluationContext, pool: WorkerPool) -> None:
-    """Test scores and sample answers of the selected trial, applied live.
+    """Test scores, readings and sample answers of the selected trial, applied live.
 
     Raises TrialError if it has no scores there (a logit is not a number).
     """
     selected = run.read().selected
     assert selected is not None
-    select(run, score_on_test(run, selected, context, pool))
+    selected, readings = score_on_test(run, selected, context, pool)
+    select(run, selected)
+    run.save_readings(readings)
     run.save_samples(sample_answers(Edit.from_dict(selected.edit), context, pool))
 
 
 def score_on_test(
     run: RunDirectory, selected: SelectedRecord, context: EvaluationContext, pool: WorkerPool
-) -> SelectedRecord:
-    """The trial with its scores on the test prompts, applied live. Notes those of the unedited model in run.json.
+) -> tuple[SelectedRecord, Readings]:
+    """The trial with its scores on the test prompts, applied live, and the answers that they are of.
+
+    Notes the scores of the unedited model in run.json.
 
     Raises TrialError if it has none (a logit is not a number).
     """
-    score_unedited(run, "test", context, pool)
+    unedited = score_unedited(run, "test", context, pool)
     (outcome,) = pool.call("evaluate", [Edit.from_dict(selected.edit)], with_context=True)
     if outcome.scores is None:
         raise TrialError(
             f"trial {selected.number} has no scores on the test prompts ({outcome.error}): choose another one with"
             f" `bruno-ray save {run.name} --trial N`"
         )
-    return selected.model_copy(update={"test": ScoresRecord.of(outcome.scores)})
+    readings = Readings(trial=selected.number, unedited=read_answers(unedited), edited=read_answers(outcome.scores))
+    return selected.model_copy(update={"test": ScoresRecord.of(outcome.scores)}), readings
 
 
 def sample_answers(edit: Edit, context: EvaluationContext, pool: WorkerPool) -> list[Sample]:
@@ -201,11 +207,13 @@ def finish(run: RunDirectory, prompts: Prompts, picked: SelectedRecord, folder: 
     with ray_session(settings.ray):
         with timed(run, "test") if own else nullcontext(), worker_pool(settings, workers=1) as pool:
             pool.wait_ready()
-            picked = score_on_test(run, picked, context, pool)
+            picked, readings = score_on_test(run, picked, context, pool)
             samples = sample_answers(Edit.from_dict(picked.edit), context, pool) if own else []
         if own:
             select(run, picked)
             run.save_samples(samples)
+            run.save_readings(readings)
+            judge_run(run)
             write_report(run, study_of(run.path, settings))  # selection and report agree if saving fails
         if folder is not None:
             write_model(run, prompts, folder, None if own else picked)
@@ -237,7 +245,11 @@ def write_model(run: RunDirectory, prompts: Prompts, folder: Path, other: Select
         with ray_session(settings.ray), worker_pool(settings, workers=1) as pool:
             pool.wait_ready()
             pool.set_context(context)
-            return pool.call("measure_other", model, with_context=True)
+            scores = pool.call("measure_other", model, with_context=True)
+        scores = with_judge(settings, scores, record)
+        if other is None and (readings := run.load_readings()) is not None:
+            run.save_readings(readings.model_copy(update={"saved": read_answers(scores)}))
+        return scores
 
     with timed(run, "save") if other is None else nullcontext():
         saved, scores = save_selected(run, measure, folder, other)

@@ -22,6 +22,7 @@ from bruno_ray.pipeline.finishing import (
     study_of,
     write_model,
 )
+from bruno_ray.pipeline.judging import judge_run
 from bruno_ray.pipeline.steps import (
     describe_model,
     evaluation_context,
@@ -94,7 +95,9 @@ def search(settings: Settings, path: Path) -> Path:
             if picked is not None:
                 with timed(run, "test"):
                     score_selected(run, evaluation_context(record, prompts, "test", bank), pool)
-        # The workers are gone: their memory is free for it.
+        # The workers are gone: their memory is free for a judge, and for what is saved.
+        if picked is not None:
+            judge_run(run)
         if picked is not None and (folder := free_model_folder(run, picked.number)):
             write_model(run, prompts, folder)
     report.write_report(run, study_of(path, settings))

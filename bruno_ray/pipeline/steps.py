@@ -27,6 +27,8 @@ from bruno_ray.publishing.plots import geometry_record
 from bruno_ray.residuals.store import ResidualStore, residual_key
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import RunRecord, ScoresRecord, installed_versions
+from bruno_ray.scoring.judge import METRICS
+from bruno_ray.scoring.scores import Scores
 from bruno_ray.settings import ModelSettings, Settings
 from bruno_ray.settings.passwords import without_password
 from bruno_ray.workers.exchanged import EvaluationContext, ModelInfo, model_worker
@@ -59,7 +61,7 @@ def with_name(settings: Settings) -> Settings:
     if settings.study.name:
         return settings
     deciding = {"model", "behaviour", "prompts", "residuals", "directions", "search", "scoring"}
-    given = settings.model_dump_json(include=deciding, exclude={"model": {"lean_forward"}})
+    given = settings.model_dump_json(include=deciding, exclude={"model": {"lean_forward"}, "scoring": {"judge"}})
     digest = hashlib.sha256(f"{given} {settings.study.seed}".encode())
     folder = Path(settings.model.id)
     model = folder.parent.name if folder.name == "model" else folder.name
@@ -213,16 +215,25 @@ def evaluation_context(record: RunRecord, prompts: Prompts, part: str, bank: "Di
         response_prefix=prefix,
         scoring=scoring,
         date=record.date,
+        readings=part == "test" and (scoring.judge.is_given or "detector" in scoring.scorers),
     )
 
 
-def score_unedited(run: RunDirectory, part: str, context: EvaluationContext, pool: WorkerPool) -> None:
-    """Note the unedited model's scores on one part of the prompts."""
+def score_unedited(run: RunDirectory, part: str, context: EvaluationContext, pool: WorkerPool) -> Scores:
+    """Note the unedited model's scores on one part of the prompts, and return them."""
     pool.set_context(context)
-    scores = ScoresRecord.of(pool.call("baseline", with_context=True))
-    run.update(baseline={part: scores})
+    scores = pool.call("baseline", with_context=True)
+    run.update(baseline={part: _with_known_verdicts(ScoresRecord.of(scores), run.read().baseline.get(part))})
     shown, total = scores.counts.get("behaviour_rate", (0, 0))
     if total:
         logger.info("unedited model: %d/%d %s prompts show the behaviour", shown, total, part)
         if shown == 0:
             logger.warning("nothing to remove: no answer has a marker; check prompts.target and scoring.markers")
+    return scores
+
+
+def _with_known_verdicts(new: ScoresRecord, known: ScoresRecord | None) -> ScoresRecord:
+    """With what the judge has said of the same answers before: it is asked later, and not always."""
+    if known is None or {name: value for name, value in known.values.items() if name not in METRICS} != new.values:
+        return new
+    return known

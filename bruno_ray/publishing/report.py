@@ -5,6 +5,7 @@ It is made from the run directory and the study alone, so that `bruno-ray report
 
 import logging
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from bruno_ray.files import write_text
 from bruno_ray.publishing import card, plots, wording
 from bruno_ray.publishing.environment import environment
 from bruno_ray.runs.directory import RunDirectory
-from bruno_ray.runs.records import RunRecord, ScoresRecord
+from bruno_ray.runs.records import ReadAnswer, Readings, RunRecord, ScoresRecord
 from bruno_ray.study.selection import TrialRecord, load_trials, pareto_front
 from bruno_ray.study.tables import describe_edit, metric_text, table_columns, with_selected
 
@@ -27,6 +28,8 @@ PLOT_OPTIONS = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemov
 
 FRONT_ROWS = 12
 SAMPLES = 24
+DISAGREEMENTS = 6
+"""Answers before, and as many after, that the readers do not agree on."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +78,7 @@ def render_report(run: RunDirectory, study: optuna.Study) -> str:
             meanings=wording.meanings(metric for _, scores in _measurements(record) for metric in scores.values),
             extra={name: wording.plain(value) for name, value in record.extra.items()},
             samples=run.load_samples()[:SAMPLES],
+            disagreements=disagreements(record, run.load_readings()),
             front=[
                 {
                     "number": trial.number,
@@ -173,6 +177,62 @@ def comparison(record: RunRecord) -> list[tuple[str, list[tuple[str, str]]]]:
         )
         for metric in metrics
     ]
+
+
+# ----- readers -----
+
+
+@dataclass(frozen=True)
+class Disagreements:
+    """Where the readers of one list of answers do not agree."""
+
+    title: str
+    pairs: list[str]
+    """One sentence per two readers."""
+
+    answers: list[tuple[ReadAnswer, str]]
+    """The first answers that are not unanimous, with what each reader says."""
+
+
+def disagreements(record: RunRecord, readings: Readings | None) -> list[Disagreements]:
+    """Before and after the edit; empty where fewer than two readers have read."""
+    if readings is None or record.selected is None or readings.trial != record.selected.number:
+        return []
+    columns = (("Before", readings.unedited), ("After", readings.saved or readings.edited))
+    found = []
+    for title, answers in columns:
+        readers = list(dict.fromkeys(reader for answer in answers for reader in answer.shows))
+        pairs = [_pair(answers, *pair) for pair in combinations(readers, 2)]
+        divided = [answer for answer in answers if len(set(_verdicts(answer).values())) > 1]
+        if pairs:
+            shown = [(answer, _said_by_each(answer)) for answer in divided[:DISAGREEMENTS]]
+            found.append(Disagreements(title, pairs, shown))
+    return found
+
+
+def _verdicts(answer: ReadAnswer) -> dict[str, bool]:
+    return {reader: p > 0.5 for reader, p in answer.shows.items() if p is not None}
+
+
+def _pair(answers: list[ReadAnswer], one: str, other: str) -> str:
+    both = [verdicts for verdicts in map(_verdicts, answers) if one in verdicts and other in verdicts]
+    only_one = sum(verdicts[one] and not verdicts[other] for verdicts in both)
+    only_other = sum(verdicts[other] and not verdicts[one] for verdicts in both)
+    return (
+        f"{one.capitalize()} and {other} disagree on {only_one + only_other} of {len(both)} answers: {only_one} show it"
+        f" by the {one} only, {only_other} by the {other} only."
+    )
+
+
+def _said_by_each(answer: ReadAnswer) -> str:
+    said = []
+    for reader, p in answer.shows.items():
+        sure = "" if reader == "markers" or p is None else f" ({p:.2f})"
+        said.append(f"{reader}: {'silent' if p is None else 'yes' if p > 0.5 else 'no'}{sure}")
+    return ", ".join(said)
+
+
+# ----- rows -----
 
 
 def geometry_rows(geometry: dict[str, Any] | None) -> list[list[str]]:

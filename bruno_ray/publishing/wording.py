@@ -81,6 +81,12 @@ METRICS = {
         PERCENT,
         "target prompts whose answer a classifier takes for the unedited model's behaviour.",
     ),
+    "judged_rate": Metric(
+        "Behaviour by the judge, mean",
+        "probability",
+        "how sure a language model is, on average over target prompts, that the answer shows the behaviour.",
+    ),
+    "judged_shown": Metric("Behaviour rate by the judge", PERCENT, "target prompts of which it is more sure than not."),
 }
 """Metric -> what people are told of it. One that is not here is shown under its own name."""
 

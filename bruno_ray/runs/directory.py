@@ -6,6 +6,7 @@
       directions.safetensors   the DirectionBank every edit of the study refers to
       geometry.json            how target and baseline residuals lie, for the report
       samples.json             answers before and after, for the report and the card
+      readings.json            all whole answers to target prompts, and who takes which for the behaviour
       report.html              the report
       model/                   the saved model, once a trial has been saved
 
@@ -26,7 +27,7 @@ from safetensors import SafetensorError
 
 from bruno_ray.errors import OutputError
 from bruno_ray.files import REASONS, atomic_file, locked, output_errors, require_free_space, write_json
-from bruno_ray.runs.records import SCHEMA_VERSION, RunRecord, Sample
+from bruno_ray.runs.records import SCHEMA_VERSION, Readings, RunRecord, Sample
 
 if TYPE_CHECKING:
     from bruno_ray.ablation.closed_forms import DirectionBank
@@ -59,6 +60,7 @@ class RunDirectory:
         self.directions_file = path / "directions.safetensors"
         self.geometry_file = path / "geometry.json"
         self.samples_file = path / "samples.json"
+        self.readings_file = path / "readings.json"
         self.report_file = path / "report.html"
         self.model_folder = path / "model"
 
@@ -196,6 +198,17 @@ class RunDirectory:
             return [Sample.model_validate(sample) for sample in content or []]
         except (TypeError, ValidationError) as error:
             raise OutputError(f"{self.samples_file} is damaged: delete it and resume the run") from error
+
+    def save_readings(self, readings: Readings) -> None:
+        write_json(self.readings_file, readings.model_dump())
+
+    def load_readings(self) -> Readings | None:
+        """None where none were saved."""
+        content = self._read_json(self.readings_file)
+        try:
+            return None if content is None else Readings.model_validate(content)
+        except ValidationError as error:
+            raise OutputError(f"{self.readings_file} is damaged: delete it and resume the run") from error
 
     def save_geometry(self, geometry: dict[str, Any]) -> None:
         """What `plots.geometry_record` makes."""

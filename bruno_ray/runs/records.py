@@ -75,6 +75,27 @@ class Sample(Record):
     shows_after: bool | None = None
 
 
+class ReadAnswer(Record):
+    """One whole answer to a target prompt of the test part, and what its readers make of it."""
+
+    prompt: str
+    answer: str
+    shows: dict[str, float | None] = {}
+    """Reader (`markers`, `detector`, `judge`) -> probability that the answer shows the behaviour; None where it has
+    none."""
+
+
+class Readings(Record):
+    """What readings.json holds: the answers that the report's rates are of, prompt by prompt the same in each list."""
+
+    trial: int
+    """Of `edited` and `saved`."""
+
+    unedited: list[ReadAnswer] = []
+    edited: list[ReadAnswer] = []
+    saved: list[ReadAnswer] = []
+
+
 class RunRecord(Record):
     """What run.json holds. Fields are filled as the run gets there."""
 

@@ -77,6 +77,19 @@ class Evaluation:
         """[edit][target prompt]: whether the answer shows the behaviour."""
         return [[self.markers.shown_by(answer.text) for answer in answers] for answers in self.target_answers]
 
+    @cached_property
+    def whole_answers(self) -> list[list[Response]]:
+        """[edit][target prompt], for readers other than the markers: those that stopped at one are generated again."""
+        whole = [list(answers) for answers in self.target_answers]
+        for edit, answers in zip(self.edits, whole):
+            cut = [p for p, answer in enumerate(answers) if answer.decided]
+            if cut:
+                ids = [self.prompts.target_ids[p] for p in cut]
+                (again,) = self.engine.generate(ids, [edit], self.settings.response_tokens)
+                for p, answer in zip(cut, again):
+                    answers[p] = answer
+        return whole
+
     @property
     def has_answers(self) -> bool:
         """Whether a scorer has asked for the target answers."""
@@ -111,12 +124,23 @@ def score_edits(
     prompts: ScoringPrompts,
     settings: ScoringSettings,
     edits: Sequence[ResolvedEdit | None],
+    readings: bool = False,
 ) -> tuple[Evaluation, list[Scores | TrialError]]:
-    """All metrics of all edits in one evaluation; an edit whose numbers are not finite gets a TrialError of its own."""
+    """All metrics of all edits in one evaluation; an edit whose numbers are not finite gets a TrialError of its own.
+
+    With ``readings``, the scores have the whole answers, and who takes which for the behaviour.
+    """
     evaluation = Evaluation(engine, prompts, settings, edits)
+    return evaluation, score_evaluation(evaluation, scorers, readings)
+
+
+def score_evaluation(
+    evaluation: Evaluation, scorers: Sequence[Scorer], readings: bool = False
+) -> list[Scores | TrialError]:
+    """As `score_edits`, of an evaluation that has some answers already."""
     found = [scorer.score(evaluation) for scorer in scorers]
     results: list[Scores | TrialError] = []
-    for k in range(len(edits)):
+    for k in range(len(evaluation.edits)):
         values = {name: value for scores in found for name, value in scores[k].values.items()}
         counts = {name: count for scores in found for name, count in scores[k].counts.items()}
         broken = [name for name, value in values.items() if not math.isfinite(value)]
@@ -129,6 +153,18 @@ def score_edits(
                     " on; if many do, load the model in bfloat16 or float32 (model.dtypes)"
                 )
             )
+        elif readings:
+            verdicts = {reader: value for scores in found for reader, value in scores[k].verdicts.items()}
+            results.append(Scores(values, counts, *_readings(evaluation, k, verdicts)))
         else:
             results.append(Scores(values, counts))
-    return evaluation, results
+    return results
+
+
+def _readings(
+    evaluation: Evaluation, k: int, verdicts: dict[str, tuple[float | None, ...]]
+) -> tuple[tuple[tuple[str, str], ...], dict[str, tuple[float | None, ...]]]:
+    """The answers and verdicts of one edit's Scores, with the markers' own verdict."""
+    pairs = zip(evaluation.prompts.target, evaluation.whole_answers[k])
+    marked = tuple(map(float, evaluation.marked[k]))
+    return tuple((prompt.user, answer.text) for prompt, answer in pairs), {"markers": marked, **verdicts}

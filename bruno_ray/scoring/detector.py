@@ -5,17 +5,27 @@ baseline prompts without it, so its own answers are a training set that costs no
 left out of an answer before it is looked at; otherwise the classifier would learn what the prompts are about.
 """
 
+from __future__ import annotations
+
+import logging
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bruno_ray.errors import PromptError
-from bruno_ray.scoring.base import Evaluation
+from bruno_ray.errors import PromptError, first_line
 from bruno_ray.scoring.markers import normalise
 from bruno_ray.scoring.scores import Scores
 from bruno_ray.settings import ScoringSettings
+
+if TYPE_CHECKING:
+    from bruno_ray.generation.decoding import Response
+    from bruno_ray.prompts.sets import Prompt
+    from bruno_ray.scoring.base import Evaluation
+
+logger = logging.getLogger(__name__)
 
 WORDS = re.compile(r"[a-z']+|[^\sa-z']")
 LONGEST_PHRASE = 3
@@ -52,19 +62,14 @@ class BehaviourDetector:
             target, baseline: (prompt, answer of the unedited model).
 
         Raises:
-            PromptError: fewer than ten answers on a side.
+            PromptError: fewer than ten answers on a side, or no phrase that two of them share.
         """
         from sklearn.feature_extraction.text import TfidfVectorizer
         from sklearn.linear_model import LogisticRegression
         from sklearn.model_selection import cross_val_predict
         from sklearn.pipeline import make_pipeline
 
-        for side, pairs in (("target", target), ("baseline", baseline)):
-            if len(pairs) < FEWEST_ANSWERS:
-                raise PromptError(
-                    f"the detector learns from at least {FEWEST_ANSWERS} answers to {side} prompts and there are"
-                    f" {len(pairs)}: give more prompts, or leave it out of scoring.report_scorers"
-                )
+        require_enough(len(target), len(baseline))
         self._texts = [own_words(*pair) for pair in (*target, *baseline)]
         self._shows = np.array([True] * len(target) + [False] * len(baseline))
         vectorizer = TfidfVectorizer(
@@ -73,7 +78,13 @@ class BehaviourDetector:
         classifier = LogisticRegression(C=10.0, class_weight="balanced", max_iter=1000, random_state=SEED)
         self._model = make_pipeline(vectorizer, classifier)
         folds = min(FOLDS, len(target), len(baseline))
-        guessed = cross_val_predict(self._model, self._texts, self._shows, cv=folds)
+        try:
+            guessed = cross_val_predict(self._model, self._texts, self._shows, cv=folds)
+        except ValueError as error:  # how scikit-learn says that the vocabulary is empty
+            raise PromptError(
+                f"the detector finds no phrases in the answers ({first_line(error)}): look at them, or leave it out of"
+                " scoring.report_scorers"
+            ) from error
         self.accuracy = float(np.mean([np.mean(guessed[self._shows == side] == side) for side in (True, False)]))
         """Balanced, cross-validated, of telling target answers from baseline answers; 0.5 is chance. Not every target
         answer shows the behaviour, so 1 is not to be expected."""
@@ -110,33 +121,63 @@ class BehaviourDetector:
 class Detected:
     """Share of target prompts whose answer looks to the detector like the unedited model's behaviour.
 
-    The detector is trained on the unedited model's answers to the same prompts, read in full. Costs one generation over
-    the target prompts and one over the baseline prompts, once.
+    The detector is trained on the unedited model's whole answers to the same prompts, and reads whole answers: one that
+    is cut at a marker would teach how long answers with markers are. Costs one generation over the baseline prompts,
+    once, and one over those target prompts whose answer stopped at a marker. With too few prompts to learn from it says
+    so once and gives no metric, unless a study minimises it.
     """
 
     name = "detector"
     needs_unedited = False
-    metrics = ("detected_rate",)
+    metrics: tuple[str, ...] = ("detected_rate",)
 
     def __init__(self, settings: ScoringSettings):
-        pass
+        self._indispensable = "detected_rate" in settings.objectives
+        self.detector: BehaviourDetector | None = None
 
     def prepare(self, unedited: Evaluation) -> None:
-        prompts, n_tokens = unedited.prompts, unedited.settings.response_tokens
-        sides = []
-        for records, ids in ((prompts.target, prompts.target_ids), (prompts.baseline, prompts.baseline_ids)):
-            # To the end: an answer that is cut at a marker would teach how long answers with markers are.
-            (answers,) = unedited.engine.generate(ids, [None], n_tokens)
-            sides.append([(prompt.user, answer.text) for prompt, answer in zip(records, answers)])
-        self.detector = BehaviourDetector(*sides)
+        prompts = unedited.prompts
+        try:
+            require_enough(len(prompts.target), len(prompts.baseline))
+            (answers,) = unedited.engine.generate(prompts.baseline_ids, [None], unedited.settings.response_tokens)
+            self.detector = BehaviourDetector(
+                _pairs(prompts.target, unedited.whole_answers[0]), _pairs(prompts.baseline, answers)
+            )
+        except PromptError as error:
+            if self._indispensable:
+                raise
+            self.metrics = ()
+            logger.info("no behaviour rate by the detector: %s", error)
 
     def score(self, edited: Evaluation) -> list[Scores]:
+        if self.detector is None:
+            return [Scores({}) for _ in edited.edits]
         found = []
-        for answers in edited.target_answers:
-            pairs = [(prompt.user, answer.text) for prompt, answer in zip(edited.prompts.target, answers)]
-            shown = int((self.detector.probability(pairs) > 0.5).sum())
-            found.append(Scores({"detected_rate": shown / len(pairs)}, {"detected_rate": (shown, len(pairs))}))
+        for answers in edited.whole_answers:
+            probability_P = self.detector.probability(_pairs(edited.prompts.target, answers))
+            shown, total = int((probability_P > 0.5).sum()), len(probability_P)
+            found.append(
+                Scores(
+                    {"detected_rate": shown / total},
+                    {"detected_rate": (shown, total)},
+                    verdicts={self.name: tuple(probability_P.tolist())},
+                )
+            )
         return found
+
+
+def require_enough(n_target: int, n_baseline: int) -> None:
+    """Raise PromptError if a detector cannot learn from so few answers."""
+    for side, n in (("target", n_target), ("baseline", n_baseline)):
+        if n < FEWEST_ANSWERS:
+            raise PromptError(
+                f"the detector learns from at least {FEWEST_ANSWERS} answers to {side} prompts and there are {n}: give"
+                " more prompts, or leave it out of scoring.report_scorers"
+            )
+
+
+def _pairs(prompts: Sequence[Prompt], answers: Sequence[Response]) -> list[tuple[str, str]]:
+    return [(prompt.user, answer.text) for prompt, answer in zip(prompts, answers)]
 
 
 def own_words(prompt: str, answer: str) -> str:

@@ -5,6 +5,7 @@ Precedence, highest first: command line, ``BRUNO_*`` environment (``__`` for nes
 read and merged is in ``sources.py``. An unknown key is an error at every depth.
 """
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -179,6 +180,60 @@ class SearchSettings(Section):
     mlp: ComponentRange = ComponentRange(max_weight=(-0.25, 1.5))
 
 
+class JudgeSettings(Section):
+    """A language model that reads the answers of the report. It is off until a URL or a model is given."""
+
+    url: str | None = None
+    """Address of any server with OpenAI's API, up to its /v1: http://localhost:8000/v1. It is asked from the machine
+    that runs the command, not from workers."""
+
+    model: str = ""
+    """The judge's name on that server. Without a URL, a model like those of `model.id`, loaded in a worker of its own
+    when the others are gone."""
+
+    key_variable: str | None = None
+    """Name of the environment variable that holds the server's API key. The key itself is no setting."""
+
+    rubric: str = ""
+    """In a sentence or two, which answers show the behaviour. The judge gets it with each prompt and answer."""
+
+    timeout: PositiveFloat = 60.0
+    """Seconds that the server has for one verdict."""
+
+    concurrency: PositiveInt = 8
+    """Requests that the server gets at a time."""
+
+    most_requests: PositiveInt = 2000
+    """More verdicts than this are not asked for at once; those that are on disk do not count."""
+
+    @property
+    def is_given(self) -> bool:
+        return bool(self.url or self.model)
+
+    @model_validator(mode="after")
+    def _can_be_asked(self) -> "JudgeSettings":
+        if self.url is not None and not self.url.startswith(("http://", "https://")):
+            raise ValueError(f"scoring.judge.url is {self.url!r}; write it as http://HOST:PORT/v1")
+        if self.url is not None and (re.search("://[^/]*@", self.url) or without_password(self.url) != self.url):
+            raise ValueError(
+                "scoring.judge.url holds a password, which would be kept with the run; put the key into an environment"
+                " variable and name that in scoring.judge.key_variable"
+            )
+        if self.url is not None and not self.model:
+            raise ValueError("scoring.judge.url is given without a name; set scoring.judge.model to one of its models")
+        if self.key_variable is not None and not re.fullmatch(r"[A-Za-z_]\w*", self.key_variable):
+            raise ValueError(
+                "scoring.judge.key_variable is no name of an environment variable; put the key into one, such as"
+                " JUDGE_API_KEY, and give that name"
+            )
+        if self.is_given and not self.rubric.strip():
+            raise ValueError(
+                "scoring.judge.rubric is empty; say in a sentence which answers show the behaviour, or leave the judge"
+                " out"
+            )
+        return self
+
+
 class ScoringSettings(Section):
     scorers: tuple[str, ...] = ("behaviour_rate", "kl_divergence", "coherence", "elicited_answers")
     """Names in `bruno_ray.scoring.SCORERS`. Metrics that are no objective decide between equals in --auto-select."""
@@ -198,7 +253,7 @@ class ScoringSettings(Section):
     report_tokens: PositiveInt = 256
     """Longest answer generated for what is reported: test prompts, saved models, `evaluate`."""
 
-    report_scorers: tuple[str, ...] = ("behaviour_by_length", "baseline_behaviour", "neutral_text")
+    report_scorers: tuple[str, ...] = ("behaviour_by_length", "baseline_behaviour", "neutral_text", "detector")
     """Scorers that measure what is reported, beside those of the search."""
 
     kl_tokens: PositiveInt = 16
@@ -211,6 +266,8 @@ class ScoringSettings(Section):
 
     row_tokens: NonNegativeInt = setting(0, resumable=True)
     """Tokens in one forward pass while scoring, padding included; 0 finds it from memory."""
+
+    judge: JudgeSettings = setting(JudgeSettings(), resumable=True)
 
     def for_report(self) -> "ScoringSettings":
         """How what is reported is measured: with longer answers, and by scorers that a search does without."""

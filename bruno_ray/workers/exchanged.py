@@ -63,6 +63,9 @@ class EvaluationContext:
     date: datetime.date
     """For chat templates that print one."""
 
+    readings: bool = False
+    """Whether scores bring the whole answers along, with who takes which for the behaviour."""
+
 
 @dataclass(frozen=True)
 class TrialOutcome:

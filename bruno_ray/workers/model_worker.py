@@ -28,7 +28,7 @@ from bruno_ray.prompts.rendering import render, render_texts
 from bruno_ray.prompts.response_prefix import settle_response_prefix
 from bruno_ray.prompts.sets import Prompt
 from bruno_ray.residuals.extraction import extract_residuals
-from bruno_ray.scoring.base import Evaluation, Scorer, ScoringPrompts, score_edits
+from bruno_ray.scoring.base import Evaluation, Scorer, ScoringPrompts, score_edits, score_evaluation
 from bruno_ray.scoring.registry import make_scorers
 from bruno_ray.scoring.scores import Scores
 from bruno_ray.settings import ModelSettings, ResidualSettings
@@ -129,7 +129,12 @@ class ModelWorker:
         samples: dict[int, tuple[tuple[str, str], ...]] = {}
         if sound:
             evaluation, results = score_edits(
-                self.engine, prepared.scorers, prepared.prompts, context.scoring, [resolved[k] for k in sound]
+                self.engine,
+                prepared.scorers,
+                prepared.prompts,
+                context.scoring,
+                [resolved[k] for k in sound],
+                context.readings,
             )
             found = dict(zip(sound, results))
             samples = {k: _samples(evaluation, i) for i, k in enumerate(sound)}
@@ -168,7 +173,7 @@ class ModelWorker:
             torch.cuda.empty_cache()
         engine = BatchEngine(load_model(self._here(model)))
         engine.limit_row_tokens(context.scoring.row_tokens)
-        _, (scores,) = score_edits(engine, scorers, prepared.prompts, context.scoring, [None])
+        _, (scores,) = score_edits(engine, scorers, prepared.prompts, context.scoring, [None], context.readings)
         if isinstance(scores, TrialError):
             raise scores
         return scores
@@ -187,6 +192,23 @@ class ModelWorker:
         ids = render(self.loaded.tokenizer, prompts, context.response_prefix, date=context.date)
         rows = self.engine.generate(ids, [None if edit is None else next(given) for edit in edits], max_new_tokens)
         return [[response.text for response in responses] for responses in rows]
+
+    def own_answers(
+        self, prompts: Sequence[Prompt], response_prefix: str, date: datetime.date, max_new_tokens: int
+    ) -> list[str]:
+        """Whole greedy answers of the unedited model."""
+        ids = render(self.loaded.tokenizer, prompts, response_prefix, date=date)
+        (responses,) = self.engine.generate(ids, [None], max_new_tokens)
+        return [response.text for response in responses]
+
+    def first_tokens(self, prompts: Sequence[Prompt], date: datetime.date, most: int) -> list[list[tuple[str, float]]]:
+        """For each prompt the likeliest first tokens of the unedited model's answer: text, log-probability in nats."""
+        (logits_PV,) = self.engine.next_logits(render(self.loaded.tokenizer, prompts, date=date), [None])
+        likeliest = logits_PV.log_softmax(-1).topk(min(most, logits_PV.shape[-1]))
+        return [
+            list(zip(self.engine.texts([(token,) for token in tokens]), logprobs))
+            for tokens, logprobs in zip(likeliest.indices.tolist(), likeliest.values.tolist())
+        ]
 
     def memory(self) -> dict[str, int]:
         """Bytes: resident memory of this process, and what torch holds on GPUs."""
@@ -213,7 +235,7 @@ class ModelWorker:
         unedited = Evaluation(self.engine, prepared.prompts, context.scoring)
         for scorer in prepared.scorers:
             scorer.prepare(unedited)
-        _, (scores,) = score_edits(self.engine, prepared.scorers, prepared.prompts, context.scoring, [None])
+        (scores,) = score_evaluation(unedited, prepared.scorers, context.readings)
         if isinstance(scores, TrialError):
             raise TrialError("the unedited model's logits are not numbers: load it in another dtype (model.dtypes)")
         prepared.baseline = scores

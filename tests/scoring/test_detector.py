@@ -1,12 +1,13 @@
 """The detector learns what answers with the behaviour look like, not what their prompts are about."""
 
+import logging
 import random
 
 import numpy as np
 import pytest
 
 from bruno_ray.errors import PromptError
-from bruno_ray.scoring.base import Evaluation
+from bruno_ray.scoring.base import Evaluation, score_evaluation
 from bruno_ray.scoring.detector import BehaviourDetector, own_words
 from bruno_ray.scoring.registry import SCORERS
 from tests.scoring.helpers import settings
@@ -92,3 +93,39 @@ def test_as_a_scorer_it_learns_from_the_unedited_model(engine, many_prompts) -> 
     (scores,) = scorer.score(Evaluation(engine, many_prompts, given, [None]))
     shown, total = scores.counts["detected_rate"]
     assert total == len(many_prompts.target) and scores.values["detected_rate"] == shown / total
+
+
+def test_too_few_prompts_leave_the_scorer_out_unless_a_study_needs_it(engine, prompts, caplog) -> None:
+    given = settings()
+    scorer = SCORERS["detector"](given)
+    with caplog.at_level(logging.INFO, "bruno_ray"):
+        scorer.prepare(Evaluation(engine, prompts, given))
+    (line,) = caplog.messages
+    assert "no behaviour rate by the detector" in line and "target prompts and there are 3" in line
+    (scores,) = scorer.score(Evaluation(engine, prompts, given, [None]))
+    assert scores.values == {} and scorer.metrics == ()
+    with pytest.raises(PromptError, match="there are 3"):
+        needed = settings(objectives=("detected_rate",))
+        SCORERS["detector"](needed).prepare(Evaluation(engine, prompts, needed))
+
+
+def test_answers_without_words_leave_it_out_too(caplog) -> None:
+    with pytest.raises(PromptError, match=r"no phrases in the answers .*scoring\.report_scorers"):
+        BehaviourDetector([("a", "")] * 12, [("b", "")] * 12)
+
+
+def test_it_reads_whole_answers_and_says_what_it_makes_of_each(engine, many_prompts) -> None:
+    given = settings(response_tokens=12, markers=("e", "t", "a"))
+    evaluation = Evaluation(engine, many_prompts, given, [None])
+    scorer = SCORERS["detector"](given)
+    scorer.prepare(evaluation)
+    (scores,) = score_evaluation(evaluation, [scorer], readings=True)
+    cut = [answer.decided for answer in evaluation.target_answers[0]]
+    (whole,) = engine.generate(many_prompts.target_ids, [None], 12)
+    assert any(cut), "some answers stop at a marker"
+    assert [answer for _, answer in scores.answers] == [answer.text for answer in whole]
+    assert [prompt for prompt, _ in scores.answers] == [prompt.user for prompt in many_prompts.target]
+    assert scores.verdicts["markers"] == tuple(map(float, evaluation.marked[0]))
+    assert sum(p > 0.5 for p in scores.verdicts["detector"]) == scores.counts["detected_rate"][0]
+    (without,) = score_evaluation(evaluation, [scorer])
+    assert without.answers == () and without.verdicts == {} and without.values == scores.values

@@ -55,7 +55,10 @@ def make_settings(objectives: tuple[str, ...]) -> Settings:
 def scores(values: dict[str, float]) -> SimpleNamespace:
     hits = round(values["behaviour_rate"] * N_PROMPTS)
     return SimpleNamespace(
-        values={**values, "behaviour_rate": hits / N_PROMPTS}, counts={"behaviour_rate": (hits, N_PROMPTS)}
+        values={**values, "behaviour_rate": hits / N_PROMPTS},
+        counts={"behaviour_rate": (hits, N_PROMPTS)},
+        answers=(),
+        verdicts={},
     )
 
 
