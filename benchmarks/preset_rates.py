@@ -7,11 +7,12 @@ be changed and the table printed anew; read the answers that it lists as excepti
 """
 
 import argparse
+import datetime
 import json
 import time
 from pathlib import Path
 
-from bruno_ray.generation.engine import Engine
+from bruno_ray.generation.engine import BatchEngine
 from bruno_ray.model.loading import load_model
 from bruno_ray.prompts.rendering import render
 from bruno_ray.prompts.sets import Prompt, load_prompts
@@ -67,11 +68,11 @@ def answered(prompts: list[Prompt], model: str, tokens: int, file: Path) -> dict
     missing = [prompt for prompt in prompts if prompt.user not in answers]
     if not missing:
         return answers
-    engine = Engine(load_model(ModelSettings(id=model)))
+    engine = BatchEngine(load_model(ModelSettings(id=model)))
     for begin in range(0, len(missing), BATCH):
         batch = missing[begin : begin + BATCH]
         started = time.process_time()
-        (responses,) = engine.generate(render(engine.tokenizer, batch), [None], tokens)
+        (responses,) = engine.generate(render(engine.tokenizer, batch, date=datetime.date.today()), [None], tokens)
         with file.open("a", encoding="utf-8") as stream:
             for prompt, response in zip(batch, responses):
                 answers[prompt.user] = response.text

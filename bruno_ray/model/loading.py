@@ -10,10 +10,12 @@ without gradients, its generation config neutral (greedy, no penalties); what th
 
 import hashlib
 import logging
+import time
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -27,6 +29,7 @@ from transformers import (
     BitsAndBytesConfig,
     GenerationConfig,
     PreTrainedConfig,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     ProcessorMixin,
 )
@@ -40,6 +43,9 @@ from bruno_ray.model.locating import locate
 from bruno_ray.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
+
+SLOWER = 1.2
+"""Times float32 from which another dtype is not computed in on a CPU."""
 
 WEIGHT_FILES = ("*.safetensors", "*.bin", "*.pt")
 IDENTITY_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "tokenizer.model")
@@ -98,6 +104,8 @@ def load_model(settings: ModelSettings, *, full_precision: bool = False) -> Load
         settings = settings.model_copy(update={"dtypes": ("auto",), "quantization": "none", "device_map": "cpu"})
     model, dtype = _load_weights(source, settings, config, tokenizer, multimodal, trial=not full_precision)
     architecture = find_architecture(model)
+    if (head := cast(PreTrainedModel, model).get_output_embeddings()) is not None:
+        head.register_forward_pre_hook(_contiguous)
     generation_config = deepcopy(model.generation_config)
     model.generation_config = GenerationConfig(
         do_sample=False,
@@ -118,6 +126,12 @@ def load_model(settings: ModelSettings, *, full_precision: bool = False) -> Load
     )
 
 
+def _contiguous(head: nn.Module, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What comes to the output embeddings in one piece. torch multiplies a part of a tensor, such as the last tokens of
+    every row, with a copy of the whole vocabulary's weights per row."""
+    return (arguments[0].contiguous(), *arguments[1:])
+
+
 # ----- weights -----
 
 
@@ -134,7 +148,7 @@ def _load_weights(
     failures: dict[str, str] = {}
     too_big = 1 << 30  # itemsize of the smallest dtype that ran out of memory
     for wish in settings.dtypes:
-        dtype = _resolve_dtype(wish, config)
+        dtype = _resolve_dtype(wish, config, settings if trial else None)
         name = str(dtype).removeprefix("torch.")
         if name in failures:
             continue
@@ -196,12 +210,35 @@ def _try_one_token(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> None
         raise FloatingPointError("logits are not finite")
 
 
-def _resolve_dtype(wish: str, config: PreTrainedConfig) -> torch.dtype:
+def _resolve_dtype(wish: str, config: PreTrainedConfig, settings: ModelSettings | None = None) -> torch.dtype:
+    """``auto`` is the dtype that is stored. With ``settings``, for computing: on a CPU that has no instructions for
+    bfloat16 it is float32, which is the same numbers, many times faster."""
     if wish != "auto":
         return getattr(torch, wish)
     stored = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None) or torch.float32
     stored = getattr(torch, stored) if isinstance(stored, str) else stored
-    return stored if stored in (torch.bfloat16, torch.float16, torch.float32) else torch.bfloat16
+    stored = stored if stored in (torch.bfloat16, torch.float16, torch.float32) else torch.bfloat16
+    on_cpu = settings is not None and (settings.device_map == "cpu" or not torch.cuda.is_available())
+    return torch.float32 if on_cpu and stored != torch.float32 and _is_slow(stored) else stored
+
+
+@cache
+def _is_slow(dtype: torch.dtype) -> bool:
+    """Whether this CPU multiplies matrices more slowly in ``dtype`` than in float32: measured, in milliseconds."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        a, b = torch.ones(64, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+        times = []
+        for _ in range(5):
+            start = time.perf_counter()
+            torch.nn.functional.linear(a, b)
+            times.append(time.perf_counter() - start)
+        return min(times)
+
+    slow = seconds(dtype) > SLOWER * seconds(torch.float32)
+    if slow:
+        logger.info("this CPU is slow in %s: computing in float32", str(dtype).removeprefix("torch."))
+    return slow
 
 
 def _quantization(settings: ModelSettings, dtype: torch.dtype) -> BitsAndBytesConfig | None:

