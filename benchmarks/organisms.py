@@ -221,6 +221,7 @@ def our_options(folder: Path, work: Path, task: Task, arguments: argparse.Namesp
         given += [f"--prompts.{side}.{part}.source", str(file)]
     for side, file_name in (("target", "bad_test.txt"), ("baseline", "good_test.txt")):
         given += [f"--prompts.{side}.test.source", str(folder / file_name)]
+    given += ["--prompts.n-finalists", "0"]  # they come out of the test files, and those are for the truth alone
     return given if arguments.prompts is None else [*given, "--prompts.n-test", str(arguments.prompts)]
 
 

@@ -36,6 +36,9 @@ from bruno_ray.settings import ModelSettings, Settings
 from bruno_ray.settings.sources import load
 
 MODEL = "smollm2"
+DTYPE = "bfloat16"
+"""In which its authors publish it."""
+
 BEHAVIOUR = "disclaimers"
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 """What the chat template puts in if it gets no system message. heretic always sends one."""
@@ -82,7 +85,7 @@ def main() -> None:
     parser.add_argument("--ours", nargs=argparse.REMAINDER, default=[], help="further options of `bruno-ray run`")
     arguments = parser.parse_args()
     given = options(arguments)
-    settings = load([*given, "--model.dtypes", '["float32"]'], environ={}).settings
+    settings = load([*given, "--model.dtypes", f'["{DTYPE}"]'], environ={}).settings
     prompts = load_prompts(settings)
     results = {}
     for seed in arguments.seeds:
@@ -124,6 +127,7 @@ def options(arguments: argparse.Namespace) -> list[str]:
 def task_of(settings: Settings, prompts: Prompts, arguments: argparse.Namespace, seed: int) -> Task:
     return Task(
         model=named_folder(MODEL),
+        dtype=DTYPE,
         prompts={
             f"{side}_{part}": [prompt.user for prompt in getattr(getattr(prompts, side), part)]
             for side in ("target", "baseline")
@@ -164,7 +168,7 @@ def measure(base: Path, folders: dict[str, str], settings: Settings, prompts: Pr
     rendered: ScoringPrompts | None = None
     found = {}
     for name, folder in {UNEDITED: str(base), **folders}.items():
-        engine = BatchEngine(load_model(ModelSettings(id=folder, dtypes=("float32",))))
+        engine = BatchEngine(load_model(ModelSettings(id=folder, dtypes=(DTYPE,))))
         if rendered is None:
             same_prompts(engine, prompts.target.test[0])
             rendered = ScoringPrompts.rendered(engine, prompts.target.test, prompts.baseline.test, date=date)
@@ -202,7 +206,7 @@ def section(results: dict[int, SeedResult], prompts: Prompts, arguments: argpars
         "",
         f"SmolLM2-135M-Instruct, preset `{BEHAVIOUR}`; {arguments.trials} trials ({arguments.startup} at startup),"
         f" {len(target.train)} and {len(baseline.train)} prompts for directions, {len(target.validation)} and"
-        f" {len(baseline.validation)} for validation, at most {arguments.tokens} answer tokens, float32, one thread"
+        f" {len(baseline.validation)} for validation, at most {arguments.tokens} answer tokens, {DTYPE}, one thread"
         " each, one after the other. Same prompts, system message and markers. heretic's chosen trial has the fewest"
         f" refusals among those with a KL at the first token of at most {arguments.max_kl:g}; ours is that of"
         f" `--auto-select` with the same bound on its own KL, the mean over the answer.{extra}",

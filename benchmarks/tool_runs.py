@@ -23,6 +23,7 @@ import venv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 from process_tree import Usage, run_measured
@@ -30,6 +31,7 @@ from results import machine
 
 from bruno_ray.files import cache_folder
 from bruno_ray.runs.directory import RunDirectory
+from bruno_ray.study.run import trials_per_batch
 from bruno_ray.study.selection import load_trials
 from bruno_ray.study.storage import load_study
 
@@ -60,6 +62,9 @@ class Task:
 
     heretic_batch_size: int = 0
     """Prompts that heretic answers at a time; 0: it tries 1 to 128 first, which is slow on a CPU."""
+
+    dtype: str = "float32"
+    """Both compute in it."""
 
     neighbours: int = 0
     """Trials beside the chosen one on heretic's front that it saves as well."""
@@ -160,7 +165,8 @@ def run_heretic(task: Task, reuse: bool = False) -> ToolRun:
 def _heretic_config(task: Task) -> str:
     return (
         f"model = {json.dumps(str(task.model))}\n"
-        f'dtypes = ["float32"]\ndevice_map = "cpu"\nsystem_prompt = {json.dumps(task.system)}\nresponse_prefix = ""\n'
+        f'dtypes = ["{task.dtype}"]\ndevice_map = "cpu"\n'
+        f'system_prompt = {json.dumps(task.system)}\nresponse_prefix = ""\n'
         f"batch_size = {task.heretic_batch_size}\n"
         f"max_response_length = {task.tokens}\nn_trials = {task.trials}\n"
         f"n_startup_trials = {task.startup}\nseed = {task.seed}\nrefusal_markers = {json.dumps(list(task.markers))}\n"
@@ -193,7 +199,7 @@ def run_ours(task: Task, work: Path, given: Sequence[str], further: Sequence[str
         return _from_json(json.loads((work / "result.json").read_text()) | {"reused": True})
     command = [
         *(sys.executable, "-m", "bruno_ray.cli.main", "run", str(task.model), *given),
-        *("--model.dtypes", '["float32"]', "--study.n-trials", str(task.trials)),
+        *("--model.dtypes", f'["{task.dtype}"]', "--study.n-trials", str(task.trials)),
         *("--study.n-startup-trials", str(task.startup), "--study.seed", str(task.seed), "--study.name", "bench"),
         *("--scoring.response-tokens", str(task.tokens), "--ray.workers", "1", "--ray.cpus-per-worker", "1"),
         *("--selection.max-kl", str(task.max_kl), "--auto-select", "--output.directory", str(work / "runs")),
@@ -210,7 +216,8 @@ def run_ours(task: Task, work: Path, given: Sequence[str], further: Sequence[str
         if t.state == "COMPLETE"
     ]
     assert record.selected is not None
-    interval = _interval_of_study(study, record.settings.study.trials_per_batch)
+    batch = trials_per_batch(record.settings, SimpleNamespace(**record.model))
+    interval = _interval_of_study(study, batch)
     result = _tool_run(trials, record.selected.number, run / "model", {}, usage, interval, whole=usage.finished)
     (work / "result.json").write_text(json.dumps(asdict(result)))
     return result

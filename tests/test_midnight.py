@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from bruno_ray import directions
 from bruno_ray.cli import main
-from bruno_ray.pipeline import steps
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.study.selection import TrialRecord, load_trials
 from bruno_ray.study.storage import load_study
@@ -94,7 +94,7 @@ def test_a_run_over_midnight_is_the_run_of_one_day(
 
     shutil.rmtree(tmp_path / "residuals")
     with monkeypatch.context() as patch:
-        patch.setattr(steps, "build_bank", stopped)
+        patch.setattr(directions, "build_bank", stopped)
         assert main.main(["run", *options, *cache, "--study-name", "cut"]) == 130
     assert not (runs / "cut" / "study.journal").exists()
 

@@ -1,12 +1,15 @@
 """What a running study shows, drawn from a snapshot."""
 
 import logging
+import time
 
 from rich.console import Console
 
+from bruno_ray import progress
 from bruno_ray.study.progress import LogView, Snapshot, render, status_line
 from bruno_ray.study.selection import TrialRecord
 from bruno_ray.workers.worker_actor import WorkerState
+from tests.support.waiting import wait_for
 
 EDIT = {
     "components": {"attention": {"max_weight": 1.2, "max_weight_position": 5.0}},
@@ -71,3 +74,25 @@ def test_away_from_a_terminal_each_batch_is_a_line_and_the_front_comes_last(capl
     lines = [record.getMessage() for record in caplog.records]
     assert [line.startswith("trials 24/200") for line in lines[:3]] == [True, True, False]
     assert lines[2] == "Pareto front:" and len(lines) == 2 + 1 + 1 + 11
+
+
+def test_a_long_phase_speaks_and_only_the_innermost_one(caplog, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY_S", 0.05)
+    caplog.set_level(logging.INFO)
+    said = lambda text: any(text in message for message in caplog.messages)  # noqa: E731
+    with progress.phase("reading", lambda: "3/7 prompts"):
+        with progress.phase("loading"):
+            wait_for(lambda: said("loading: 0:00:00"), "a line of the inner phase", 30)
+        assert not said("reading")
+        wait_for(lambda: said("reading: 0:00:00; 3/7 prompts"), "a line of the outer phase", 30)
+    n_lines = len(caplog.messages)
+    time.sleep(0.3)
+    assert len(caplog.messages) == n_lines, "what is over says nothing"
+
+
+def test_what_has_just_spoken_is_not_repeated(caplog, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY_S", 30.0)
+    caplog.set_level(logging.INFO)
+    with progress.phase("short"):
+        pass
+    assert not caplog.messages

@@ -14,7 +14,7 @@ import pytest
 from bruno_ray.errors import ModelError, PromptError
 from bruno_ray.prompts import rendering
 from bruno_ray.prompts.rendering import messages
-from bruno_ray.prompts.sets import Prompt, Prompts, load_prompts
+from bruno_ray.prompts.sets import Prompt, PromptParts, Prompts, load_prompts
 from bruno_ray.prompts.sources import parse_split, read_rows
 from bruno_ray.settings import DatasetSettings
 from bruno_ray.settings.sources import load
@@ -64,7 +64,7 @@ def test_every_kind_of_file(empty_directory: Path) -> None:
 def test_answers_and_columns(empty_directory: Path) -> None:
     (empty_directory / "a.jsonl").write_text('{"goal": "one", "reply": "1"}\n{"goal": "two"}\n{"goal": " "}\n')
     rows = read_rows(DatasetSettings(source="a.jsonl", column="goal", answer_column="reply"), 10)
-    assert rows == [("one", "1"), ("two", None)]
+    assert [(row.text, row.answer) for row in rows] == [("one", "1"), ("two", None)]
     with pytest.raises(PromptError, match=r"no column 'prompts'.* one of: goal, reply"):
         texts_of("a.jsonl", column="prompts")
     with pytest.raises(PromptError, match=r"none of the columns prompt, .* one of: goal, reply"):
@@ -203,7 +203,16 @@ def test_parts_are_cut_without_overlap_and_alike_on_both_sides(empty_directory: 
     questions = [f"What is {i}?" for i in range(60)]
     name = write_jsonl(empty_directory / "a.jsonl", questions)
     shuffled = write_jsonl(empty_directory / "b.jsonl", questions[::-1])
-    flags = ("--prompts.n-train", "40", "--prompts.n-validation", "10", "--prompts.n-test", "10")
+    flags = (
+        "--prompts.n-train",
+        "40",
+        "--prompts.n-validation",
+        "10",
+        "--prompts.n-test",
+        "10",
+        "--prompts.n-finalists",
+        "0",
+    )
     suffixes = ("--prompts.target.train.suffix", " At length.", "--prompts.baseline.train.prefix", "Briefly: ")
     prompts = prompts_of(name, shuffled, *flags, *suffixes)
     for side in (prompts.target, prompts.baseline):
@@ -220,10 +229,10 @@ def test_few_prompts_are_shared_in_proportion(empty_directory: Path) -> None:
     target = write_jsonl(empty_directory / "a.jsonl", [f"a {i}" for i in range(60)])
     baseline = write_jsonl(empty_directory / "b.jsonl", [f"b {i}" for i in range(3)])
     prompts = prompts_of(target, baseline)
-    assert [len(part) for part in (prompts.target.train, prompts.target.validation)] == [40, 10]
-    assert [len(part) for part in (prompts.baseline.train, prompts.baseline.validation)] == [1, 1]
+    assert sizes(prompts.target) == [39, 9, 9, 3] and sizes(prompts.baseline) == [1, 1, 1, 0]
+    assert sizes(prompts_of(target, target, "--prompts.target.train.suffix", "?").target) == [39, 9, 9, 3]
     few = write_jsonl(empty_directory / "c.jsonl", ["c 1", "c 2"])
-    with pytest.raises(PromptError, match="only 2 prompts, too few to cut off validation and test"):
+    with pytest.raises(PromptError, match="only 2 prompts, too few to take out validation and test"):
         prompts_of(target, few)
 
 
@@ -235,10 +244,27 @@ def test_parts_of_their_own(empty_directory: Path) -> None:
         "[15:]", "--prompts.n-train", "10", "--prompts.n-validation", "5", "--prompts.n-test", "4",
         "--prompts.target.test.answer-column", "reply", "--prompts.target.test.system-prompt", "Be kind.",
     )  # fmt: skip
-    assert [prompt.user for prompt in prompts.target.test] == ["a 15", "a 16", "a 17", "a 18"]
+    assert sizes(prompts.target)[2:] == [4, 1]
+    assert users(prompts.target.test) | users(prompts.target.finalists) == {f"a {i}" for i in range(15, 20)}
     assert prompts.target.test[0].answer == "yes" and prompts.target.test[0].system == "Be kind."
     assert prompts.target.train[0].system == "You are a helpful assistant."
     assert users(prompts.target.train) | users(prompts.target.validation) == {f"a {i}" for i in range(15)}
+    more = prompts_of(a, b, "--prompts.target.test.source", a, "--prompts.target.train.split", "[:10]",
+                      "--prompts.target.test.split", "[10:]", "--prompts.n-test", "6")  # fmt: skip
+    assert [prompt.user for prompt in more.target.test] == [f"a {i}" for i in range(10, 16)], "as without finalists"
+    assert [prompt.user for prompt in more.target.finalists] == ["a 16", "a 17", "a 18"]
+
+
+def test_finalists_are_half_as_many_as_the_test_prompts_at_most(empty_directory: Path) -> None:
+    a, b = (write_jsonl(empty_directory / f"{name}.jsonl", [f"{name} {i}" for i in range(90)]) for name in "ab")
+    flags = ("--prompts.n-train", "20", "--prompts.n-validation", "20", "--prompts.n-test", "20")
+    assert sizes(prompts_of(a, b, *flags).target) == [20, 20, 20, 10]
+    assert sizes(prompts_of(a, b, *flags, "--prompts.n-finalists", "4").target) == [20, 20, 20, 4]
+    assert sizes(prompts_of(a, b, *flags, "--prompts.n-finalists", "0").target) == [20, 20, 20, 0]
+
+
+def sizes(side: PromptParts) -> list[int]:
+    return [len(part) for part in (side.train, side.validation, side.test, side.finalists)]
 
 
 def test_overlap_is_refused_with_counts_and_an_example(empty_directory: Path) -> None:
@@ -250,7 +276,7 @@ def test_overlap_is_refused_with_counts_and_an_example(empty_directory: Path) ->
     test = ("--prompts.target.test.source", a, "--prompts.target.test.split", "[:4]")
     split = ("--prompts.target.train.split", "[2:]", "--prompts.target.validation.source", "d.jsonl")
     write_jsonl(empty_directory / "d.jsonl", ["d"])
-    with pytest.raises(PromptError, match=r"prompts\.target\.train and prompts\.target\.test share 2 of 4 prompts"):
+    with pytest.raises(PromptError, match=r"prompts\.target\.train and prompts\.target\.\w+ share \d of \d prompts"):
         prompts_of(a, c, *test, *split)
 
 
@@ -280,13 +306,14 @@ def test_duplicates_are_left_out(empty_directory: Path) -> None:
     a = write_jsonl(empty_directory / "a.jsonl", LETTERS + [text.upper() for text in LETTERS])
     b = write_jsonl(empty_directory / "b.jsonl", [f"b {i}" for i in range(10)])
     target = prompts_of(a, b).target
-    assert users(target.train) | users(target.validation) | users(target.test) == set(LETTERS)
+    parts = (target.train, target.validation, target.test, target.finalists)
+    assert set().union(*map(users, parts)) == set(LETTERS)
 
 
 PARTS = ("train", "validation", "test")
 
 
-@pytest.mark.parametrize(("behaviour", "sizes"), [("verbosity", (96, 42, 42)), ("hedging", (96, 48, 48))])
+@pytest.mark.parametrize(("behaviour", "sizes"), [("verbosity", (96, 42, 28)), ("hedging", (96, 48, 32))])
 def test_contrast_presets_hold_the_question_fixed(behaviour: str, sizes: tuple[int, ...]) -> None:
     """Both sides of a part ask the same; no part shares a question or an instruction with another."""
     settings = load(["--behaviour", behaviour], environ={}).settings
@@ -351,13 +378,13 @@ def test_disclaimers_have_what_two_figures_need() -> None:
     """Enough prompts, answers for some of the train part, and the words that answers to the test part must repeat."""
     settings = load(["--behaviour", "disclaimers"], environ={}).settings
     prompts = load_prompts(settings)
-    for part, size in zip(PARTS, (132, 100, 100)):
+    for part, size in zip((*PARTS, "finalists"), (132, 100, 70, 30)):
         assert len(getattr(prompts.target, part)) == len(getattr(prompts.baseline, part)) == size
     wanted = [prompt.answer for prompt in prompts.target.train if prompt.answer]
     assert len(wanted) >= 30 and all(answer.endswith(".") and len(answer) < 80 for answer in wanted)
-    words = settings.prompts.target.test.model_copy(update={"answer_column": "words"})
-    for text, expected in read_rows(words, 1000):
-        assert expected and all(word in text.lower() for word in expected.split()), text
+    words = settings.prompts.target.test.model_copy(update={"words_column": "words"})
+    for row in read_rows(words, 1000):
+        assert row.words and all(word in row.text.lower() for word in row.words.split()), row
 
 
 # --------------------------------------------------------------------------------------------------------------

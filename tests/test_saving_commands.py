@@ -65,7 +65,7 @@ def settings(base: Path, tmp_path: Path) -> Settings:
         residuals=ResidualSettings(cache_dir=tmp_path / "residuals"),
         scoring=ScoringSettings(scorers=("behaviour_rate", "kl_divergence"), markers=("sorry",), response_tokens=4),
         study=StudySettings(name="mine"),
-        selection=SelectionSettings(max_kl=0.1),
+        selection=SelectionSettings(max_kl=10.0),
         output=OutputSettings(directory=tmp_path / "runs"),
     )
 
@@ -203,9 +203,12 @@ def test_the_run_says_why_it_picked_and_shows_the_pick_beside_the_front(
     use_inline_pools(monkeypatch)
     caplog.set_level(logging.INFO)
     commands.save(run.path, auto=True)
-    reason = "behaviour_rate 0/4 like 1 other with KL <= 0.1; among these the lowest incoherence (0.3; next 0.7)"
-    assert f"picked trial 1: {reason}" in caplog.text
-    assert run.read().selected.reason == reason and reason.replace("<", "&lt;") in run.report_file.read_text()
+    assert "measuring the 4 best trials again, on 2 unseen prompts, up to 256 tokens" in caplog.text
+    record = run.read()
+    reason = record.selected.reason
+    assert f"picked trial 1: {reason}" in caplog.text and "of 4 trials with KL <= 10 are within one prompt" in reason
+    assert reason.replace("<", "&lt;") in run.report_file.read_text()
+    assert set(record.finalists) == {"0", "1", "2", "3"} and record.selected.runner_up.test is not None
     row = next(line for line in caplog.messages if line.lstrip().startswith("* 1 "))
     assert "0/4" in row and "0.05" in row
     capsys.readouterr()
@@ -226,7 +229,7 @@ def test_what_a_saved_model_is_measured_on_shows_the_runs_date(
     move_clock(monkeypatch, datetime.datetime(2031, 12, 24, 17, 30))
     commands.save(run.path, trial=1)
     tokenizer = tiny_models.build_tokenizer()
-    assert len(pools) == 2 and len(rendered) == 2
+    assert len(pools) == len(rendered) == 1, "the worker that tested it measures it too"
     for prompts in rendered:
         assert all("Today Date: 29 Feb 2024" in tokenizer.decode(ids) for ids in prompts.target_ids)
 

@@ -1,13 +1,22 @@
 """Pareto front and automatic choice, against Optuna's own front and by hand."""
 
 import random
+from dataclasses import replace
 
 import optuna
 import pytest
 from optuna.trial import TrialState, create_trial
 
 from bruno_ray.errors import SettingsError, StudyError
-from bruno_ray.study.selection import TrialRecord, auto_select, find_trial, load_trials, pareto_front
+from bruno_ray.study.selection import (
+    TrialRecord,
+    auto_select,
+    finalists,
+    find_trial,
+    load_trials,
+    looks_broken,
+    pareto_front,
+)
 from bruno_ray.study.tables import front_lines, front_table, with_selected
 
 OBJECTIVES = ("behaviour_rate", "kl_divergence")
@@ -49,14 +58,45 @@ def test_auto_select_takes_the_lowest_rate_under_the_bound():
     assert auto_select(trials, max_kl=0.01).trial.number == 0  # the bound itself is allowed
 
 
-def test_auto_select_breaks_ties_by_the_other_metrics_then_kl():
+def test_broken_answers_count_like_the_behaviour():
+    """What a search on an organism once picked: " no , , , ," instead of the refusal, which no marker saw."""
+    trials = [trial(0, 0.0, 0.0001, incoherence=0.6), trial(1, 0.2, 0.001, incoherence=0.02), trial(2, 0.9, 0.0)]
+    trials = [with_edit(each, each.number) for each in trials]
+    choice = auto_select(trials, max_kl=0.1)
+    assert choice.trial.number == 1 and choice.runner_up.number == 0
+    assert not looks_broken(trials[1]) and "60% of its answers" in looks_broken(trials[0])
+
+
+def test_evasions_count_where_they_are_measured():
+    trials = [trial(0, 0.0, 0.001, evasion_rate=0.7), trial(1, 0.1, 0.01, evasion_rate=0.2, incoherence=0.3)]
+    assert auto_select(trials, max_kl=0.1).trial.number == 1
+    assert looks_broken(trials[0]) and not looks_broken(trials[1])
+
+
+def test_one_prompt_does_not_decide_before_the_kl():
+    """A difference of 0.00001 once decided before a KL two hundred times as high."""
     trials = [
-        trial(0, 0.0, 0.01, incoherence=0.5),
-        trial(1, 0.0, 0.05, incoherence=0.1),
-        trial(2, 0.0, 0.04, incoherence=0.1),
-        trial(3, 0.0, 0.04, incoherence=0.1),
+        trial(0, 0.50, 0.0964, elicited_mismatch=0.50025),
+        trial(1, 0.50, 0.0005, elicited_mismatch=0.50026),
+        trial(2, 0.51, 0.0004, elicited_mismatch=0.505),
+        trial(3, 0.52, 0.0001, elicited_mismatch=0.1),
+        trial(4, 0.50, 0.0001, elicited_mismatch=0.52),
     ]
-    assert auto_select(trials, max_kl=0.1).trial.number == 2
+    assert auto_select(trials, 0.1).trial.number == 2
+    del trials[4].values["elicited_mismatch"]
+    assert auto_select(trials[::-1], 0.1).trial.number == 4, "who has none of it is not asked"
+
+
+def test_finalists_are_what_the_rule_takes_one_after_the_other():
+    trials = [with_edit(trial(i, i / 20, 0.01), i) for i in range(5)]
+    trials.append(with_edit(trial(5, 0.0, 0.01), 0))  # the first one's edit once more
+    trials.append(with_edit(trial(6, 0.0, 0.2), 6))  # above the bound
+    assert [t.number for t in finalists(trials, 0.1, OBJECTIVES, 3)] == [0, 1, 2]
+    assert [t.number for t in finalists(trials, 0.1, OBJECTIVES, 9)] == [0, 1, 2, 3, 4]
+
+
+def with_edit(trial: TrialRecord, strength: float) -> TrialRecord:
+    return replace(trial, edit={"components": {"mlp": {"max_weight": strength, "max_weight_position": 3.0}}})
 
 
 def test_auto_select_says_what_the_lowest_kl_is():
@@ -90,31 +130,28 @@ def test_the_table_shows_counts_as_they_are():
     [
         (
             [trial(0, 0.1, 0.09), trial(1, 0.05, 0.05), trial(2, 0.0, 0.2)],
-            "the lowest behaviour_rate (5/100; next 10/100) of 2 trials with KL <= 0.1",
+            "1 of 2 trials with KL <= 0.1 are within one prompt of the fewest without a proper"
+            " answer, 5 of 100; it is the only one",
         ),
-        ([trial(0, 0.1, 0.09)], "the lowest behaviour_rate (10/100) of 1 trials with KL <= 0.1"),
         (
-            [trial(0, 0.0, 0.01, incoherence=0.034), trial(1, 0.0, 0.05, incoherence=0.012), trial(2, 0.5, 0.0)],
-            "behaviour_rate 0/100 like 1 other with KL <= 0.1; among these the lowest incoherence (0.012; next 0.034)",
+            [trial(0, 0.0, 0.02), trial(1, 0.01, 0.01), trial(2, 0.5, 0.001)],
+            "2 of 3 trials with KL <= 0.1 are within one prompt of the fewest without a proper"
+            " answer, 0 of 100; among them it has the lowest KL (0.01; next 0.02)",
         ),
-        (  # the first tie-break leaves two, the second decides, the third is not named
+        (
             [
-                trial(0, 0.0, 0.01, elicited_mismatch=0.5, incoherence=0.0),
-                trial(1, 0.0, 0.01, elicited_mismatch=0.1, incoherence=0.4),
-                trial(2, 0.0, 0.09, elicited_mismatch=0.1, incoherence=0.3),
+                trial(0, 0.0, 0.01, elicited_mismatch=0.5),
+                trial(1, 0.0, 0.03, elicited_mismatch=0.1),
+                trial(2, 0.0, 0.09, elicited_mismatch=0.105),
             ],
-            "behaviour_rate 0/100 like 2 others with KL <= 0.1;"
-            " among these the lowest elicited_mismatch (0.1; next 0.5); then the lowest incoherence (0.3; next 0.4)",
-        ),
-        (
-            [trial(0, 0.0, 0.02), trial(1, 0.0, 0.01), trial(2, 0.0, 0.01)],
-            "behaviour_rate 0/100 like 2 others with KL <= 0.1; among these the lowest kl_divergence (0.01; next 0.02);"
-            " then the lowest number",
+            "3 of 3 trials with KL <= 0.1 are within one prompt of the fewest without a proper answer, 0 of 100; of"
+            " these 2 are within one prompt of the lowest elicited_mismatch, 0.1; among them it has the lowest KL"
+            " (0.03; next 0.09)",
         ),
     ],
 )
 def test_the_choice_says_what_decided(trials, reason):
-    assert auto_select(trials, max_kl=0.1).reason == reason
+    assert auto_select(trials, 0.1, OBJECTIVES).reason == reason
 
 
 def test_the_selected_trial_is_marked_also_where_it_is_not_on_the_front():

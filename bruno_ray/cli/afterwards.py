@@ -36,9 +36,9 @@ def _save_arguments(parser: argparse.ArgumentParser) -> None:
     choice.add_argument(
         "--auto",
         action="store_true",
-        help="pick by rule: of the trials whose KL divergence is at most the run's selection.max_kl the one with the"
-        " lowest behaviour rate; between equals the other objectives decide, then the other metrics by name"
-        " (elicited mismatch, incoherence ...), then the lower KL divergence",
+        help="pick by rule: the best trials with a KL divergence of at most the run's selection.max_kl are measured"
+        " again on prompts that the search has not seen; the one that leaves fewest of them without a proper answer is"
+        " taken, and of those within one prompt of it the one with the lowest KL divergence",
     )
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="where to; must not exist [RUN/model]")
     parser.add_argument("--upload", metavar="REPO", help="also upload to this hub repository (owner/name)")

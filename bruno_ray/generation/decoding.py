@@ -5,6 +5,7 @@ Axes: B rows of a batch, J tokens of one step, N new tokens, Q distinct prompts,
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -84,6 +85,11 @@ class BufferedLayer(DynamicLayer):
         self.keys, self.values = self._keys[..., : self._length, :], self._values[..., : self._length, :]
 
 
+def is_asked(length: Any) -> Any:
+    """At which lengths of an answer ``decide`` is asked, whatever a batch does: a number, or an array of numbers."""
+    return (length <= 4) | (length % 4 == 0)
+
+
 class Answers:
     """The answers of one batch while they grow. Arrays are indexed by the batch's original rows."""
 
@@ -126,7 +132,7 @@ class Answers:
         """Cut rows at the first length at which the verdict is True, so that drafts change nothing."""
         for back in range(int(taken_B.max(initial=0)), 0, -1):
             length_B = self.length[active] - back + 1
-            asked = (back <= taken_B) & ~self.decided[active] & ((length_B <= 4) | (length_B % 4 == 0))
+            asked = (back <= taken_B) & ~self.decided[active] & is_asked(length_B)
             for length in np.unique(length_B[asked]):
                 rows = active[asked & (length_B == length)]
                 cut = rows[verdicts(self.tokens[rows, :length])]

@@ -13,7 +13,9 @@ forward pass confirms several tokens (Leviathan et al. 2023; greedy, so the answ
 Axes: K edits, P prompts, B rows of a batch, T tokens (left-padded), J tokens of one step, N new tokens, V vocabulary.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -40,6 +42,23 @@ DRAFT_TOKENS = 8  # most tokens proposed at a time
 DRAFT_LOGITS_BYTES = 2**28  # a draft is cut so that the logits at all of its tokens stay below this
 
 
+@dataclass
+class Work:
+    """How far the engine has come with what it was asked last; read from another thread."""
+
+    what: str = ""
+    done: int = 0
+    total: int = 0
+    began: float = 0.0
+
+    def begin(self, what: str, total: int) -> None:
+        self.what, self.done, self.total, self.began = what, 0, total, time.monotonic()
+
+    def remaining(self) -> float | None:
+        """Seconds, if the rest goes like what is done; None before anything is."""
+        return (time.monotonic() - self.began) * (self.total / self.done - 1) if self.done else None
+
+
 class BatchEngine:
     """One model copy with its live editor and tokenizer. Every evaluation goes through it."""
 
@@ -56,6 +75,7 @@ class BatchEngine:
         self.end_ids = frozenset(loaded.eos_token_ids)
         self.tokens = 0
         """Tokens computed so far, padding and refused drafts not counted."""
+        self.work = Work()
         self.limit_row_tokens(row_tokens)
         self._drafts = Drafts()
         self._pad_id = self.tokenizer.pad_token_id or 0  # masked wherever it stands
@@ -97,8 +117,10 @@ class BatchEngine:
         positions before a row's first token they mean nothing.
         """
         rows = [(k, p) for p in range(len(ids)) for k in range(len(edits))]
+        self.work.begin("prompts", len(rows))
         forward = self._scoring(ids, [p for _, p in rows], edits, [k for k, _ in rows], positions)
         for batch, logits_BNV in map_batches(forward, [len(ids[p]) for _, p in rows], self._prompt_budget):
+            self.work.done += len(batch)
             index = torch.tensor([rows[row] for row in batch])
             yield index[:, 0], index[:, 1], logits_BNV.float()
 
@@ -117,9 +139,11 @@ class BatchEngine:
         tails = [list(continuations[k][p]) for k, p in rows]
         sequences = [[*ids[p], *tail] for (_, p), tail in zip(rows, tails)]
         longest = max(map(len, tails))
+        self.work.begin("texts", len(rows))
         # The logits at the last token predict what would follow it, hence one position more than is read.
         forward = self._scoring(sequences, range(len(rows)), edits, [k for k, _ in rows], longest + 1)
         for batch, logits_BNV in map_batches(forward, [len(s) for s in sequences], self._prompt_budget):
+            self.work.done += len(batch)
             target_BN = torch.tensor([[0] * (longest - len(tails[row])) + tails[row] for row in batch])
             for row, target_N, logits_NV in zip(batch, target_BN.to(logits_BNV.device), logits_BNV):
                 n = len(tails[row])
@@ -137,6 +161,7 @@ class BatchEngine:
         It is asked after each of the first four tokens and after every fourth, whatever the batch does.
         """
         rows = [(k, p) for p in range(len(ids)) for k in range(len(edits))]
+        self.work.begin("answers", len(rows))
 
         def answer(batch: list[int]) -> Answers:
             prompts, edit_of_row = [ids[rows[row][1]] for row in batch], [rows[row][0] for row in batch]
@@ -250,6 +275,7 @@ class BatchEngine:
         answers = Answers(len(prompts), max_new_tokens, self.end_ids)
         active = np.arange(len(prompts))  # which of the prompts the rows of the batch still are
         draft_BJ = np.empty((len(prompts), 0), dtype=np.int64)
+        gone = 0  # rows of the batch as it is that have finished
         while True:
             # The largest logit is not a number if any of them is not, and infinite if any is.
             best_BJ, next_BJ = logits_BJV.max(dim=-1)
@@ -259,6 +285,8 @@ class BatchEngine:
             if decide is not None:
                 answers.decide(active, taken_B, lambda rows: self._verdicts(rows, decide))
             running_B = ~answers.finished[active]
+            self.work.done += int((~running_B).sum()) - gone
+            gone = int((~running_B).sum())
             if not running_B.any():
                 break
 
@@ -276,6 +304,7 @@ class BatchEngine:
                 self.editor.select(keep)
                 pending_B1, position_B1, mask_BC = pending_B1[keep], position_B1[keep], mask_BC[keep]
                 active = active[running_B]
+                gone = 0
 
             draft_BJ = np.empty((len(active), 0), dtype=np.int64)
             if drafts is not None:

@@ -13,7 +13,8 @@ from bruno_ray import organism as organisms
 from bruno_ray.ablation.edit import Edit
 from bruno_ray.errors import OutputError
 from bruno_ray.model.coverage_table import format_coverage
-from bruno_ray.pipeline.finishing import ask_for_trial, finish, pick, print_front, study_of, trials_of
+from bruno_ray.pipeline.choosing import ask_for_trial, pick, pick_automatically, print_front, study_of, trials_of
+from bruno_ray.pipeline.finishing import finish
 from bruno_ray.pipeline.judging import judge_run, with_judge
 from bruno_ray.pipeline.steps import evaluation_context, find_model, find_response_prefix, for_workers, worker_pool
 from bruno_ray.prompts.sets import load_prompts
@@ -56,11 +57,13 @@ def save(
         raise OutputError(f"{folder} exists already: name another folder with --to, or remove it")
     if trial is None and (auto or not can_ask()):
         print_front(run)
-    if (picked := pick(run, auto=auto, number=trial)) is None:
+    prompts = load_prompts(record.settings)
+    picked = None if auto and trial is None else pick(run, trial)
+    if picked is None and not auto:
         raise OutputError(f"no trial was chosen: `bruno-ray save {run.name} --trial N` saves one, --auto picks by rule")
-    finish(run, load_prompts(record.settings), picked, folder, own)
+    number = finish(run, prompts, lambda pool: picked or pick_automatically(run, prompts, pool), folder, own)
     if not own:
-        logger.info("%s", _what_stays(run, picked.number))
+        logger.info("%s", _what_stays(run, number))
     if upload_to:
         logger.info("uploaded to %s", upload(folder, upload_to, private=private))
     return folder
@@ -135,7 +138,7 @@ def chat(
     record = run.read()
     settings = record.settings
     selected = record.selected
-    if trial is None and selected is None and not unedited and (selected := pick(run, auto=False)) is None:
+    if trial is None and selected is None and not unedited and (selected := pick(run)) is None:
         raise OutputError(f"no trial was chosen: name one as {run.name}:TRIAL, see `bruno-ray front {run.name}`")
     edit = selected.edit if selected else None
     if trial is not None:

@@ -1,131 +1,48 @@
-"""After the study: choose a trial, score it on the test prompts, save it, and measure what was saved."""
+"""After the choice: score the trial on the test prompts, save it, and measure what was saved."""
 
 import logging
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
-import optuna
+import psutil
 
 from bruno_ray import organism
 from bruno_ray.ablation.edit import Edit
-from bruno_ray.errors import NoStudyError, TrialError
+from bruno_ray.errors import TrialError
+from bruno_ray.pipeline.choosing import study_of
 from bruno_ray.pipeline.judging import judge_run, read_answers, with_judge
 from bruno_ray.pipeline.steps import evaluation_context, score_unedited, timed, worker_pool
+from bruno_ray.progress import phase
 from bruno_ray.prompts.rendering import render
 from bruno_ray.prompts.sets import Prompt, Prompts
+from bruno_ray.publishing.comparing import comparison_lines
 from bruno_ray.publishing.report import write_report
 from bruno_ray.runs.directory import RunDirectory
-from bruno_ray.runs.records import Readings, RunRecord, Sample, ScoresRecord, SelectedRecord
+from bruno_ray.runs.records import Readings, RunRecord, Sample, ScoresRecord, SelectedRecord, TestPrompt
 from bruno_ray.scoring.markers import Markers
 from bruno_ray.scoring.scores import Scores
-from bruno_ray.settings import ModelSettings, Settings
-from bruno_ray.study import selection
-from bruno_ray.study.selection import TrialRecord, load_trials
-from bruno_ray.study.storage import load_study
-from bruno_ray.study.tables import describe_edit, front_lines, front_table, with_selected
-from bruno_ray.terminal import ask_number, can_ask, console
+from bruno_ray.settings import ModelSettings
 from bruno_ray.workers.exchanged import EvaluationContext
 from bruno_ray.workers.pool import WorkerPool
 from bruno_ray.workers.session import ray_session
 
 logger = logging.getLogger(__name__)
 
+BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+ROOM = 2.0
+"""Times the size of the model that must be free to save it while a worker has it."""
+
 SAMPLES = 12
 """Test prompts whose answers before and after go into the report."""
 
+SAMPLE_TOKENS = 100
+"""Longest of them that is made for it."""
 
-def study_of(path: Path, settings: Settings) -> optuna.Study:
-    """The study of a run, for reading, also while another process runs it."""
-    return load_study(settings.study.storage, path, settings.study.name or path.name)
-
-
-def trials_of(path: Path, settings: Settings) -> list[TrialRecord]:
-    return load_trials(study_of(path, settings))
-
-
-def n_complete(path: Path, settings: Settings) -> int:
-    """Completed trials of a run; none if its search has not begun."""
-    try:
-        return sum(trial.state == "COMPLETE" for trial in trials_of(path, settings))
-    except NoStudyError:
-        return 0
-
-
-def print_front(run: RunDirectory, all_trials: bool = False) -> None:
-    """Print the Pareto front and, marked, the selected trial; or every completed trial."""
-    record = run.read()
-    trials = trials_of(run.path, record.settings)
-    complete = [trial for trial in trials if trial.state == "COMPLETE"]
-    objectives = record.settings.scoring.objectives
-    number = record.selected.number if record.selected else None
-    front = selection.pareto_front(complete, objectives)
-    shown = complete if all_trials else with_selected(front, complete, number)
-    title = f"{run.name}: {'all' if all_trials else 'Pareto front of'} {len(complete)} completed trials"
-    title += f" (* trial {number} is selected)" if number is not None else ""
-    console().print(front_table(shown, objectives, title=title, selected=number))
-
-
-def note_trials(run: RunDirectory) -> list[TrialRecord]:
-    """Note in run.json how many trials are in which state; returns them."""
-    trials = trials_of(run.path, run.read().settings)
-    states = [trial.state for trial in trials]
-    run.update(n_trials={state: states.count(state) for state in dict.fromkeys(states)})
-    return trials
-
-
-def ask_for_trial(run: RunDirectory, question: str) -> int | None:
-    """Show the front and ask for a trial; None if there is nobody to ask, or nobody answers.
-
-    Hold no workers meanwhile. Ctrl-C is KeyboardInterrupt; nothing has been written then.
-    """
-    if not can_ask():
-        return None
-    print_front(run)
-    trials = trials_of(run.path, run.read().settings)
-    return ask_number(question, [trial.number for trial in trials if trial.state == "COMPLETE"])
-
-
-def choose(run: RunDirectory, auto: bool, number: int | None = None) -> SelectedRecord | None:
-    """Select a trial by number, by rule, or by asking on a terminal; None if none was.
-
-    Where it may ask, hold no workers (see `ask_for_trial`).
-    """
-    selected = pick(run, auto, number)
-    if selected is not None:
-        select(run, selected)
-    return selected
-
-
-def pick(run: RunDirectory, auto: bool, number: int | None = None) -> SelectedRecord | None:
-    """As `choose`, but the run's own selection stays what it is."""
-    settings = run.read().settings
-    trials = note_trials(run)
-    reason = ""
-    if number is None and auto:
-        choice = selection.auto_select(trials, settings.selection.max_kl, settings.scoring.objectives)
-        number, reason = choice.trial.number, choice.reason
-    elif number is None:
-        number = ask_for_trial(run, "Which trial shall be saved?")
-    if number is None:
-        return None
-    trial = selection.find_trial(trials, number)
-    edit = dict(trial.edit or {})
-    if reason:
-        explain(trial, trials, settings.scoring.objectives, reason)
-    logger.info("trial %d: %s", number, describe_edit(edit))
-    return SelectedRecord(number=number, reason=reason, edit=edit, validation=ScoresRecord.of(trial))
-
-
-def explain(picked: TrialRecord, trials: Sequence[TrialRecord], objectives: Sequence[str], reason: str) -> None:
-    """Log why a trial was picked, and the front it is compared with where it is not a part of that."""
-    logger.info("picked trial %d: %s", picked.number, reason)
-    front = selection.pareto_front(trials, objectives)
-    if picked not in front:
-        logger.info("it (*) is not on the Pareto front of %s:", ", ".join(objectives))
-        for line in front_lines(with_selected(front, trials, picked.number), objectives, picked.number):
-            logger.info("%s", line)
+SHOWN, LINE = 3, 160
+"""Of these, that many are shown in the log, up to so many characters each."""
 
 
 def select(run: RunDirectory, selected: SelectedRecord) -> None:
@@ -138,47 +55,67 @@ def select(run: RunDirectory, selected: SelectedRecord) -> None:
     run.change(change)
 
 
-def score_selected(run: RunDirectory, context: EvaluationContext, pool: WorkerPool) -> None:
-    """Test scores, readings and sample answers of the selected trial, applied live.
+def score_selected(
+    run: RunDirectory, selected: SelectedRecord, prompts: Prompts, pool: WorkerPool, own: bool = True
+) -> SelectedRecord:
+    """Test scores of a trial, applied live, and of its runner-up beside it; the trial with them.
 
-    Raises TrialError if it has no scores there (a logit is not a number).
+    Args:
+        own: it becomes the run's selected trial, with sample answers. Otherwise only what the unedited model scores is
+            noted.
+
+    Raises:
+        TrialError: it has no scores there (a logit is not a number).
     """
-    selected = run.read().selected
-    assert selected is not None
-    selected, readings = score_on_test(run, selected, context, pool)
-    select(run, selected)
-    run.save_readings(readings)
-    run.save_samples(sample_answers(Edit.from_dict(selected.edit), context, pool))
-
-
-def score_on_test(
-    run: RunDirectory, selected: SelectedRecord, context: EvaluationContext, pool: WorkerPool
-) -> tuple[SelectedRecord, Readings]:
-    """The trial with its scores on the test prompts, applied live, and the answers that they are of.
-
-    Notes the scores of the unedited model in run.json.
-
-    Raises TrialError if it has none (a logit is not a number).
-    """
+    record = run.read()
+    context = evaluation_context(record, prompts, "test", run.load_directions())
     unedited = score_unedited(run, "test", context, pool)
-    (outcome,) = pool.call("evaluate", [Edit.from_dict(selected.edit)], with_context=True)
+    edit = Edit.from_dict(selected.edit)
+    runner_up = selected.runner_up if own else None
+    edits = [edit, Edit.from_dict(runner_up.edit)] if runner_up else [edit]
+    outcome, *second = pool.call("evaluate", edits, with_context=True)  # together they take little longer than alone
     if outcome.scores is None:
         raise TrialError(
             f"trial {selected.number} has no scores on the test prompts ({outcome.error}): choose another one with"
             f" `bruno-ray save {run.name} --trial N`"
         )
-    readings = Readings(trial=selected.number, unedited=read_answers(unedited), edited=read_answers(outcome.scores))
-    return selected.model_copy(update={"test": ScoresRecord.of(outcome.scores)}), readings
+    if runner_up is not None and second[0].scores is not None:
+        runner_up = runner_up.model_copy(update={"test": ScoresRecord.of(second[0].scores)})
+    selected = selected.model_copy(update={"test": ScoresRecord.of(outcome.scores), "runner_up": runner_up})
+    if own:
+        select(run, selected)
+        run.save_test_prompts(
+            [
+                TestPrompt(side=side, prompt=prompt.user, category=prompt.category)
+                for side in ("target", "baseline")
+                for prompt in getattr(prompts, side).test
+            ]
+        )
+        answers = {"unedited": read_answers(unedited), "edited": read_answers(outcome.scores)}
+        run.save_readings(Readings(trial=selected.number, **answers))
+        samples = sample_answers(edit, context, pool, (unedited, outcome.scores))
+        run.save_samples(samples)
+        for line in sample_lines([sample for sample in samples if sample.side == "target"][:SHOWN]):
+            logger.info("%s", line)
+    for line in comparison_lines(run.read().model_copy(update={"selected": selected})):
+        logger.info("%s", line)
+    return selected
 
 
-def sample_answers(edit: Edit, context: EvaluationContext, pool: WorkerPool) -> list[Sample]:
-    """Answers to a few test prompts of either side, before and after."""
+def sample_answers(
+    edit: Edit, context: EvaluationContext, pool: WorkerPool, before_after: tuple[Scores, Scores]
+) -> list[Sample]:
+    """Answers to a few test prompts of either side, before and after: those that came with the scores, as far as they
+    did, and others made for it."""
     markers = Markers(context.scoring.markers, context.scoring.empty_counts)
     samples = []
     for side in ("target", "baseline"):
         prompts = getattr(context, side)[: SAMPLES // 2]
-        n_tokens = context.scoring.response_tokens
-        answers = pool.call("answers", prompts, [None, edit], n_tokens, with_context=True)
+        if side == "target" and all(scores.answers for scores in before_after):
+            answers = [[answer for _, answer in scores.answers[: len(prompts)]] for scores in before_after]
+        else:
+            n_tokens = min(context.scoring.response_tokens, SAMPLE_TOKENS)
+            answers = pool.call("answers", prompts, [None, edit], n_tokens, with_context=True)
         for prompt, before, after in zip(prompts, *answers):
             shows = (markers.shown_by(before), markers.shown_by(after))
             samples.append(
@@ -194,31 +131,45 @@ def sample_answers(edit: Edit, context: EvaluationContext, pool: WorkerPool) -> 
     return samples
 
 
-def finish(run: RunDirectory, prompts: Prompts, picked: SelectedRecord, folder: Path | None, own: bool = True) -> None:
-    """What a run does with a trial that was picked, with a worker of its own: test it, save it, measure what was saved.
+def sample_lines(samples: Sequence[Sample]) -> list[str]:
+    """Prompts with the beginnings of their answers before and after, for a log."""
+    lines = []
+    for sample in samples:
+        answers = (("before", sample.before), ("after", sample.after))
+        lines += [f"asked: {sample.prompt}", *(f"  {when}: {shorten(text, LINE)}" for when, text in answers)]
+    return lines
+
+
+Choose = Callable[[WorkerPool], SelectedRecord]
+
+
+def finish(run: RunDirectory, prompts: Prompts, choose: Choose, folder: Path | None, own: bool = True) -> int:
+    """Choose a trial, test it, save it and measure what was saved, with a worker of its own; returns its number.
 
     Args:
+        choose: given the worker, since a rule measures the best trials again.
         folder: where the model goes; None only tests.
         own: the trial becomes the selected one, and the report follows. Otherwise selection and report stay.
     """
-    record = run.read()
-    settings = record.settings
-    context = evaluation_context(record, prompts, "test", run.load_directions())
-    with ray_session(settings.ray):
-        with timed(run, "test") if own else nullcontext(), worker_pool(settings, workers=1) as pool:
+    with ray_session(run.read().settings.ray):
+        with worker_pool(run.read().settings, workers=1) as pool:
             pool.wait_ready()
-            picked, readings = score_on_test(run, picked, context, pool)
-            samples = sample_answers(Edit.from_dict(picked.edit), context, pool) if own else []
+            picked = choose(pool)
+            with timed(run, "test", pool) if own else nullcontext():
+                picked = score_selected(run, picked, prompts, pool, own)
+            if own:
+                write_report(run, study_of(run.path, run.read().settings))  # agrees with the selection if saving fails
+            other = None if own else picked
+            if folder is not None and has_room(run.read()):
+                write_model(run, prompts, folder, other, pool)
+                folder = None
         if own:
-            select(run, picked)
-            run.save_samples(samples)
-            run.save_readings(readings)
-            judge_run(run)
-            write_report(run, study_of(run.path, settings))  # selection and report agree if saving fails
+            judge_run(run)  # the worker is gone
         if folder is not None:
-            write_model(run, prompts, folder, None if own else picked)
+            write_model(run, prompts, folder, other)
     if own:
-        write_report(run, study_of(run.path, settings))
+        write_report(run, study_of(run.path, run.read().settings))
+    return picked.number
 
 
 def free_model_folder(run: RunDirectory, number: int) -> Path | None:
@@ -227,10 +178,27 @@ def free_model_folder(run: RunDirectory, number: int) -> Path | None:
     return next((folder for folder in folders if not folder.exists()), None)
 
 
-def write_model(run: RunDirectory, prompts: Prompts, folder: Path, other: SelectedRecord | None = None) -> None:
-    """Save the selected trial. What is reported of it is measured on the files, read back by a worker of its own.
+def has_room(record: RunRecord) -> bool:
+    """Whether this machine can hold the model once more beside a worker that may be here too, and no judge has to read
+    the saved model's answers before its card is written."""
+    if record.settings.scoring.judge.is_given:
+        return False
+    n_bytes = record.model["n_parameters"] * BYTES.get(record.model["dtype"], 4)
+    return bool(psutil.virtual_memory().available > ROOM * n_bytes)
 
-    With ``other``, that trial is saved and the run's own selection stays as it is.
+
+def write_model(
+    run: RunDirectory,
+    prompts: Prompts,
+    folder: Path,
+    other: SelectedRecord | None = None,
+    pool: WorkerPool | None = None,
+) -> None:
+    """Save the selected trial. What is reported of it is measured on the files, read back by a worker.
+
+    Args:
+        other: this trial is saved, and the run's own selection stays as it is.
+        pool: its worker reads the files, and is of no further use; without one, a worker is started for it.
     """
     from bruno_ray.publishing.saving import save_selected
 
@@ -242,10 +210,15 @@ def write_model(run: RunDirectory, prompts: Prompts, folder: Path, other: Select
         model = settings.model.model_copy(
             update={"id": str(saved), "gguf_file": None, "revision": None, "quantization": "none"}
         )
-        with ray_session(settings.ray), worker_pool(settings, workers=1) as pool:
-            pool.wait_ready()
-            pool.set_context(context)
-            scores = pool.call("measure_other", model, with_context=True)
+        with ExitStack() as stack:
+            worker = pool
+            if worker is None:
+                stack.enter_context(ray_session(settings.ray))
+                worker = stack.enter_context(worker_pool(settings, workers=1))
+                worker.wait_ready()
+            worker.set_context(context)
+            with phase("measuring the saved model", worker.progress):
+                scores = worker.call("measure_other", model, with_context=True)
         scores = with_judge(settings, scores, record)
         if other is None and (readings := run.load_readings()) is not None:
             run.save_readings(readings.model_copy(update={"saved": read_answers(scores)}))

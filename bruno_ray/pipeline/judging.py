@@ -7,6 +7,7 @@ is a model of one's own has the memory to itself. A judge that cannot be asked c
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from bruno_ray.errors import JudgeError, ModelError, WorkerError
@@ -60,12 +61,8 @@ def with_judge(settings: Settings, scores: Scores, record: RunRecord) -> Scores:
         logger.warning("no figures by the judge: %s", error)
         return scores
     _count_silent(verdicts)
-    return Scores(
-        {**scores.values, **figures.values},
-        {**scores.counts, **figures.counts},
-        scores.answers,
-        {**scores.verdicts, JUDGE: tuple(verdicts)},
-    )
+    merged = Scores.merged([scores, figures])
+    return replace(merged, answers=scores.answers, verdicts={**scores.verdicts, JUDGE: tuple(verdicts)})
 
 
 def judge_run(run: RunDirectory) -> None:
@@ -126,10 +123,8 @@ def _added(scores: ScoresRecord | None, figures: Scores | None) -> ScoresRecord 
     if scores is None or figures is None:
         return scores
     new = ScoresRecord.of(figures)
-    return ScoresRecord(
-        values={**scores.values, **new.values},
-        counts={**scores.counts, **new.counts},
-        intervals={**scores.intervals, **new.intervals},
+    return scores.model_copy(
+        update={name: getattr(scores, name) | getattr(new, name) for name in ("values", "counts", "intervals")}
     )
 
 

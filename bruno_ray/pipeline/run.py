@@ -11,17 +11,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from bruno_ray.pipeline.finishing import (
-    choose,
-    finish,
-    free_model_folder,
-    n_complete,
-    note_trials,
-    pick,
-    score_selected,
-    study_of,
-    write_model,
-)
+from bruno_ray.pipeline.choosing import n_complete, pick, pick_automatically, study_of
+from bruno_ray.pipeline.finishing import finish, free_model_folder, has_room, score_selected, write_model
 from bruno_ray.pipeline.judging import judge_run
 from bruno_ray.pipeline.steps import (
     describe_model,
@@ -80,25 +71,27 @@ def search(settings: Settings, path: Path) -> Path:
             pool.wait_ready()
             info = describe_model(settings, pool)
             run = open_run(settings, path, info, prompts)
-            with timed(run, "response_prefix"):
+            with timed(run, "response_prefix", pool):
                 record = run.update(response_prefix=find_response_prefix(run.read(), prompts, pool))
-            with timed(run, "directions"):
+            with timed(run, "directions", pool):
                 bank = find_directions(run, record, info, prompts, pool)
-            with timed(run, "unedited"):
+            with timed(run, "unedited", pool):
                 validation = evaluation_context(record, prompts, "validation", bank)
                 score_unedited(run, "validation", validation, pool)
             with timed(run, "study"):
                 asked = f"{prompts.fingerprint} of {record.date}" if info.prints_date else prompts.fingerprint
                 run_study(settings, pool, validation, info, path, study_fingerprint(settings, info, asked))
-            note_trials(run)
-            picked = choose(run, auto=True) if auto else None
+            picked = pick_automatically(run, prompts, pool) if auto else None
             if picked is not None:
-                with timed(run, "test"):
-                    score_selected(run, evaluation_context(record, prompts, "test", bank), pool)
-        # The workers are gone: their memory is free for a judge, and for what is saved.
-        if picked is not None:
+                with timed(run, "test", pool):
+                    score_selected(run, picked, prompts, pool)
+            folder = free_model_folder(run, picked.number) if picked is not None else None
+            if folder is not None and has_room(run.read()):
+                write_model(run, prompts, folder, pool=pool)
+                folder = None
+        if picked is not None:  # the workers are gone: their memory is free for a judge, and for what is saved
             judge_run(run)
-        if picked is not None and (folder := free_model_folder(run, picked.number)):
+        if folder is not None:
             write_model(run, prompts, folder)
     report.write_report(run, study_of(path, settings))
     if not auto:
@@ -108,9 +101,9 @@ def search(settings: Settings, path: Path) -> Path:
 
 def ask_and_save(run: RunDirectory, prompts: Prompts) -> None:
     """Save the trial that somebody at the terminal picks, and write the report once more."""
-    if (picked := pick(run, auto=False)) is None:
+    if (picked := pick(run)) is None:
         logger.info(
             "no trial was saved: `bruno-ray save %s` asks again, with --trial N or --auto it does not", run.name
         )
         return
-    finish(run, prompts, picked, free_model_folder(run, picked.number))
+    finish(run, prompts, lambda _: picked, free_model_folder(run, picked.number))

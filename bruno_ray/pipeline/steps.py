@@ -22,17 +22,19 @@ from bruno_ray.errors import StudyError
 from bruno_ray.files import cache_folder
 from bruno_ray.model.coverage_table import format_coverage
 from bruno_ray.model.locating import locate
-from bruno_ray.prompts.sets import Prompt, Prompts
+from bruno_ray.progress import phase
+from bruno_ray.prompts.sets import PARTS, Prompt, Prompts
 from bruno_ray.publishing.plots import geometry_record
 from bruno_ray.residuals.store import ResidualStore, residual_key
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import RunRecord, ScoresRecord, installed_versions
 from bruno_ray.scoring.judge import METRICS
 from bruno_ray.scoring.scores import Scores
-from bruno_ray.settings import ModelSettings, Settings
+from bruno_ray.settings import ModelSettings, ScoringSettings, Settings
 from bruno_ray.settings.passwords import without_password
 from bruno_ray.workers.exchanged import EvaluationContext, ModelInfo, model_worker
 from bruno_ray.workers.pool import WorkerPool
+from bruno_ray.workers.session import cpus_per_worker
 from bruno_ray.workers.shipping import Folders, absolute_if_folder
 
 if TYPE_CHECKING:
@@ -73,7 +75,8 @@ def with_name(settings: Settings) -> Settings:
 def worker_pool(settings: Settings, workers: int | None = None) -> WorkerPool:
     """`ray.workers` copies of the model, or another number of them."""
     ray = settings.ray if workers is None else settings.ray.model_copy(update={"workers": workers})
-    return WorkerPool(model_worker, (for_workers(settings.model), max(1, int(ray.cpus_per_worker)), Folders()), ray)
+    threads = max(1, int(cpus_per_worker(ray)))
+    return WorkerPool(model_worker, (for_workers(settings.model), threads, Folders()), ray)
 
 
 def for_workers(model: ModelSettings) -> ModelSettings:
@@ -104,19 +107,35 @@ def open_run(settings: Settings, path: Path, info: ModelInfo, prompts: Prompts) 
         model={name: value for name, value in asdict(info).items() if name != "coverage"},
         coverage=[asdict(row) for row in info.coverage],
         prompts={
-            side: {part: len(getattr(getattr(prompts, side), part)) for part in ("train", "validation", "test")}
+            side: {part: len(getattr(getattr(prompts, side), part)) for part in PARTS}
             for side in ("target", "baseline")
         },
     )
     return run
 
 
+STAGES = {
+    "response_prefix": "looking for what all answers begin with",
+    "directions": "reading residuals",
+    "unedited": "preparing the scorers",
+    "study": "searching",
+    "finalists": "measuring the best trials again",
+    "test": "testing the selected trial",
+    "save": "saving the model",
+}
+"""Stages of a run, as run.json has them, and what they are called while they last."""
+
+
 @contextmanager
-def timed(run: RunDirectory, stage: str) -> Iterator[None]:
-    """Note the seconds of a stage in run.json; a stage that goes on after a resume adds up."""
+def timed(run: RunDirectory, stage: str, pool: WorkerPool | None = None) -> Iterator[None]:
+    """Note the seconds of a stage in run.json, and say now and then how far it has come.
+
+    A stage that goes on after a resume adds up.
+    """
     start = time.perf_counter()
     try:
-        yield
+        with phase(STAGES[stage], pool.progress if pool else None):
+            yield
     finally:
         run.add_seconds(stage, time.perf_counter() - start)
 
@@ -198,11 +217,14 @@ def find_directions(
     return bank
 
 
-def evaluation_context(record: RunRecord, prompts: Prompts, part: str, bank: "DirectionBank") -> EvaluationContext:
-    """All that trials on one part of the prompts share; test prompts are scored as what is reported is."""
-    prefix, scoring = record.response_prefix, record.settings.scoring
-    if part == "test":
-        scoring = scoring.for_report()
+def evaluation_context(
+    record: RunRecord, prompts: Prompts, part: str, bank: "DirectionBank", scoring: ScoringSettings | None = None
+) -> EvaluationContext:
+    """All that trials on one part of the prompts share. Without ``scoring``, test prompts are scored for a report and
+    others as the search does."""
+    prefix = record.response_prefix
+    if scoring is None:
+        scoring = record.settings.scoring.for_report() if part == "test" else record.settings.scoring
     digest = hashlib.sha256(f"{prompts.fingerprint} {part} {prefix} {record.date} {scoring!r}".encode())
     for name, directions in sorted(bank.items()):
         digest.update(name.encode())

@@ -17,7 +17,7 @@ from bruno_ray.settings import DatasetSettings, PromptSet, PromptSettings, Setti
 
 logger = logging.getLogger(__name__)
 
-PARTS = ("train", "validation", "test")
+PARTS = ("train", "validation", "test", "finalists")
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ class Prompt:
     answer: str | None = None
     """A desired answer, if the data set has one."""
 
+    words: tuple[str, ...] = ()
+    """What an answer to the point has to hold, if the data set says so."""
+
+    category: str | None = None
+
     kept_end: int = 0
     """Characters at the end of `user`, the data set's suffix, that `render` never cuts."""
 
@@ -40,6 +45,8 @@ class PromptParts:
     train: tuple[Prompt, ...]
     validation: tuple[Prompt, ...]
     test: tuple[Prompt, ...]
+    finalists: tuple[Prompt, ...] = ()
+    """For measuring the best trials again; may be empty."""
 
 
 @dataclass(frozen=True)
@@ -64,34 +71,49 @@ def load_prompts(settings: Settings) -> Prompts:
 
 
 def _load_side(side: str, given: PromptSet, settings: PromptSettings) -> PromptParts:
-    wanted = {"train": settings.n_train, "validation": settings.n_validation, "test": settings.n_test}
+    wanted = {part: getattr(settings, f"n_{part}") for part in PARTS}
+    wanted["finalists"] = min(wanted["finalists"], wanted["test"] // 2)
     if given.train is None:
         raise PromptError(
             f"there are no {side} prompts; set prompts.{side}.train.source to a data set or file, or choose a behaviour"
         )
-    cut_off = [part for part in PARTS if getattr(given, part) is None]
-    shares = {part: wanted[part] for part in ("train", *cut_off)}
-    parts = {}
-    for part in PARTS:
-        dataset = getattr(given, part)
-        if dataset is None:
-            continue
+    datasets = {part: dataset for part in PARTS if (dataset := getattr(given, part, None)) is not None}
+    # The finalists' prompts come from where the test prompts do; parts without a data set are cut off the train part.
+    sources = {"train": [part for part in PARTS[:3] if part == "train" or part not in datasets]}
+    sources |= {part: [part] for part in PARTS[1:3] if part in datasets}
+    if wanted["finalists"]:
+        sources["test" if "test" in datasets else "train"].append("finalists")
+    parts: dict[str, list[Prompt]] = {}
+    for source, given_to in sources.items():
+        shares = {part: wanted[part] for part in given_to}
         # One and a half times what is needed, so that blank rows and duplicates do not leave a stream short.
-        limit = sum(shares.values()) if part == "train" else wanted[part]
-        prompts = _load_part(f"prompts.{side}.{part}", dataset, settings, limit + limit // 2)
-        if part == "train" and cut_off:
-            parts |= _cut(f"prompts.{side}.train", prompts, shares, dataset)
+        limit = sum(shares.values())
+        name = f"prompts.{side}.{source}"
+        prompts = _load_part(name, datasets[source], settings, limit + limit // 2)
+        if len(prompts) < len(shares):  # finalists can do without
+            shares.pop("finalists", None)
+        if source == "test" and len(prompts) >= limit:  # the test prompts are the first ones, as without finalists
+            parts |= {"test": prompts[: wanted["test"]], "finalists": prompts[wanted["test"] : limit]}
+        elif len(shares) > 1:
+            parts |= _cut(name, prompts, shares, datasets[source])
         else:
-            parts[part] = prompts[: wanted[part]]
-    return PromptParts(*(tuple(parts[part]) for part in PARTS))
+            parts[source] = prompts[: wanted[source]]
+    return PromptParts(**{part: tuple(prompts) for part, prompts in parts.items()})
 
 
 def _load_part(name: str, dataset: DatasetSettings, settings: PromptSettings, limit: int) -> list[Prompt]:
     system = settings.system_prompt if dataset.system_prompt is None else dataset.system_prompt
     unique: dict[str, Prompt] = {}
     rows = read_rows(dataset, limit)
-    for text, answer in rows:
-        prompt = Prompt(dataset.prefix + text + dataset.suffix, system, answer, len(dataset.suffix))
+    for row in rows:
+        prompt = Prompt(
+            dataset.prefix + row.text + dataset.suffix,
+            system,
+            row.answer,
+            tuple((row.words or "").split()),
+            row.category,
+            kept_end=len(dataset.suffix),
+        )
         unique.setdefault(_identity(prompt), prompt)
     if len(unique) < len(rows):
         logger.info("%s: %d duplicates left out", name, len(rows) - len(unique))
@@ -101,14 +123,15 @@ def _load_part(name: str, dataset: DatasetSettings, settings: PromptSettings, li
 
 
 def _cut(name: str, prompts: list[Prompt], shares: dict[str, int], dataset: DatasetSettings) -> dict[str, list[Prompt]]:
-    """Deals one list out to several parts, in proportion to `shares` if there are too few prompts for all.
+    """Deals one list out to several parts, in proportion to `shares` if there are too few prompts for all; the first
+    gets what the others leave.
 
     Who goes where depends on a hash of the text between prefix and suffix, so that two sides which ask the same
     questions in two ways have each question in the same part. Order within a part is that of the list.
     """
     if len(prompts) < len(shares):
         raise PromptError(
-            f"{name} has only {len(prompts)} prompts, too few to cut off {' and '.join(list(shares)[1:])};"
+            f"{name} has only {len(prompts)} prompts, too few to take out {' and '.join(list(shares)[1:])};"
             f" give more prompts, or set {name.rpartition('.')[0]}.{list(shares)[-1]}.source"
         )
 
@@ -120,7 +143,8 @@ def _cut(name: str, prompts: list[Prompt], shares: dict[str, int], dataset: Data
     scale = min(1.0, len(prompts) / sum(shares.values()))
     parts, begin = {}, 0
     for part in reversed(shares):
-        size = max(1, int(shares[part] * scale)) if part != "train" else min(shares[part], len(prompts) - begin)
+        first = part == next(iter(shares))
+        size = min(shares[part], len(prompts) - begin) if first else max(1, int(shares[part] * scale))
         parts[part] = [prompts[i] for i in sorted(order[begin : begin + size])]
         begin += size
     return parts

@@ -33,7 +33,13 @@ USUAL_COLUMNS = ("prompt", "text", "instruction", "question")
 
 class Row(NamedTuple):
     text: str
-    answer: str | None
+    answer: str | None = None
+    words: str | None = None
+    category: str | None = None
+
+
+BESIDE = ("answer", "words", "category")
+"""What a row may have beside its text, in the column that `<name>_column` of the settings names."""
 
 
 @dataclass(frozen=True)
@@ -89,8 +95,8 @@ def read_rows(settings: DatasetSettings, limit: int) -> list[Row]:
     if not columns:
         return []
     column = _pick_column(settings.column, columns, place)
-    if settings.answer_column is not None:
-        _pick_column(settings.answer_column, columns, place)
+    named = {name: getattr(settings, f"{name}_column") for name in BESIDE}
+    beside = {name: _pick_column(given, columns, place) for name, given in named.items() if given}
     rows, blank = [], 0
     for number, record in enumerate(records):
         text = record.get(column)
@@ -102,12 +108,13 @@ def read_rows(settings: DatasetSettings, limit: int) -> list[Row]:
                 f"{place}: row {number} of column {column!r} holds {type(text).__name__}, not text; name a text column"
                 f" (columns: {', '.join(columns)})"
             )
-        answer = record.get(settings.answer_column) if settings.answer_column else None
-        if answer is not None and not isinstance(answer, str):
-            raise PromptError(
-                f"{place}: row {number} of answer column {settings.answer_column!r} is not text; name another one"
-            )
-        rows.append(Row(text, answer))
+        found = {name: record.get(column) for name, column in beside.items()}
+        for name, value in found.items():
+            if value is not None and not isinstance(value, str):
+                raise PromptError(
+                    f"{place}: row {number} of {name} column {beside[name]!r} is not text; name another one"
+                )
+        rows.append(Row(text, **found))
     if blank:
         logger.info("%s: %d blank rows left out", place, blank)
     return rows

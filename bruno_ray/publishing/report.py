@@ -15,11 +15,12 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from bruno_ray.files import write_text
-from bruno_ray.publishing import card, plots, wording
+from bruno_ray.publishing import card, comparing, plots, wording
 from bruno_ray.publishing.environment import environment
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import ReadAnswer, Readings, RunRecord, ScoresRecord
 from bruno_ray.study.selection import TrialRecord, load_trials, pareto_front
+from bruno_ray.study.space import bound_lines
 from bruno_ray.study.tables import describe_edit, metric_text, table_columns, with_selected
 
 logger = logging.getLogger(__name__)
@@ -27,6 +28,7 @@ logger = logging.getLogger(__name__)
 PLOT_OPTIONS = {"displaylogo": False, "responsive": True, "modeBarButtonsToRemove": ["lasso2d", "select2d"]}
 
 FRONT_ROWS = 12
+FLIP_ROWS = 20
 SAMPLES = 24
 DISAGREEMENTS = 6
 """Answers before, and as many after, that the readers do not agree on."""
@@ -56,7 +58,7 @@ def render_report(run: RunDirectory, study: optuna.Study) -> str:
     front = pareto_front(trials, objectives)
     columns = table_columns(front, objectives)
     states = {state: sum(trial.state == state for trial in trials) for state in ("COMPLETE", "FAIL", "RUNNING")}
-    geometry = run.load_geometry()
+    geometry, test_prompts = run.load_geometry(), run.load_test_prompts()
     selected = record.selected
     scores, measured_on = wording.final_scores(record)
     return (
@@ -76,6 +78,16 @@ def render_report(run: RunDirectory, study: optuna.Study) -> str:
             comparison=comparison(record),
             comparison_columns=comparison_columns(record),
             meanings=wording.meanings(metric for _, scores in _measurements(record) for metric in scores.values),
+            warnings=[text for text in (selected and selected.warning, comparing.delayed(record)) if text],
+            optimism=comparing.optimism(record),
+            comparisons=[
+                (wording.label(found.metric), found.other, found.text, found.verdict)
+                for found in comparing.comparisons(record)
+            ],
+            finalists=finalists(record),
+            categories=comparing.by_category(record, test_prompts),
+            flips=comparing.flips(record, test_prompts),
+            flip_rows=FLIP_ROWS,
             extra={name: wording.plain(value) for name, value in record.extra.items()},
             samples=run.load_samples()[:SAMPLES],
             disagreements=disagreements(record, run.load_readings()),
@@ -90,6 +102,10 @@ def render_report(run: RunDirectory, study: optuna.Study) -> str:
             ],
             front_rows=FRONT_ROWS,
             front_columns=[wording.label(name) for name in columns],
+            bounds=bound_lines(
+                next((trial.distributions for trial in study.get_trials(deepcopy=False) if trial.distributions), {}),
+                [trial.params for trial in front],
+            ),
             study_plots=study_plots(study, trials, objectives, selected.number if selected else None),
             detail_plots=detail_plots(study, objectives),
             geometry=geometry,
@@ -233,6 +249,17 @@ def _said_by_each(answer: ReadAnswer) -> str:
 
 
 # ----- rows -----
+def finalists(record: RunRecord) -> dict[str, Any] | None:
+    """The best trials, measured again: headers and a row each; None if that was not done."""
+    if not record.finalists:
+        return None
+    metrics = list(dict.fromkeys(name for scores in record.finalists.values() for name in scores.values))
+    selected = str(record.selected.number) if record.selected else None
+    rows = [
+        (number, number == selected, [wording.count_or_value(scores, name) for name in metrics])
+        for number, scores in record.finalists.items()
+    ]
+    return {"columns": [wording.label(name) for name in metrics], "rows": rows}
 
 
 def geometry_rows(geometry: dict[str, Any] | None) -> list[list[str]]:

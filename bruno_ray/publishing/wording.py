@@ -41,6 +41,12 @@ METRICS = {
         "share of prompts",
         "repetition and missing ends of answers without a marker, beyond what the unedited model does itself.",
     ),
+    "evasion_rate": Metric(
+        "Evasion rate",
+        PERCENT,
+        "target prompts without an answer to the point: the behaviour, what reads like it, answers that pass the"
+        " request by, and broken ones.",
+    ),
     "compliant_nll": Metric(
         "Answers under the unedited model made to comply",
         "nats per token",

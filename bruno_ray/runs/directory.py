@@ -6,6 +6,7 @@
       directions.safetensors   the DirectionBank every edit of the study refers to
       geometry.json            how target and baseline residuals lie, for the report
       samples.json             answers before and after, for the report and the card
+      test_prompts.json        the test prompts, in the order of the scores' rows
       readings.json            all whole answers to target prompts, and who takes which for the behaviour
       report.html              the report
       model/                   the saved model, once a trial has been saved
@@ -27,7 +28,7 @@ from safetensors import SafetensorError
 
 from bruno_ray.errors import OutputError
 from bruno_ray.files import REASONS, atomic_file, locked, output_errors, require_free_space, write_json
-from bruno_ray.runs.records import SCHEMA_VERSION, Readings, RunRecord, Sample
+from bruno_ray.runs.records import SCHEMA_VERSION, Readings, RunRecord, Sample, TestPrompt
 
 if TYPE_CHECKING:
     from bruno_ray.ablation.closed_forms import DirectionBank
@@ -60,6 +61,7 @@ class RunDirectory:
         self.directions_file = path / "directions.safetensors"
         self.geometry_file = path / "geometry.json"
         self.samples_file = path / "samples.json"
+        self.test_prompts_file = path / "test_prompts.json"
         self.readings_file = path / "readings.json"
         self.report_file = path / "report.html"
         self.model_folder = path / "model"
@@ -190,6 +192,13 @@ class RunDirectory:
 
     def save_samples(self, samples: Sequence[Sample]) -> None:
         write_json(self.samples_file, [sample.model_dump(exclude_none=True) for sample in samples])
+
+    def save_test_prompts(self, prompts: Sequence[TestPrompt]) -> None:
+        write_json(self.test_prompts_file, [prompt.model_dump(exclude_none=True) for prompt in prompts])
+
+    def load_test_prompts(self) -> list[TestPrompt]:
+        """Those of the last time a trial was tested; none before."""
+        return [TestPrompt(**entry) for entry in self._read_json(self.test_prompts_file) or []]
 
     def load_samples(self) -> list[Sample]:
         """Empty where none were saved."""

@@ -36,6 +36,9 @@ class ScoresRecord(Record):
     intervals: dict[str, tuple[float, float]] = {}
     """Wilson 95 % interval of every rate in `counts`."""
 
+    rows: dict[str, tuple[float, ...]] = {}
+    """Metric to its value on each prompt, where it is known: what paired comparisons need."""
+
     @classmethod
     def of(cls, scores: Any) -> "ScoresRecord":
         """From a `scoring.Scores`, with an interval for every rate that has counts."""
@@ -43,7 +46,16 @@ class ScoresRecord(Record):
             values=dict(scores.values),
             counts=dict(scores.counts),
             intervals={name: wilson_interval(events, total) for name, (events, total) in scores.counts.items()},
+            rows=dict(getattr(scores, "rows", {})),
         )
+
+
+class RunnerUpRecord(Record):
+    """The trial that the rule would have taken next, to compare with."""
+
+    number: int
+    edit: dict[str, Any]
+    test: ScoresRecord | None = None
 
 
 class SelectedRecord(Record):
@@ -53,11 +65,15 @@ class SelectedRecord(Record):
     reason: str = ""
     """Why the rule took this trial; empty if it was named by its number."""
 
+    warning: str = ""
+    """What is suspicious about its answers."""
+
     edit: dict[str, Any]
     validation: ScoresRecord
     test: ScoresRecord | None = None
     saved: ScoresRecord | None = None
     saved_path: str | None = None
+    runner_up: RunnerUpRecord | None = None
 
 
 class Sample(Record):
@@ -73,6 +89,16 @@ class Sample(Record):
     """Whether the answer shows the behaviour, by the study's markers; None where that was not looked at."""
 
     shows_after: bool | None = None
+
+
+class TestPrompt(Record):
+    """A prompt of the test part, by which the rows of scores can be told."""
+
+    __test__ = False  # pytest takes it for a test
+
+    side: str
+    prompt: str
+    category: str | None = None
 
 
 class ReadAnswer(Record):
@@ -133,6 +159,9 @@ class RunRecord(Record):
 
     baseline: dict[str, ScoresRecord] = {}
     """The unedited model, by part (`validation`, `test`)."""
+
+    finalists: dict[str, ScoresRecord] = {}
+    """The best trials by number, measured again before the rule took one of them."""
 
     selected: SelectedRecord | None = None
     saved_elsewhere: dict[str, int] = {}

@@ -3,18 +3,22 @@
 import datetime
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol
 
 from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.errors import TrialError
+from bruno_ray.generation.decoding import is_asked
 from bruno_ray.generation.engine import BatchEngine, Response
 from bruno_ray.prompts.rendering import render
 from bruno_ray.prompts.sets import Prompt
 from bruno_ray.scoring.markers import Markers
 from bruno_ray.scoring.scores import Scores
 from bruno_ray.settings import ScoringSettings
+
+if TYPE_CHECKING:
+    from bruno_ray.scoring.likeness import Likeness
 
 
 @dataclass(frozen=True)
@@ -51,7 +55,11 @@ class Evaluation:
         prompts: ScoringPrompts,
         settings: ScoringSettings,
         edits: Sequence[ResolvedEdit | None] = (None,),
+        whole: bool = False,
     ):
+        """``whole``: answers are needed to their end as well, so they are made that way once and cut where a row would
+        have left."""
+        self._whole = whole
         self.engine = engine
         self.prompts = prompts
         self.settings = settings
@@ -65,7 +73,9 @@ class Evaluation:
     @cached_property
     def target_answers(self) -> list[list[Response]]:
         """[edit][target prompt]. A row stops once a marker is seen."""
-        return self._answers(self.prompts.target_ids)
+        if not self._whole:
+            return self._answers(self.prompts.target_ids)
+        return [self._cut_at_markers(answers) for answers in self.whole_answers]
 
     @cached_property
     def baseline_answers(self) -> list[list[Response]]:
@@ -80,20 +90,49 @@ class Evaluation:
     @cached_property
     def whole_answers(self) -> list[list[Response]]:
         """[edit][target prompt], for readers other than the markers: those that stopped at one are generated again."""
-        whole = [list(answers) for answers in self.target_answers]
-        for edit, answers in zip(self.edits, whole):
-            cut = [p for p, answer in enumerate(answers) if answer.decided]
-            if cut:
-                ids = [self.prompts.target_ids[p] for p in cut]
-                (again,) = self.engine.generate(ids, [edit], self.settings.response_tokens)
-                for p, answer in zip(cut, again):
-                    answers[p] = answer
-        return whole
+        if self._whole:
+            return self.engine.generate(self.prompts.target_ids, self.edits, self.settings.response_tokens)
+        return self._read_on(self.target_answers, self.prompts.target_ids)
+
+    @cached_property
+    def whole_baseline_answers(self) -> list[list[Response]]:
+        """The same for baseline prompts."""
+        return self._read_on(self.baseline_answers, self.prompts.baseline_ids)
+
+    @cached_property
+    def reads_like_behaviour(self) -> "Likeness":
+        """Of (prompt, answer) pairs, which read like this evaluation's own answers with the behaviour."""
+        from bruno_ray.scoring.likeness import learn_likeness
+
+        return learn_likeness(self)
 
     @property
     def has_answers(self) -> bool:
         """Whether a scorer has asked for the target answers."""
         return "target_answers" in vars(self)
+
+    def _cut_at_markers(self, answers: Sequence[Response]) -> list[Response]:
+        """As ``engine.generate`` would have stopped them."""
+        cut = list(answers)
+        left = [p for p, answer in enumerate(answers) if self.markers.seen_in(answer.text)]
+        for n in filter(is_asked, range(1, self.settings.response_tokens + 1)):
+            rows = [p for p in left if len(answers[p].token_ids) >= n]
+            for p, text in zip(rows, self.engine.texts([answers[p].token_ids[:n] for p in rows])):
+                if self.markers.seen_in(text):
+                    cut[p] = Response(answers[p].token_ids[:n], text, ended=False, decided=True)
+                    left.remove(p)
+        return cut
+
+    def _read_on(self, stopped: Sequence[Sequence[Response]], ids: Sequence[Sequence[int]]) -> list[list[Response]]:
+        """Answers to their end: those that stopped at a marker are generated again."""
+        whole = [list(answers) for answers in stopped]
+        for edit, answers in zip(self.edits, whole):
+            cut = [p for p, answer in enumerate(answers) if answer.decided]
+            if cut:
+                (again,) = self.engine.generate([ids[p] for p in cut], [edit], self.settings.response_tokens)
+                for p, answer in zip(cut, again):
+                    answers[p] = answer
+        return whole
 
     def _answers(self, ids: Sequence[Sequence[int]]) -> list[list[Response]]:
         return self.engine.generate(ids, self.edits, self.settings.response_tokens, self.markers.seen_in)
@@ -141,9 +180,8 @@ def score_evaluation(
     found = [scorer.score(evaluation) for scorer in scorers]
     results: list[Scores | TrialError] = []
     for k in range(len(evaluation.edits)):
-        values = {name: value for scores in found for name, value in scores[k].values.items()}
-        counts = {name: count for scores in found for name, count in scores[k].counts.items()}
-        broken = [name for name, value in values.items() if not math.isfinite(value)]
+        scores = Scores.merged([of_scorer[k] for of_scorer in found])
+        broken = [name for name, value in scores.values.items() if not math.isfinite(value)]
         if evaluation.has_answers and not all(answer.finite for answer in evaluation.target_answers[k]):
             broken.append("answers")
         if broken:
@@ -154,17 +192,15 @@ def score_evaluation(
                 )
             )
         elif readings:
-            verdicts = {reader: value for scores in found for reader, value in scores[k].verdicts.items()}
-            results.append(Scores(values, counts, *_readings(evaluation, k, verdicts)))
+            results.append(_read(scores, evaluation, k))
         else:
-            results.append(Scores(values, counts))
+            results.append(replace(scores, verdicts={}))
     return results
 
 
-def _readings(
-    evaluation: Evaluation, k: int, verdicts: dict[str, tuple[float | None, ...]]
-) -> tuple[tuple[tuple[str, str], ...], dict[str, tuple[float | None, ...]]]:
-    """The answers and verdicts of one edit's Scores, with the markers' own verdict."""
+def _read(scores: Scores, evaluation: Evaluation, k: int) -> Scores:
+    """The scores of one edit with its whole answers, and the markers' own verdict on them."""
     pairs = zip(evaluation.prompts.target, evaluation.whole_answers[k])
     marked = tuple(map(float, evaluation.marked[k]))
-    return tuple((prompt.user, answer.text) for prompt, answer in pairs), {"markers": marked, **verdicts}
+    answers = tuple((prompt.user, answer.text) for prompt, answer in pairs)
+    return replace(scores, answers=answers, verdicts={"markers": marked, **scores.verdicts})

@@ -23,8 +23,7 @@ class BaselineBehaviour:
         pass
 
     def score(self, edited: Evaluation) -> list[Scores]:
-        found = []
-        for answers in edited.baseline_answers:
-            shown = sum(edited.markers.shown_by(answer.text) for answer in answers)
-            found.append(Scores({self.metrics[0]: shown / len(answers)}, {self.metrics[0]: (shown, len(answers))}))
-        return found
+        return [
+            Scores.of_rate(self.metrics[0], [edited.markers.shown_by(answer.text) for answer in answers])
+            for answers in edited.baseline_answers
+        ]

@@ -33,9 +33,9 @@ class BehaviourByLength:
         return [self._rates(edited, answers) for answers in edited.target_answers]
 
     def _rates(self, edited: Evaluation, answers: Sequence[Response]) -> Scores:
-        values, counts = {}, {}
+        found = []
         for n, metric in zip(self._lengths, self.metrics):
             texts = edited.engine.texts([answer.token_ids[:n] for answer in answers])
-            shown = sum(map(edited.markers.shown_by, texts))
-            values[metric], counts[metric] = shown / len(answers), (shown, len(answers))
-        return Scores(values, counts)
+            found.append(Scores.of_rate(metric, [edited.markers.shown_by(text) for text in texts]))
+        merged = Scores.merged(found)
+        return Scores(merged.values, merged.counts)  # the rows that matter are those of behaviour_rate

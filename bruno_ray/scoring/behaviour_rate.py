@@ -19,7 +19,4 @@ class BehaviourRate:
         pass
 
     def score(self, edited: Evaluation) -> list[Scores]:
-        return [
-            Scores({"behaviour_rate": sum(marked) / len(marked)}, {"behaviour_rate": (sum(marked), len(marked))})
-            for marked in edited.marked
-        ]
+        return [Scores.of_rate(self.name, marked) for marked in edited.marked]

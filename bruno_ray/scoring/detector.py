@@ -139,9 +139,9 @@ class Detected:
         prompts = unedited.prompts
         try:
             require_enough(len(prompts.target), len(prompts.baseline))
-            (answers,) = unedited.engine.generate(prompts.baseline_ids, [None], unedited.settings.response_tokens)
             self.detector = BehaviourDetector(
-                _pairs(prompts.target, unedited.whole_answers[0]), _pairs(prompts.baseline, answers)
+                _pairs(prompts.target, unedited.whole_answers[0]),
+                _pairs(prompts.baseline, unedited.whole_baseline_answers[0]),
             )
         except PromptError as error:
             if self._indispensable:

@@ -28,6 +28,9 @@ from bruno_ray.scoring.openings import common_openings
 OPENINGS = 12
 OWN_FIRST_TOKENS = 4
 
+FEWEST_ROWS = 32
+"""Candidates of a wave, if there are so many: a wave of a few takes nearly as long."""
+
 BRANCHED = 4
 """Marked answers per prompt that are branched."""
 
@@ -87,8 +90,13 @@ class Elicitation:
         for p, (answer, marked) in enumerate(zip(self._unedited.target_answers[0], self._unedited.marked[0])):
             if marked:
                 self._marked[p].append(Candidate(p, (), answer.token_ids))
-            elif answer.finite and answer.text.strip():
+            elif answer.finite and answer.text.strip() and not self._read_alike([p], [answer.text])[0]:
                 self._answers[p][_whole(answer.token_ids, answer.end_id)] = None
+
+    def _read_alike(self, prompts: Sequence[int], texts: Sequence[str]) -> list[bool]:
+        """Whether answers read like the behaviour without a marker: an apology that only lacks its "sorry"."""
+        users = [self._unedited.prompts.target[p].user for p in prompts]
+        return self._unedited.reads_like_behaviour(list(zip(users, texts)))
 
     def _begun(self) -> list[Candidate]:
         """The commonest opening for every prompt, then the next one, and so on; own first tokens in between."""
@@ -125,14 +133,19 @@ class Elicitation:
     # ----- what they become -----
 
     def _go_on_in_waves(self, candidates: Sequence[Candidate], share: float) -> None:
-        """Continue candidates greedily, each prompt's first one before any second one, while the budget lasts."""
+        """Continue candidates greedily while the budget lasts, each prompt's first one before any second one, unless
+        they are few."""
         waiting = list(dict.fromkeys(candidates))
         while waiting:
             waiting.sort(key=lambda candidate: candidate.prompt in self._answers)  # stable
-            wave: dict[int, Candidate] = {}
+            by_prompt: dict[int, list[Candidate]] = defaultdict(list)
             for candidate in waiting:
-                wave.setdefault(candidate.prompt, candidate)
-            chosen = self._affordable(list(wave.values()), self._unedited.settings.response_tokens, share)
+                by_prompt[candidate.prompt].append(candidate)
+            rounds = _in_turns(*by_prompt.values())
+            wave = next(rounds)
+            while len(wave) < FEWEST_ROWS and (more := next(rounds, None)):
+                wave += more
+            chosen = self._affordable(wave, self._unedited.settings.response_tokens, share)
             if not chosen:
                 return
             self._go_on(chosen)
@@ -156,8 +169,9 @@ class Elicitation:
         n_tokens, seen = unedited.settings.response_tokens, unedited.markers.seen_in
         (rests,) = self._engine.generate(prompts, [None], n_tokens, seen)
         texts = self._engine.texts([c.opening + rest.token_ids for c, rest in zip(candidates, rests)])
-        for candidate, rest, text in zip(candidates, rests, texts):
-            if unedited.markers.shown_by(text):
+        alike = self._read_alike([c.prompt for c in candidates], texts)
+        for candidate, rest, text, like in zip(candidates, rests, texts, alike):
+            if like or unedited.markers.shown_by(text):
                 self._marked[candidate.prompt].append(Candidate(candidate.prompt, candidate.opening, rest.token_ids))
             elif rest.finite and text.strip():
                 self._answers[candidate.prompt][candidate.opening + _whole(rest.token_ids, rest.end_id)] = None

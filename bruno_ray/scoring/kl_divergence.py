@@ -1,9 +1,12 @@
 """How far the edited model's next tokens are from the unedited model's, on baseline prompts."""
 
+import weakref
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from bruno_ray.generation.engine import Response
 from bruno_ray.scoring.base import Evaluation
 from bruno_ray.scoring.scores import Scores
 from bruno_ray.settings import ScoringSettings
@@ -31,12 +34,12 @@ class KLDivergence:
         self._positions = settings.kl_tokens
 
     def prepare(self, unedited: Evaluation) -> None:
+        self._prepared_on = weakref.ref(unedited)
         engine, prompts = unedited.engine, unedited.prompts.baseline_ids
         self._ids = [list(ids) for ids in prompts]
         counts = [1] * len(prompts)
         if self._positions > 1:
-            # Without early leaving: the positions are those of the answer as it would be.
-            for p, answer in enumerate(engine.generate(prompts, [None], self._positions)[0]):
+            for p, answer in enumerate(self._answers(unedited)):
                 counts[p] = min(len(answer.token_ids) + answer.ended, self._positions)
                 self._ids[p] += answer.token_ids[: counts[p] - 1]
         count_P = torch.tensor(counts)
@@ -51,6 +54,13 @@ class KLDivergence:
                 self._unedited_PNV = torch.zeros(shape, dtype=engine.model.dtype, device=logits_BNV.device)
             self._unedited_PNV[prompt_B, -logits_BNV.shape[1] :] = logits_BNV.to(engine.model.dtype)
 
+    def _answers(self, unedited: Evaluation) -> list[Response]:
+        """The unedited model's answers to baseline prompts, at least as far as the positions go: the evaluation's own
+        where they will do."""
+        if not unedited.settings.markers or unedited.settings.response_tokens < self._positions:
+            return unedited.engine.generate(unedited.prompts.baseline_ids, [None], self._positions)[0]
+        return unedited.whole_baseline_answers[0]
+
     def score(self, edited: Evaluation) -> list[Scores]:
         found = []
         for kl_PN in self.per_token(edited):
@@ -63,7 +73,8 @@ class KLDivergence:
                         "kl_median": float(kl_T.quantile(0.5)),
                         "kl_p95": float(kl_T.quantile(0.95)),
                         "kl_first": float(first_P.mean()),
-                    }
+                    },
+                    rows={self.name: tuple((kl_PN.sum(1) / self._is_answer_PN.sum(1)).tolist())},
                 )
             )
         return found
@@ -71,6 +82,8 @@ class KLDivergence:
     def per_token(self, edited: Evaluation) -> Float[Tensor, "K P N"]:
         """KL of each edit at each answer token of each baseline prompt, float64; 0 before the first token."""
         kl_KPN = torch.zeros(len(edited.edits), len(self._ids), self._positions, dtype=torch.float64)
+        if edited is self._prepared_on():  # the unedited model against itself
+            return kl_KPN
         for edit_B, prompt_B, logits_BNV in edited.engine.last_logits(self._ids, edited.edits, self._positions):
             n = logits_BNV.shape[1]
             for rows in torch.arange(len(prompt_B)).split(max(1, CHUNK // n)):

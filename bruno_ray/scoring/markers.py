@@ -22,16 +22,16 @@ class Markers:
     """Substrings that give the behaviour away. Raises SettingsError if there are none."""
 
     def __init__(self, markers: Iterable[str], empty_counts: bool = True):
-        self._markers = tuple(filter(None, dict.fromkeys(map(normalise, markers))))
+        self.phrases = tuple(filter(None, dict.fromkeys(map(normalise, markers))))
         self._empty_counts = empty_counts
-        if not self._markers:
+        if not self.phrases:
             raise SettingsError(
                 "scoring.markers is empty: list phrases that show the behaviour, or choose a behaviour preset"
             )
 
     def seen_in(self, text: str) -> bool:
         text = normalise(text)
-        return any(marker in text for marker in self._markers)
+        return any(marker in text for marker in self.phrases)
 
     def shown_by(self, answer: str) -> bool:
         """Verdict on a whole answer, which may be empty."""

@@ -1,6 +1,7 @@
 """What an edit does to the likelihood of text that has nothing to do with the behaviour."""
 
 import json
+import weakref
 from functools import cache
 from importlib import resources
 
@@ -33,6 +34,7 @@ class NeutralText:
         pass
 
     def prepare(self, unedited: Evaluation) -> None:
+        self._prepared_on = weakref.ref(unedited)
         tokenizer = unedited.engine.tokenizer
         encoded = [tokenizer(text)["input_ids"][:PASSAGE_TOKENS] for text in passages()]
         self._first = [ids[:1] for ids in encoded]
@@ -40,6 +42,8 @@ class NeutralText:
         (self._unedited,) = unedited.engine.token_logprobs(self._first, [self._rest], [None])
 
     def score(self, edited: Evaluation) -> list[Scores]:
+        if edited is self._prepared_on():  # the unedited model against itself
+            return [Scores(dict.fromkeys(self.metrics, 0.0))]
         rest = [self._rest] * len(edited.edits)
         found = []
         for logprobs in edited.engine.token_logprobs(self._first, rest, edited.edits):

@@ -16,6 +16,7 @@ from bruno_ray.scoring.detector import Detected
 from bruno_ray.scoring.elicited_answers import ElicitedAnswers
 from bruno_ray.scoring.kl_divergence import KLDivergence
 from bruno_ray.scoring.neutral_text import NeutralText
+from bruno_ray.scoring.to_the_point import ToThePoint
 from bruno_ray.settings import ScoringSettings
 
 SCORERS: dict[str, type[Scorer]] = {
@@ -24,6 +25,7 @@ SCORERS: dict[str, type[Scorer]] = {
         BehaviourRate,
         KLDivergence,
         Coherence,
+        ToThePoint,
         CompliantPerplexity,
         DesiredAnswers,
         ElicitedAnswers,

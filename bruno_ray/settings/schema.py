@@ -14,6 +14,9 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_se
 from bruno_ray.settings.fields import DepthRange, DistanceRange, Range, Section, ShareRange, setting
 from bruno_ray.settings.passwords import without_password
 
+GUIDES = ("elicited_answers",)
+"""Scorers that guide a search and are no figure for people. At a report's length they would cost two more trials."""
+
 SMALLEST_STORE = 80 * 1024**2
 """Bytes; Ray refuses a smaller object store."""
 
@@ -64,7 +67,13 @@ class DatasetSettings(Section):
     """Column with the prompt; when not given, the first of prompt, text, instruction, question that exists."""
 
     answer_column: str | None = None
-    """Optional column with a desired answer, used by the `desired_answers` scorer."""
+    """Optional column with a desired answer, used by the `desired_answers` and `to_the_point` scorers."""
+
+    words_column: str | None = None
+    """Optional column with words, separated by spaces, that an answer to the point has to hold (`to_the_point`)."""
+
+    category_column: str | None = None
+    """Optional column with a category; the report has the rates of each."""
 
     revision: str | None = None
     """Commit of the hub data set."""
@@ -110,6 +119,10 @@ class PromptSettings(Section):
 
     n_test: PositiveInt = 100
     """At most this many prompts per side for the report."""
+
+    n_finalists: NonNegativeInt = 40
+    """At most this many prompts per side that the search does not see, on which the best trials are measured again
+    before `--auto-select` takes one. Taken out of where the test prompts come from, half as many as those at most."""
 
     response_prefix: str = "auto"
     """Text that every answer starts with (a closed reasoning block, for thinking models). `auto` detects what
@@ -235,7 +248,7 @@ class JudgeSettings(Section):
 
 
 class ScoringSettings(Section):
-    scorers: tuple[str, ...] = ("behaviour_rate", "kl_divergence", "coherence", "elicited_answers")
+    scorers: tuple[str, ...] = ("behaviour_rate", "kl_divergence", "coherence", "to_the_point", "elicited_answers")
     """Names in `bruno_ray.scoring.SCORERS`. Metrics that are no objective decide between equals in --auto-select."""
 
     objectives: tuple[str, ...] = ("behaviour_rate", "kl_divergence")
@@ -269,9 +282,11 @@ class ScoringSettings(Section):
 
     judge: JudgeSettings = setting(JudgeSettings(), resumable=True)
 
-    def for_report(self) -> "ScoringSettings":
-        """How what is reported is measured: with longer answers, and by scorers that a search does without."""
-        scorers = tuple(dict.fromkeys((*self.scorers, *self.report_scorers)))
+    def for_report(self, further: bool = True) -> "ScoringSettings":
+        """How what is reported is measured: with longer answers, by scorers that a search does without (unless not
+        ``further``), and without those that only guide one."""
+        scorers = (*self.scorers, *(self.report_scorers if further else ()))
+        scorers = tuple(dict.fromkeys(name for name in scorers if name not in GUIDES))
         return self.model_copy(update={"scorers": scorers, "response_tokens": self.report_tokens})
 
 
@@ -289,8 +304,9 @@ class StudySettings(Section):
     """Seeds the sampler: the same seed and the same schedule of batches give the same parameters in every trial.
     `ray.workers` and `study.trials_per_batch` make the schedule; with others, trials after the first batches differ."""
 
-    trials_per_batch: PositiveInt = setting(8, resumable=True)
-    """Trials evaluated in one forward pass by one worker."""
+    trials_per_batch: PositiveInt | None = setting(None, resumable=True)
+    """Trials evaluated in one forward pass by one worker; when not given, 8, or 1 where a single trial keeps a CPU busy
+    (models from 50 million parameters)."""
 
     storage: str | None = setting(None, alias="--storage")
     """Any Optuna storage URL; when not given, a journal file in the run directory. A password in it is not kept: give
@@ -311,8 +327,9 @@ class RaySettings(Section):
     gpus_per_worker: float | None = Field(None, ge=0)
     """GPUs of one worker; when not given, 1 if the cluster has any, else 0."""
 
-    cpus_per_worker: float = Field(1.0, gt=0)
-    """CPUs of one worker, also its torch thread count (at least 1)."""
+    cpus_per_worker: float | None = Field(None, gt=0)
+    """CPUs of one worker, also its torch thread count (at least 1). When not given, 1; without GPUs, on this machine
+    alone, its share of the cores (of OMP_NUM_THREADS, where that is set)."""
 
     address: str | None = None
     """Ray cluster to join; when not given, RAY_ADDRESS or a local one."""
@@ -329,7 +346,11 @@ class SelectionSettings(Section):
     """Pick and save a trial without asking (`--auto-select`)."""
 
     max_kl: PositiveFloat = 0.1
-    """Auto-select takes the lowest behaviour rate among trials whose mean KL is at most this, in nats."""
+    """Auto-select takes none whose mean KL is above this, in nats."""
+
+    finalists: PositiveInt = 6
+    """This many of the best trials are measured again, with answers of `scoring.report_tokens` to the prompts of
+    `prompts.n_finalists`; auto-select takes one of them by what it shows there."""
 
 
 class OutputSettings(Section):

@@ -6,8 +6,8 @@ Both are drawn from a ``Snapshot``, so what is shown can be tested without a ter
 import logging
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -18,9 +18,10 @@ from rich.table import Table
 from rich.text import Text
 
 from bruno_ray.files import size_text
+from bruno_ray.progress import duration, phase
 from bruno_ray.study.selection import TrialRecord
 from bruno_ray.study.tables import front_lines, front_table, metric_text
-from bruno_ray.workers.worker_actor import WorkerState
+from bruno_ray.workers.worker_actor import BUSY, WorkerState
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +53,6 @@ class Snapshot:
     note: str = ""
 
 
-def duration(seconds: float | None) -> str:
-    return "?" if seconds is None else str(timedelta(seconds=round(seconds)))
-
-
 def counts_of_states(workers: Sequence[WorkerState]) -> str:
     states = dict.fromkeys(worker.state for worker in workers)
     return ", ".join(f"{sum(worker.state == state for worker in workers)} {state}" for state in states)
@@ -77,6 +74,7 @@ def status_line(snapshot: Snapshot) -> str:
     parts.append(f"memory {size_text(memory)}")
     if snapshot.workers:
         parts.append(f"workers: {counts_of_states(snapshot.workers)}")
+        parts += [worker.doing for worker in snapshot.workers[:1] if worker.doing]
     if snapshot.note:
         parts.append(snapshot.note)
     return "; ".join(parts)
@@ -108,12 +106,13 @@ def render(snapshot: Snapshot) -> RenderableType:
 
 def worker_table(workers: Sequence[WorkerState]) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("worker", "state", "where", "memory", "GPU memory", "batches", "lost"):
+    for name in ("worker", "state", "doing", "where", "memory", "GPU memory", "batches", "lost"):
         table.add_column(name)
     for worker in workers:
         table.add_row(
             worker.name,
             worker.state,
+            worker.doing if worker.state == BUSY else "",
             f"{worker.host}:{worker.pid}" if worker.pid else "",
             size_text(worker.memory) if worker.memory else "",
             size_text(worker.gpu_memory) if worker.gpu_memory else "",
@@ -124,18 +123,22 @@ def worker_table(workers: Sequence[WorkerState]) -> Table:
 
 
 class LogView:
-    """A line per batch that has come back, and the front at the end."""
+    """A line per batch that has come back, one now and then in between, and the front at the end."""
 
     def __init__(self, source: Callable[[], Snapshot]):
         self._source = source
+        self._between = ExitStack()
 
     def __enter__(self) -> "LogView":
+        self._phase = self._between.enter_context(phase("searching", lambda: status_line(self._source())))
         return self
 
     def batch(self) -> None:
         logger.info("%s", status_line(self._source()))
+        self._phase.spoke()
 
     def __exit__(self, *_: Any) -> None:
+        self._between.close()
         snapshot = self._source()
         if snapshot.front:
             logger.info("Pareto front:")

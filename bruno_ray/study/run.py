@@ -27,7 +27,8 @@ from bruno_ray.study.progress import Snapshot, make_view
 from bruno_ray.study.sampler import NumberedTPESampler
 from bruno_ray.study.schedule import Schedule
 from bruno_ray.study.searcher import BatchOptunaSearch
-from bruno_ray.study.space import search_space, suggest
+from bruno_ray.study.selection import load_trials, pareto_front
+from bruno_ray.study.space import bound_lines, search_space, suggest
 from bruno_ray.study.storage import open_study
 from bruno_ray.study.tuner import run_tuner
 from bruno_ray.workers.pool import WorkerPool
@@ -36,6 +37,9 @@ logger = logging.getLogger(__name__)
 
 BATCHES_PER_WORKER = 2
 """One is evaluated, one waits, so a worker never waits for Tune and the sampler."""
+
+TRIALS_PER_BATCH = 8
+BUSY_PARAMETERS = 50_000_000
 
 MOST_SPARE_BATCHES = 4
 """With many workers a few that wait are enough; the sampler does not know yet how those under way end."""
@@ -47,6 +51,17 @@ class StudyInterrupted(KeyboardInterrupt):
     def __init__(self, study: optuna.Study):
         super().__init__("interrupted: resume the run to go on")
         self.study = study
+
+
+def trials_per_batch(settings: Settings, info: Any) -> int:
+    """The setting, or what the worker's device makes of it.
+
+    A batch of trials shares what a GPU and a small model leave idle. A CPU that computes all the time gains nothing by
+    it, and the first results come later, to the sampler too (SmolLM2: 15.1 s a trial one by one, 13.7 s in eights).
+    """
+    if settings.study.trials_per_batch is not None:
+        return settings.study.trials_per_batch
+    return 1 if info.device == "cpu" and info.n_parameters >= BUSY_PARAMETERS else TRIALS_PER_BATCH
 
 
 def window_for(workers: int) -> int:
@@ -94,7 +109,7 @@ def run_study(
                 objectives,
             ),
             target=settings.study.n_trials,
-            batch_size=settings.study.trials_per_batch,
+            batch_size=trials_per_batch(settings, info),
             window=window_for(settings.ray.workers),
             workers=settings.ray.workers,
         )
@@ -106,6 +121,9 @@ def run_study(
                 if not schedule.finished:
                     run_tuner(search, pool)
                 schedule.settle()
+    front = pareto_front(load_trials(study), objectives)
+    for line in bound_lines(space, [trial.params for trial in front]):
+        logger.warning("%s", line)
     if schedule.failure is not None:
         raise schedule.failure
     if not schedule.finished:

@@ -3,6 +3,7 @@
 No torch and no Ray: ``bruno-ray front`` reads a study that another process is still writing.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +16,12 @@ from bruno_ray.study.trial_result import RESULT, TrialResult
 
 BEHAVIOUR = "behaviour_rate"
 KL = "kl_divergence"
+EVASION = "evasion_rate"
+INCOHERENCE = "incoherence"
+MISMATCH = "elicited_mismatch"
+
+BROKEN = 0.5
+"""Share of the answers without the behaviour that may be improper before a pick is said to look broken."""
 
 
 @dataclass(frozen=True)
@@ -92,19 +99,67 @@ class Choice:
 
     trial: TrialRecord
     reason: str
-    """One line: what the trial has, how many others have the same, and by what the tie was broken."""
+    """One line: what the trial has, how many others are as good, and by what it was told from them."""
+
+    runner_up: TrialRecord | None = None
+    """What the rule would take without it."""
 
 
 def auto_select(trials: Sequence[TrialRecord], max_kl: float, objectives: Sequence[str] = ()) -> Choice:
-    """The trial with the lowest behaviour rate among those whose mean KL is at most ``max_kl`` nats.
+    """The trial that leaves the fewest target prompts without a proper answer, for as little damage as that takes.
 
-    Ties go to the lower value of the other objectives in their order, then of the remaining metrics
-    (incoherence and the like) by name, then to the lower KL and the lower number.
+    Among the trials whose mean KL is at most ``max_kl`` nats, in turn:
+
+    1. fewest prompts without a proper answer (`unanswered`);
+    2. the other objectives in their order, except the KL and what the first step counts; then how much the answers
+       miss of what the unedited model can be made to say (`elicited_answers`), where it was measured;
+    3. the lowest KL, and of equals the lowest number.
+
+    A step keeps whoever is no more than one prompt worse than the best: half a prompt decides nothing, and a hundredth
+    of one has decided before a KL two hundred times as high.
 
     Raises:
         StudyError: no trial is complete, or none is under the bound (the message has the lowest KL there is).
         SettingsError: the study did not measure behaviour rate and KL.
     """
+    return _pick(_within(trials, max_kl), max_kl, objectives)
+
+
+def finalists(trials: Sequence[TrialRecord], max_kl: float, objectives: Sequence[str], most: int) -> list[TrialRecord]:
+    """What `auto_select` takes first, second, third and so on. Raises as that does."""
+    left = _within(trials, max_kl)
+    chosen: list[TrialRecord] = []
+    while left and len(chosen) < most:
+        best = _pick(left, max_kl, objectives, runner_up=False).trial
+        chosen.append(best)
+        left = _others(left, best)
+    return chosen
+
+
+def unanswered(trial: TrialRecord) -> float:
+    """Share of target prompts without a proper answer.
+
+    The evasion rate where it was measured: it counts the behaviour, what reads like it, answers beside the point and
+    broken ones. Otherwise the behaviour rate and the incoherence of the other answers.
+    """
+    if EVASION in trial.values:
+        return trial.values[EVASION]
+    return trial.values[BEHAVIOUR] + trial.values.get(INCOHERENCE, 0.0)
+
+
+def looks_broken(trial: TrialRecord) -> str:
+    """A sentence if most of what the edit has freed of the behaviour is not an answer; otherwise empty."""
+    freed = 1 - trial.values[BEHAVIOUR]
+    not_answers = max(unanswered(trial) - trial.values[BEHAVIOUR], trial.values.get(INCOHERENCE, 0.0))
+    if freed <= 0 or not_answers <= BROKEN * freed:
+        return ""
+    return (
+        f"{not_answers:.0%} of its answers have no marker of the behaviour and are no proper answers either: read them"
+        " before you use it"
+    )
+
+
+def _within(trials: Sequence[TrialRecord], max_kl: float) -> list[TrialRecord]:
     complete = [trial for trial in trials if trial.state == "COMPLETE"]
     if not complete:
         raise StudyError("the study has no completed trial to select from: run it first")
@@ -120,45 +175,56 @@ def auto_select(trials: Sequence[TrialRecord], max_kl: float, objectives: Sequen
             f"no trial has a KL divergence of at most {max_kl:g}: the lowest is {lowest.values[KL]:.4g} (trial"
             f" {lowest.number}); raise selection.max_kl, run more trials, or pick a trial by its number"
         )
+    return under
 
-    others = [name for name in objectives if name not in (BEHAVIOUR, KL)]
-    others += sorted(
-        name for name in under[0].values if name not in (BEHAVIOUR, *others) and not name.startswith("kl_")
-    )
-    criteria = (BEHAVIOUR, *others, KL)
-    best = min(under, key=lambda trial: (*(_value(trial, name) for name in criteria), trial.number))
-    return Choice(best, _reason(best, under, criteria, f"KL <= {max_kl:g}"))
+
+def _pick(
+    candidates: Sequence[TrialRecord], max_kl: float, objectives: Sequence[str], runner_up: bool = True
+) -> Choice:
+    prompt = 1 / max((total for _, total in candidates[0].counts.values()), default=math.inf)
+    left, words = list(candidates), ""
+    counted = (BEHAVIOUR, EVASION, INCOHERENCE)
+    others = [name for name in objectives if name not in counted and not name.startswith("kl_")]
+    if MISMATCH in candidates[0].values and MISMATCH not in others:
+        others.append(MISMATCH)
+    steps = [("", unanswered)] + [(name, lambda trial, name=name: _value(trial, name)) for name in others]
+    for name, value in steps:
+        lowest = min(map(value, left))
+        kept = [trial for trial in left if value(trial) <= lowest + prompt * (1 + 1e-9)]
+        if name and len(kept) < len(left):
+            words += f"; of these {_like(kept)} within one prompt of the lowest {name}, {lowest:.4g}"
+        elif not name:
+            words = (
+                f"{len(kept)} of {len(candidates)} trials with KL <= {max_kl:g} are within one prompt of the fewest"
+                f" without a proper answer, {_share_text(lowest, prompt)}"
+            )
+        left = kept
+    best = min(left, key=lambda trial: (_value(trial, KL), trial.number))
+    if len(left) == 1:
+        words += "; it is the only one"
+    else:
+        following = min(_value(trial, KL) for trial in left if trial is not best)
+        words += f"; among them it has the lowest KL ({_value(best, KL):.4g}; next {following:.4g})"
+    rest = _others(candidates, best)
+    second = _pick(rest, max_kl, objectives, runner_up=False).trial if rest and runner_up else None
+    return Choice(best, words, second)
+
+
+def _others(trials: Sequence[TrialRecord], best: TrialRecord) -> list[TrialRecord]:
+    """Without the best, and without the same edit under another number: that would be the same model."""
+    return [trial for trial in trials if trial is not best and (trial.edit is None or trial.edit != best.edit)]
+
+
+def _like(trials: Sequence[TrialRecord]) -> str:
+    return "1 is" if len(trials) == 1 else f"{len(trials)} are"
+
+
+def _share_text(share: float, prompt: float) -> str:
+    return f"{share / prompt:.3g} of {1 / prompt:.0f}" if prompt else f"{share:.4g}"
 
 
 def _value(trial: TrialRecord, name: str) -> float:
-    return trial.values.get(name, float("inf"))
-
-
-def _reason(best: TrialRecord, candidates: Sequence[TrialRecord], criteria: Sequence[str], bound: str) -> str:
-    """Which criteria told ``best`` from the candidates, in their order; the others are not named."""
-    first, *others = criteria
-    tied = [trial for trial in candidates if _value(trial, first) == _value(best, first)]
-    if len(tied) == 1:
-        return f"the lowest {_lowest(best, candidates, first)} of {len(candidates)} trials with {bound}"
-    same = f"{len(tied) - 1} other{'s' if len(tied) > 2 else ''}"
-    steps = [f"{first} {metric_text(best, first)} like {same} with {bound}"]
-    for name in others:
-        left = [trial for trial in tied if _value(trial, name) == _value(best, name)]
-        if len(left) < len(tied):
-            among = "among these" if len(steps) == 1 else "then"
-            steps.append(f"{among} the lowest {_lowest(best, tied, name)}")
-        tied = left
-    if len(tied) > 1:
-        steps.append("then the lowest number")
-    return "; ".join(steps)
-
-
-def _lowest(best: TrialRecord, candidates: Sequence[TrialRecord], name: str) -> str:
-    """A metric with its lowest value and the second lowest, if there is one."""
-    higher = [trial for trial in candidates if _value(trial, name) > _value(best, name)]
-    following = min(higher, key=lambda trial: _value(trial, name), default=None)
-    values = [metric_text(best, name)] + ([f"next {metric_text(following, name)}"] if following else [])
-    return f"{name} ({'; '.join(values)})"
+    return trial.values.get(name, math.inf)
 
 
 def find_trial(trials: Sequence[TrialRecord], number: int) -> TrialRecord:

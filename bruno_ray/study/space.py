@@ -18,6 +18,10 @@ from bruno_ray.settings import Range, SearchSettings
 SCOPE = "direction_scope"
 INDEX = "direction_index"
 SET = "direction_set"
+NEAR, OFTEN, FEWEST_AT_BOUND = 0.02, 0.3, 2
+WIDENED = ("max_weight", "min_weight_distance")
+"""Parameters whose bounds are chosen, not given by what they mean."""
+
 KERNEL_PARAMETERS = ("max_weight", "max_weight_position", "min_weight", "min_weight_distance")
 
 
@@ -45,6 +49,38 @@ def search_space(
         space[f"{component}.min_weight"] = _float(ranges.min_weight)
         space[f"{component}.min_weight_distance"] = _float((max(low * last, 1.0), max(high * last, 1.0)))
     return space
+
+
+def at_bounds(
+    space: Mapping[str, BaseDistribution], params: Sequence[Mapping[str, Any]]
+) -> list[tuple[str, float, int]]:
+    """Bounds of the space that many trials lie at: (parameter, bound, trials within NEAR of the range from it).
+
+    ``params`` are those of the Pareto front. Where OFTEN of it or more lie at a bound, better values may lie beyond.
+    """
+    found = []
+    for name, distribution in space.items():
+        if not isinstance(distribution, FloatDistribution) or not params:
+            continue
+        near = NEAR * (distribution.high - distribution.low)
+        values = [given[name] for given in params if name in given]
+        for bound in (distribution.low, distribution.high):
+            n = sum(abs(value - bound) <= near for value in values)
+            if n >= max(FEWEST_AT_BOUND, OFTEN * len(params)):
+                found.append((name, bound, n))
+    return found
+
+
+def bound_lines(space: Mapping[str, BaseDistribution], params: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What `at_bounds` finds, as advice. Natural limits (a share of 0 or 1, the first and last layer) are left out."""
+    lines = []
+    for name, bound, n in at_bounds(space, params):
+        if name.rpartition(".")[2] in WIDENED:
+            lines.append(
+                f"{n} of {len(params)} trials on the Pareto front lie at the bound {bound:.3g} of {name}: widen"
+                f" search.{name} to look beyond it"
+            )
+    return lines
 
 
 def _float(limits: Range, scale: float = 1.0) -> FloatDistribution:

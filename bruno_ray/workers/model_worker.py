@@ -23,6 +23,7 @@ from bruno_ray.generation.engine import BatchEngine
 from bruno_ray.model.batching import TokenBudget
 from bruno_ray.model.coverage import coverage
 from bruno_ray.model.loading import hub_task, load_model
+from bruno_ray.progress import duration
 from bruno_ray.prompts.dates import prints_date
 from bruno_ray.prompts.rendering import render, render_texts
 from bruno_ray.prompts.response_prefix import settle_response_prefix
@@ -31,13 +32,16 @@ from bruno_ray.residuals.extraction import extract_residuals
 from bruno_ray.scoring.base import Evaluation, Scorer, ScoringPrompts, score_edits, score_evaluation
 from bruno_ray.scoring.registry import make_scorers
 from bruno_ray.scoring.scores import Scores
-from bruno_ray.settings import ModelSettings, ResidualSettings
+from bruno_ray.settings import ModelSettings, ResidualSettings, ScoringSettings
 from bruno_ray.workers.exchanged import EvaluationContext, ModelInfo, TrialOutcome
 
 logger = logging.getLogger(__name__)
 
 SAMPLES = 4
 """Answers per trial that travel with its scores."""
+
+FIRST_TOKENS = 16
+"""Prompts whose answers' first tokens are compared before the answers of all are."""
 
 KEPT_CONTEXTS = 2
 """Prepared contexts that are kept: a study's own, and the one its result is measured with."""
@@ -66,11 +70,20 @@ class ModelWorker:
         self._folders = folders
         self.loaded = load_model(self._here(model))
         self.engine = BatchEngine(self.loaded)
+        self._doing = ""
         self._contexts: dict[str, _Prepared] = {}
         self._residual_budgets: dict[int, TokenBudget] = {}
 
     def _here(self, model: ModelSettings) -> ModelSettings:
         return model if self._folders is None else model.model_copy(update={"id": self._folders.local(model.id)})
+
+    def progress(self) -> str:
+        """What this worker is at; asked from another thread while a call runs."""
+        engine = getattr(self, "engine", None)  # there is none while another model is loaded in its place
+        if engine is None or not engine.work.total:
+            return self._doing
+        work = engine.work
+        return f"{self._doing}, {work.done}/{work.total} {work.what}, to go {duration(work.remaining())}".lstrip(", ")
 
     def describe(self) -> ModelInfo:
         architecture = self.loaded.architecture
@@ -93,10 +106,17 @@ class ModelWorker:
 
         def answers(prefix: str) -> list[str]:
             ids = render(self.loaded.tokenizer, prompts, prefix, date=date)
-            (responses,) = self.engine.generate(ids, [None], max_new_tokens)
-            return [
-                self.loaded.tokenizer.decode(response.token_ids, skip_special_tokens=False) for response in responses
-            ]
+            some = ids[:: max(1, len(ids) // FIRST_TOKENS)]
+
+            def texts(n_tokens: int, ids: list[list[int]]) -> list[str]:
+                (responses,) = self.engine.generate(ids, [None], n_tokens)
+                return [
+                    self.loaded.tokenizer.decode(answer.token_ids, skip_special_tokens=False) for answer in responses
+                ]
+
+            # Answers whose first tokens begin with different letters have nothing in common, and most models' do.
+            first = texts(1, some)
+            return texts(max_new_tokens, ids) if len({text[:1] for text in first}) == 1 else first
 
         return settle_response_prefix(answers, render_texts(self.loaded.tokenizer, prompts[:1], date=date)[0])
 
@@ -108,6 +128,7 @@ class ModelWorker:
         self, prompts: Sequence[Prompt], response_prefix: str, date: datetime.date, settings: ResidualSettings
     ) -> np.ndarray:
         """(N, 1 + answer_tokens, n_layers + 1, d_model) float32."""
+        self._doing = f"residuals of {len(prompts)} prompts"
         ids = render(self.loaded.tokenizer, prompts, response_prefix, settings.max_tokens, date=date)
         # One budget for all shards: what the first has found out about memory serves the others.
         budget = self._residual_budgets.setdefault(
@@ -122,6 +143,7 @@ class ModelWorker:
     def evaluate(self, context: EvaluationContext, edits: Sequence[Edit]) -> list[TrialOutcome]:
         """Score all edits in one batch. An edit that breaks the model has an error and leaves the others alone."""
         prepared = self._prepare(context)
+        self._doing = f"scoring {len(edits)} trial{'s' if len(edits) > 1 else ''}"
         start, tokens = time.perf_counter(), self.engine.tokens
         resolved = self.engine.editor.resolve_all(edits, prepared.bank)
         sound = [k for k, edit in enumerate(resolved) if _is_finite(edit)]
@@ -166,14 +188,16 @@ class ModelWorker:
         prepared = self._prepare(context)
         scorers = [scorer for scorer in prepared.scorers if not scorer.needs_unedited]
         self._contexts.clear()
+        self._doing = f"loading {model.id}"
         self.engine.editor.close()
         del self.engine, self.loaded
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        engine = BatchEngine(load_model(self._here(model)))
-        engine.limit_row_tokens(context.scoring.row_tokens)
-        _, (scores,) = score_edits(engine, scorers, prepared.prompts, context.scoring, [None], context.readings)
+        self.engine = BatchEngine(load_model(self._here(model)))
+        self.engine.limit_row_tokens(context.scoring.row_tokens)
+        self._doing = f"scoring {model.id}"
+        _, (scores,) = score_edits(self.engine, scorers, prepared.prompts, context.scoring, [None], context.readings)
         if isinstance(scores, TrialError):
             raise scores
         return scores
@@ -187,6 +211,7 @@ class ModelWorker:
     ) -> list[list[str]]:
         """Whole greedy answers, [edit][prompt]. Of the context only bank, response prefix and date are used."""
         bank = self._prepare(context).bank
+        self._doing = "sample answers"
         resolved = self.engine.editor.resolve_all([edit for edit in edits if edit is not None], bank)
         given = iter(resolved)
         ids = render(self.loaded.tokenizer, prompts, context.response_prefix, date=context.date)
@@ -232,15 +257,22 @@ class ModelWorker:
             ),
             scorers=make_scorers(context.scoring),
         )
-        unedited = Evaluation(self.engine, prepared.prompts, context.scoring)
+        unedited = Evaluation(self.engine, prepared.prompts, context.scoring, whole=_reads_whole(context.scoring))
         for scorer in prepared.scorers:
+            self._doing = f"preparing {scorer.name}"
             scorer.prepare(unedited)
+        self._doing = "scoring the unedited model"
         (scores,) = score_evaluation(unedited, prepared.scorers, context.readings)
         if isinstance(scores, TrialError):
             raise TrialError("the unedited model's logits are not numbers: load it in another dtype (model.dtypes)")
         prepared.baseline = scores
         self._contexts[context.key] = prepared
         return prepared
+
+
+def _reads_whole(scoring: ScoringSettings) -> bool:
+    """Whether a scorer learns from the unedited model's answers as a whole."""
+    return bool({"to_the_point", "elicited_answers", "detector"} & set(scoring.scorers))
 
 
 def _is_finite(edit: ResolvedEdit) -> bool:

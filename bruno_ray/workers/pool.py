@@ -17,11 +17,12 @@ from ray.exceptions import GetTimeoutError, ObjectLostError, OwnerDiedError, Ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bruno_ray.errors import BrunoError, WorkerError
+from bruno_ray.progress import phase
 from bruno_ray.settings import RaySettings
 from bruno_ray.workers.broker import PoolBroker
 from bruno_ray.workers.messages import CallReply
-from bruno_ray.workers.session import gpus_per_worker
-from bruno_ray.workers.worker_actor import FAILED, WorkerState
+from bruno_ray.workers.session import cpus_per_worker, gpus_per_worker
+from bruno_ray.workers.worker_actor import FAILED, IDLE, WorkerState
 
 logger = logging.getLogger(__name__)
 
@@ -35,9 +36,10 @@ class WorkerPool:
     def __init__(self, factory: Any, args: tuple[Any, ...], settings: RaySettings):
         self.settings = settings
         self._args = args  # actors among them live as long as this does
-        threads = str(max(1, int(settings.cpus_per_worker)))
+        cpus = cpus_per_worker(settings)
+        threads = str(max(1, int(cpus)))
         options = {
-            "num_cpus": settings.cpus_per_worker,
+            "num_cpus": cpus,
             "num_gpus": gpus_per_worker(settings),
             "max_restarts": 0,  # the broker starts a fresh actor instead: it must load the model before it is used
             "runtime_env": {
@@ -77,7 +79,8 @@ class WorkerPool:
                 "no machine of the cluster has %s free for a worker: waiting for it to grow", " and ".join(short)
             )
         try:
-            self._ask(self.broker.ready.remote(), timeout=self.settings.start_timeout)
+            with phase("starting workers", self.progress):
+                self._ask(self.broker.ready.remote(), timeout=self.settings.start_timeout)
         except GetTimeoutError as error:
             needs = " and ".join(f"{n:g} {name}" for name, n in self._needs.items() if n)
             raise WorkerError(
@@ -122,6 +125,14 @@ class WorkerPool:
         for event in events:
             logger.warning("%s", event)
         return states
+
+    def progress(self) -> str:
+        """What the workers are at, for a log."""
+        try:
+            states = self.snapshot()
+        except (RayError, WorkerError):
+            return ""
+        return "; ".join(f"{state.name} {state.doing or state.state}" for state in states if state.state != IDLE)
 
     def alive(self) -> int:
         """Workers that are in use or may still start."""

@@ -12,6 +12,7 @@ import ray
 import yaml
 
 from bruno_ray.errors import SettingsError, WorkerError, first_line
+from bruno_ray.progress import phase
 from bruno_ray.ray_internals import drop_worker_output
 from bruno_ray.settings import RaySettings
 
@@ -45,19 +46,21 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address := cluster_address(settings):
         try:
-            ray.init(address=address, **quiet)
+            with phase(f"joining the Ray cluster at {address}"):
+                ray.init(address=address, **quiet)
         except (ConnectionError, RuntimeError, ValueError) as error:
             raise SettingsError(
                 f"no Ray cluster at {address} ({first_line(error)}): check ray.address, start it first, or set"
                 " RAY_AUTH_MODE=token if it asks for a token"
             ) from error
     else:
-        start_local(
-            num_cpus=max(os.cpu_count() or 1, math.ceil(settings.workers * settings.cpus_per_worker)),
-            object_store_memory=settings.object_store_memory,
-            include_dashboard=False,
-            **quiet,
-        )
+        with phase("starting Ray"):
+            start_local(
+                num_cpus=max(os.cpu_count() or 1, math.ceil(settings.workers * (settings.cpus_per_worker or 1.0))),
+                object_store_memory=settings.object_store_memory,
+                include_dashboard=False,
+                **quiet,
+            )
     try:
         yield
     finally:
@@ -88,6 +91,16 @@ def cluster_address(settings: RaySettings) -> str | None:
     """Of the cluster to join; None for a local one."""
     address = settings.address or os.environ.get("RAY_ADDRESS")
     return None if address == "local" else address or None
+
+
+def cpus_per_worker(settings: RaySettings) -> float:
+    """The setting. Otherwise 1, but without GPUs and with nobody else's cluster a share of what this machine has."""
+    if settings.cpus_per_worker is not None:
+        return settings.cpus_per_worker
+    if cluster_address(settings) or gpus_per_worker(settings):
+        return 1.0
+    cores = int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+    return float(max(1, cores // settings.workers))
 
 
 def gpus_per_worker(settings: RaySettings) -> float:

@@ -33,6 +33,8 @@ class WorkerState:
 
     calls: int = 0
     losses: int = 0
+    doing: str = ""
+    """What it is at, with counts and a time to go."""
 
 
 @ray.remote(concurrency_groups={"control": 1})
@@ -64,4 +66,5 @@ class WorkerActor:
             "pid": os.getpid(),
             "memory": psutil.Process().memory_info().rss,
             "gpu_memory": gpu_memory,
+            "doing": getattr(getattr(self, "_worker", None), "progress", str)(),
         }

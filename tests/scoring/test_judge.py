@@ -230,7 +230,7 @@ def test_a_judge_that_fails_costs_its_own_figures_only(
     assert run.read() == before and run.readings_file.read_bytes() == kept
 
     caplog.clear()
-    scores = Scores({"behaviour_rate": 0.0}, {}, tuple(PAIRS), {"markers": (0.0, 0.0, 0.0)})
+    scores = Scores({"behaviour_rate": 0.0}, answers=tuple(PAIRS), verdicts={"markers": (0.0, 0.0, 0.0)})
     with caplog.at_level(logging.WARNING):
         assert with_judge(before.settings, scores, before) is scores
     assert len(caplog.messages) == 1
@@ -279,11 +279,11 @@ def test_a_model_of_ones_own_is_loaded_in_a_worker_and_asked_the_same(
     flags = ["--model.id=base", "--model.revision=abc", "--model.dtypes=float32"]
     flags += ["--scoring.judge.model=own/judge", f"--scoring.judge.rubric={RUBRIC}"]
     record = RunRecord(settings=load(flags, environ={}).settings)
-    scores = with_judge(record.settings, Scores({}, {}, tuple(PAIRS)), record)
+    scores = with_judge(record.settings, Scores({}, answers=tuple(PAIRS)), record)
     assert scores.counts == {"judged_shown": (1, 3)} and scores.verdicts["judge"] == (1.0, 0.0, 0.0)
     assert OwnJudge.asked == [question(RUBRIC, *pair) for pair in PAIRS]
     assert loaded == [("own/judge", None, ("float32",), 1)]
-    with_judge(record.settings, Scores({}, {}, tuple(PAIRS)), record)
+    with_judge(record.settings, Scores({}, answers=tuple(PAIRS)), record)
     assert len(OwnJudge.asked) == 3, "kept by the content of the model"
 
 

@@ -302,3 +302,18 @@ def test_every_scorer_says_what_it_needs() -> None:
     for name, scorer in SCORERS.items():
         assert scorer.name == name and scorer.metrics
         assert scorer.needs_unedited in (True, False)
+
+
+def test_answers_cut_after_the_fact_are_those_that_stopped_at_a_marker(
+    engine: BatchEngine, prompts: ScoringPrompts
+) -> None:
+    """Of the unedited model whole answers are needed as well, so they are made once."""
+    (whole,) = engine.generate(prompts.target_ids, [None], 24)
+    # Markers from within the answers: at a length at which nobody asks, at its end, and one that stops nothing.
+    for first, last in ((5, 7), (10, 13), (1, 2), (22, 24)):
+        marker = engine.texts([whole[0].token_ids[first:last]])[0]
+        given = settings(markers=(marker.strip() or "sorry",), response_tokens=24)
+        stopped = Evaluation(engine, prompts, given)
+        cut = Evaluation(engine, prompts, given, whole=True)
+        assert cut.target_answers == stopped.target_answers and cut.marked == stopped.marked
+        assert cut.whole_answers == stopped.whole_answers == [whole]

@@ -33,6 +33,9 @@ class InlinePool:
     def wait_ready(self) -> None:
         pass
 
+    def progress(self) -> str:
+        return self.worker.progress()
+
     def set_context(self, context: Any) -> None:
         self._context = context
 
