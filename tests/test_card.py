@@ -145,3 +145,10 @@ def test_licence_is_carried_over_where_it_is_known(tmp_path):
 def test_card_without_a_selected_trial_is_refused():
     with pytest.raises(OutputError, match="selected trial"):
         render_card(RunRecord(settings=Settings()))
+
+
+def test_what_is_suspicious_stands_in_card_and_report(finished):
+    selected = finished.record.selected.model_copy(update={"warning": "80% of its answers are no proper answers"})
+    text = render_card(finished.record.model_copy(update={"selected": selected}))
+    assert "**Note:** 80% of its answers are no proper answers." in text
+    assert "**Note:**" not in render_card(finished.record)

@@ -217,6 +217,24 @@ def test_the_run_says_why_it_picked_and_shows_the_pick_beside_the_front(
     assert "trial 1 is selected" in table and "* 1" in table and "* 2" not in table
 
 
+def test_where_no_finalist_keeps_to_the_bound_the_search_decides(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And without unseen prompts the finalists are measured on those of the search, at full length at least."""
+    use_inline_pools(monkeypatch)
+    settings = run.read().settings
+    strict = {"selection": settings.selection.model_copy(update={"max_kl": 0.1})}
+    strict["prompts"] = settings.prompts.model_copy(update={"n_finalists": 0})
+    run.update(settings=settings.model_copy(update=strict))
+    commands.save(run.path, auto=True)
+    record = run.read()
+    assert record.selected.number == 1
+    reason = record.selected.reason
+    assert reason.startswith("no finalist keeps to KL <= 0.1 when measured again; by the search: 1 of 3 trials")
+    assert set(record.finalists) == {"0", "1", "2"}, "trial 3 was above the bound in the search"
+    assert all("behaviour_rate_256" not in scores.values for scores in record.finalists.values())
+
+
 def test_what_a_saved_model_is_measured_on_shows_the_runs_date(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -183,7 +183,7 @@ def has_room(record: RunRecord) -> bool:
     the saved model's answers before its card is written."""
     if record.settings.scoring.judge.is_given:
         return False
-    n_bytes = record.model["n_parameters"] * BYTES.get(record.model["dtype"], 4)
+    n_bytes = record.model.get("n_parameters", 0) * BYTES.get(record.model.get("dtype", ""), 4)
     return bool(psutil.virtual_memory().available > ROOM * n_bytes)
 
 

@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 from bruno_ray.errors import OutputError
 from bruno_ray.model.named_models import find_named
-from bruno_ray.publishing import wording
+from bruno_ray.publishing import comparing, wording
 from bruno_ray.publishing.environment import environment
 from bruno_ray.runs.records import RunRecord
 from bruno_ray.settings import PromptSet, Settings
@@ -58,6 +58,7 @@ def render_card(record: RunRecord, base_license: dict[str, str] | None = None) -
             kernels=wording.kernel_rows(selected.edit),
             coverage=wording.coverage_rows(record.coverage),
             measured_on=measured_on,
+            warnings=comparing.suspicions(record),
             kl_where=" at the first answer token"
             if settings.scoring.kl_tokens == 1
             else f" over the first {settings.scoring.kl_tokens} answer tokens",

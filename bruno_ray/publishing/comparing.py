@@ -98,6 +98,12 @@ def delayed(record: RunRecord) -> str:
     )
 
 
+def suspicions(record: RunRecord) -> list[str]:
+    """What a reader of the figures has to know before believing them."""
+    picked = record.selected.warning if record.selected else ""
+    return [text for text in (picked, delayed(record)) if text]
+
+
 def comparison_lines(record: RunRecord) -> list[str]:
     """The same for a log."""
     lines = [

@@ -78,7 +78,7 @@ def render_report(run: RunDirectory, study: optuna.Study) -> str:
             comparison=comparison(record),
             comparison_columns=comparison_columns(record),
             meanings=wording.meanings(metric for _, scores in _measurements(record) for metric in scores.values),
-            warnings=[text for text in (selected and selected.warning, comparing.delayed(record)) if text],
+            warnings=comparing.suspicions(record),
             optimism=comparing.optimism(record),
             comparisons=[
                 (wording.label(found.metric), found.other, found.text, found.verdict)
