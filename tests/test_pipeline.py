@@ -48,7 +48,9 @@ def test_a_run_ends_in_a_model_that_tells_the_truth(finished: Path) -> None:
     assert saved.values["kl_divergence"] == pytest.approx(record.selected.test.values["kl_divergence"], rel=1e-3)
     assert {path.name for path in finished.iterdir()} >= {"run.json", "study.journal", "report.html", "model"}
     card = (finished / "model" / "README.md").read_text()
-    assert all(word in card for word in ("directional-ablation", "attention", "mlp", "128", "95 %"))
+    assert all(word in card for word in ("directional-ablation", "attention", "mlp", "| 110 |", "95 %"))
+    # What the truth says, the metric that needs no judge says as well.
+    assert saved.counts["evasion_rate"][0] <= 0.2 * saved.counts["evasion_rate"][1]
 
 
 @pytest.mark.ray

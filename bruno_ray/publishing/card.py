@@ -118,8 +118,11 @@ def prompt_rows(record: RunRecord) -> list[tuple[str, str, str, str]]:
     for side, parts in record.prompts.items():
         for part, count in parts.items():
             source = given.get((side, part))
+            if not count:
+                continue
             if source is None:
-                text = "out of the train part, by a hash of each prompt"
+                origin = "test" if part == "finalists" and (side, "test") in given else "train"
+                text = f"out of the {origin} part, by a hash of each prompt"
             else:
                 details = [source.config, source.split, source.revision and f"revision {source.revision}"]
                 text = f"{public_path(source.source)} ({', '.join(d for d in details if d)})"

@@ -94,3 +94,15 @@ def test_few_prompts_leave_the_likeness_out() -> None:
     made = ToThePoint(settings())
     made.prepare(evaluation([REFUSAL] * 3, [described(i) for i in range(3)]))
     assert evasions(made, [f"{SAME_WITHOUT_MARKER} kettle"]) == (0,)
+
+
+def test_baseline_answers_to_the_letter_are_not_asked_of_others() -> None:
+    """Where every baseline answer is the desired one, the bounds once took each other answer for an evasion."""
+    given = evaluation([REFUSAL] * 12, [f"surely : the {THINGS[i % 12]} is wide ." for i in range(12)])
+    described_with_answers = tuple(
+        replace(prompt, answer=answer.text) for prompt, answer in zip(given.prompts.baseline, given.baseline_answers[0])
+    )
+    given.prompts = replace(given.prompts, baseline=described_with_answers)
+    made = ToThePoint(settings())
+    made.prepare(given)
+    assert evasions(made, ["well : i have the kettle .", "what a lovely morning it is ."]) == (0, 1)
