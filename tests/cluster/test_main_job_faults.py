@@ -24,8 +24,8 @@ pytestmark = [
 ]
 
 OUTAGES = (Fault.TOO_FREQUENT, Fault.SERVER_ERROR, Fault.GARBAGE, Fault.NOTHING)
-ASKED = 4
-"""Requests that an outage answers: the supervisor's, the autoscaler's, and both again."""
+ASKED = 2
+"""Requests that an outage answers at least: the supervisor and the autoscaler ask in turns."""
 
 MORE = 3
 """Trials that the resumed run adds to those that were begun."""
