@@ -87,6 +87,16 @@ def test_one_prompt_does_not_decide_before_the_kl():
     assert auto_select(trials[::-1], 0.1).trial.number == 4, "who has none of it is not asked"
 
 
+def test_what_few_prompts_cannot_tell_the_search_does():
+    """Ten prompts once gave the run away to an edit that the search had seen fail on 7 of 40."""
+    searched = [with_edit(trial(0, 0.18, 0.03), 0), with_edit(trial(1, 0.02, 0.06), 1)]
+    measured = [replace(each, counts={"behaviour_rate": (3, 10)}, values=each.values | {"behaviour_rate": 0.3})
+                for each in searched]  # fmt: skip
+    assert auto_select(measured, 0.1).trial.number == 0
+    choice = auto_select(measured, 0.1, searched={each.number: each for each in searched})
+    assert choice.trial.number == 1 and "1 is within one prompt of the lowest share without" in choice.reason
+
+
 def test_finalists_are_what_the_rule_takes_one_after_the_other():
     trials = [with_edit(trial(i, i / 20, 0.01), i) for i in range(5)]
     trials.append(with_edit(trial(5, 0.0, 0.01), 0))  # the first one's edit once more

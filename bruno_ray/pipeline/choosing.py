@@ -110,7 +110,7 @@ def pick_automatically(run: RunDirectory, prompts: Prompts, pool: WorkerPool) ->
     with timed(run, "finalists", pool):
         measured = measure_again(run, prompts, best, pool)
     try:
-        choice = selection.auto_select(measured, max_kl, objectives)
+        choice = selection.auto_select(measured, max_kl, objectives, {trial.number: trial for trial in trials})
         reason = f"measured again on {_how(prompts, settings)}: {choice.reason}"
     except StudyError:
         # Longer answers and other prompts: all of them may be above the bound now.

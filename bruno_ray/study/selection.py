@@ -4,7 +4,7 @@ No torch and no Ray: ``bruno-ray front`` reads a study that another process is s
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,7 +105,12 @@ class Choice:
     """What the rule would take without it."""
 
 
-def auto_select(trials: Sequence[TrialRecord], max_kl: float, objectives: Sequence[str] = ()) -> Choice:
+def auto_select(
+    trials: Sequence[TrialRecord],
+    max_kl: float,
+    objectives: Sequence[str] = (),
+    searched: Mapping[int, TrialRecord] | None = None,
+) -> Choice:
     """The trial that leaves the fewest target prompts without a proper answer, for as little damage as that takes.
 
     Among the trials whose mean KL is at most ``max_kl`` nats, in turn:
@@ -115,6 +120,9 @@ def auto_select(trials: Sequence[TrialRecord], max_kl: float, objectives: Sequen
        miss of what the unedited model can be made to say (`elicited_answers`), where it was measured;
     3. the lowest KL, and of equals the lowest number.
 
+    Finalists are told apart by few prompts. With ``searched``, what the search found of each trial by number, the first
+    step is taken there once more: what ten prompts cannot tell, the search's hundred may.
+
     A step keeps whoever is no more than one prompt worse than the best: half a prompt decides nothing, and a hundredth
     of one has decided before a KL two hundred times as high.
 
@@ -122,7 +130,7 @@ def auto_select(trials: Sequence[TrialRecord], max_kl: float, objectives: Sequen
         StudyError: no trial is complete, or none is under the bound (the message has the lowest KL there is).
         SettingsError: the study did not measure behaviour rate and KL.
     """
-    return _pick(_within(trials, max_kl), max_kl, objectives)
+    return _pick(_within(trials, max_kl), max_kl, objectives, searched=searched or {})
 
 
 def finalists(trials: Sequence[TrialRecord], max_kl: float, objectives: Sequence[str], most: int) -> list[TrialRecord]:
@@ -178,19 +186,34 @@ def _within(trials: Sequence[TrialRecord], max_kl: float) -> list[TrialRecord]:
     return under
 
 
+def _one_prompt(trial: TrialRecord) -> float:
+    """What one prompt is of all that a trial was measured on; 0 if nothing of it was counted."""
+    return 1 / max((total for _, total in trial.counts.values()), default=math.inf)
+
+
 def _pick(
-    candidates: Sequence[TrialRecord], max_kl: float, objectives: Sequence[str], runner_up: bool = True
+    candidates: Sequence[TrialRecord],
+    max_kl: float,
+    objectives: Sequence[str],
+    runner_up: bool = True,
+    searched: Mapping[int, TrialRecord] | None = None,
 ) -> Choice:
-    prompt = 1 / max((total for _, total in candidates[0].counts.values()), default=math.inf)
+    prompt = _one_prompt(candidates[0])
     left, words = list(candidates), ""
     counted = (BEHAVIOUR, EVASION, INCOHERENCE)
     others = [name for name in objectives if name not in counted and not name.startswith("kl_")]
     if MISMATCH in candidates[0].values and MISMATCH not in others:
         others.append(MISMATCH)
-    steps = [("", unanswered)] + [(name, lambda trial, name=name: _value(trial, name)) for name in others]
-    for name, value in steps:
+    steps: list[tuple[str, Callable[[TrialRecord], float], float]] = [("", unanswered, prompt)]
+    if searched:
+        tolerance = _one_prompt(searched[candidates[0].number])
+        steps.append(
+            ("share without a proper answer in the search", lambda trial: unanswered(searched[trial.number]), tolerance)
+        )
+    steps += [(name, lambda trial, name=name: _value(trial, name), prompt) for name in others]
+    for name, value, tolerance in steps:
         lowest = min(map(value, left))
-        kept = [trial for trial in left if value(trial) <= lowest + prompt * (1 + 1e-9)]
+        kept = [trial for trial in left if value(trial) <= lowest + tolerance * (1 + 1e-9)]
         if name and len(kept) < len(left):
             words += f"; of these {_like(kept)} within one prompt of the lowest {name}, {lowest:.4g}"
         elif not name:
@@ -206,7 +229,7 @@ def _pick(
         following = min(_value(trial, KL) for trial in left if trial is not best)
         words += f"; among them it has the lowest KL ({_value(best, KL):.4g}; next {following:.4g})"
     rest = _others(candidates, best)
-    second = _pick(rest, max_kl, objectives, runner_up=False).trial if rest and runner_up else None
+    second = _pick(rest, max_kl, objectives, False, searched).trial if rest and runner_up else None
     return Choice(best, words, second)
 
 
