@@ -285,8 +285,8 @@ class BatchEngine:
             if decide is not None:
                 answers.decide(active, taken_B, lambda rows: self._verdicts(rows, decide))
             running_B = ~answers.finished[active]
-            self.work.done += int((~running_B).sum()) - gone
-            gone = int((~running_B).sum())
+            before, gone = gone, int((~running_B).sum())
+            self.work.done += gone - before
             if not running_B.any():
                 break
 

@@ -137,10 +137,7 @@ def chat(
             raise OutputError(f"no trial was chosen: name one as {run.name}:TRIAL, see `bruno-ray front {run.name}`")
     record = run.read()
     settings = record.settings
-    selected = record.selected
-    if trial is None and selected is None and not unedited and (selected := pick(run)) is None:
-        raise OutputError(f"no trial was chosen: name one as {run.name}:TRIAL, see `bruno-ray front {run.name}`")
-    edit = selected.edit if selected else None
+    edit = record.selected.edit if record.selected else None
     if trial is not None:
         edit = selection.find_trial(trials_of(path, settings), trial).edit
     engine = BatchEngine(load_model(settings.model))

@@ -249,6 +249,8 @@ def _said_by_each(answer: ReadAnswer) -> str:
 
 
 # ----- rows -----
+
+
 def finalists(record: RunRecord) -> dict[str, Any] | None:
     """The best trials, measured again: headers and a row each; None if that was not done."""
     if not record.finalists:

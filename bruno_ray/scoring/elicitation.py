@@ -87,10 +87,12 @@ class Elicitation:
     # ----- candidates -----
 
     def _take_own_answers(self) -> None:
-        for p, (answer, marked) in enumerate(zip(self._unedited.target_answers[0], self._unedited.marked[0])):
+        (answers,), (marks,) = self._unedited.target_answers, self._unedited.marked
+        alike = self._read_alike(range(len(answers)), [answer.text for answer in answers])
+        for p, (answer, marked, like) in enumerate(zip(answers, marks, alike)):
             if marked:
                 self._marked[p].append(Candidate(p, (), answer.token_ids))
-            elif answer.finite and answer.text.strip() and not self._read_alike([p], [answer.text])[0]:
+            elif answer.finite and answer.text.strip() and not like:
                 self._answers[p][_whole(answer.token_ids, answer.end_id)] = None
 
     def _read_alike(self, prompts: Sequence[int], texts: Sequence[str]) -> list[bool]:
