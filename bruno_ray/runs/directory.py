@@ -176,7 +176,7 @@ class RunDirectory:
             save_file(
                 {name: tensor.contiguous() for name, tensor in bank.items()},
                 aside,
-                metadata={"schema_version": str(SCHEMA_VERSION), "axes": "point rank d_model"},
+                metadata={"axes": "point rank d_model"},  # several entries are written in an order by chance
             )
 
     def load_directions(self) -> "DirectionBank":
