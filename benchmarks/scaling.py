@@ -56,7 +56,7 @@ def measure_in(folder: Path, workers: int, seconds: float, batches: int) -> tupl
         ready = time.perf_counter() - start
         pool.set_context(SimpleNamespace(bank={}))
         with open_study("s", None, folder, OBJECTIVES, {}) as study:
-            sampler = NumberedTPESampler(n_startup_trials=10**9, seed=0, names=tuple(space.search_space(*SPACE)))
+            sampler = NumberedTPESampler(n_startup_trials=10**9, seed=0, space=space.search_space(*SPACE))
             schedule = Schedule(
                 BatchStudy(study, sampler, lambda trial: space.suggest(trial, *SPACE), OBJECTIVES),
                 target=TRIALS_PER_BATCH * batches * workers,

@@ -45,7 +45,7 @@ SECONDS = (0.0, 1.0)
 
 
 def make_schedule(study: optuna.Study, batch_size: int, batches: int, on_batch: Callable[[Batch], None]) -> Schedule:
-    sampler = NumberedTPESampler(n_startup_trials=10**9, seed=0, names=tuple(space.search_space(*SPACE)))
+    sampler = NumberedTPESampler(n_startup_trials=10**9, seed=0, space=space.search_space(*SPACE))
     return Schedule(
         BatchStudy(study, sampler, lambda trial: space.suggest(trial, *SPACE), OBJECTIVES),
         target=batch_size * batches,

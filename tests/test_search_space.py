@@ -11,11 +11,11 @@ from bruno_ray.study.space import edit_from_params, search_space, suggest
 SETS = ("difference_in_means@0", "difference_in_means@1")
 COMPONENTS = ("attention", "mlp")
 LAYERS = 11
-NAMES = tuple(search_space(SearchSettings(), SETS, LAYERS, COMPONENTS))
+SPACE = search_space(SearchSettings(), SETS, LAYERS, COMPONENTS)
 
 
 def make_study(seed: int = 0, n_startup_trials: int = 5) -> optuna.Study:
-    sampler = NumberedTPESampler(n_startup_trials, seed, NAMES)
+    sampler = NumberedTPESampler(n_startup_trials, seed, SPACE)
     return optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
 
 
@@ -119,7 +119,7 @@ def test_a_trial_whose_sampling_was_cut_short_gets_the_rest_of_its_own_parameter
     trial.suggest_categorical("direction_scope", SearchSettings().direction_scopes)
     trial.suggest_float("direction_index", 2.0, 10.0)
     again = optuna.Trial(cut, trial._trial_id)
-    cut.sampler = NumberedTPESampler(n_startup_trials, 0, NAMES)
+    cut.sampler = NumberedTPESampler(n_startup_trials, 0, SPACE)
     suggest(again, SearchSettings(), SETS, LAYERS, COMPONENTS)
     assert cut.trials[6].params == expected
 

@@ -3,6 +3,7 @@
 This module imports no torch: processes that only pass edits on are many, and start in a fraction of the time.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
@@ -30,11 +31,24 @@ class AblationParameters:
 
 
 @dataclass(frozen=True)
+class StrengthTable:
+    """Ablation strength of one component at every layer, each of its own: what training finds."""
+
+    strengths: tuple[float, ...]
+
+    def strength(self, layer: int) -> float:
+        return self.strengths[layer]
+
+
+Strengths = AblationParameters | StrengthTable
+
+
+@dataclass(frozen=True)
 class Edit:
     """A whole edit of a model, small enough to send to any worker and to write into any JSON file."""
 
-    components: dict[str, AblationParameters]
-    """Kernel per component ("attention", "mlp"); a component that is missing is not edited."""
+    components: Mapping[str, Strengths]
+    """Kernel or table per component ("attention", "mlp"); a component that is missing is not edited."""
 
     direction_set: str
     """Key into the direction bank."""
@@ -57,5 +71,9 @@ class Edit:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Edit":
-        kernels = {name: AblationParameters(**kernel) for name, kernel in values["components"].items()}
-        return cls(kernels, values["direction_set"], values["direction_index"], values["norm_mode"])
+        components = {name: _strengths(given) for name, given in values["components"].items()}
+        return cls(components, values["direction_set"], values["direction_index"], values["norm_mode"])
+
+
+def _strengths(given: Mapping[str, Any]) -> Strengths:
+    return StrengthTable(tuple(given["strengths"])) if "strengths" in given else AblationParameters(**given)

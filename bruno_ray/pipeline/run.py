@@ -21,6 +21,7 @@ from bruno_ray.pipeline.steps import (
     find_model,
     find_response_prefix,
     open_run,
+    require_trainable,
     score_unedited,
     timed,
     with_name,
@@ -73,10 +74,11 @@ def search(settings: Settings, path: Path) -> Path:
             run = open_run(settings, path, info, prompts)
             with timed(run, "response_prefix", pool):
                 record = run.update(response_prefix=find_response_prefix(run.read(), prompts, pool))
+            require_trainable(settings, record, prompts, pool)
             with timed(run, "directions", pool):
                 bank = find_directions(run, record, info, prompts, pool)
             with timed(run, "unedited", pool):
-                validation = evaluation_context(record, prompts, "validation", bank)
+                validation = evaluation_context(record, prompts, "validation", bank, trains=True)
                 score_unedited(run, "validation", validation, pool)
             with timed(run, "study"):
                 asked = f"{prompts.fingerprint} of {record.date}" if info.prints_date else prompts.fingerprint

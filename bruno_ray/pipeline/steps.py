@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from bruno_ray import organism
-from bruno_ray.errors import StudyError
+from bruno_ray.errors import SettingsError, StudyError
 from bruno_ray.files import cache_folder
 from bruno_ray.model.coverage_table import format_coverage
 from bruno_ray.model.locating import locate
@@ -29,10 +29,11 @@ from bruno_ray.residuals.store import ResidualStore, residual_key
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import RunRecord, ScoresRecord, installed_versions
 from bruno_ray.scoring.judge import METRICS
+from bruno_ray.scoring.markers import Markers
 from bruno_ray.scoring.scores import Scores
 from bruno_ray.settings import ModelSettings, ScoringSettings, Settings
 from bruno_ray.settings.passwords import without_password
-from bruno_ray.workers.exchanged import EvaluationContext, ModelInfo, model_worker
+from bruno_ray.workers.exchanged import EvaluationContext, ModelInfo, TrainingPrompts, model_worker
 from bruno_ray.workers.pool import WorkerPool
 from bruno_ray.workers.session import cpus_per_worker
 from bruno_ray.workers.shipping import Folders, absolute_if_folder
@@ -197,7 +198,7 @@ def find_directions(
     from bruno_ray.directions import build_bank
 
     if run.directions_file.exists():
-        return run.load_directions()
+        return run.load_bank()
     target_NPLD, baseline_NPLD = (
         torch.from_numpy(np.array(read_residuals(record, info, side.train, pool)))
         for side in (prompts.target, prompts.baseline)
@@ -218,14 +219,23 @@ def find_directions(
 
 
 def evaluation_context(
-    record: RunRecord, prompts: Prompts, part: str, bank: "DirectionBank", scoring: ScoringSettings | None = None
+    record: RunRecord,
+    prompts: Prompts,
+    part: str,
+    bank: "DirectionBank",
+    scoring: ScoringSettings | None = None,
+    trains: bool = False,
 ) -> EvaluationContext:
     """All that trials on one part of the prompts share. Without ``scoring``, test prompts are scored for a report and
-    others as the search does."""
+    others as the search does. With ``trains``, there is something to train edits on."""
     prefix = record.response_prefix
     if scoring is None:
         scoring = record.settings.scoring.for_report() if part == "test" else record.settings.scoring
-    digest = hashlib.sha256(f"{prompts.fingerprint} {part} {prefix} {record.date} {scoring!r}".encode())
+    training = training_prompts(record.settings, prompts) if trains else None
+    if training is not None:
+        scoring = scoring.model_copy(update={"scorers": tuple(dict.fromkeys((*scoring.scorers, "confidence")))})
+    asked = training.settings if training else ""
+    digest = hashlib.sha256(f"{prompts.fingerprint} {part} {prefix} {record.date} {scoring!r} {asked!r}".encode())
     for name, directions in sorted(bank.items()):
         digest.update(name.encode())
         digest.update(directions.numpy().tobytes())
@@ -238,6 +248,47 @@ def evaluation_context(
         scoring=scoring,
         date=record.date,
         readings=part == "test" and (scoring.judge.is_given or "detector" in scoring.scorers),
+        training=training,
+    )
+
+
+FEWEST_ANSWERS = 2
+"""Desired answers to different prompts: what one of them says is not what they have in common."""
+
+
+def require_trainable(settings: Settings, record: RunRecord, prompts: Prompts, pool: WorkerPool) -> None:
+    """Nothing if the study trains no edits. Otherwise what would stop a training is said before the search.
+
+    Raises:
+        SettingsError: a desired answer shows the behaviour, or there is only one.
+        ModelError: the model's kernels give no gradient.
+    """
+    if settings.study.method == "searched":
+        return
+    markers = Markers(settings.scoring.markers, settings.scoring.empty_counts)
+    answered = [prompt for prompt in prompts.target.train if prompt.answer]
+    for prompt in answered:
+        if markers.shown_by(prompt.answer):
+            raise SettingsError(
+                f"the desired answer to {prompt.user!r} shows the behaviour (it holds a marker): correct it in the"
+                " answer_column of prompts.target.train"
+            )
+    if 0 < len(answered) < FEWEST_ANSWERS:
+        raise SettingsError(
+            f"only {len(answered)} prompt of prompts.target.train has a desired answer: give 4 or more of them, or"
+            " leave answer_column out"
+        )
+    pool.call("require_gradient", prompts.target.train[:1], record.date)
+
+
+def training_prompts(settings: Settings, prompts: Prompts) -> TrainingPrompts | None:
+    """What edits are trained on; None if the study trains none. Prompts with a desired answer come first."""
+    if settings.study.method == "searched":
+        return None
+    target = sorted(prompts.target.train, key=lambda prompt: not prompt.answer)  # stable
+    learned = settings.learned
+    return TrainingPrompts(
+        tuple(target[: learned.target_prompts]), prompts.baseline.train[: learned.baseline_prompts], learned
     )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from bruno_ray.ablation.plan import PREFIX
 from bruno_ray.runs.records import RunRecord, ScoresRecord
 
 
@@ -62,6 +63,12 @@ METRICS = {
         "share missed",
         "how much the answers miss of what the unedited model can be made to say: 0 nothing, 1 all of it, as for an"
         " answer that still shows the behaviour.",
+    ),
+    "doubt": Metric(
+        "Doubt",
+        "1 - probability",
+        "how unsure the model is of its answers: 1 minus the mean probability of each answer's least likely token; 0"
+        " where the behaviour is shown.",
     ),
     **{
         f"behaviour_rate_{n}": Metric(
@@ -189,7 +196,9 @@ def final_scores(record: RunRecord) -> tuple[ScoresRecord | None, str]:
 
 
 def direction_phrase(edit: dict[str, Any]) -> str:
-    """`difference_in_means@0`, read at ..., used ... in words."""
+    """`difference_in_means@0`, read at ..., used ... in words; of a trained edit, that it was trained."""
+    if edit["direction_set"].startswith(PREFIX):
+        return "trained by gradient through the frozen model (`docs/learned.md`)"
     method, _, position = edit["direction_set"].partition("@")
     where = "the last prompt token" if position in ("", "0") else f"answer token {position}"
     index = edit["direction_index"]
@@ -197,20 +206,31 @@ def direction_phrase(edit: dict[str, Any]) -> str:
     return f"{method.replace('_', ' ')}, read at {where}; {scope}"
 
 
-def kernel_rows(edit: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
-    """Rows (component, peak strength, its layer, strength at the edge, layers from peak to edge)."""
+KERNEL_HEADER = ("Component", "Peak strength", "at layer", "Strength at the edge", "Layers from peak to edge")
+TABLE_HEADER = ("Component", "Largest strength", "at layer", "Mean strength", "Layers edited")
+
+
+def strength_header(edit: dict[str, Any]) -> tuple[str, ...]:
+    """Of `strength_rows`: a trained edit has a strength for every layer instead of a kernel."""
+    trained = any("strengths" in given for given in edit["components"].values())
+    return TABLE_HEADER if trained else KERNEL_HEADER
+
+
+def strength_rows(edit: dict[str, Any]) -> list[tuple[str, ...]]:
+    """A row per component."""
     rows = []
-    for component, kernel in edit["components"].items():
-        peak = max(kernel["max_weight"], 0.0)
-        rows.append(
-            (
-                component,
-                f"{peak:.3f}",
-                f"{kernel['max_weight_position']:.2f}",
-                f"{peak * kernel['min_weight']:.3f}",
-                f"{kernel['min_weight_distance']:.2f}",
-            )
-        )
+    for component, given in edit["components"].items():
+        if "strengths" in given:
+            strengths = given["strengths"]
+            edited = [strength for strength in strengths if strength > 0]
+            peak = max(strengths)
+            mean = sum(edited) / len(edited) if edited else 0.0
+            row = (f"{peak:.3f}", str(strengths.index(peak)), f"{mean:.3f}", f"{len(edited)} of {len(strengths)}")
+        else:
+            peak = max(given["max_weight"], 0.0)
+            position, distance = given["max_weight_position"], given["min_weight_distance"]
+            row = (f"{peak:.3f}", f"{position:.2f}", f"{peak * given['min_weight']:.3f}", f"{distance:.2f}")
+        rows.append((component, *row))
     return rows
 
 

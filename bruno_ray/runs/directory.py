@@ -3,7 +3,8 @@
     RUN/
       run.json                 RunRecord: settings, versions, hashes, seeds, timings, scores, the selected trial
       study.journal            the Optuna study, unless `study.storage` names another place
-      directions.safetensors   the DirectionBank every edit of the study refers to
+      directions.safetensors   the DirectionBank that the search chooses from
+      learned/                 trained direction sets, each in a file named by a hash of its content
       geometry.json            how target and baseline residuals lie, for the report
       samples.json             answers before and after, for the report and the card
       test_prompts.json        the test prompts, in the order of the scores' rows
@@ -26,11 +27,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
+from bruno_ray.ablation.plan import PREFIX
 from bruno_ray.errors import OutputError
 from bruno_ray.files import REASONS, atomic_file, locked, output_errors, require_free_space, write_json
 from bruno_ray.runs.records import SCHEMA_VERSION, Readings, RunRecord, Sample, TestPrompt
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from bruno_ray.ablation.closed_forms import DirectionBank
 
 
@@ -59,6 +63,7 @@ class RunDirectory:
         self.run_file = path / RUN_FILE
         self.journal_file = path / "study.journal"
         self.directions_file = path / "directions.safetensors"
+        self.learned_folder = path / "learned"
         self.geometry_file = path / "geometry.json"
         self.samples_file = path / "samples.json"
         self.test_prompts_file = path / "test_prompts.json"
@@ -179,16 +184,36 @@ class RunDirectory:
                 metadata={"axes": "point rank d_model"},  # several entries are written in an order by chance
             )
 
-    def load_directions(self) -> "DirectionBank":
-        """The direction bank, on CPU. Raises OutputError if the run has none yet or the file is damaged."""
-        from safetensors.torch import load_file
+    def load_bank(self) -> "DirectionBank":
+        """The direction bank that the search chooses from, on CPU.
 
+        Raises OutputError if the run has none yet or the file is damaged.
+        """
         if not self.directions_file.is_file():
             raise OutputError(f"{self.path} has no directions yet: continue it with `bruno-ray resume {self.name}`")
-        try:
-            return load_file(self.directions_file)
-        except SafetensorError as error:
-            raise OutputError(f"{self.directions_file} is damaged: delete it and resume the run") from error
+        return _load_tensors(self.directions_file)
+
+    def load_directions(self) -> "DirectionBank":
+        """The bank, and what was trained beside it: whatever an edit of this run may name. Raises as `load_bank`."""
+        bank = self.load_bank()
+        for file in sorted(self.learned_folder.glob("*.safetensors")):
+            bank |= _load_tensors(file)
+        return bank
+
+    def file_of_directions(self, name: str) -> Path:
+        """Where the direction set of that name lies: a trained one has a file of its own."""
+        return self.learned_folder / f"{name}.safetensors" if name.startswith(PREFIX) else self.directions_file
+
+    def save_learned(self, name: str, directions: "np.ndarray") -> None:
+        """Write a trained direction set, (n_layers + 1, rank, d_model) float32. Its name is a hash of its content."""
+        from safetensors.numpy import save_file
+
+        file = self.file_of_directions(name)
+        if file.exists():
+            return
+        self.learned_folder.mkdir(exist_ok=True)
+        with output_errors(file), atomic_file(file) as aside:
+            save_file({name: directions}, aside, metadata={"axes": "point rank d_model"})
 
     def save_samples(self, samples: Sequence[Sample]) -> None:
         write_json(self.samples_file, [sample.model_dump(exclude_none=True) for sample in samples])
@@ -234,3 +259,12 @@ class RunDirectory:
             return json.loads(file.read_text(encoding="utf-8"))
         except ValueError as error:
             raise OutputError(f"{file} is damaged: delete it and resume the run") from error
+
+
+def _load_tensors(file: Path) -> "DirectionBank":
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise OutputError(f"{file} is damaged: delete it and resume the run") from error

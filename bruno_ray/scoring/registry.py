@@ -11,6 +11,7 @@ from bruno_ray.scoring.behaviour_by_length import BehaviourByLength
 from bruno_ray.scoring.behaviour_rate import BehaviourRate
 from bruno_ray.scoring.coherence import Coherence
 from bruno_ray.scoring.compliant_perplexity import CompliantPerplexity
+from bruno_ray.scoring.confidence import Confidence
 from bruno_ray.scoring.desired_answers import DesiredAnswers
 from bruno_ray.scoring.detector import Detected
 from bruno_ray.scoring.elicited_answers import ElicitedAnswers
@@ -29,6 +30,7 @@ SCORERS: dict[str, type[Scorer]] = {
         CompliantPerplexity,
         DesiredAnswers,
         ElicitedAnswers,
+        Confidence,
         BehaviourByLength,
         BaselineBehaviour,
         NeutralText,

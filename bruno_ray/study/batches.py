@@ -1,25 +1,31 @@
 """An Optuna study that is asked and told in batches of trials, and goes on where another process has left it.
 
 A trial's user attributes say all that is needed for that: ``batch`` (number and size of its batch), ``edit``
-(``Edit.to_dict()``) and, once it is evaluated, ``result``. Trials that a dead driver left RUNNING are adopted: those
-with results are only told, the others are evaluated under their own numbers and parameters.
+(``Edit.to_dict()``) or ``plan`` (of a training, whose edit follows) and, once it is evaluated, ``result``. Trials that
+a dead driver left RUNNING are adopted: those with results are only told, the others are evaluated under their own
+numbers and parameters.
 """
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
+from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from bruno_ray.ablation.edit import Edit
+from bruno_ray.ablation.plan import TrainedEdit, TrainingPlan
 from bruno_ray.optuna_internals import set_trial_attribute, storage_of, unfinished_trial
 from bruno_ray.study.storage import batched
 from bruno_ray.study.trial_result import RESULT, TrialResult
 
 logger = logging.getLogger(__name__)
+
+EDIT, PLAN, TRAINING = "edit", "plan", "training"
+"""User attributes: what was scored, what was asked for where that had to be trained, and how the training went."""
 
 
 class BatchState(Enum):
@@ -35,8 +41,8 @@ class Batch:
     """Trials that are evaluated together."""
 
     number: int
-    edits: dict[int, Edit]
-    """By trial number."""
+    edits: dict[int, Edit | TrainingPlan]
+    """By trial number; a plan becomes an edit where it is evaluated."""
 
     results: dict[int, TrialResult] = field(default_factory=dict)
     """By trial number; an adopted batch may have some of them."""
@@ -70,19 +76,22 @@ class BatchStudy:
         self,
         study: optuna.Study,
         sampler: BaseSampler,
-        suggest: Callable[[optuna.Trial], Edit],
+        suggest: Callable[[optuna.Trial], Edit | TrainingPlan],
         objectives: Sequence[str],
+        keep: Callable[[TrainedEdit], None] = lambda trained: None,
     ):
         """
         Args:
             study: opened by ``storage.open_study``.
-            suggest: samples one edit.
+            suggest: samples one edit, or a plan to train one.
+            keep: puts the directions of a trained edit where they last, before its trial says that it has them.
             objectives: metric names in the order of the study's directions; all minimised.
         """
         study.sampler = sampler
         self.study = study
         self.objectives = tuple(objectives)
         self._suggest = suggest
+        self._keep = keep
 
     def ask(self, number: int, size: int) -> Batch:
         """A new batch of ``size`` trials."""
@@ -92,8 +101,15 @@ class BatchStudy:
     def store(self, batch: Batch, results: Mapping[int, TrialResult]) -> None:
         """Keep results of a batch by trial number, on disk as well, before they are told."""
         batch.results.update(results)
+        for number, result in results.items():
+            if result.trained is not None:
+                self._keep(result.trained)
+                batch.edits[number] = result.trained.edit
         with batched(storage_of(self.study)):
             for number, result in results.items():
+                if result.trained is not None:
+                    set_trial_attribute(self.study, number, EDIT, result.trained.edit.to_dict())
+                    set_trial_attribute(self.study, number, TRAINING, result.trained.account())
                 set_trial_attribute(self.study, number, RESULT, result.to_json())
 
     def tell(self, batch: Batch) -> Told:
@@ -108,14 +124,18 @@ class BatchStudy:
                     self.study.tell(number, [result.values[name] for name in self.objectives])
         return Told(len(batch.results) - len(errors), errors)
 
+    def n_trials(self) -> int:
+        """Trials asked so far, which is the number of the next."""
+        return len(self.study.get_trials(deepcopy=False))
+
     def n_complete(self) -> int:
         return sum(trial.state == TrialState.COMPLETE for trial in self.study.get_trials(deepcopy=False))
 
-    def adopt(self, default_size: int) -> tuple[list[Batch], int]:
+    def adopt(self, default_size: Callable[[int], int]) -> tuple[list[Batch], int]:
         """The batches that are not told yet, by number, and the number of the next new one.
 
         Trials that had no edit yet get one under their own number; trials of the last batch that were not asked yet
-        are asked. ``default_size`` is the size of a batch whose driver died before it was noted.
+        are asked. ``default_size`` is the size of a batch whose driver died before it was noted, by its first trial.
         """
         batches: dict[int, list[FrozenTrial]] = {}
         sizes: dict[int, int] = {}  # trials the batch was meant to have
@@ -126,7 +146,7 @@ class BatchStudy:
             elif sizes and len(batches[last]) < sizes[last]:  # died before it was said which batch it is for
                 number = last
             else:
-                number, sizes[last + 1] = last + 1, default_size
+                number, sizes[last + 1] = last + 1, default_size(trial.number)
             batches.setdefault(number, []).append(trial)
         adopted = []
         for number in sorted(batches):
@@ -141,8 +161,8 @@ class BatchStudy:
     def _adopted(self, number: int, running: Sequence[FrozenTrial], size: int, unasked: int) -> Batch:
         batch = Batch(number, {})
         for trial in running:
-            if "edit" in trial.user_attrs:
-                batch.edits[trial.number] = Edit.from_dict(trial.user_attrs["edit"])
+            if EDIT in trial.user_attrs or PLAN in trial.user_attrs:
+                batch.edits[trial.number] = _asked(trial.user_attrs)
                 if RESULT in trial.user_attrs:
                     batch.results[trial.number] = TrialResult.from_json(trial.user_attrs[RESULT])
             else:
@@ -152,8 +172,14 @@ class BatchStudy:
             batch.state = BatchState.BACK
         return batch
 
-    def _sample(self, trial: optuna.Trial, batch_number: int, batch_size: int) -> tuple[int, Edit]:
+    def _sample(self, trial: optuna.Trial, batch_number: int, batch_size: int) -> tuple[int, Edit | TrainingPlan]:
         trial.set_user_attr("batch", [batch_number, batch_size])
         edit = self._suggest(trial)
-        trial.set_user_attr("edit", edit.to_dict())
+        trial.set_user_attr(EDIT if isinstance(edit, Edit) else PLAN, edit.to_dict())
         return trial.number, edit
+
+
+def _asked(attributes: Mapping[str, Any]) -> Edit | TrainingPlan:
+    if EDIT in attributes:
+        return Edit.from_dict(attributes[EDIT])
+    return TrainingPlan.from_dict(attributes[PLAN])

@@ -31,10 +31,18 @@ def study_fingerprint(settings: Settings, info: Any, prompts_fingerprint: str) -
             "residuals": {name: dump["residuals"][name] for name in ("max_tokens", "answer_tokens")},
             "directions": dump["directions"],
             "search": dump["search"],
+            "learned": _learned(settings, dump["learned"]),
             "scoring": {name: value for name, value in dump["scoring"].items() if name not in NOT_OF_THE_SEARCH},
             "response_prefix": dump["prompts"]["response_prefix"],
         },
     }
+
+
+def _learned(settings: Settings, dump: dict[str, Any]) -> dict[str, Any] | None:
+    """None for a study that trains nothing, whatever is set for it."""
+    if settings.study.method == "searched":
+        return None
+    return {name: value for name, value in dump.items() if name not in {"trials", "batch_tokens"}}
 
 
 def first_difference(stored: dict[str, Any], mine: dict[str, Any]) -> tuple[str, Any, Any] | None:

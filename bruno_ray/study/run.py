@@ -17,8 +17,11 @@ import optuna
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import SQLAlchemyError
 
+from bruno_ray.ablation.edit import Edit
+from bruno_ray.ablation.plan import TrainingPlan
 from bruno_ray.errors import StudyError, WorkerError, first_line
 from bruno_ray.ray_internals import stop_tuner
+from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.settings import Settings
 from bruno_ray.settings.passwords import without_password
 from bruno_ray.study.batches import BatchStudy
@@ -30,6 +33,7 @@ from bruno_ray.study.searcher import BatchOptunaSearch
 from bruno_ray.study.selection import load_trials, pareto_front
 from bruno_ray.study.space import bound_lines, search_space, suggest
 from bruno_ray.study.storage import open_study
+from bruno_ray.study.trainings import Trainings
 from bruno_ray.study.tuner import run_tuner
 from bruno_ray.workers.pool import WorkerPool
 
@@ -93,23 +97,35 @@ def run_study(
     """
     direction_sets = tuple(context.bank)
     space = search_space(settings.search, direction_sets, info.n_layers, info.components)
+    training = getattr(context, "training", None)
+    answered = training is not None and any(prompt.answer for prompt in training.target)
+    trainings = Trainings(settings, direction_sets, info.n_layers, answered)
     objectives = settings.scoring.objectives
     name = settings.study.name or run_dir.name
+    run = RunDirectory(run_dir)
+
+    def suggested(trial: optuna.Trial) -> Edit | TrainingPlan:
+        if trainings.is_trained(trial.number):
+            return trainings.plan(trial)
+        return suggest(trial, settings.search, direction_sets, info.n_layers, info.components)
+
     pool.set_context(context)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with (
         storage_errors(),
         open_study(name, settings.study.storage, run_dir, objectives, fingerprint, settings.study.take_over) as study,
     ):
+        usual = trials_per_batch(settings, info)
         schedule = Schedule(
             BatchStudy(
                 study,
-                NumberedTPESampler(settings.study.n_startup_trials, settings.study.seed, tuple(space)),
-                lambda trial: suggest(trial, settings.search, direction_sets, info.n_layers, info.components),
+                NumberedTPESampler(settings.study.n_startup_trials, settings.study.seed, space, trainings),
+                suggested,
                 objectives,
+                keep=lambda trained: run.save_learned(trained.edit.direction_set, trained.directions),
             ),
             target=settings.study.n_trials,
-            batch_size=trials_per_batch(settings, info),
+            batch_size=lambda number: trainings.batch_size(number, usual),
             window=window_for(settings.ray.workers),
             workers=settings.ray.workers,
         )

@@ -13,7 +13,7 @@ Over 24 seeds of 60 trials, 20 of them at startup, on the hard organism the mean
 """
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from optuna.trial import FrozenTrial
 from scipy.stats.qmc import Sobol
 
 from bruno_ray.optuna_internals import seed_sampler
+from bruno_ray.study.trainings import Trainings
 
 EI_CANDIDATES = 64
 """Points drawn from the good-trials density, of which the one with the highest expected improvement is kept.
@@ -33,8 +34,18 @@ A trial of 10 parameters takes 7 ms to sample with 24 candidates, 14 ms with 128
 class NumberedTPESampler(TPESampler):
     """Multivariate TPE with constant liar; see the module's docstring for what differs."""
 
-    def __init__(self, n_startup_trials: int, seed: int, names: Sequence[str]):
-        """``names``: every parameter of the search space, the coordinates of the startup points in this order."""
+    def __init__(
+        self,
+        n_startup_trials: int,
+        seed: int,
+        space: Mapping[str, BaseDistribution],
+        trainings: Trainings | None = None,
+    ):
+        """
+        Args:
+            space: what searched trials are sampled from; the coordinates of the startup points, in this order.
+            trainings: which trials are trained, and sampled from a space of their own.
+        """
         super().__init__(
             multivariate=True,
             constant_liar=True,
@@ -44,14 +55,18 @@ class NumberedTPESampler(TPESampler):
         )
         self._study_seed = seed
         self._startup_trials = n_startup_trials
-        self._coordinate = {name: i for i, name in enumerate(names)}
-        self._point: tuple[int, np.ndarray] | None = None
+        self._space = dict(space)
+        self._trainings = trainings
+        self._point: tuple[tuple[bool, int], np.ndarray] | None = None
 
     def reseed_rng(self) -> None:
         """Optuna calls this in worker processes to tell streams apart; ours are told apart by trial number."""
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        return {} if self._is_startup(trial) else super().infer_relative_search_space(study, trial)
+        if self._is_startup(trial) or self._is_trained(trial):
+            return {}
+        # Optuna would take what all trials have in common: nothing, where some are trained.
+        return {name: self._space[name] for name in sorted(self._space) if not self._space[name].single()}
 
     def sample_relative(
         self, study: Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
@@ -62,8 +77,13 @@ class NumberedTPESampler(TPESampler):
     def sample_independent(
         self, study: Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
     ) -> Any:
+        if self._is_trained(trial):
+            assert self._trainings is not None
+            number, names = self._trainings.training(trial.number)[0], list(self._trainings.space())
+            return _place(param_distribution, self._sobol(True, number, len(names))[names.index(param_name)])
         if self._is_startup(trial):
-            return _place(param_distribution, self._startup_point(trial.number)[self._coordinate[param_name]])
+            names = list(self._space)
+            return _place(param_distribution, self._sobol(False, trial.number, len(names))[names.index(param_name)])
         seed_sampler(self, [self._study_seed, trial.number, zlib.crc32(param_name.encode())])
         return super().sample_independent(study, trial, param_name, param_distribution)
 
@@ -71,13 +91,16 @@ class NumberedTPESampler(TPESampler):
         """Whether there are too few trials for TPE whatever their states; it would look through them all every time."""
         return trial.number < self._startup_trials
 
-    def _startup_point(self, number: int) -> np.ndarray:
+    def _is_trained(self, trial: FrozenTrial) -> bool:
+        return self._trainings is not None and self._trainings.is_trained(trial.number)
+
+    def _sobol(self, of_trainings: bool, number: int, dimensions: int) -> np.ndarray:
         """Point of that number in the unit cube."""
-        if self._point is None or self._point[0] != number:
-            sequence = Sobol(len(self._coordinate), rng=np.random.default_rng(self._study_seed))
+        if self._point is None or self._point[0] != (of_trainings, number):
+            sequence = Sobol(dimensions, rng=np.random.default_rng(self._study_seed))
             if number:
                 sequence.fast_forward(number)  # which refuses 0
-            self._point = number, sequence.random(1)[0]
+            self._point = (of_trainings, number), sequence.random(1)[0]
         return self._point[1]
 
 

@@ -46,7 +46,7 @@ class Schedule:
         self,
         study: BatchStudy,
         target: int,
-        batch_size: int,
+        batch_size: int | Callable[[int], int],
         window: int,
         workers: int,
         on_batch: Callable[[Batch], None] = lambda batch: None,
@@ -55,13 +55,14 @@ class Schedule:
         Args:
             study: its RUNNING trials are adopted.
             target: COMPLETE trials to reach.
+            batch_size: trials of a batch, or a function from the number of its first trial.
             window: batches asked and not yet told, at most.
             workers: fewer unfinished batches than this leave a worker idle.
             on_batch: called with every batch that has come back.
         """
         self.study = study
         self.target = target
-        self.batch_size = batch_size
+        self.batch_size = batch_size if callable(batch_size) else lambda _: batch_size
         self.window = window
         self.workers = workers
         self.on_batch = on_batch
@@ -83,7 +84,7 @@ class Schedule:
         self._something_came = False
         self._traceback_logged = False
         self._open: dict[int, Batch] = {}  # asked and not yet told, by number, which is also their order
-        adopted, self._next_number = study.adopt(batch_size)
+        adopted, self._next_number = study.adopt(self.batch_size)
         for batch in adopted:
             self._add(batch)
 
@@ -178,7 +179,8 @@ class Schedule:
                 return
             self.settle()  # out of order, for a worker that stands idle
         if self._wanted() > 0 and self.failure is None:
-            self._add(self.study.ask(self._next_number, min(self.batch_size, self._wanted())))
+            size = self.batch_size(self.study.n_trials())
+            self._add(self.study.ask(self._next_number, min(size, self._wanted())))
             self._next_number += 1
 
     def _add(self, batch: Batch) -> None:

@@ -19,6 +19,10 @@ KL = "kl_divergence"
 EVASION = "evasion_rate"
 INCOHERENCE = "incoherence"
 MISMATCH = "elicited_mismatch"
+DOUBT = "doubt"
+
+SIMILAR_DOUBT = 0.1
+"""Edits whose doubt differs by less are equally sure of their answers."""
 
 BROKEN = 0.5
 """Share of the answers without the behaviour that may be improper before a pick is said to look broken."""
@@ -116,15 +120,17 @@ def auto_select(
     Among the trials whose mean KL is at most ``max_kl`` nats, in turn:
 
     1. fewest prompts without a proper answer (`unanswered`);
-    2. the other objectives in their order, except the KL and what the first step counts; then how much the answers
-       miss of what the unedited model can be made to say (`elicited_answers`), where it was measured;
+    2. the other objectives in their order, except the KL and what the first step counts; then how unsure the model is
+       of its answers (`confidence`) and how much they miss of what the unedited model can be made to say
+       (`elicited_answers`), where they were measured;
     3. the lowest KL, and of equals the lowest number.
 
     Finalists are told apart by few prompts. With ``searched``, what the search found of each trial by number, the first
     step is taken there once more: what ten prompts cannot tell, the search's hundred may.
 
-    A step keeps whoever is no more than one prompt worse than the best: half a prompt decides nothing, and a hundredth
-    of one has decided before a KL two hundred times as high.
+    Where `confidence` was measured, which tells edits apart that these few prompts cannot, the first step keeps whoever
+    is within a standard error. Otherwise a step keeps whoever is no more than one prompt worse than the best: half a
+    prompt decides nothing, and a hundredth of one has decided before a KL two hundred times as high.
 
     Raises:
         StudyError: no trial is complete, or none is under the bound (the message has the lowest KL there is).
@@ -191,6 +197,12 @@ def _one_prompt(trial: TrialRecord) -> float:
     return 1 / max((total for _, total in trial.counts.values()), default=math.inf)
 
 
+def _standard_error(trials: Sequence[TrialRecord]) -> float:
+    """Of the lowest share without a proper answer (the one-standard-error rule, Breiman et al. 1984)."""
+    lowest = min(map(unanswered, trials))
+    return math.sqrt(lowest * max(0.0, 1 - lowest) * _one_prompt(trials[0]))
+
+
 def _pick(
     candidates: Sequence[TrialRecord],
     max_kl: float,
@@ -202,24 +214,28 @@ def _pick(
     left, words = list(candidates), ""
     counted = (BEHAVIOUR, EVASION, INCOHERENCE)
     others = [name for name in objectives if name not in counted and not name.startswith("kl_")]
-    if MISMATCH in candidates[0].values and MISMATCH not in others:
-        others.append(MISMATCH)
-    steps: list[tuple[str, Callable[[TrialRecord], float], float]] = [("", unanswered, prompt)]
+    others += [name for name in (DOUBT, MISMATCH) if name in candidates[0].values and name not in others]
+    nearly = max(prompt, _standard_error(candidates)) if DOUBT in candidates[0].values else prompt
+    steps: list[tuple[str, Callable[[TrialRecord], float], float]] = [("", unanswered, nearly)]
     if searched:
         tolerance = _one_prompt(searched[candidates[0].number])
         steps.append(
             ("share without a proper answer in the search", lambda trial: unanswered(searched[trial.number]), tolerance)
         )
-    steps += [(name, lambda trial, name=name: _value(trial, name), prompt) for name in others]
+    steps += [
+        (name, lambda trial, name=name: _value(trial, name), SIMILAR_DOUBT if name == DOUBT else prompt)
+        for name in others
+    ]
     for name, value, tolerance in steps:
         lowest = min(map(value, left))
         kept = [trial for trial in left if value(trial) <= lowest + tolerance * (1 + 1e-9)]
         if name and len(kept) < len(left):
-            words += f"; of these {_like(kept)} within one prompt of the lowest {name}, {lowest:.4g}"
+            near = f"{tolerance:g}" if name == DOUBT else "one prompt"
+            words += f"; of these {_like(kept)} within {near} of the lowest {name}, {lowest:.4g}"
         elif not name:
             words = (
-                f"{len(kept)} of {len(candidates)} trials with KL <= {max_kl:g} are within one prompt of the fewest"
-                f" without a proper answer, {_share_text(lowest, prompt)}"
+                f"{len(kept)} of {len(candidates)} trials with KL <= {max_kl:g} are within"
+                f" {_how_near(tolerance, prompt)} of the fewest without a proper answer, {_share_text(lowest, prompt)}"
             )
         left = kept
     best = min(left, key=lambda trial: (_value(trial, KL), trial.number))
@@ -240,6 +256,10 @@ def _others(trials: Sequence[TrialRecord], best: TrialRecord) -> list[TrialRecor
 
 def _like(trials: Sequence[TrialRecord]) -> str:
     return "1 is" if len(trials) == 1 else f"{len(trials)} are"
+
+
+def _how_near(tolerance: float, prompt: float) -> str:
+    return "one prompt" if tolerance == prompt else "a standard error"
 
 
 def _share_text(share: float, prompt: float) -> str:

@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
+from bruno_ray.ablation.plan import PREFIX
 from bruno_ray.study.selection import TrialRecord, metric_text
 
 
@@ -14,11 +15,18 @@ def describe_edit(edit: dict[str, Any] | None) -> str:
         return "-"
     index = edit["direction_index"]
     direction = "per layer" if index is None else f"layer {index:.1f}"
-    kernels = ", ".join(
-        f"{component} {max(kernel['max_weight'], 0.0):.2f}@{kernel['max_weight_position']:.1f}"
-        for component, kernel in edit["components"].items()
-    )
+    if edit["direction_set"].startswith(PREFIX):
+        direction = "trained"
+    kernels = ", ".join(f"{component} {_peak(given)}" for component, given in edit["components"].items())
     return f"{edit['direction_set']} {direction}; {kernels}"
+
+
+def _peak(given: dict[str, Any]) -> str:
+    """Strength at the peak, and the layer where that is."""
+    if "strengths" in given:
+        strength = max(given["strengths"])
+        return f"{strength:.2f}@{given['strengths'].index(strength)}"
+    return f"{max(given['max_weight'], 0.0):.2f}@{given['max_weight_position']:.1f}"
 
 
 def table_columns(trials: Sequence[TrialRecord], objectives: Sequence[str]) -> list[str]:

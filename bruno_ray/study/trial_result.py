@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from bruno_ray.ablation.plan import TrainedEdit
 from bruno_ray.workers.messages import EditOutcome
 
 RESULT = "result"
@@ -30,6 +31,9 @@ class TrialResult:
     worker: str | None = None
     error: str | None = None
 
+    trained: TrainedEdit | None = field(default=None, compare=False)
+    """The edit that was scored, where the trial was a plan to train one; kept beside the result, not in it."""
+
     @classmethod
     def of(cls, outcome: EditOutcome, objectives: Sequence[str], worker: str) -> "TrialResult":
         """An outcome whose objectives are not all finite is an error."""
@@ -40,7 +44,7 @@ class TrialResult:
         if error is not None:
             return cls(seconds=outcome.seconds, worker=worker, error=error)
         values = {name: float(value) for name, value in outcome.values.items() if math.isfinite(value)}
-        return cls(values, dict(outcome.counts), outcome.samples, outcome.seconds, worker)
+        return cls(values, dict(outcome.counts), outcome.samples, outcome.seconds, worker, trained=outcome.trained)
 
     def to_json(self) -> dict[str, Any]:
         """Journals of older versions hold the same."""

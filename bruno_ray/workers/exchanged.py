@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bruno_ray.ablation.plan import TrainedEdit
 from bruno_ray.model.coverage_table import CoverageRow
 from bruno_ray.prompts.sets import Prompt
 from bruno_ray.scoring.scores import Scores
-from bruno_ray.settings import ScoringSettings
+from bruno_ray.settings import LearnedSettings, ScoringSettings
 
 if TYPE_CHECKING:
     from bruno_ray.workers.model_worker import ModelWorker
@@ -47,6 +48,15 @@ class ModelInfo:
 
 
 @dataclass(frozen=True)
+class TrainingPrompts:
+    """What edits are trained on: some of the train prompts, and how."""
+
+    target: tuple[Prompt, ...]
+    baseline: tuple[Prompt, ...]
+    settings: LearnedSettings
+
+
+@dataclass(frozen=True)
 class EvaluationContext:
     """All that trials of one study share. Sent to each machine once."""
 
@@ -66,6 +76,9 @@ class EvaluationContext:
     readings: bool = False
     """Whether scores bring the whole answers along, with who takes which for the behaviour."""
 
+    training: TrainingPrompts | None = None
+    """Only where edits are trained."""
+
 
 @dataclass(frozen=True)
 class TrialOutcome:
@@ -81,3 +94,6 @@ class TrialOutcome:
 
     samples: tuple[tuple[str, str], ...] = ()
     """(user's message, answer) of the first target prompts."""
+
+    trained: TrainedEdit | None = None
+    """What training has come to, where a plan was handed in instead of an edit."""

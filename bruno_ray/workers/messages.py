@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from bruno_ray.ablation.edit import Edit
+from bruno_ray.ablation.plan import TrainedEdit, TrainingPlan
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,9 @@ class EditOutcome:
     """This edit's share of the time its batch took."""
 
     error: str | None = None
+
+    trained: TrainedEdit | None = None
+    """The edit, where a plan to train one was handed in."""
 
 
 class Scores(Protocol):
@@ -52,13 +56,17 @@ class TrialOutcome(Protocol):
     def seconds(self) -> float: ...
     @property
     def samples(self) -> tuple[tuple[str, str], ...]: ...
+    @property
+    def trained(self) -> TrainedEdit | None: ...
 
 
 def edit_outcome(outcome: TrialOutcome) -> EditOutcome:
     """A worker's own outcome as it travels."""
     if outcome.error or outcome.scores is None:
         return EditOutcome(seconds=outcome.seconds, error=outcome.error or "no scores")
-    return EditOutcome(outcome.scores.values, outcome.scores.counts, outcome.samples, outcome.seconds)
+    return EditOutcome(
+        outcome.scores.values, outcome.scores.counts, outcome.samples, outcome.seconds, trained=outcome.trained
+    )
 
 
 @dataclass(frozen=True)
@@ -77,7 +85,7 @@ class Submission:
     batch_id: int
     """Names this evaluation; it is run once, however often it is handed in."""
 
-    edits: tuple[Edit, ...]
+    edits: tuple[Edit | TrainingPlan, ...]
 
 
 @dataclass(frozen=True)

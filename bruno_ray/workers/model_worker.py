@@ -16,11 +16,16 @@ import numpy as np
 import psutil
 import torch
 
+from bruno_ray.ablation.closed_forms import Factors
 from bruno_ray.ablation.edit import Edit
+from bruno_ray.ablation.plan import TrainedEdit, TrainingPlan
 from bruno_ray.ablation.resolving import ResolvedEdit
-from bruno_ray.errors import TrialError
+from bruno_ray.errors import ModelError, TrialError, first_line
 from bruno_ray.generation.engine import BatchEngine
-from bruno_ray.model.batching import TokenBudget
+from bruno_ray.generation.lean_forward import own_forward
+from bruno_ray.learning.material import Teacher
+from bruno_ray.learning.training import Trainer
+from bruno_ray.model.batching import TokenBudget, pad_left
 from bruno_ray.model.coverage import coverage
 from bruno_ray.model.loading import hub_task, load_model
 from bruno_ray.progress import duration
@@ -33,7 +38,7 @@ from bruno_ray.scoring.base import Evaluation, Scorer, ScoringPrompts, score_edi
 from bruno_ray.scoring.registry import make_scorers
 from bruno_ray.scoring.scores import Scores
 from bruno_ray.settings import ModelSettings, ResidualSettings, ScoringSettings
-from bruno_ray.workers.exchanged import EvaluationContext, ModelInfo, TrialOutcome
+from bruno_ray.workers.exchanged import EvaluationContext, ModelInfo, TrainingPrompts, TrialOutcome
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +58,7 @@ class _Prepared:
     prompts: ScoringPrompts
     scorers: list[Scorer]
     baseline: Scores = field(default_factory=lambda: Scores({}))
+    trainer: Trainer | None = None
 
 
 class Folders(Protocol):
@@ -140,14 +146,19 @@ class ModelWorker:
         """The unedited model's own scores. Raises TrialError if they are not numbers."""
         return self._prepare(context).baseline
 
-    def evaluate(self, context: EvaluationContext, edits: Sequence[Edit]) -> list[TrialOutcome]:
-        """Score all edits in one batch. An edit that breaks the model has an error and leaves the others alone."""
+    def evaluate(self, context: EvaluationContext, edits: Sequence[Edit | TrainingPlan]) -> list[TrialOutcome]:
+        """Score all edits in one batch, those first trained that are only plans.
+
+        An edit that breaks the model has an error and leaves the others alone.
+        """
         prepared = self._prepare(context)
-        self._doing = f"scoring {len(edits)} trial{'s' if len(edits) > 1 else ''}"
         start, tokens = time.perf_counter(), self.engine.tokens
-        resolved = self.engine.editor.resolve_all(edits, prepared.bank)
-        sound = [k for k, edit in enumerate(resolved) if _is_finite(edit)]
-        found: dict[int, Scores | TrialError] = {}
+        trained, found = self._train(context, prepared, edits)
+        bank = prepared.bank | {each.edit.direction_set: torch.from_numpy(each.directions) for each in trained.values()}
+        self._doing = f"scoring {len(edits)} trial{'s' if len(edits) > 1 else ''}"
+        known = {k: trained[k].edit if k in trained else edits[k] for k in range(len(edits)) if k not in found}
+        resolved = dict(zip(known, self.engine.editor.resolve_all(list(known.values()), bank)))
+        sound = [k for k, edit in resolved.items() if _is_finite(edit)]
         samples: dict[int, tuple[tuple[str, str], ...]] = {}
         if sound:
             evaluation, results = score_edits(
@@ -158,7 +169,7 @@ class ModelWorker:
                 [resolved[k] for k in sound],
                 context.readings,
             )
-            found = dict(zip(sound, results))
+            found |= dict(zip(sound, results))
             samples = {k: _samples(evaluation, i) for i, k in enumerate(sound)}
         seconds = (time.perf_counter() - start) / len(edits)
         tokens = (self.engine.tokens - tokens) // len(edits)
@@ -175,9 +186,59 @@ class ModelWorker:
                     seconds=seconds,
                     tokens=tokens,
                     samples=samples.get(k, ()),
+                    trained=None if failed else trained.get(k),
                 )
             )
         return outcomes
+
+    def _train(
+        self, context: EvaluationContext, prepared: _Prepared, edits: Sequence[Edit | TrainingPlan]
+    ) -> tuple[dict[int, TrainedEdit], dict[int, Scores | TrialError]]:
+        """What became of the plans among ``edits``, by index: edits, or errors."""
+        plans = {k: plan for k, plan in enumerate(edits) if isinstance(plan, TrainingPlan)}
+        if not plans:
+            return {}, {}
+        if context.training is None:
+            raise ValueError("a plan to train an edit came without prompts to train it on")
+        if prepared.trainer is None:
+            self._doing = "preparing the training"
+            prepared.trainer = self._trainer(context, context.training, prepared.bank)
+        self._doing = f"training {len(plans)} trial{'s' if len(plans) > 1 else ''}"
+        results = dict(zip(plans, prepared.trainer.train(list(plans.values()))))
+        trained = {k: result for k, result in results.items() if isinstance(result, TrainedEdit)}
+        return trained, {k: result for k, result in results.items() if isinstance(result, TrialError)}
+
+    def _trainer(self, context: EvaluationContext, training: TrainingPrompts, bank: dict[str, torch.Tensor]) -> Trainer:
+        prompts = ScoringPrompts.rendered(
+            self.engine, training.target, training.baseline, context.response_prefix, date=context.date
+        )
+        unedited = Evaluation(self.engine, prompts, context.scoring, whole=True)
+        return Trainer(self.engine, Teacher(unedited, training.settings), bank, training.settings)
+
+    def require_gradient(self, prompts: Sequence[Prompt], date: datetime.date) -> None:
+        """Raise ModelError if no gradient comes through this model's kernels: nothing can be trained on it."""
+        ids = render(self.loaded.tokenizer, prompts[:1], date=date)[0]
+        d_model = self.loaded.architecture.d_model
+        with torch.enable_grad():
+            rows = torch.eye(1, d_model, requires_grad=True)
+            factors = [
+                Factors(rows.to(writer.device), rows.to(writer.device)) for writer in self.loaded.architecture.writers
+            ]
+            self.engine.editor.set([ResolvedEdit(Edit({}, "", None, "none"), tuple(factors))], [0])
+            try:
+                padded = pad_left([ids], 0, self.engine.device)
+                arguments = padded.input_ids, padded.attention_mask, padded.position_ids
+                logits_1NV = own_forward(self.engine.model, *arguments, None, 1)
+                (gradient,) = torch.autograd.grad(logits_1NV.float().logsumexp(-1).sum(), rows)
+                if not torch.isfinite(gradient).all():
+                    raise RuntimeError("the gradient is not a number")
+            except (RuntimeError, NotImplementedError) as error:
+                raise ModelError(
+                    f"edits cannot be trained on this model, its kernels give no gradient ({first_line(str(error))}):"
+                    " load it in full precision or with model.quantization=bnb_4bit, or search with --method searched"
+                ) from error
+            finally:
+                self.engine.editor.clear()
 
     def measure_other(self, context: EvaluationContext, model: ModelSettings) -> Scores:
         """Scores of another model against this worker's own, which is dropped for it: only one is in memory at a time.

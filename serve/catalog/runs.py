@@ -38,14 +38,19 @@ class ServedRun:
         run.trials = run._read_trials()
         if not directory.directions_file.is_file():
             raise OutputError(f"{directory.path} has no directions yet: continue it with `bruno-ray resume`.")
-        used = {trial.edit["direction_set"] for trial in run.trials if trial.edit}
-        try:
-            with safe_open(directory.directions_file, framework="numpy") as file:
-                missing = used - set(file.keys())
-        except (SafetensorError, OSError) as error:
-            raise OutputError(f"{directory.directions_file} is damaged: delete it and resume the run.") from error
-        if missing:
-            raise OutputError(f"{directory.directions_file} lacks {', '.join(sorted(missing))}: resume the run.")
+        used: dict[Path, set[str]] = {directory.directions_file: set()}
+        for trial in run.trials:
+            if trial.edit:
+                name = trial.edit["direction_set"]
+                used.setdefault(directory.file_of_directions(name), set()).add(name)
+        for path, names in used.items():
+            try:
+                with safe_open(path, framework="numpy") as file:
+                    missing = names - set(file.keys())
+            except (SafetensorError, OSError) as error:
+                raise OutputError(f"{path} is damaged: delete it and resume the run.") from error
+            if missing:
+                raise OutputError(f"{path} lacks {', '.join(sorted(missing))}: resume the run.")
         run._stamp = run._changes()
         return run
 
@@ -89,7 +94,7 @@ class ServedRun:
 
     def directions(self, name: str) -> np.ndarray:
         """A direction set, (n_layers + 1, rank, d_model) float32."""
-        with safe_open(self.directory.directions_file, framework="numpy") as file:
+        with safe_open(self.directory.file_of_directions(name), framework="numpy") as file:
             return file.get_tensor(name)
 
     def refresh(self) -> bool:

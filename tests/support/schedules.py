@@ -18,7 +18,6 @@ from bruno_ray.study.storage import open_study
 
 OBJECTIVES = ("behaviour_rate", "kl_divergence")
 SPACE = (SearchSettings(), ("a", "b"), 8, ("attention", "mlp"))
-NAMES = tuple(search_space(*SPACE))
 
 
 @contextmanager
@@ -47,7 +46,7 @@ def make_schedule(
     batch_size: int = 4,
     n_startup_trials: int = 8,
 ) -> Schedule:
-    sampler = NumberedTPESampler(n_startup_trials, seed=3, names=NAMES)
+    sampler = NumberedTPESampler(n_startup_trials, seed=3, space=search_space(*SPACE))
     return Schedule(
         BatchStudy(study, sampler, lambda trial: suggest(trial, *SPACE), OBJECTIVES),
         target=target,

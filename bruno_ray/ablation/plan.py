@@ -1,0 +1,87 @@
+"""A training as data: what is asked of a worker, and what comes back. This imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from bruno_ray.ablation.edit import Edit
+
+if TYPE_CHECKING:
+    import numpy as np
+
+PREFIX = "learned-"
+"""Of the names of direction sets that were trained; the rest is a hash of their content."""
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """One edit to be trained: where it starts, what it is trained for, and how long."""
+
+    rank: int
+    """Directions of the subspace."""
+
+    shared: bool
+    """One subspace for all layers, or one for each."""
+
+    start_set: str
+    """Key into the direction bank."""
+
+    start_layer: float
+    """Layer whose direction it starts from; fractions interpolate."""
+
+    first_layer: int
+    """Layers before it are not edited."""
+
+    answers: float
+    """Weight of the likelihood of desired answers."""
+
+    suppress: float
+    """Weight of the unlikelihood of the behaviour's own text."""
+
+    retain: float
+    """Weight of the KL divergence on baseline prompts."""
+
+    learning_rate: float
+    steps: int
+    """Plans of a batch that differ in nothing else are one training, looked at after each of these numbers of steps."""
+
+    seed: int
+    base: Edit | None = None
+    """The edit that is polished: its directions and strengths are the start."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainingPlan:
+        base = values.get("base")
+        return cls(**{**values, "base": Edit.from_dict(base) if base else None})
+
+    @property
+    def without_steps(self) -> TrainingPlan:
+        """What it has in common with the plans that are the same training."""
+        return replace(self, steps=0)
+
+
+@dataclass(frozen=True)
+class TrainedEdit:
+    """What a training has come to."""
+
+    edit: Edit
+    directions: np.ndarray
+    """(n_layers + 1, rank, d_model) float32, orthonormal rows per point; the set that `edit` names."""
+
+    curves: dict[str, list[float]] = field(default_factory=dict)
+    """Loss term -> its mean over each tenth of the steps."""
+
+    sources: dict[str, int] = field(default_factory=dict)
+    """Where what it was trained on came from -> how many rows."""
+
+    seconds: float = 0.0
+    tokens: int = 0
+    """Tokens that went forward and back, padding not counted."""
+
+    def account(self) -> dict[str, Any]:
+        """All but the edit, for people."""
+        return {"curves": self.curves, "sources": self.sources, "seconds": self.seconds, "tokens": self.tokens}

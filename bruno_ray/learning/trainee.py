@@ -1,0 +1,184 @@
+"""One edit in training: its parameters, the texts that it is trained on, and what it has come to.
+
+Dimension names: L layers, C components, G subspaces (1 or L), r rank, d d_model.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from bruno_ray.ablation.closed_forms import DirectionBank, Factors, directions_for, factors_from, mixture
+from bruno_ray.ablation.edit import Edit, StrengthTable
+from bruno_ray.ablation.plan import PREFIX, TrainedEdit, TrainingPlan
+from bruno_ray.ablation.resolving import ResolvedEdit
+from bruno_ray.generation.engine import BatchEngine
+from bruno_ray.learning.material import Material, Text
+from bruno_ray.settings import LearnedSettings
+
+TERMS = ("answers", "suppress", "retain")
+"""Of the loss, as a plan's weights are called; see ``losses``."""
+
+NOISE = 0.05
+"""Length of the rows that the start has no direction for."""
+
+POINTS = 10
+"""Of a loss curve."""
+
+STUB = Edit({}, "", None, "none")
+"""What a resolved edit is of while it is trained and has no name."""
+
+
+class Trainee:
+    """Directions and strengths of one edit, as parameters."""
+
+    def __init__(
+        self,
+        plan: TrainingPlan,
+        engine: BatchEngine,
+        bank: DirectionBank,
+        material: Material,
+        settings: LearnedSettings,
+    ) -> None:
+        architecture = engine.loaded.architecture
+        self.plan = plan
+        self.finite = True
+        self.present: dict[int, list[Text]] = {}
+        """By target prompt, what the edit says by now where that still shows the behaviour."""
+
+        self.sure: dict[int, Text] = {}
+        """By target prompt, the proper answer that the edit is sure of by now."""
+
+        self._material = material
+        self._settings = settings
+        self._components = architecture.components
+        self._random = random.Random(plan.seed)
+        generator = torch.Generator().manual_seed(plan.seed)
+        start_Grd = _start(plan, bank, architecture.n_layers)
+        missing = plan.rank - start_Grd.shape[1]
+        noise = torch.randn(len(start_Grd), max(0, missing), start_Grd.shape[-1], generator=generator)
+        rows = torch.cat([start_Grd[:, : plan.rank], noise * NOISE / math.sqrt(noise.shape[-1])], dim=1)
+        self.rows_Grd = rows.clone().requires_grad_(True)
+        strengths = torch.ones(architecture.n_layers, len(self._components))
+        if plan.base is not None:
+            for c, component in enumerate(self._components):
+                for layer in range(architecture.n_layers):
+                    strengths[layer, c] = min(plan.base.strength(component, layer), settings.max_strength)
+        self._mask = torch.ones_like(strengths)
+        self._mask[: plan.first_layer] = 0
+        self.strengths_LC = (strengths * self._mask).requires_grad_(True)
+        self._sums: dict[str, float] = {}
+        self._curves: dict[str, list[float]] = {}
+
+    @property
+    def parameters(self) -> list[Tensor]:
+        return [self.rows_Grd, self.strengths_LC]
+
+    def draw(self) -> list[tuple[str, Text, float]]:
+        """The rows of one step: (term, text, its share per token). Only the plan's seed decides which."""
+        settings, material = self._settings, self._material
+        present = [text for texts in self.present.values() for text in texts]
+        drawn = {
+            "answers": self._sample([*material.answers, *self.sure.values()], settings.target_rows),
+            "suppress": self._sample(present, settings.target_rows // 2),
+            "retain": self._sample(material.retain, settings.baseline_rows),
+        }
+        drawn["suppress"] += self._sample(material.suppress, settings.target_rows - len(drawn["suppress"]))
+        rows = []
+        for term in TERMS:
+            if not getattr(self.plan, term):
+                continue
+            total = sum(sum(text.weights) if term == "suppress" else len(text.continuation) for text in drawn[term])
+            rows += [(term, text, 1 / total) for text in drawn[term]]
+        return rows
+
+    def _sample(self, texts: Sequence[Text], most: int) -> list[Text]:
+        return self._random.sample(texts, min(most, len(texts)))
+
+    def directions_Grd(self) -> Float[Tensor, "G r d"]:
+        """Orthonormal rows."""
+        return torch.linalg.qr(self.rows_Grd.mT)[0].mT
+
+    def resolved(self, engine: BatchEngine) -> ResolvedEdit:
+        """With factors that gradients flow through."""
+        directions_Grd = self.directions_Grd()
+        factors: list[Factors | None] = []
+        for writer in engine.loaded.architecture.writers:
+            c = self._components.index(writer.component)
+            if not self._mask[writer.layer, c]:
+                factors.append(None)
+                continue
+            V_rd = directions_Grd[writer.layer if len(directions_Grd) > 1 else 0]
+            found = factors_from(V_rd, self.strengths_LC[writer.layer, c], "none")
+            factors.append(found.to(writer.device))
+        return ResolvedEdit(STUB, tuple(factors))
+
+    def trained_factors(self, engine: BatchEngine) -> ResolvedEdit:
+        """The same to generate with."""
+        with torch.no_grad():
+            return self.resolved(engine)
+
+    def keep_in_bounds(self) -> None:
+        """Strengths stay between 0 and their maximum, those of layers that are left out at 0."""
+        with torch.no_grad():
+            self.strengths_LC.clamp_(0, self._settings.max_strength).mul_(self._mask)
+            self.finite = bool(torch.isfinite(self.rows_Grd).all() and torch.isfinite(self.strengths_LC).all())
+
+    def note(self, term: str, value: float) -> None:
+        self._sums[term] = self._sums.get(term, 0.0) + value
+
+    def end_step(self) -> None:
+        for term, value in self._sums.items():
+            self._curves.setdefault(term, []).append(value)
+        self._sums = {}
+
+    def sources(self) -> dict[str, int]:
+        """How many texts it is trained on by now, by where they come from."""
+        given = {term: len(getattr(self._material, term)) for term in TERMS if getattr(self.plan, term)}
+        own = {"own behaviour": sum(map(len, self.present.values())), "own answers": len(self.sure)}
+        return {name: n for name, n in (given | own).items() if n}
+
+    def trained(self) -> TrainedEdit:
+        """What it has come to by now."""
+        n_layers = len(self.strengths_LC)
+        with torch.no_grad():
+            directions_Grd = self.directions_Grd().float()
+            if len(directions_Grd) == 1:
+                directions_Grd = directions_Grd.expand(n_layers, -1, -1)
+            bank_Prd = torch.cat([directions_Grd[:1], directions_Grd]).contiguous()
+            strengths = self.strengths_LC.detach().double()
+        array = bank_Prd.numpy()
+        name = PREFIX + hashlib.sha256(array.tobytes()).hexdigest()[:12]
+        tables = {
+            component: StrengthTable(tuple(strengths[:, c].tolist())) for c, component in enumerate(self._components)
+        }
+        curves = {term: _thinned(values) for term, values in self._curves.items()}
+        return TrainedEdit(Edit(tables, name, None, "none"), array, curves, self.sources())
+
+
+def _start(plan: TrainingPlan, bank: DirectionBank, n_layers: int) -> Float[Tensor, "G r d"]:
+    """The directions that training starts from: a layer's own, or those of the edit that is polished."""
+    if plan.base is not None:
+        directions_Lrd = directions_for(plan.base, bank).float().cpu()
+        if not plan.shared:
+            return directions_Lrd
+        reach = [
+            sum(plan.base.strength(component, layer) for component in plan.base.components) for layer in range(n_layers)
+        ]
+        return directions_Lrd[max(range(n_layers), key=reach.__getitem__)][None]
+    directions_Prd = bank[plan.start_set].float().cpu()
+    mix = mixture(directions_Prd, plan.start_layer)
+    start_1rd = mix.of([directions_Prd[point] for point in mix.points])[None].float()
+    return start_1rd if plan.shared else start_1rd.repeat(n_layers, 1, 1)
+
+
+def _thinned(values: Sequence[float]) -> list[float]:
+    size = max(1, math.ceil(len(values) / POINTS))
+    chunks = [values[i : i + size] for i in range(0, len(values), size)]
+    return [round(sum(chunk) / len(chunk), 6) for chunk in chunks]

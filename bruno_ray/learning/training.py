@@ -1,0 +1,179 @@
+"""Edits trained by gradient through the frozen model, many at once.
+
+An edit in norm mode `none`, y' = y - s (y V^T) V, is a differentiable function of its directions V and strengths s. The
+model's weights are frozen, so what training costs in memory is activations. Rows of one batch may carry different
+edits (``ablation.live``), so K edits are trained in one forward and backward pass: their losses add up, and no gradient
+of one touches another.
+
+    teacher = Teacher(evaluation_of_train_prompts, settings)
+    trained = Trainer(engine, teacher, bank, settings).train([plan_a, plan_b])
+
+Dimension names: N tokens of a continuation, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from bruno_ray.ablation.closed_forms import DirectionBank
+from bruno_ray.ablation.plan import TrainedEdit, TrainingPlan
+from bruno_ray.errors import TrialError
+from bruno_ray.generation.engine import BatchEngine
+from bruno_ray.generation.lean_forward import own_forward
+from bruno_ray.learning.losses import answer_loss, retain_loss, suppress_loss
+from bruno_ray.learning.material import Teacher, Text
+from bruno_ray.learning.trainee import Trainee
+from bruno_ray.model.batching import TokenBudget, batches, pad_left, run_with_backoff
+from bruno_ray.settings import LearnedSettings
+
+logger = logging.getLogger(__name__)
+
+
+class Trainer:
+    """Trains edits of one model copy."""
+
+    def __init__(self, engine: BatchEngine, teacher: Teacher, bank: DirectionBank, settings: LearnedSettings) -> None:
+        engine.model.requires_grad_(False)
+        self._engine = engine
+        self._teacher = teacher
+        self._bank = bank
+        self._settings = settings
+        self._budget = TokenBudget.for_device(engine.device, settings.batch_tokens)
+
+    def train(self, plans: Sequence[TrainingPlan]) -> list[TrainedEdit | TrialError]:
+        """One result per plan, in their order; a training whose loss is not finite gives an error.
+
+        Raises ModelError if memory does not suffice for one row.
+        """
+        start = time.perf_counter()
+        distinct: list[TrainingPlan] = []
+        for plan in plans:
+            if plan.without_steps not in distinct:
+                distinct.append(plan.without_steps)
+        given = self._engine, self._bank, self._teacher.material, self._settings
+        trainees = [Trainee(plan, *given) for plan in distinct]
+        optimizer = torch.optim.Adam(
+            [{"params": trainee.parameters, "lr": trainee.plan.learning_rate} for trainee in trainees]
+        )
+        wanted = [{plan.steps for plan in plans if plan.without_steps == each} for each in distinct]
+        last = max(map(max, wanted))
+        found: dict[tuple[int, int], TrainedEdit | TrialError] = {}
+        tokens = 0
+        self._engine.work.begin("steps", last)
+        for step in range(1, last + 1):
+            running = [k for k, trainee in enumerate(trainees) if trainee.finite and step <= max(wanted[k])]
+            tokens += self._step(running, trainees, optimizer)
+            self._engine.work.done = step
+            for k in running:
+                if step in wanted[k] and trainees[k].finite:
+                    found[k, step] = trainees[k].trained()
+            if self._settings.renew_every and step < last and step % self._settings.renew_every == 0:
+                self._renew(step, [trainees[k] for k in running if trainees[k].finite])
+        seconds = (time.perf_counter() - start) / len(plans)
+        diverged = TrialError("the loss of the training is not a number: this trial fails, the study goes on")
+        results = [found.get((distinct.index(plan.without_steps), plan.steps), diverged) for plan in plans]
+        return [
+            result if isinstance(result, TrialError) else replace(result, seconds=seconds, tokens=tokens // len(plans))
+            for result in results
+        ]
+
+    # ----- one step -----
+
+    def _step(self, running: Sequence[int], trainees: Sequence[Trainee], optimizer: torch.optim.Optimizer) -> int:
+        """One optimiser step of each running trainee; returns the tokens read."""
+        rows: list[tuple[int, str, Text, float]] = []  # trainee, term, text, its share of the trainee's loss per token
+        for k in running:
+            rows += [(k, *row) for row in trainees[k].draw()]
+        parameters = [parameter for k in running for parameter in trainees[k].parameters]
+        totals = [torch.zeros_like(parameter) for parameter in parameters]
+        lengths = [len(text.prompt) + len(text.continuation) for _, _, text, _ in rows]
+
+        def gradients(batch: list[int]) -> tuple[Sequence[Tensor | None], dict[tuple[int, str], float]]:
+            try:
+                loss, terms = self._loss([rows[i] for i in batch], running, trainees)
+                return torch.autograd.grad(loss, parameters, allow_unused=True), terms
+            finally:
+                self._engine.editor.clear()
+
+        for batch in batches(lengths, self._budget):
+            for _, (found, terms) in run_with_backoff(gradients, batch, lengths, self._budget):
+                for total, gradient in zip(totals, found):
+                    if gradient is not None:
+                        total += gradient
+                for (k, term), value in terms.items():
+                    trainees[k].note(term, value)
+        for parameter, total in zip(parameters, totals):
+            parameter.grad = total
+        for k in running:
+            trainees[k].end_step()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        for k in running:
+            trainees[k].keep_in_bounds()
+        engine_tokens = sum(lengths)
+        self._engine.tokens += engine_tokens
+        return engine_tokens
+
+    def _loss(
+        self, rows: Sequence[tuple[int, str, Text, float]], running: Sequence[int], trainees: Sequence[Trainee]
+    ) -> tuple[Tensor, dict[tuple[int, str], float]]:
+        engine = self._engine
+        engine.editor.set([trainees[k].resolved(engine) for k in running], [running.index(k) for k, *_ in rows])
+        texts = [text for _, _, text, _ in rows]
+        padded = pad_left([(*text.prompt, *text.continuation) for text in texts], 0, engine.device)
+        keep = max(len(text.continuation) for text in texts) + 1
+        logits_BNV = own_forward(engine.model, padded.input_ids, padded.attention_mask, padded.position_ids, None, keep)
+        loss = torch.zeros((), device=logits_BNV.device)
+        terms: dict[tuple[int, str], float] = {}
+        for (k, term, text, share), logits_NV in zip(rows, logits_BNV):
+            n = len(text.continuation)
+            logits_NV = logits_NV[-n - 1 : -1]
+            tokens_N = torch.tensor(text.continuation, device=logits_NV.device)
+            match term:
+                case "answers":
+                    loss_N = answer_loss(logits_NV, tokens_N)
+                case "suppress":
+                    loss_N = suppress_loss(logits_NV, tokens_N, torch.tensor(text.weights, device=logits_NV.device))
+                case _:
+                    assert text.unedited_NV is not None
+                    loss_N = retain_loss(logits_NV, text.unedited_NV.to(logits_NV.device))
+            own = loss_N.sum() * share
+            terms[k, term] = terms.get((k, term), 0.0) + float(own.detach())
+            loss = loss + own * getattr(trainees[k].plan, term)
+        return loss, terms
+
+    # ----- what an edit in training says by now -----
+
+    def _renew(self, step: int, trainees: Sequence[Trainee]) -> None:
+        """Let the edits answer some target train prompts. What still shows the behaviour joins what is suppressed, and
+        confident proper answers join what is learned (self-training).
+
+        The prompts depend on the step alone: an edit is trained alike beside whichever others.
+        """
+        engine, teacher = self._engine, self._teacher
+        if not trainees:
+            return
+        prompts = teacher.prompts.target_ids
+        chosen = random.Random(step).sample(range(len(prompts)), min(self._settings.renewal_prompts, len(prompts)))
+        ids, edits = [prompts[p] for p in chosen], [trainee.trained_factors(engine) for trainee in trainees]
+        answers = engine.generate(ids, edits, teacher.response_tokens)
+        logprobs = engine.token_logprobs(ids, [[answer.token_ids for answer in each] for each in answers], edits)
+        for trainee, of_edit, logprobs_P in zip(trainees, answers, logprobs):
+            given = dict(zip(chosen, of_edit))
+            proper = teacher.proper(given)
+            trainee.present |= teacher.with_behaviour({p: answer for p, answer in given.items() if p not in proper})
+            for p, logprobs_N in zip(chosen, logprobs_P):
+                trainee.sure.pop(p, None)
+                if p in proper:
+                    trainee.present.pop(p, None)
+                    sure = math.exp(float(logprobs_N.min())) >= self._settings.confidence
+                    if sure and given[p].end_id is not None:
+                        trainee.sure[p] = teacher.as_desired(p, given[p])

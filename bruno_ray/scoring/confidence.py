@@ -1,0 +1,39 @@
+"""How sure the edited model is of what it says instead of the behaviour."""
+
+import math
+
+from bruno_ray.scoring.base import Evaluation
+from bruno_ray.scoring.scores import Scores
+from bruno_ray.settings import ScoringSettings
+
+
+class Confidence:
+    """Mean over target prompts of the probability of the answer's least likely token; 0 where the behaviour is shown.
+
+    A model that has been freed of a behaviour knows what to say; one that has only been kept from saying it guesses. No
+    truth is needed: over starts of one training this ranks edits as the number of right facts does
+    (``docs/learned.md``). The metric is 1 minus that, so that less is better. Costs one forward pass over prompts and
+    answers.
+    """
+
+    name = "confidence"
+    needs_unedited = False
+    metrics = ("doubt",)
+
+    def __init__(self, settings: ScoringSettings):
+        pass
+
+    def prepare(self, unedited: Evaluation) -> None:
+        pass
+
+    def score(self, edited: Evaluation) -> list[Scores]:
+        # [edit][prompt]: the answer, where it does not show the behaviour.
+        tails = [
+            [() if hit else answer.token_ids for answer, hit in zip(answers, marked)]
+            for answers, marked in zip(edited.target_answers, edited.marked)
+        ]
+        logprobs = edited.engine.token_logprobs(edited.prompts.target_ids, tails, edited.edits)
+        return [
+            Scores({"doubt": 1 - sum(math.exp(float(row.min())) for row in rows if len(row)) / len(rows)})
+            for rows in logprobs
+        ]

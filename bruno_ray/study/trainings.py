@@ -1,0 +1,115 @@
+"""The trained trials of a study: which trials they are, and what their plans are made of.
+
+They are the last of a study, so that they can start from the best of what was searched. A training gives several
+trials, its edit after all steps, after half of them, a quarter and so on: reading them costs little beside training,
+and how long to train is what a study has to find out. Trials of one training follow each other, in one batch.
+
+There are few trainings, so their parameters are points of a Sobol sequence throughout (``sampler``), not TPE's.
+"""
+
+import math
+from dataclasses import dataclass
+
+import optuna
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+
+from bruno_ray.ablation.edit import Edit
+from bruno_ray.ablation.plan import TrainingPlan
+from bruno_ray.errors import StudyError
+from bruno_ray.settings import Settings
+from bruno_ray.study.selection import auto_select, load_trials
+
+LEARNED = "learned."
+"""Parameters of trained trials begin with it."""
+
+START, START_LAYER, FIRST_LAYER = f"{LEARNED}start_set", f"{LEARNED}start_layer", f"{LEARNED}first_layer"
+RETAIN, RANK, SHARED = f"{LEARNED}retain", f"{LEARNED}rank", f"{LEARNED}shared"
+
+
+@dataclass(frozen=True)
+class Trainings:
+    """Which trials of a study are trained, and how."""
+
+    settings: Settings
+    direction_sets: tuple[str, ...]
+    n_layers: int
+    has_answers: bool = False
+    """Whether there are desired answers to train on."""
+
+    @property
+    def first(self) -> int | None:
+        """Number of the first trained trial; None if none is."""
+        study = self.settings.study
+        match study.method:
+            case "learned":
+                return 0
+            case "both":
+                return max(0, study.n_trials - self.settings.learned.trials)
+            case _:
+                return None
+
+    def is_trained(self, number: int) -> bool:
+        return self.first is not None and number >= self.first
+
+    def training(self, number: int) -> tuple[int, int]:
+        """Which training a trial belongs to, and which of its checkpoints it is."""
+        assert self.first is not None
+        return divmod(number - self.first, self.settings.learned.checkpoints)
+
+    def batch_size(self, number: int, usual: int) -> int:
+        """Trials to ask from trial ``number`` on: a batch is searched or trained, and holds whole trainings."""
+        if self.first is None:
+            return usual
+        if number < self.first:
+            return min(usual, self.first - number)
+        checkpoints = self.settings.learned.checkpoints
+        _, checkpoint = self.training(number)
+        return max(1, usual // checkpoints) * checkpoints - checkpoint
+
+    def space(self) -> dict[str, BaseDistribution]:
+        """Distribution per parameter of a training; a choice with one option is no parameter."""
+        learned, last = self.settings.learned, self.n_layers - 1
+        space: dict[str, BaseDistribution] = {
+            START_LAYER: FloatDistribution(*(share * last for share in learned.start_layer)),
+            FIRST_LAYER: FloatDistribution(*(share * last for share in learned.first_layer)),
+            RETAIN: FloatDistribution(*map(math.log, learned.retain)),
+        }
+        for name, choices in ((START, self.direction_sets), (RANK, learned.ranks), (SHARED, learned.shared)):
+            if len(choices) > 1:
+                space[name] = CategoricalDistribution(choices)
+        return space
+
+    def plan(self, trial: optuna.Trial) -> TrainingPlan:
+        """The plan of a trial, from parameters that the study's sampler gives it."""
+        learned = self.settings.learned
+        for name, distribution in self.space().items():
+            if isinstance(distribution, CategoricalDistribution):
+                trial.suggest_categorical(name, distribution.choices)
+            else:
+                trial.suggest_float(name, distribution.low, distribution.high)
+        training, checkpoint = self.training(trial.number)
+        steps = max(1, learned.steps >> (learned.checkpoints - 1 - checkpoint))
+        params = trial.params
+        return TrainingPlan(
+            rank=params.get(RANK, learned.ranks[0]),
+            shared=params.get(SHARED, learned.shared[0]),
+            start_set=params.get(START, self.direction_sets[0]),
+            start_layer=params[START_LAYER],
+            first_layer=round(params[FIRST_LAYER]),
+            answers=learned.answers,
+            suppress=learned.suppress if learned.suppress is not None else float(not self.has_answers),
+            retain=math.exp(params[RETAIN]),
+            learning_rate=learned.learning_rate,
+            steps=steps,
+            seed=self.settings.study.seed * 1000 + training,
+            base=self._best(trial.study) if learned.polish and training % 2 else None,
+        )
+
+    def _best(self, study: optuna.Study) -> Edit | None:
+        """What the rule takes of the searched trials so far."""
+        trials = [trial for trial in load_trials(study) if not self.is_trained(trial.number)]
+        try:
+            choice = auto_select(trials, self.settings.selection.max_kl, self.settings.scoring.objectives)
+        except StudyError:
+            return None
+        return Edit.from_dict(choice.trial.edit) if choice.trial.edit else None

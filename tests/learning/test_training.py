@@ -1,0 +1,166 @@
+"""Training on the embedded organism, which refuses to say facts that it knows."""
+
+import datetime
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from bruno_ray.ablation.baking import bake
+from bruno_ray.ablation.edit import AblationParameters, Edit
+from bruno_ray.ablation.plan import PREFIX, TrainedEdit, TrainingPlan
+from bruno_ray.directions import build_bank
+from bruno_ray.errors import TrialError
+from bruno_ray.generation.engine import BatchEngine
+from bruno_ray.learning.material import Teacher
+from bruno_ray.learning.training import Trainer
+from bruno_ray.model.batching import TokenBudget
+from bruno_ray.model.loading import load_model
+from bruno_ray.organism import truth_score
+from bruno_ray.organism.truth import TruthScore
+from bruno_ray.prompts.rendering import render
+from bruno_ray.prompts.sets import Prompt, load_prompts
+from bruno_ray.residuals.extraction import extract_residuals
+from bruno_ray.scoring.base import Evaluation, ScoringPrompts
+from bruno_ray.settings import LearnedSettings, ModelSettings
+from bruno_ray.settings.sources import load
+
+DATE = datetime.date(2024, 2, 29)
+LEARNED = LearnedSettings(target_prompts=32, baseline_prompts=32, target_rows=8, baseline_rows=8, renew_every=3)
+WHOLE = LearnedSettings(target_prompts=32, baseline_prompts=32)
+
+
+class Subject:
+    """The organism, read and prepared for training."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        settings = load(["--model.id", str(folder / "model"), "--behaviour", "organism"], environ={}).settings
+        prompts = load_prompts(settings)
+        self.answered, self.baseline = prompts.target.train[:32], prompts.baseline.train[:32]
+        self.target = tuple(replace(prompt, answer=None) for prompt in self.answered)
+        self.scoring = settings.scoring
+        self.engine = BatchEngine(load_model(ModelSettings(id=str(folder / "model"), dtypes=("float32",))))
+        ids = [render(self.engine.tokenizer, side, date=DATE) for side in (self.target, self.baseline)]
+        residuals = [extract_residuals(self.engine.loaded, each, 0, TokenBudget.for_device("cpu")) for each in ids]
+        self.bank = build_bank(*residuals)
+
+    def teacher(self, settings: LearnedSettings = LEARNED, target: tuple[Prompt, ...] | None = None) -> Teacher:
+        prompts = ScoringPrompts.rendered(self.engine, target or self.target, self.baseline, date=DATE)
+        return Teacher(Evaluation(self.engine, prompts, self.scoring, whole=True), settings)
+
+    def trainer(self, settings: LearnedSettings = LEARNED) -> Trainer:
+        return Trainer(self.engine, self.teacher(settings), self.bank, settings)
+
+    def truth(self, trained: TrainedEdit) -> TruthScore:
+        """Of the edited model, on prompts and nouns that no training has seen."""
+        bank = {trained.edit.direction_set: torch.from_numpy(trained.directions)}
+        edit = self.engine.editor.resolve(trained.edit, bank)
+
+        def generate(prompts: list[str]) -> list[str]:
+            ids = render(self.engine.tokenizer, [Prompt(text) for text in prompts], date=DATE)
+            return [answer.text for answer in self.engine.generate(ids, [edit], 30)[0]]
+
+        return truth_score(generate, self.folder)
+
+
+@pytest.fixture(scope="module")
+def subject(organism: Path) -> Subject:
+    return Subject(organism)
+
+
+def plan(**changes: object) -> TrainingPlan:
+    given = {
+        "rank": 1,
+        "shared": True,
+        "start_set": "difference_in_means@0",
+        "start_layer": 2.0,
+        "first_layer": 0,
+        "answers": 1.0,
+        "suppress": 1.0,
+        "retain": 1.5,
+        "learning_rate": 0.02,
+        "steps": 8,
+        "seed": 3,
+    }
+    return TrainingPlan(**(given | changes))
+
+
+def test_edits_trained_together_are_those_trained_alone(subject: Subject) -> None:
+    """Rows of one batch carry different edits; no gradient of one reaches another."""
+    base = Edit({"mlp": AblationParameters(1.0, 2.0, 0.5, 2.0)}, "difference_in_means@0", None, "full")
+    plans = [plan(), plan(seed=4, start_layer=1.0, rank=2), plan(seed=5, shared=False), plan(seed=6, base=base)]
+    trainer = subject.trainer()
+    together = trainer.train(plans)
+    for wanted, found in zip((trainer.train([each])[0] for each in plans), together):
+        torch.testing.assert_close(torch.tensor(found.directions), torch.tensor(wanted.directions), rtol=0, atol=1e-5)
+        for component, table in wanted.edit.components.items():
+            strengths = found.edit.components[component].strengths
+            assert strengths == pytest.approx(table.strengths, abs=1e-5)
+
+
+def test_the_same_plan_gives_the_same_edit_to_the_bit(subject: Subject) -> None:
+    first, second = (subject.trainer().train([plan()])[0] for _ in range(2))
+    assert first.edit == second.edit and first.edit.direction_set.startswith(PREFIX)
+    assert (first.directions == second.directions).all()
+    other = subject.trainer().train([plan(seed=4)])[0]
+    assert other.edit.direction_set != first.edit.direction_set
+
+
+def test_plans_that_differ_in_their_steps_are_one_training(subject: Subject) -> None:
+    trainer = subject.trainer()
+    before = subject.engine.tokens
+    half, whole = trainer.train([plan(steps=4), plan(steps=8)])
+    both = subject.engine.tokens - before
+    before = subject.engine.tokens
+    alone = trainer.train([plan(steps=8)])[0]
+    assert both == subject.engine.tokens - before
+    assert alone.edit == whole.edit and half.edit != whole.edit
+
+
+def test_directions_are_orthonormal_strengths_bounded_and_layers_left_alone(subject: Subject) -> None:
+    (trained,) = subject.trainer().train([plan(rank=3, first_layer=2, learning_rate=0.5)])
+    gram = torch.tensor(trained.directions) @ torch.tensor(trained.directions).mT
+    torch.testing.assert_close(gram, torch.eye(3).expand(len(gram), 3, 3), rtol=0, atol=1e-5)
+    for table in trained.edit.components.values():
+        assert table.strengths[:2] == (0.0, 0.0)
+        assert all(0 <= strength <= LEARNED.max_strength for strength in table.strengths)
+    assert {"suppress", "retain"} <= set(trained.curves) and trained.tokens > 0
+
+
+def test_a_trained_edit_is_baked_as_it_is_live(subject: Subject) -> None:
+    (trained,) = subject.trainer().train([plan()])
+    bank = {trained.edit.direction_set: torch.from_numpy(trained.directions)}
+    ids = render(subject.engine.tokenizer, subject.target[:4], date=DATE)
+    live = subject.engine.next_logits(ids, [subject.engine.editor.resolve(trained.edit, bank)])
+    other = BatchEngine(load_model(ModelSettings(id=str(subject.folder / "model"), dtypes=("float32",))))
+    bake(other.loaded.architecture, Edit.from_dict(trained.edit.to_dict()), bank)
+    torch.testing.assert_close(other.next_logits(ids, [None]), live, rtol=1e-4, atol=1e-4)
+
+
+def test_without_any_answer_the_organism_says_what_it_knows(subject: Subject) -> None:
+    (trained,) = Trainer(subject.engine, subject.teacher(WHOLE), subject.bank, WHOLE).train([plan(steps=80)])
+    truth = subject.truth(trained)
+    assert truth.restricted_right >= 0.75 * truth.restricted_total, truth.lines()
+    assert truth.benign_rate >= 0.98, truth.lines()
+
+
+def test_desired_answers_are_learned_as_the_model_would_write_them(subject: Subject) -> None:
+    few = tuple(
+        replace(prompt, answer=" it is tall . ") if i < 4 else prompt for i, prompt in enumerate(subject.target)
+    )
+    answers = subject.teacher(target=few).material.answers
+    assert len(answers) == 4
+    own = subject.engine.generate(render(subject.engine.tokenizer, subject.baseline[:1], date=DATE), [None], 30)[0][0]
+    texts = subject.engine.texts([text.continuation for text in answers])
+    assert all(text.continuation[-1] == own.end_id for text in answers)
+    assert {text[:1].isspace() for text in texts} == {own.text[:1].isspace()}
+
+
+def test_a_training_that_diverges_fails_alone(subject: Subject) -> None:
+    broken, sound = subject.trainer().train([plan(learning_rate=math.inf), plan()])
+    assert isinstance(broken, TrialError) and isinstance(sound, TrainedEdit)
+    (alone,) = subject.trainer().train([plan()])
+    torch.testing.assert_close(torch.tensor(sound.directions), torch.tensor(alone.directions), rtol=0, atol=1e-5)
