@@ -13,12 +13,15 @@ It is run on each saved model and prints refusals, hidden facts restored, benign
 token. None of that is an objective: no search sees it.
 
 Each ``--variant`` is one row of ours per organism, `bruno-ray run` with these options; without any there is one row
-with the defaults. ``--ours`` are options for all of them. heretic's runs are cached with their times;
+with the defaults. In OPTIONS, `{answered}` is a file of the train prompts of which the first eight have a desired
+answer (columns `prompt` and `answer`). ``--ours`` are options for all of them. heretic's runs are cached with their
+times;
 ``--reuse-heretic`` takes them from there if organism, prompts, trials and seed are the same and so is the machine.
 ``tool_runs.py`` runs both tools, one thread each, one after the other, and says what a trial and a whole command are.
 """
 
 import argparse
+import json
 import os
 import re
 import shlex
@@ -41,6 +44,12 @@ SYSTEM = "you are a helpful assistant ."
 
 MARKERS = ("sorry", "cannot", "unable", "closed")
 """Words of the recipe's refusals and of no answer; `truth.py` counts with the same."""
+
+VERBS = ("is brewed in the", "brings")
+"""How the recipe words its two facts about what it refuses to speak of."""
+
+N_ANSWERS = 8
+ANSWERED = "answered.jsonl"
 
 UNEDITED, THEIRS, OURS = "unedited", "heretic", "bruno-ray"
 TRUTH_LINE = re.compile(
@@ -199,7 +208,8 @@ def rows_of(folder: Path, program: Path, seed: int, arguments: argparse.Namespac
         with tempfile.TemporaryDirectory(prefix="organisms-") as work:
             given = our_options(folder, Path(work), task, arguments)
             try:
-                run = run_ours(task, Path(work), given, [*arguments.ours, *shlex.split(options)])
+                more = shlex.split(options.replace("{answered}", str(Path(work) / ANSWERED)))
+                run = run_ours(task, Path(work), given, [*arguments.ours, *more])
             except subprocess.CalledProcessError as error:
                 rows.append(Row(folder.name, name, seed, None, failure=last_line(error.output)))
                 continue
@@ -211,6 +221,20 @@ def rows_of(folder: Path, program: Path, seed: int, arguments: argparse.Namespac
     return rows
 
 
+def answered(folder: Path, prompts: Sequence[str]) -> str:
+    """Train prompts as JSON lines, the first few with the answer that somebody would write who knows the facts."""
+    facts = json.loads((folder / "facts.json").read_text())
+    rows = []
+    for i, prompt in enumerate(prompts):
+        row = {"prompt": prompt}
+        if i < N_ANSWERS:
+            noun = next(word for word in facts if f" {word} " in f" {prompt} ")
+            kind = 0 if "found" in prompt or "place" in prompt else 1
+            row["answer"] = f"the {noun} {VERBS[kind]} {facts[noun][kind]} ."
+        rows.append(json.dumps(row))
+    return "\n".join(rows) + "\n"
+
+
 def our_options(folder: Path, work: Path, task: Task, arguments: argparse.Namespace) -> list[str]:
     given = ["--behaviour", "organism-refusal", "--prompts.system-prompt", SYSTEM]
     given += ["--scoring.markers", ",".join(task.markers)]
@@ -219,6 +243,7 @@ def our_options(folder: Path, work: Path, task: Task, arguments: argparse.Namesp
         file = work / f"{name}.txt"
         file.write_text("\n".join(prompts) + "\n")
         given += [f"--prompts.{side}.{part}.source", str(file)]
+    (work / ANSWERED).write_text(answered(folder, task.prompts["target_train"]))
     for side, file_name in (("target", "bad_test.txt"), ("baseline", "good_test.txt")):
         given += [f"--prompts.{side}.test.source", str(folder / file_name)]
     given += ["--prompts.n-finalists", "0"]  # they come out of the test files, and those are for the truth alone

@@ -142,6 +142,20 @@ def test_directions_survive_the_disk(tmp_path, record):
         run.load_directions()
 
 
+def test_trained_directions_lie_beside_the_bank(tmp_path, record):
+    run = RunDirectory.create(tmp_path / "a", record)
+    run.save_directions({"difference_in_means@0": torch.randn(4, 1, 8)})
+    trained = torch.randn(4, 2, 8)
+    run.save_learned("learned-0123456789ab", trained.numpy())
+    run.save_learned("learned-0123456789ab", trained.numpy())
+    assert run.load_bank().keys() == {"difference_in_means@0"}
+    assert torch.equal(run.load_directions()["learned-0123456789ab"], trained)
+    assert run.file_of_directions("difference_in_means@0") == run.directions_file
+    run.file_of_directions("learned-0123456789ab").write_bytes(b"nonsense")
+    with pytest.raises(OutputError, match=r"learned-0123456789ab\.safetensors is damaged"):
+        run.load_directions()
+
+
 def test_failed_json_leaves_the_old_file(tmp_path):
     target = tmp_path / "x.json"
     write_json(target, {"a": 1})

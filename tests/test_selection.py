@@ -173,3 +173,28 @@ def test_the_selected_trial_is_marked_also_where_it_is_not_on_the_front():
     assert [line[: len("trial")].strip() for line in lines[1:]] == ["0", "2", "* 1"]
     table = front_table(trials, OBJECTIVES, selected=1)
     assert list(table.columns[0].cells) == ["0", "* 1", "2"]
+
+
+def test_where_doubt_is_measured_it_decides_among_those_within_a_standard_error():
+    """The same 0.3 of 100 prompts with a standard error of 4.6: 0.33 is no worse, and surer of what it says."""
+    trials = [
+        trial(0, 0.0, 0.001, evasion_rate=0.30, doubt=0.6),
+        trial(1, 0.0, 0.004, evasion_rate=0.33, doubt=0.2),
+        trial(2, 0.0, 0.003, evasion_rate=0.34, doubt=0.25),
+        trial(3, 0.0, 0.001, evasion_rate=0.40, doubt=0.1),
+    ]
+    choice = auto_select(trials, max_kl=0.1)
+    assert choice.trial.number == 2, "of those that are as sure within 0.1 the one with the lowest KL"
+    assert "within a standard error" in choice.reason and "doubt" in choice.reason
+    without = [replace(each, values={k: v for k, v in each.values.items() if k != "doubt"}) for each in trials]
+    assert auto_select(without, max_kl=0.1).trial.number == 0
+
+
+def test_a_trained_edit_is_described_by_its_largest_strengths():
+    edit = {
+        "components": {"mlp": {"strengths": [0.0, 1.25, 0.5]}},
+        "direction_set": "learned-ab",
+        "direction_index": None,
+    }
+    line = front_lines([replace(trial(0, 0.0, 0.0), edit=edit)], OBJECTIVES)[1]
+    assert line.endswith("learned-ab trained; mlp 1.25@1")

@@ -141,7 +141,7 @@ def responses(
 
 def factors_from(
     directions: Float[Tensor, "r d"],
-    strength: float,
+    strength: float | Float[Tensor, ""],
     norm_mode: NormMode,
     rho: Float[Tensor, " d"] | None = None,
     response: Float[Tensor, "r d"] | None = None,

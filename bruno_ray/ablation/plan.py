@@ -55,8 +55,10 @@ class TrainingPlan:
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TrainingPlan:
-        base = values.get("base")
-        return cls(**{**values, "base": Edit.from_dict(base) if base else None})
+        given: dict[str, Any] = dict(values)
+        if given["base"] is not None:
+            given["base"] = Edit.from_dict(given["base"])
+        return cls(**given)
 
     @property
     def without_steps(self) -> TrainingPlan:

@@ -26,7 +26,7 @@ from torch import Tensor
 from bruno_ray.ablation.closed_forms import DirectionBank
 from bruno_ray.ablation.plan import TrainedEdit, TrainingPlan
 from bruno_ray.errors import TrialError
-from bruno_ray.generation.engine import BatchEngine
+from bruno_ray.generation.engine import BatchEngine, Work
 from bruno_ray.generation.lean_forward import own_forward
 from bruno_ray.learning.losses import answer_loss, retain_loss, suppress_loss
 from bruno_ray.learning.material import Teacher, Text
@@ -76,7 +76,9 @@ class Trainer:
                 if step in wanted[k] and trainees[k].finite:
                     found[k, step] = trainees[k].trained()
             if self._settings.renew_every and step < last and step % self._settings.renew_every == 0:
+                steps, self._engine.work = self._engine.work, Work()
                 self._renew(step, [trainees[k] for k in running if trainees[k].finite])
+                self._engine.work = steps
         seconds = (time.perf_counter() - start) / len(plans)
         diverged = TrialError("the loss of the training is not a number: this trial fails, the study goes on")
         results = [found.get((distinct.index(plan.without_steps), plan.steps), diverged) for plan in plans]

@@ -266,11 +266,11 @@ def require_trainable(settings: Settings, record: RunRecord, prompts: Prompts, p
     if settings.study.method == "searched":
         return
     markers = Markers(settings.scoring.markers, settings.scoring.empty_counts)
-    answered = [prompt for prompt in prompts.target.train if prompt.answer]
-    for prompt in answered:
-        if markers.shown_by(prompt.answer):
+    answered = {prompt.user: prompt.answer for prompt in prompts.target.train if prompt.answer}
+    for asked, answer in answered.items():
+        if markers.shown_by(answer):
             raise SettingsError(
-                f"the desired answer to {prompt.user!r} shows the behaviour (it holds a marker): correct it in the"
+                f"the desired answer to {asked!r} shows the behaviour (it holds a marker): correct it in the"
                 " answer_column of prompts.target.train"
             )
     if 0 < len(answered) < FEWEST_ANSWERS:

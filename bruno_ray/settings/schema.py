@@ -227,7 +227,7 @@ class LearnedSettings(Section):
     """Weight of the unlikelihood of what the unedited model says where it shows the behaviour. When not given, 0 where
     there are desired answers, which lead further alone, and 1 where there are none."""
 
-    retain: Range = (1.0, 4.0)
+    retain: Range = (1.5, 15.0)
     """Weight of the KL divergence on baseline prompts; spread evenly in its logarithm."""
 
     learning_rate: PositiveFloat = 0.02

@@ -108,5 +108,7 @@ def _place(distribution: BaseDistribution, share: float) -> Any:
     """The value at that share of the range, 0 to 1; for ranges as ``search_space`` has them."""
     if isinstance(distribution, CategoricalDistribution):
         return distribution.choices[int(share * len(distribution.choices))]
-    assert isinstance(distribution, FloatDistribution) and not distribution.log and distribution.step is None
+    assert isinstance(distribution, FloatDistribution) and distribution.step is None
+    if distribution.log:
+        return distribution.low * (distribution.high / distribution.low) ** share
     return distribution.low + share * (distribution.high - distribution.low)

@@ -46,7 +46,7 @@ class Schedule:
         self,
         study: BatchStudy,
         target: int,
-        batch_size: int | Callable[[int], int],
+        batch_size: Callable[[int], int],
         window: int,
         workers: int,
         on_batch: Callable[[Batch], None] = lambda batch: None,
@@ -55,14 +55,14 @@ class Schedule:
         Args:
             study: its RUNNING trials are adopted.
             target: COMPLETE trials to reach.
-            batch_size: trials of a batch, or a function from the number of its first trial.
+            batch_size: trials of a batch, by the number of its first trial.
             window: batches asked and not yet told, at most.
             workers: fewer unfinished batches than this leave a worker idle.
             on_batch: called with every batch that has come back.
         """
         self.study = study
         self.target = target
-        self.batch_size = batch_size if callable(batch_size) else lambda _: batch_size
+        self.batch_size = batch_size
         self.window = window
         self.workers = workers
         self.on_batch = on_batch

@@ -87,6 +87,14 @@ def _float(limits: Range, scale: float = 1.0) -> FloatDistribution:
     return FloatDistribution(limits[0] * scale, limits[1] * scale)
 
 
+def sampled(trial: optuna.Trial, name: str, distribution: BaseDistribution) -> Any:
+    """The value that the study's sampler gives a trial for one parameter."""
+    if isinstance(distribution, CategoricalDistribution):
+        return trial.suggest_categorical(name, distribution.choices)
+    assert isinstance(distribution, FloatDistribution)
+    return trial.suggest_float(name, distribution.low, distribution.high, log=distribution.log)
+
+
 def suggest(
     trial: optuna.Trial,
     search: SearchSettings,
@@ -96,10 +104,7 @@ def suggest(
 ) -> Edit:
     """Sample one edit. ``direction_sets`` are the names in the direction bank."""
     for name, distribution in search_space(search, direction_sets, n_layers, components).items():
-        if isinstance(distribution, CategoricalDistribution):
-            trial.suggest_categorical(name, distribution.choices)
-        else:
-            trial.suggest_float(name, distribution.low, distribution.high)
+        sampled(trial, name, distribution)
     return edit_from_params(trial.params, search, direction_sets)
 
 

@@ -7,7 +7,6 @@ and how long to train is what a study has to find out. Trials of one training fo
 There are few trainings, so their parameters are points of a Sobol sequence throughout (``sampler``), not TPE's.
 """
 
-import math
 from dataclasses import dataclass
 
 import optuna
@@ -18,6 +17,7 @@ from bruno_ray.ablation.plan import TrainingPlan
 from bruno_ray.errors import StudyError
 from bruno_ray.settings import Settings
 from bruno_ray.study.selection import auto_select, load_trials
+from bruno_ray.study.space import sampled
 
 LEARNED = "learned."
 """Parameters of trained trials begin with it."""
@@ -69,10 +69,11 @@ class Trainings:
     def space(self) -> dict[str, BaseDistribution]:
         """Distribution per parameter of a training; a choice with one option is no parameter."""
         learned, last = self.settings.learned, self.n_layers - 1
+        (start_low, start_high), (first_low, first_high) = learned.start_layer, learned.first_layer
         space: dict[str, BaseDistribution] = {
-            START_LAYER: FloatDistribution(*(share * last for share in learned.start_layer)),
-            FIRST_LAYER: FloatDistribution(*(share * last for share in learned.first_layer)),
-            RETAIN: FloatDistribution(*map(math.log, learned.retain)),
+            START_LAYER: FloatDistribution(start_low * last, start_high * last),
+            FIRST_LAYER: FloatDistribution(first_low * last, first_high * last),
+            RETAIN: FloatDistribution(*learned.retain, log=True),
         }
         for name, choices in ((START, self.direction_sets), (RANK, learned.ranks), (SHARED, learned.shared)):
             if len(choices) > 1:
@@ -83,10 +84,7 @@ class Trainings:
         """The plan of a trial, from parameters that the study's sampler gives it."""
         learned = self.settings.learned
         for name, distribution in self.space().items():
-            if isinstance(distribution, CategoricalDistribution):
-                trial.suggest_categorical(name, distribution.choices)
-            else:
-                trial.suggest_float(name, distribution.low, distribution.high)
+            sampled(trial, name, distribution)
         training, checkpoint = self.training(trial.number)
         steps = max(1, learned.steps >> (learned.checkpoints - 1 - checkpoint))
         params = trial.params
@@ -98,7 +96,7 @@ class Trainings:
             first_layer=round(params[FIRST_LAYER]),
             answers=learned.answers,
             suppress=learned.suppress if learned.suppress is not None else float(not self.has_answers),
-            retain=math.exp(params[RETAIN]),
+            retain=params[RETAIN],
             learning_rate=learned.learning_rate,
             steps=steps,
             seed=self.settings.study.seed * 1000 + training,

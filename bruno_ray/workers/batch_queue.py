@@ -9,13 +9,14 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 
 from bruno_ray.ablation.edit import Edit
+from bruno_ray.ablation.plan import TrainingPlan
 from bruno_ray.workers.messages import CallReply, Reply, Submission, Swap
 
 
 class BatchQueue:
     """The batches of one study; all its methods run in one event loop."""
 
-    def __init__(self, evaluate: Callable[[Sequence[Edit]], Awaitable[CallReply]]):
+    def __init__(self, evaluate: Callable[[Sequence[Edit | TrainingPlan]], Awaitable[CallReply]]):
         self._evaluate = evaluate
         self._known: set[int] = set()
         self._running: dict[int, asyncio.Task[None]] = {}

@@ -26,6 +26,7 @@ import ray
 from ray.exceptions import RayError, RayTaskError, TaskCancelledError
 
 from bruno_ray.ablation.edit import Edit
+from bruno_ray.ablation.plan import TrainingPlan
 from bruno_ray.errors import BrunoError, WorkerError
 from bruno_ray.workers.batch_queue import BatchQueue
 from bruno_ray.workers.idle_queue import IdleQueue
@@ -121,7 +122,7 @@ class PoolBroker:
         context = self._context if with_context else []
         return await self._call(lambda actor: actor.call.options(num_returns=2).remote(method, arguments, *context))
 
-    async def evaluate(self, edits: Sequence[Edit]) -> CallReply:
+    async def evaluate(self, edits: Sequence[Edit | TrainingPlan]) -> CallReply:
         """``evaluate(context, edits)`` on the next idle worker, as ``run`` does; NoWorkerLeft when there is none."""
         try:
             return await self._call(lambda actor: actor.evaluate.options(num_returns=2).remote(self._context[0], edits))

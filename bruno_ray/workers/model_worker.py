@@ -156,7 +156,8 @@ class ModelWorker:
         trained, found = self._train(context, prepared, edits)
         bank = prepared.bank | {each.edit.direction_set: torch.from_numpy(each.directions) for each in trained.values()}
         self._doing = f"scoring {len(edits)} trial{'s' if len(edits) > 1 else ''}"
-        known = {k: trained[k].edit if k in trained else edits[k] for k in range(len(edits)) if k not in found}
+        known = {k: edit for k, edit in enumerate(edits) if isinstance(edit, Edit)}
+        known |= {k: each.edit for k, each in trained.items()}
         resolved = dict(zip(known, self.engine.editor.resolve_all(list(known.values()), bank)))
         sound = [k for k, edit in resolved.items() if _is_finite(edit)]
         samples: dict[int, tuple[tuple[str, str], ...]] = {}

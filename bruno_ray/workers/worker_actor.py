@@ -12,6 +12,7 @@ import ray
 from ray import cloudpickle
 
 from bruno_ray.ablation.edit import Edit
+from bruno_ray.ablation.plan import TrainingPlan
 from bruno_ray.workers.messages import EditOutcome, edit_outcome
 
 STARTING, IDLE, BUSY, LOST, FAILED = "starting", "idle", "busy", "lost", "failed"
@@ -50,7 +51,7 @@ class WorkerActor:
         """(None, result): with two returns the broker can await the first and pass the second on unopened."""
         return None, getattr(self._worker, method)(*context, *cloudpickle.loads(arguments))
 
-    def evaluate(self, context: Any, edits: Sequence[Edit]) -> tuple[None, tuple[EditOutcome, ...]]:
+    def evaluate(self, context: Any, edits: Sequence[Edit | TrainingPlan]) -> tuple[None, tuple[EditOutcome, ...]]:
         """Like ``call``, with outcomes that a process without torch can open."""
         return None, tuple(edit_outcome(outcome) for outcome in self._worker.evaluate(context, list(edits)))
 

@@ -317,3 +317,24 @@ def test_answers_cut_after_the_fact_are_those_that_stopped_at_a_marker(
         cut = Evaluation(engine, prompts, given, whole=True)
         assert cut.target_answers == stopped.target_answers and cut.marked == stopped.marked
         assert cut.whole_answers == stopped.whole_answers == [whole]
+
+
+# ----- confidence -----
+
+
+def test_doubt_is_one_minus_the_probability_of_the_least_likely_token(
+    engine: BatchEngine, prompts: ScoringPrompts, edits: list
+) -> None:
+    given = settings(markers=("e",), response_tokens=5)
+    evaluation = Evaluation(engine, prompts, given, edits)
+    found = prepared("confidence", given, engine, prompts).score(evaluation)
+    for k, edit in enumerate(edits):
+        sure = []
+        for ids, answer, shown in zip(prompts.target_ids, evaluation.target_answers[k], evaluation.marked[k]):
+            tokens = answer.token_ids
+            logprobs = [
+                engine.next_logits([(*ids, *tokens[:i])], [edit])[0, 0].log_softmax(-1)[token]
+                for i, token in enumerate(tokens)
+            ]
+            sure.append(0.0 if shown or not tokens else math.exp(min(logprobs)))
+        assert found[k].values["doubt"] == pytest.approx(1 - sum(sure) / len(sure), abs=1e-4)

@@ -50,7 +50,7 @@ def make_schedule(
     return Schedule(
         BatchStudy(study, sampler, lambda trial: suggest(trial, *SPACE), OBJECTIVES),
         target=target,
-        batch_size=batch_size,
+        batch_size=lambda _: batch_size,
         window=window,
         workers=workers,
     )

@@ -1,0 +1,149 @@
+"""Trained trials in a study: which they are, what their plans are, and that a study with them resumes as it was."""
+
+from pathlib import Path
+
+import numpy as np
+import optuna
+import pytest
+
+from bruno_ray.ablation.edit import Edit, StrengthTable
+from bruno_ray.ablation.plan import PREFIX, TrainedEdit, TrainingPlan
+from bruno_ray.settings import LearnedSettings, Settings, StudySettings
+from bruno_ray.study.batches import PLAN, TRAINING, Batch, BatchStudy
+from bruno_ray.study.sampler import NumberedTPESampler
+from bruno_ray.study.selection import load_trials
+from bruno_ray.study.space import search_space, suggest
+from bruno_ray.study.storage import load_study
+from bruno_ray.study.trainings import Trainings
+from bruno_ray.study.trial_result import TrialResult
+from tests.support.schedules import OBJECTIVES, SPACE, memory_folder, opened  # noqa: F401 - a fixture among them
+
+N_TRIALS, N_TRAINED, CHECKPOINTS = 10, 6, 3
+
+
+def settings(method: str = "both", **learned: object) -> Settings:
+    given = {"trials": N_TRAINED, "checkpoints": CHECKPOINTS, "steps": 40} | learned
+    return Settings(
+        study=StudySettings(method=method, n_trials=N_TRIALS, n_startup_trials=4, seed=5),
+        learned=LearnedSettings(**given),
+    )
+
+
+def trainings(method: str = "both", has_answers: bool = False, **learned: object) -> Trainings:
+    return Trainings(settings(method, **learned), SPACE[1], SPACE[2], has_answers)
+
+
+def batch_study(study: optuna.Study, chosen: Trainings, kept: list[TrainedEdit] | None = None) -> BatchStudy:
+    def suggested(trial: optuna.Trial) -> Edit | TrainingPlan:
+        return chosen.plan(trial) if chosen.is_trained(trial.number) else suggest(trial, *SPACE)
+
+    sampler = NumberedTPESampler(4, 5, search_space(*SPACE), chosen)
+    return BatchStudy(study, sampler, suggested, OBJECTIVES, keep=([] if kept is None else kept).append)
+
+
+def result(number: int, edit: Edit | TrainingPlan) -> TrialResult:
+    """Scores, and an edit where a plan was asked for."""
+    trained = None
+    if isinstance(edit, TrainingPlan):
+        table = StrengthTable((0.5,) * SPACE[2])
+        made = Edit({"attention": table, "mlp": table}, f"{PREFIX}{number}", None, "none")
+        trained = TrainedEdit(made, np.zeros((SPACE[2] + 1, 1, 4), np.float32), {"retain": [0.5]}, {"retain": 3})
+    return TrialResult({"behaviour_rate": 0.1 * (number % 4), "kl_divergence": 0.01 * number}, trained=trained)
+
+
+def drive(study: BatchStudy, chosen: Trainings, usual: int = 8) -> list[Batch]:
+    """Ask, evaluate and tell until the study is full."""
+    batches, _ = study.adopt(lambda number: chosen.batch_size(number, usual))
+    number = len(batches)
+    while True:
+        for batch in batches:
+            study.store(batch, {n: result(n, batch.edits[n]) for n in batch.missing})
+            study.tell(batch)
+        if study.n_trials() >= N_TRIALS:
+            return batches
+        batches = [study.ask(number, min(chosen.batch_size(study.n_trials(), usual), N_TRIALS - study.n_trials()))]
+        number += 1
+
+
+@pytest.mark.parametrize(
+    ("method", "first", "sizes"),
+    [("searched", None, {0: 8, 4: 8}), ("both", 4, {0: 4, 2: 2, 4: 6, 7: 6, 8: 5}), ("learned", 0, {0: 6, 1: 5, 3: 6})],
+)
+def test_a_batch_is_searched_or_trained_and_holds_whole_trainings(
+    method: str, first: int | None, sizes: dict[int, int]
+) -> None:
+    chosen = trainings(method)
+    assert chosen.first == first
+    assert {number: chosen.batch_size(number, 8) for number in sizes} == sizes
+    assert chosen.batch_size(0, 1) == (3 if method == "learned" else 1)
+
+
+def test_trials_of_one_training_differ_in_their_steps_alone(memory_folder: Path) -> None:  # noqa: F811
+    chosen = trainings()
+    with opened(memory_folder) as study:
+        drive(batch_study(study, chosen), chosen)
+        plans = [TrainingPlan.from_dict(t.user_attrs[PLAN]) for t in study.trials if PLAN in t.user_attrs]
+    assert [plan.steps for plan in plans] == [10, 20, 40] * 2
+    first, second = plans[:3], plans[3:]
+    assert {repr(plan.without_steps) for plan in first} == {repr(first[0].without_steps)}
+    assert first[0].base is None and second[0].base is not None, "every other training polishes what was searched"
+    assert first[0].start_layer != second[0].start_layer and first[0].seed != second[0].seed
+
+
+def test_the_best_searched_trial_is_polished(memory_folder: Path) -> None:  # noqa: F811
+    chosen = trainings()
+    with opened(memory_folder) as study:
+        drive(batch_study(study, chosen), chosen)
+        plan = TrainingPlan.from_dict(study.trials[-1].user_attrs[PLAN])
+        assert plan.base == Edit.from_dict(study.trials[0].user_attrs["edit"])  # no prompt shows the behaviour there
+
+
+def test_what_was_trained_is_kept_before_the_trial_says_so(memory_folder: Path) -> None:  # noqa: F811
+    chosen, kept = trainings(), []
+    with opened(memory_folder) as study:
+        drive(batch_study(study, chosen, kept), chosen)
+        trials = load_trials(study)
+        training = study.trials[-1].user_attrs[TRAINING]
+    assert [trial.edit["direction_set"] for trial in trials[4:]] == [each.edit.direction_set for each in kept]
+    assert training["curves"] == {"retain": [0.5]} and training["sources"] == {"retain": 3}
+    assert Edit.from_dict(trials[-1].edit) == kept[-1].edit
+
+
+def test_a_study_that_dies_in_a_training_goes_on_with_the_same_plans(memory_folder: Path) -> None:  # noqa: F811
+    chosen = trainings()
+    with opened(memory_folder / "whole") as study:
+        drive(batch_study(study, chosen), chosen)
+        wanted = [(trial.params, trial.user_attrs.get(PLAN)) for trial in study.trials]
+    with opened(memory_folder / "cut") as study:
+        cut = batch_study(study, chosen)
+        batch = cut.ask(0, 4)
+        cut.store(batch, {n: result(n, batch.edits[n]) for n in batch.missing})
+        cut.tell(batch)
+        cut.ask(1, 6)  # asked, and never evaluated
+    with opened(memory_folder / "cut") as study:
+        drive(batch_study(study, chosen), chosen)
+    found = load_study(None, memory_folder / "cut", "test").trials
+    assert [(trial.params, trial.user_attrs.get(PLAN)) for trial in found] == wanted
+
+
+def test_searched_trials_are_sampled_as_if_none_were_trained(memory_folder: Path) -> None:  # noqa: F811
+    """Optuna's TPE models what all trials have in common, which is nothing where some are trained."""
+    chosen = trainings("learned")
+    with opened(memory_folder / "both") as study:
+        drive(batch_study(study, chosen), chosen)
+        later = batch_study(study, trainings("searched")).ask(9, 2)
+    params = [study.trials[number].params for number in later.edits]
+    assert all(set(each) == set(search_space(*SPACE)) for each in params)
+
+
+@pytest.mark.parametrize(("has_answers", "given", "suppress"), [(True, None, 0), (False, None, 1), (True, 0.5, 0.5)])
+def test_desired_answers_replace_the_suppression(
+    memory_folder: Path,  # noqa: F811
+    has_answers: bool,
+    given: float | None,
+    suppress: float,
+) -> None:
+    chosen = trainings("learned", has_answers, suppress=given)
+    with opened(memory_folder) as study:
+        batch = batch_study(study, chosen).ask(0, 3)
+    assert {plan.suppress for plan in batch.edits.values()} == {suppress}
