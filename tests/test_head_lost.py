@@ -72,6 +72,7 @@ def machine(folder: Path, hostname: str, storage: str, *more: str) -> subprocess
         *("--selection.max-kl", "10", "--study.name", NAME, "--study.n-trials", str(TRIALS)),
         *("--study.n-startup-trials", "8", "--study.trials-per-batch", "2", "--ray.object-store-memory", "100000000"),
         *("--output.directory", str(folder), "--residuals.cache-dir", str(folder / "residuals")),
+        *("--prompts.n-train", "40", "--prompts.n-validation", "12", "--prompts.n-test", "12"),
         *("--study.storage", storage, *more),
     ]
     log = (folder.with_suffix(".log")).open("w")

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from jaxtyping import Float
 from torch import Tensor
 
+from bruno_ray.errors import PromptError
 from bruno_ray.generation.decoding import Response
 from bruno_ray.generation.engine import BatchEngine
 from bruno_ray.learning.losses import behaviour_tokens, telling_tokens
+from bruno_ray.model.context import context_length
 from bruno_ray.scoring.base import Evaluation
 from bruno_ray.settings import LearnedSettings
 
@@ -50,8 +52,8 @@ class Material:
 class Teacher:
     """Prepares the material of a study once, and sorts the answers of edits that are being trained.
 
-    Costs one generation over the train prompts, and keeps the unedited logits of the baseline answers: at 64 prompts,
-    16 tokens and a vocabulary of 128,000 in bfloat16 0.26 GB.
+    Costs one generation over the train prompts, and keeps the unedited logits of the baseline answers: at 128 prompts,
+    16 tokens and a vocabulary of 128,000 in bfloat16 0.5 GB.
     """
 
     def __init__(self, unedited: Evaluation, settings: LearnedSettings) -> None:
@@ -77,6 +79,11 @@ class Teacher:
             suppress=self._own_behaviour({p: answer for p, (answer, hit) in enumerate(zip(own, marked)) if hit}),
             retain=self._retained(engine, baseline),
         )
+        if not self.material.answers and not self.material.suppress:
+            raise PromptError(
+                "there is nothing to train on: no train prompt has a desired answer, and the unedited model shows the"
+                " behaviour in none of its answers to them; check prompts.target.train and scoring.markers"
+            )
         logger.info(
             "training on %d desired answers, %d answers with the behaviour and %d baseline answers",
             *(len(texts) for texts in (self.material.answers, self.material.suppress, self.material.retain)),
@@ -134,11 +141,16 @@ class Teacher:
         """The user's own answers; they begin (with a space or without) and end like those of the model."""
         end = engine.tokenizer.eos_token_id
         ends = (end,) if end in engine.end_ids else tuple(sorted(engine.end_ids))[:1]
-        texts = []
+        longest = context_length(engine.model.config)
+        texts: list[Text] = []
         for ids, prompt in zip(self.prompts.target_ids, self.prompts.target):
             if not prompt.answer:
                 continue
-            texts.append(Text(ids, (*_ids(engine, self._lead + prompt.answer.strip()), *ends)))
+            text = Text(ids, (*_ids(engine, self._lead + prompt.answer.strip()), *ends))
+            if longest is not None and len(text.prompt) + len(text.continuation) > longest:
+                logger.warning("the desired answer to %r is longer than the model's context: left out", prompt.user)
+                continue
+            texts.append(text)
         return texts[: self._settings.most_answers]
 
     def _retained(self, engine: BatchEngine, answers: Sequence[Response]) -> list[Text]:

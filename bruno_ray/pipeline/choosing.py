@@ -179,5 +179,6 @@ def _selected(trial: TrialRecord, reason: str = "", warning: str = "", choice: C
         warning=warning,
         edit=edit,
         validation=ScoresRecord.of(trial),
+        training=trial.training,
         runner_up=RunnerUpRecord(number=second.number, edit=dict(second.edit or {})) if second else None,
     )

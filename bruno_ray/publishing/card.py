@@ -15,6 +15,7 @@ from bruno_ray.errors import OutputError
 from bruno_ray.model.named_models import find_named
 from bruno_ray.publishing import comparing, wording
 from bruno_ray.publishing.environment import environment
+from bruno_ray.publishing.training_account import source_lines
 from bruno_ray.runs.records import RunRecord
 from bruno_ray.settings import PromptSet, Settings
 
@@ -51,6 +52,7 @@ def render_card(record: RunRecord, base_license: dict[str, str] | None = None) -
             direction=wording.direction_phrase(selected.edit),
             direction_options=direction_options(settings),
             edit=selected.edit,
+            trained_on=source_lines(selected),
             norm_mode=wording.NORM_MODES[selected.edit["norm_mode"]],
             number=selected.number,
             n_trials=record.n_trials.get("COMPLETE", settings.study.n_trials),

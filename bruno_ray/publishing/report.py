@@ -17,6 +17,7 @@ from plotly.offline import get_plotlyjs
 from bruno_ray.files import write_text
 from bruno_ray.publishing import card, comparing, plots, wording
 from bruno_ray.publishing.environment import environment
+from bruno_ray.publishing.training_account import training_account
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import ReadAnswer, Readings, RunRecord, ScoresRecord
 from bruno_ray.study.selection import TrialRecord, load_trials, pareto_front
@@ -118,6 +119,7 @@ def render_report(run: RunDirectory, study: optuna.Study) -> str:
             strength_header=wording.strength_header(selected.edit) if selected else (),
             strengths=wording.strength_rows(selected.edit) if selected else [],
             kernel_plot=kernel_plot(record),
+            training=training_account(run, selected),
             coverage=wording.coverage_rows(record.coverage),
             prompts=card.prompt_rows(record),
             response_prefix=record.response_prefix,

@@ -74,6 +74,8 @@ class SelectedRecord(Record):
     saved: ScoresRecord | None = None
     saved_path: str | None = None
     runner_up: RunnerUpRecord | None = None
+    training: dict[str, Any] | None = None
+    """How a trained edit came about: its plan, loss curves, what it was trained on, cost."""
 
 
 class Sample(Record):

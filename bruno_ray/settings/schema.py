@@ -239,7 +239,7 @@ class LearnedSettings(Section):
     target_prompts: PositiveInt = 64
     """At most this many train prompts with the behaviour are trained on ..."""
 
-    baseline_prompts: PositiveInt = 64
+    baseline_prompts: PositiveInt = 128
     """... and this many without."""
 
     target_rows: PositiveInt = 16

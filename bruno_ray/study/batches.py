@@ -20,12 +20,9 @@ from bruno_ray.ablation.edit import Edit
 from bruno_ray.ablation.plan import TrainedEdit, TrainingPlan
 from bruno_ray.optuna_internals import set_trial_attribute, storage_of, unfinished_trial
 from bruno_ray.study.storage import batched
-from bruno_ray.study.trial_result import RESULT, TrialResult
+from bruno_ray.study.trial_result import EDIT, PLAN, RESULT, TRAINING, TrialResult
 
 logger = logging.getLogger(__name__)
-
-EDIT, PLAN, TRAINING = "edit", "plan", "training"
-"""User attributes: what was scored, what was asked for where that had to be trained, and how the training went."""
 
 
 class BatchState(Enum):

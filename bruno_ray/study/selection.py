@@ -12,7 +12,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from bruno_ray.errors import SettingsError, StudyError
-from bruno_ray.study.trial_result import RESULT, TrialResult
+from bruno_ray.study.trial_result import PLAN, RESULT, TRAINING, TrialResult
 
 BEHAVIOUR = "behaviour_rate"
 KL = "kl_divergence"
@@ -57,6 +57,9 @@ class TrialRecord:
     samples: tuple[tuple[str, str], ...] = ()
     """(user's message, answer) of a few target prompts."""
 
+    training: dict[str, Any] | None = None
+    """Of a trained trial: its plan, and what `TrainedEdit.account` gives."""
+
 
 def load_trials(study: optuna.Study) -> list[TrialRecord]:
     """All trials by number. The study may be running: in-flight trials come out as RUNNING."""
@@ -77,6 +80,9 @@ def record(trial: FrozenTrial) -> TrialRecord:
         error=None if complete else result.error,
         params=dict(trial.params),
         samples=result.samples,
+        training={"plan": trial.user_attrs[PLAN], **trial.user_attrs.get(TRAINING, {})}
+        if PLAN in trial.user_attrs
+        else None,
     )
 
 

@@ -11,6 +11,9 @@ from bruno_ray.workers.messages import EditOutcome
 RESULT = "result"
 """The user attribute. It is there as soon as a trial's batch is back, before the trial is told."""
 
+EDIT, PLAN, TRAINING = "edit", "plan", "training"
+"""Others: what is scored, what was asked for where that had to be trained, and how the training went."""
+
 
 @dataclass(frozen=True)
 class TrialResult:

@@ -9,13 +9,13 @@ import pytest
 from bruno_ray.ablation.edit import Edit, StrengthTable
 from bruno_ray.ablation.plan import PREFIX, TrainedEdit, TrainingPlan
 from bruno_ray.settings import LearnedSettings, Settings, StudySettings
-from bruno_ray.study.batches import PLAN, TRAINING, Batch, BatchStudy
+from bruno_ray.study.batches import Batch, BatchStudy
 from bruno_ray.study.sampler import NumberedTPESampler
 from bruno_ray.study.selection import load_trials
 from bruno_ray.study.space import search_space, suggest
 from bruno_ray.study.storage import load_study
 from bruno_ray.study.trainings import Trainings
-from bruno_ray.study.trial_result import TrialResult
+from bruno_ray.study.trial_result import PLAN, TRAINING, TrialResult
 from tests.support.schedules import OBJECTIVES, SPACE, memory_folder, opened  # noqa: F401 - a fixture among them
 
 N_TRIALS, N_TRAINED, CHECKPOINTS = 10, 6, 3

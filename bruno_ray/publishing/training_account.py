@@ -1,0 +1,65 @@
+"""How a trained edit came about, for the report and the card."""
+
+from typing import Any
+
+from bruno_ray.runs.directory import RunDirectory
+from bruno_ray.runs.records import SelectedRecord
+
+SOURCES = {
+    "answers": "desired answers that were given",
+    "suppress": "answers of the unedited model that show the behaviour",
+    "retain": "answers of the unedited model to baseline prompts",
+    "own behaviour": "answers of the edit in training that still showed the behaviour",
+    "own answers": "proper answers of the edit in training that it was sure of",
+}
+
+
+def training_account(run: RunDirectory, selected: SelectedRecord | None) -> dict[str, Any] | None:
+    """What is known of the training of the selected trial; None if it was searched."""
+    if selected is None or selected.training is None:
+        return None
+    training = selected.training
+    curves = training.get("curves", {})
+    return {
+        "rows": plan_rows(training["plan"]),
+        "sources": source_lines(selected),
+        "curves": [(term, [f"{value:.4f}" for value in values]) for term, values in curves.items()],
+        "points": max(map(len, curves.values()), default=0),
+        "cosines": cosines(run, selected.edit["direction_set"]),
+        "cost": f"{training.get('seconds', 0.0):.1f} s, {training.get('tokens', 0):,} tokens forward and back",
+    }
+
+
+def source_lines(selected: SelectedRecord) -> list[str]:
+    """What a trained edit was trained on, and how much of it."""
+    sources = (selected.training or {}).get("sources", {})
+    return [f"{n} {SOURCES.get(name, name)}" for name, n in sources.items()]
+
+
+def plan_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    """What was asked for, in words."""
+    shared = "shared by all layers" if plan["shared"] else "of each layer its own"
+    start = f"{plan['start_set']} after layer {plan['start_layer']:.1f}"
+    weights = ", ".join(f"{term} {plan[term]:.3g}" for term in ("answers", "suppress", "retain"))
+    return [
+        ("Subspace", f"rank {plan['rank']}, {shared}"),
+        ("Start", "the best searched trial by then, polished" if plan["base"] else start),
+        ("Weights of the loss", weights),
+        ("Steps", f"{plan['steps']} at a learning rate of {plan['learning_rate']:g}"),
+    ]
+
+
+def cosines(run: RunDirectory, name: str) -> list[tuple[str, str, str]]:
+    """Rows (direction set of the bank, cosine with the nearest of its directions, stream point of that)."""
+    import torch
+
+    bank = run.load_directions()
+    trained_rd = bank[name][-1]
+    rows = []
+    for other, directions_Prd in run.load_bank().items():
+        # The cosine of the smallest angle between the two subspaces.
+        cosine_P = torch.linalg.matrix_norm(directions_Prd @ trained_rd.T, ord=2)
+        point = int(cosine_P.argmax())
+        where = "the embedding" if point == 0 else f"layer {point - 1}"
+        rows.append((other, f"{float(cosine_P[point]):.3f}", where))
+    return rows
