@@ -8,7 +8,8 @@
     |   `-- NoStudyError  it holds no study yet: the search has not begun
     |-- WorkerError       workers died more often than the run tolerates
     |-- TrialError        one trial cannot be scored (NaN in its logits); the study goes on
-    |-- JudgeError        a judge cannot be asked, or its answers say nothing; a run goes on without its figures
+    |-- ServerError       a server with OpenAI's API cannot be asked
+    |   `-- JudgeError    it is the judge, or its answers say nothing; a run goes on without its figures
     `-- OutputError       a run directory or model folder cannot be written or read
 
 Every message is one line and ends with what to do next. The command line prints it and exits
@@ -48,7 +49,11 @@ class TrialError(BrunoError):
     """Raised for one trial whose scores are not numbers; recorded as a failed trial."""
 
 
-class JudgeError(BrunoError):
+class ServerError(BrunoError):
+    """Raised when a server of chat completions cannot be reached, is too slow, or answers with something else."""
+
+
+class JudgeError(ServerError):
     """Raised when a judge cannot be reached, is too slow, or gives no probabilities for yes and no."""
 
 

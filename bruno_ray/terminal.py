@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 
 from rich.console import Console
-from rich.prompt import Confirm, IntPrompt
+from rich.prompt import Confirm, IntPrompt, Prompt
 
 WIDE = 10_000
 """Columns of an output that is no terminal: a table is as wide as it is, and nothing is wrapped."""
@@ -46,6 +46,16 @@ def ask_yes(question: str) -> bool | None:
     asked = Console(stderr=True)
     try:
         return Confirm.ask(question, default=False, console=asked)
+    except EOFError:
+        asked.print()
+        return None
+
+
+def ask_text(question: str) -> str | None:
+    """A line, typed by a person, empty if they leave it so; None at the end of the input. Otherwise as `ask_number`."""
+    asked = Console(stderr=True)
+    try:
+        return Prompt.ask(question, default="", show_default=False, console=asked).strip()
     except EOFError:
         asked.print()
         return None

@@ -4,16 +4,20 @@ import argparse
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args, get_origin
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
 from bruno_ray.cli.show_config import documentation, toml_value
 from bruno_ray.errors import SettingsError
+from bruno_ray.runs.lookup import find_run
 from bruno_ray.settings import sources
 from bruno_ray.settings.flags import join_flags
 from bruno_ray.settings.keys import ALIASES, FIELDS, FLAGS, is_resumable, is_switch
 from bruno_ray.settings.sources import Loaded
+
+if TYPE_CHECKING:
+    from bruno_ray.runs.records import RunRecord
 
 RESUMABLE_FLAGS = {flag: key for flag, key in FLAGS.items() if is_resumable(key)}
 """Flags of the settings a resumed run may change."""
@@ -107,3 +111,29 @@ def load_settings(arguments: argparse.Namespace, model_needed: bool = True) -> L
     if model_needed and not loaded.settings.model.id:
         raise SettingsError("command line: no model; write bruno-ray run MODEL, or set model.id in the config file")
     return loaded
+
+
+def takes_run_or_settings(parser: argparse.ArgumentParser) -> None:
+    """RUN and --config, of which `run_or_settings` makes a record."""
+    parser.add_argument(
+        "run",
+        metavar="RUN",
+        nargs="?",
+        help="run directory, or its name below the output directory; without it, settings say which model and prompts",
+    )
+    parser.add_argument("--config", type=Path, metavar="FILE", help="config file [config.toml, if it is there]")
+
+
+def run_or_settings(arguments: argparse.Namespace, command: str) -> "RunRecord":
+    """The record of RUN, or one of the settings alone. Raises SettingsError for both or neither."""
+    from bruno_ray.runs.records import RunRecord
+
+    if arguments.run is not None:
+        if arguments.settings_flags or arguments.config:
+            raise SettingsError("command line: RUN has its own settings; leave it out, or leave out the flags")
+        return find_run(arguments.run).read()
+    arguments.model = None
+    settings = load_settings(arguments, model_needed=False).settings
+    if not settings.model.id:
+        raise SettingsError(f"command line: no run and no model; write bruno-ray {command} RUN, or give --model.id")
+    return RunRecord(settings=settings)

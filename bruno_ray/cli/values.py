@@ -27,5 +27,9 @@ def not_negative(text: str) -> float:
     return _number(text, float, lambda x: 0 <= x < float("inf"), "a number from 0")
 
 
+def positive(text: str) -> float:
+    return _number(text, float, lambda x: 0 < x < float("inf"), "a number above 0")
+
+
 def share(text: str) -> float:
     return _number(text, float, lambda x: 0 < x <= 1, "a number above 0 and up to 1")

@@ -10,19 +10,15 @@ import hashlib
 import json
 import logging
 import math
-import os
-import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
-from bruno_ray.errors import JudgeError, first_line
+from bruno_ray.errors import JudgeError, ServerError
 from bruno_ray.files import cache_folder, write_json
+from bruno_ray.scoring.chat_server import ChatServer
 from bruno_ray.scoring.scores import Scores
 from bruno_ray.settings import JudgeSettings
-
-if TYPE_CHECKING:
-    import httpx
 
 logger = logging.getLogger(__name__)
 
@@ -45,11 +41,6 @@ Does this answer show the behaviour? Reply with one word: yes or no."""
 
 TOP = 20
 """Likeliest first tokens that are looked through for yes and no."""
-
-TRIES = 4
-"""Requests for one verdict, if the server says that it is busy."""
-
-BUSY = (429, 503)
 
 Pair = tuple[str, str]
 """User's message, answer."""
@@ -139,90 +130,34 @@ class Endpoint:
     def __init__(self, judge: JudgeSettings):
         """Raises JudgeError if the variable that shall hold the key is not set."""
         self._judge = judge
-        self._url = f"{str(judge.url).rstrip('/')}/chat/completions"
-        self._headers = {}
-        if judge.key_variable is not None:
-            key = os.environ.get(judge.key_variable)
-            if not key:
-                raise JudgeError(
-                    f"{judge.key_variable} is not set, and scoring.judge.key_variable names it: put the judge's API key"
-                    " there"
-                )
-            self._headers["Authorization"] = f"Bearer {key}"
+        connection = (str(judge.url), judge.model, judge.key_variable, judge.timeout, judge.concurrency)
+        with _as_judge_errors():
+            self._server = ChatServer("the judge", *connection, lambda name: f"scoring.judge.{name}")
 
     def verdicts(self, pairs: Sequence[Pair]) -> list[Verdict]:
         """Of each (user's message, answer). Raises JudgeError at the first that cannot be had."""
         return remembered(pairs, self._judge, self._judge.model, self._ask_all)
 
     def _ask_all(self, pairs: list[Pair], keep: Callable[[Pair, Verdict], None]) -> None:
-        import httpx  # here, since a worker that never asks need not load it
+        with _as_judge_errors():
+            self._server.ask_all(pairs, self._body, lambda pair, choice: keep(pair, verdict(self._top(choice))))
 
-        limits = httpx.Limits(max_connections=self._judge.concurrency)
-        with (
-            httpx.Client(headers=self._headers, timeout=self._judge.timeout, limits=limits) as client,
-            ThreadPoolExecutor(self._judge.concurrency) as threads,
-        ):
-            asked = [threads.submit(lambda pair: keep(pair, self._ask(client, pair)), pair) for pair in pairs]
-            try:
-                for done in as_completed(asked):
-                    done.result()
-            except BaseException:
-                threads.shutdown(wait=False, cancel_futures=True)
-                raise
-
-    def _ask(self, client: "httpx.Client", pair: Pair) -> Verdict:
-        body = {
-            "model": self._judge.model,
+    def _body(self, pair: Pair) -> dict[str, Any]:
+        return {
             "messages": [{"role": "user", "content": question(self._judge.rubric, *pair)}],
             "max_tokens": 1,
             "temperature": 0,
             "logprobs": True,
             "top_logprobs": TOP,
         }
-        return verdict(self._top(self._post(client, body)))
 
-    def _post(self, client: "httpx.Client", body: dict[str, Any]) -> "httpx.Response":
-        import httpx
-
-        where, judge = f"the judge at {self._judge.url}", self._judge
-        for tries_left in reversed(range(TRIES)):
-            try:
-                response = client.post(self._url, json=body)
-            except httpx.TimeoutException as error:
-                raise JudgeError(
-                    f"{where} did not answer within {judge.timeout:g} s: raise scoring.judge.timeout, or lower"
-                    " scoring.judge.concurrency"
-                ) from error
-            except (httpx.TransportError, httpx.InvalidURL) as error:
-                raise JudgeError(
-                    f"{where} cannot be reached ({first_line(error)}): start it, or correct scoring.judge.url"
-                ) from error
-            if response.status_code not in BUSY or not tries_left:
-                break
-            time.sleep(min(judge.timeout, _seconds(response.headers.get("Retry-After"))))
-        if response.status_code in (401, 403):
-            raise JudgeError(
-                f"{where} wants another key (status {response.status_code}): set scoring.judge.key_variable to the name"
-                " of the environment variable that holds it"
-            )
-        if response.status_code != 200:
-            raise JudgeError(
-                f"{where} answered with status {response.status_code} ({_said(response)}): check scoring.judge.url and"
-                " scoring.judge.model"
-            )
-        return response
-
-    def _top(self, response: "httpx.Response") -> list[tuple[str, float]]:
+    def _top(self, choice: dict[str, Any]) -> list[tuple[str, float]]:
         """(text, log-probability) of the likeliest first tokens."""
         try:
-            choice = response.json()["choices"][0]
             content = (choice.get("logprobs") or {}).get("content")
             top = [(entry["token"], float(entry["logprob"])) for entry in content[0]["top_logprobs"]] if content else []
         except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
-            raise JudgeError(
-                f"what answers at {self._judge.url} is no server of chat completions: scoring.judge.url must end where"
-                " /chat/completions begins"
-            ) from error
+            raise self._server.is_none() from error
         if not top:
             raise JudgeError(
                 f"the judge {self._judge.model} at {self._judge.url} gives no log-probabilities: choose a server and a"
@@ -231,16 +166,9 @@ class Endpoint:
         return top
 
 
-def _seconds(header: str | None) -> float:
-    """What Retry-After asks for; one second if it says nothing of use."""
+@contextmanager
+def _as_judge_errors() -> Iterator[None]:
     try:
-        return max(0.0, float(header or 1))
-    except ValueError:
-        return 1.0
-
-
-def _said(response: "httpx.Response") -> str:
-    try:
-        return first_line(str(response.json()["error"]["message"]))
-    except (ValueError, KeyError, TypeError):
-        return first_line(response.text) or response.reason_phrase
+        yield
+    except ServerError as error:
+        raise JudgeError(str(error)) from error

@@ -1,0 +1,62 @@
+"""`answers`: desired answers to train on."""
+
+import argparse
+from pathlib import Path
+
+from bruno_ray.cli import values
+from bruno_ray.cli.command import Command
+from bruno_ray.cli.setting_flags import run_or_settings, takes_run_or_settings
+from bruno_ray.errors import SettingsError
+from bruno_ray.settings.keys import FLAGS
+from bruno_ray.terminal import can_ask
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    takes_run_or_settings(parser)
+    parser.add_argument("--number", type=values.count, default=8, metavar="N", help="prompts to ask about [8]")
+    parser.add_argument("--to", type=Path, default=Path("answers.jsonl"), metavar="FILE", help="[answers.jsonl]")
+    parser.add_argument("--server", metavar="URL", help="another model's server with OpenAI's API, up to its /v1")
+    parser.add_argument("--server-model", metavar="NAME", help="the model's name there")
+    parser.add_argument("--key-variable", metavar="NAME", help="environment variable that holds the server's API key")
+    parser.add_argument("--timeout", type=values.positive, default=60.0, metavar="S", help="seconds for an answer [60]")
+    parser.epilog = (
+        "Four to thirty answers that a model without the behaviour would give are enough to train on (--method"
+        " learned). You are shown some train prompts with what the model says now, and type what it should say; with"
+        " --server a larger model, which does not show the behaviour, is asked instead. All train prompts go into the"
+        " file."
+    )
+
+
+def _answers(arguments: argparse.Namespace) -> None:
+    if bool(arguments.server) != bool(arguments.server_model):
+        raise SettingsError("command line: --server and --server-model belong together; give both")
+    if not arguments.server and not can_ask():
+        raise SettingsError("command line: there is nobody to ask; run it in a terminal, or name a --server")
+    record = run_or_settings(arguments, "answers")
+    from bruno_ray.pipeline.answering import collect_answers
+    from bruno_ray.scoring.chat_server import ChatServer
+
+    server = None
+    if arguments.server:
+        connection = (arguments.server, arguments.server_model, arguments.key_variable, arguments.timeout, CONCURRENCY)
+        server = ChatServer("the server", *connection, OPTIONS.__getitem__)
+    n = collect_answers(record, arguments.number, arguments.to, server)
+    print(f"[prompts.target.train]  # {n} of its prompts have a desired answer")
+    print(f'source = "{arguments.to.absolute()}"\ncolumn = "prompt"\nanswer_column = "answer"')
+
+
+CONCURRENCY = 4
+OPTIONS = {
+    "url": "--server",
+    "model": "--server-model",
+    "key_variable": "--key-variable",
+    "timeout": "--timeout",
+    "concurrency": "--number",
+}
+"""What the server's settings are called here."""
+
+COMMANDS = {
+    "answers": Command(
+        "collect desired answers to train prompts, from you or another model", _answers, _arguments, FLAGS
+    )
+}

@@ -1,0 +1,122 @@
+"""Collect desired answers to some train prompts, from a person or from another model: `bruno-ray answers`."""
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from bruno_ray.errors import OutputError, PromptError
+from bruno_ray.files import atomic_file, output_errors
+from bruno_ray.pipeline.steps import find_model, find_response_prefix, worker_pool
+from bruno_ray.prompts.sets import Prompt, load_prompts
+from bruno_ray.runs.records import RunRecord
+from bruno_ray.scoring.chat_server import ChatServer
+from bruno_ray.scoring.markers import Markers
+from bruno_ray.terminal import ask_text
+from bruno_ray.workers.session import ray_session
+
+logger = logging.getLogger(__name__)
+
+SHOWN_TOKENS = 60
+"""Of the unedited model's answer that a person is shown."""
+
+Ask = Callable[[Sequence[Prompt]], list[str | None]]
+"""The desired answer to each prompt, where there is one."""
+
+
+def collect_answers(record: RunRecord, n: int, file: Path, server: ChatServer | None = None) -> int:
+    """Write the target train prompts to ``file``, as JSON lines, ``n`` more of them with a desired answer.
+
+    Args:
+        record: of a run, or of settings alone.
+        server: of a model that does not show the behaviour; without one, the person at the terminal is asked.
+
+    Returns:
+        How many answers there are now.
+
+    Raises:
+        OutputError: ``file`` exists already, or cannot be written.
+        PromptError: nobody has given an answer. Nothing is written then.
+        ServerError: the server cannot be asked.
+    """
+    if file.exists():
+        raise OutputError(f"{file} exists already: name another file with --to, or remove it")
+    settings = find_model(record.settings)
+    train = load_prompts(settings).target.train
+    markers = Markers(settings.scoring.markers, settings.scoring.empty_counts)
+    chosen = spread([p for p, prompt in enumerate(train) if not prompt.answer], n)
+    prompts = [train[p] for p in chosen]
+    if server is not None:
+        given = ask_server(server, prompts, settings.scoring.report_tokens)
+    else:
+        given = ask_person(prompts, _own_answers(record, prompts), markers)
+    found = {p: answer.strip() for p, answer in zip(chosen, given) if answer and not markers.shown_by(answer)}
+    if dropped := sum(answer is not None for answer in given) - len(found):
+        logger.warning("%d answers show the behaviour or are empty: left out", dropped)
+    answers = {p: prompt.answer for p, prompt in enumerate(train) if prompt.answer} | found
+    if not found:
+        raise PromptError("no answer was given: nothing was written")
+    rows = []
+    for p, prompt in enumerate(train):
+        row = {"prompt": prompt.user, "answer": answers.get(p), "category": prompt.category}
+        rows.append(json.dumps({name: value for name, value in row.items() if value}, ensure_ascii=False))
+    with output_errors(file), atomic_file(file) as aside:
+        aside.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return len(answers)
+
+
+def spread(candidates: Sequence[int], n: int) -> list[int]:
+    """``n`` of them, far apart: neighbours in a data set are often alike."""
+    n = min(n, len(candidates))
+    return [candidates[i * len(candidates) // n] for i in range(n)]
+
+
+def ask_server(server: ChatServer, prompts: Sequence[Prompt], max_tokens: int) -> list[str | None]:
+    """What another model answers; None where it was cut off. Raises ServerError if it cannot be asked."""
+    found: dict[int, str | None] = {}
+
+    def body(i: int) -> dict[str, object]:
+        prompt = prompts[i]
+        system = [{"role": "system", "content": prompt.system}] if prompt.system else []
+        messages = [*system, {"role": "user", "content": prompt.user}]
+        return {"messages": messages, "max_tokens": max_tokens, "temperature": 0}
+
+    def keep(i: int, choice: dict) -> None:
+        message = choice.get("message")
+        if not isinstance(message, dict):
+            raise server.is_none()
+        found[i] = message.get("content") if choice.get("finish_reason") != "length" else None
+
+    server.ask_all(range(len(prompts)), body, keep)
+    return [found[i] for i in range(len(prompts))]
+
+
+def ask_person(prompts: Sequence[Prompt], own: Sequence[str], markers: Markers) -> list[str | None]:
+    """What somebody types. An empty line skips a prompt, the end of the input ends it; Ctrl-C is KeyboardInterrupt."""
+    asked = Console(stderr=True)
+    given: list[str | None] = []
+    for i, (prompt, answer) in enumerate(zip(prompts, own)):
+        asked.print(f"\n[bold]{i + 1}/{len(prompts)}  {escape(prompt.user)}[/bold]")
+        asked.print(f"[dim]it answers:[/dim] {escape(answer.strip())}")
+        while True:
+            text = ask_text("desired answer [dim](Enter: skip, Ctrl-D: done)[/dim]")
+            if not text or not markers.shown_by(text):
+                break
+            asked.print("that shows the behaviour by the present markers: another one, please")
+        if text is None:
+            break
+        given.append(text or None)
+    return [*given, *[None] * (len(prompts) - len(given))]
+
+
+def _own_answers(record: RunRecord, prompts: Sequence[Prompt]) -> list[str]:
+    """What the unedited model says; its worker is gone afterwards: a person may take days."""
+    settings = find_model(record.settings)
+    with ray_session(settings.ray), worker_pool(settings, workers=1) as pool:
+        pool.wait_ready()
+        known = "response_prefix" in record.timings
+        prefix = record.response_prefix if known else find_response_prefix(record, load_prompts(settings), pool)
+        return pool.call("own_answers", prompts, prefix, record.date, SHOWN_TOKENS)
