@@ -1,7 +1,8 @@
-"""A training as data: what is asked of a worker, and what comes back. This imports no torch."""
+"""A training as data: what is asked of a worker, and what comes back. This imports no torch, and numpy only in use."""
 
 from __future__ import annotations
 
+import base64
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -87,3 +88,23 @@ class TrainedEdit:
     def account(self) -> dict[str, Any]:
         """All but the edit, for people."""
         return {"curves": self.curves, "sources": self.sources, "seconds": self.seconds, "tokens": self.tokens}
+
+
+def pack(directions: np.ndarray) -> dict[str, Any]:
+    """A direction set as JSON, to the bit. One that all points share takes the room of one point: 16 kB at a width of
+    4096."""
+    import numpy as np
+
+    shared = bool((directions == directions[:1]).all())
+    rows = directions[:1] if shared else directions
+    text = base64.b64encode(np.ascontiguousarray(rows, dtype="<f4").tobytes()).decode()
+    return {"shape": list(directions.shape), "shared": shared, "float32": text}
+
+
+def unpack(packed: dict[str, Any]) -> np.ndarray:
+    """(n_layers + 1, rank, d_model) float32, as they were."""
+    import numpy as np
+
+    shape = tuple(packed["shape"])
+    rows = np.frombuffer(base64.b64decode(packed["float32"]), dtype="<f4").reshape(-1, *shape[1:])
+    return np.ascontiguousarray(np.broadcast_to(rows, shape), dtype=np.float32)

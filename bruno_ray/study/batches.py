@@ -17,10 +17,10 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 
 from bruno_ray.ablation.edit import Edit
-from bruno_ray.ablation.plan import TrainedEdit, TrainingPlan
+from bruno_ray.ablation.plan import TrainedEdit, TrainingPlan, pack, unpack
 from bruno_ray.optuna_internals import set_trial_attribute, storage_of, unfinished_trial
 from bruno_ray.study.storage import batched
-from bruno_ray.study.trial_result import EDIT, PLAN, RESULT, TRAINING, TrialResult
+from bruno_ray.study.trial_result import DIRECTIONS, EDIT, PLAN, RESULT, TRAINING, TrialResult
 
 logger = logging.getLogger(__name__)
 
@@ -107,6 +107,7 @@ class BatchStudy:
                 if result.trained is not None:
                     set_trial_attribute(self.study, number, EDIT, result.trained.edit.to_dict())
                     set_trial_attribute(self.study, number, TRAINING, result.trained.account())
+                    set_trial_attribute(self.study, number, DIRECTIONS, pack(result.trained.directions))
                 set_trial_attribute(self.study, number, RESULT, result.to_json())
 
     def tell(self, batch: Batch) -> Told:
@@ -120,6 +121,13 @@ class BatchStudy:
                 else:
                     self.study.tell(number, [result.values[name] for name in self.objectives])
         return Told(len(batch.results) - len(errors), errors)
+
+    def restore(self) -> None:
+        """Keep again what was trained: it may have been on the disk of a machine that is gone."""
+        for trial in self.study.get_trials(deepcopy=False):
+            if DIRECTIONS in trial.user_attrs:
+                edit = Edit.from_dict(trial.user_attrs[EDIT])
+                self._keep(TrainedEdit(edit, unpack(trial.user_attrs[DIRECTIONS])))
 
     def n_trials(self) -> int:
         """Trials asked so far, which is the number of the next."""

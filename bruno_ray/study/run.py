@@ -116,14 +116,16 @@ def run_study(
         open_study(name, settings.study.storage, run_dir, objectives, fingerprint, settings.study.take_over) as study,
     ):
         usual = trials_per_batch(settings, info)
+        batches = BatchStudy(
+            study,
+            NumberedTPESampler(settings.study.n_startup_trials, settings.study.seed, space, trainings),
+            suggested,
+            objectives,
+            keep=lambda trained: run.save_learned(trained.edit.direction_set, trained.directions),
+        )
+        batches.restore()
         schedule = Schedule(
-            BatchStudy(
-                study,
-                NumberedTPESampler(settings.study.n_startup_trials, settings.study.seed, space, trainings),
-                suggested,
-                objectives,
-                keep=lambda trained: run.save_learned(trained.edit.direction_set, trained.directions),
-            ),
+            batches,
             target=settings.study.n_trials,
             batch_size=lambda number: trainings.batch_size(number, usual),
             window=window_for(settings.ray.workers),

@@ -11,8 +11,8 @@ from bruno_ray.workers.messages import EditOutcome
 RESULT = "result"
 """The user attribute. It is there as soon as a trial's batch is back, before the trial is told."""
 
-EDIT, PLAN, TRAINING = "edit", "plan", "training"
-"""Others: what is scored, what was asked for where that had to be trained, and how the training went."""
+EDIT, PLAN, TRAINING, DIRECTIONS = "edit", "plan", "training", "directions"
+"""Others: what is scored; what was asked for where that had to be trained, how the training went, and what it found."""
 
 
 @dataclass(frozen=True)

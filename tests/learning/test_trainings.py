@@ -1,5 +1,6 @@
 """Trained trials in a study: which they are, what their plans are, and that a study with them resumes as it was."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +8,7 @@ import optuna
 import pytest
 
 from bruno_ray.ablation.edit import Edit, StrengthTable
-from bruno_ray.ablation.plan import PREFIX, TrainedEdit, TrainingPlan
+from bruno_ray.ablation.plan import PREFIX, TrainedEdit, TrainingPlan, pack, unpack
 from bruno_ray.settings import LearnedSettings, Settings, StudySettings
 from bruno_ray.study.batches import Batch, BatchStudy
 from bruno_ray.study.sampler import NumberedTPESampler
@@ -107,6 +108,26 @@ def test_what_was_trained_is_kept_before_the_trial_says_so(memory_folder: Path) 
     assert [trial.edit["direction_set"] for trial in trials[4:]] == [each.edit.direction_set for each in kept]
     assert training["curves"] == {"retain": [0.5]} and training["sources"] == {"retain": 3}
     assert Edit.from_dict(trials[-1].edit) == kept[-1].edit
+
+
+def test_what_was_trained_comes_back_from_the_study_when_its_disk_is_gone(memory_folder: Path) -> None:  # noqa: F811
+    chosen, kept, restored = trainings(), [], []
+    with opened(memory_folder) as study:
+        drive(batch_study(study, chosen, kept), chosen)
+        batch_study(study, chosen, restored).restore()
+    assert [each.edit for each in restored] == [each.edit for each in kept]
+    assert all((a.directions == b.directions).all() for a, b in zip(restored, kept))
+
+
+@pytest.mark.parametrize("shared", [True, False])
+def test_directions_are_packed_to_the_bit(shared: bool) -> None:
+    generator = np.random.default_rng(0)
+    directions = generator.normal(size=(5, 2, 8)).astype(np.float32)
+    if shared:
+        directions[:] = directions[0]
+    packed = json.loads(json.dumps(pack(directions)))
+    assert packed["shared"] == shared and len(packed["float32"]) < (100 if shared else 500)
+    assert (unpack(packed) == directions).all()
 
 
 def test_a_study_that_dies_in_a_training_goes_on_with_the_same_plans(memory_folder: Path) -> None:  # noqa: F811
