@@ -12,6 +12,8 @@ import pytest
 from bruno_ray.runs.directory import RunDirectory
 from tests.support.pseudo_terminal import CTRL_C, CTRL_D, ENTER, AtTerminal, environment
 
+pytest_plugins = ["tests.support.local_ray"]
+
 COMMAND = ("-m", "bruno_ray.cli.main")
 SAVE, TALK = "Which trial shall be saved?", "Which trial do you want to talk to?"
 
@@ -20,8 +22,8 @@ SAVE, TALK = "Which trial shall be saved?", "Which trial do you want to talk to?
 def at_terminal() -> Callable[..., AtTerminal]:
     started = []
 
-    def start(*arguments: str, cwd: Path) -> AtTerminal:
-        started.append(AtTerminal(arguments, cwd))
+    def start(*arguments: str, cwd: Path, **variables: str) -> AtTerminal:
+        started.append(AtTerminal(arguments, cwd, **variables))
         return started[-1]
 
     yield start
@@ -112,17 +114,18 @@ def test_without_a_terminal_nobody_is_asked(searched: tuple[RunDirectory, str], 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_resumed_run_asks_again_and_saves_what_is_picked(
-    searched: tuple[RunDirectory, str], at_terminal: Callable[..., AtTerminal]
+    searched: tuple[RunDirectory, str], at_terminal: Callable[..., AtTerminal], ray_address: str
 ) -> None:
     """After the question workers are started anew for the trial's test and for measuring what was saved."""
     run, _ = searched
-    terminal = at_terminal(*COMMAND, "resume", str(run.path), cwd=run.path.parent)
+    there = {"cwd": run.path.parent, "RAY_ADDRESS": ray_address}
+    terminal = at_terminal(*COMMAND, "resume", str(run.path), **there)
     terminal.wait_for_text(SAVE)
     terminal.type(CTRL_D)
     assert terminal.exit_code() == 0, terminal.text
     assert f"`bruno-ray save {run.name}`" in terminal.text and run.read().selected is None
 
-    terminal = at_terminal(*COMMAND, "save", str(run.path), cwd=run.path.parent)
+    terminal = at_terminal(*COMMAND, "save", str(run.path), **there)
     terminal.wait_for_text(SAVE)
     terminal.type(f"3{ENTER}")
     assert terminal.exit_code() == 0, terminal.text
@@ -130,7 +133,7 @@ def test_a_resumed_run_asks_again_and_saves_what_is_picked(
     assert selected.number == 3 and selected.test is not None and selected.saved is not None
     assert json.loads((run.model_folder / "bruno.json").read_text())["trial"] == 3
 
-    terminal = at_terminal(*COMMAND, "resume", str(run.path), cwd=run.path.parent)
+    terminal = at_terminal(*COMMAND, "resume", str(run.path), **there)
     terminal.wait_for_text(SAVE)
     terminal.type(f"1{ENTER}")
     assert terminal.exit_code() == 0, terminal.text

@@ -6,15 +6,20 @@ The whole command line, with Ray: the clock of the workers is moved between two 
 import datetime
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import ray
 
 from bruno_ray import directions
 from bruno_ray.cli import main
 from bruno_ray.runs.directory import RunDirectory
+from bruno_ray.settings import RaySettings
 from bruno_ray.study.selection import TrialRecord, load_trials
 from bruno_ray.study.storage import load_study
+from bruno_ray.workers.session import ray_session
 from tests.support import tiny_models
 from tests.support.clock import WorkersClock
 from tests.support.dated_templates import LLAMA_32
@@ -28,6 +33,15 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow]
 def clock(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> WorkersClock:
     (tmp_path / "clock").mkdir()
     return WorkersClock(monkeypatch, tmp_path / "clock")
+
+
+@pytest.fixture
+def own_ray() -> Iterator[ExitStack]:
+    """One cluster for the commands of a test; whoever had one here starts it again."""
+    if ray.is_initialized():
+        ray.shutdown()
+    with ExitStack() as sessions:
+        yield sessions
 
 
 @pytest.fixture
@@ -81,12 +95,17 @@ def of_every_trial(run: Path) -> list[tuple]:
 
 
 def test_a_run_over_midnight_is_the_run_of_one_day(
-    options: list[str], clock: WorkersClock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: list[str],
+    clock: WorkersClock,
+    own_ray: ExitStack,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And it can be given more trials although it was stopped before there was a study."""
     runs = tmp_path / "runs"
     cache = ["--residuals.cache-dir", str(tmp_path / "residuals")]
     clock.set(MONDAY)
+    own_ray.enter_context(ray_session(RaySettings(object_store_memory=100_000_000)))  # its workers know this clock
     assert main.main(["run", *options, *cache, "--study-name", "whole"]) == 0
 
     def stopped(*_: object, **__: object) -> None:

@@ -14,7 +14,8 @@ from bruno_ray.study.selection import load_trials
 from bruno_ray.study.storage import load_study
 from tests.support.waiting import wait_for
 
-pytestmark = [pytest.mark.ray, pytest.mark.slow]
+pytest_plugins = ["tests.support.local_ray"]
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.usefixtures("local_ray")]
 
 
 def options(organism: Path, folder: Path, name: str, *more: str) -> list[str]:

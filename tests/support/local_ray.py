@@ -24,3 +24,9 @@ def local_ray(ray_sessions: ExitStack) -> None:
     """Started by the first module that asks for it, and again after one that had a cluster of its own."""
     if not ray.is_initialized():
         ray_sessions.enter_context(ray_session(settings(workers=2).ray))
+
+
+@pytest.fixture(scope="module")
+def ray_address(local_ray: None) -> str:
+    """For commands in processes of their own, by RAY_ADDRESS: they start no cluster then."""
+    return ray.get_runtime_context().gcs_address

@@ -26,13 +26,19 @@ def environment(**more: str) -> dict[str, str]:
 class AtTerminal:
     """``python ARGUMENTS`` with a pseudo-terminal as standard input, output and error, and as its controlling one."""
 
-    def __init__(self, arguments: Sequence[str], cwd: Path) -> None:
+    def __init__(self, arguments: Sequence[str], cwd: Path, **variables: str) -> None:
+        """``variables``: of its environment, beside the usual ones."""
         self._written = ""
         self._ours, theirs = pty.openpty()
         self.process = subprocess.Popen(
             [sys.executable, "-c", BECOME_LEADER, *arguments],
-            stdin=theirs, stdout=theirs, stderr=theirs, cwd=cwd, env=environment(COLUMNS="200"), start_new_session=True,
-        )  # fmt: skip
+            stdin=theirs,
+            stdout=theirs,
+            stderr=theirs,
+            cwd=cwd,
+            env=environment(COLUMNS="200", **variables),
+            start_new_session=True,
+        )
         os.close(theirs)
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
