@@ -23,6 +23,7 @@ class SimulatedOutcome:
     error: str | None = None
     seconds: float = 0.0
     samples: tuple[tuple[str, str], ...] = ()
+    trained: None = None
 
 
 class SleepingWorker:
