@@ -114,11 +114,11 @@ def test_without_a_terminal_nobody_is_asked(searched: tuple[RunDirectory, str], 
 @pytest.mark.ray
 @pytest.mark.slow
 def test_a_resumed_run_asks_again_and_saves_what_is_picked(
-    searched: tuple[RunDirectory, str], at_terminal: Callable[..., AtTerminal], ray_address: str
+    searched: tuple[RunDirectory, str], at_terminal: Callable[..., AtTerminal], joining: dict[str, str]
 ) -> None:
     """After the question workers are started anew for the trial's test and for measuring what was saved."""
     run, _ = searched
-    there = {"cwd": run.path.parent, "RAY_ADDRESS": ray_address}
+    there = {"cwd": run.path.parent, **joining}
     terminal = at_terminal(*COMMAND, "resume", str(run.path), **there)
     terminal.wait_for_text(SAVE)
     terminal.type(CTRL_D)

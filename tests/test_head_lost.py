@@ -64,7 +64,7 @@ def can_open(url: str) -> bool:
     return True
 
 
-def machine(folder: Path, hostname: str, storage: str, ray_address: str, *more: str) -> subprocess.Popen[str]:
+def machine(folder: Path, hostname: str, storage: str, joining: dict[str, str], *more: str) -> subprocess.Popen[str]:
     """`bruno-ray run` on a machine of that name, with a disk of its own; the cluster is the same."""
     command = [
         *("unshare", "--uts", "sh", "-c", f'hostname {hostname}; exec "$@"', "sh"),
@@ -76,7 +76,7 @@ def machine(folder: Path, hostname: str, storage: str, ray_address: str, *more: 
         *("--study.storage", storage, *more),
     ]
     log = (folder.with_suffix(".log")).open("w")
-    variables = {**os.environ, "RAY_ADDRESS": ray_address}
+    variables = {**os.environ, **joining}
     return subprocess.Popen(command, stdout=log, stderr=log, text=True, start_new_session=True, env=variables)
 
 
@@ -90,9 +90,9 @@ def complete(storage: str, folder: Path) -> int:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="another host name needs root")
 def test_another_machine_goes_on_with_the_study_of_a_head_that_is_gone(
-    organism: Path, tmp_path: Path, storage: str, ray_address: str
+    organism: Path, tmp_path: Path, storage: str, joining: dict[str, str]
 ) -> None:
-    first = machine(tmp_path / "first", "head-one", storage, ray_address)
+    first = machine(tmp_path / "first", "head-one", storage, joining)
     try:
         wait_for(lambda: complete(storage, tmp_path) >= 4 or first.poll() is not None, "four trials are complete", 600)
     finally:
@@ -102,12 +102,12 @@ def test_another_machine_goes_on_with_the_study_of_a_head_that_is_gone(
     assert 4 <= before < TRIALS, (tmp_path / "first.log").read_text()[-3000:]
     shutil.rmtree(tmp_path / "first")
 
-    refused = machine(tmp_path / "second", "head-two", storage, ray_address)
+    refused = machine(tmp_path / "second", "head-two", storage, joining)
     assert refused.wait(600) == 2
     assert "is being run from head-one" in (tmp_path / "second.log").read_text()
     shutil.rmtree(tmp_path / "second")
 
-    second = machine(tmp_path / "second", "head-two", storage, ray_address, "--study.take-over")
+    second = machine(tmp_path / "second", "head-two", storage, joining, "--study.take-over")
     assert second.wait(600) == 0, (tmp_path / "second.log").read_text()[-3000:]
     trials = load_study(storage, tmp_path, NAME).get_trials()
     done = [trial for trial in trials if trial.state == TrialState.COMPLETE]

@@ -3,6 +3,7 @@
 pytest_plugins = ["tests.support.local_ray"]
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import ExitStack
 
@@ -27,6 +28,7 @@ def local_ray(ray_sessions: ExitStack) -> None:
 
 
 @pytest.fixture(scope="module")
-def ray_address(local_ray: None) -> str:
-    """For commands in processes of their own, by RAY_ADDRESS: they start no cluster then."""
-    return ray.get_runtime_context().gcs_address
+def joining(local_ray: None) -> dict[str, str]:
+    """Environment of a command in a process of its own that joins the cluster instead of starting one."""
+    ours = {name: value for name, value in os.environ.items() if name.startswith("RAY_")}  # its token among them
+    return {**ours, "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
