@@ -23,7 +23,6 @@ import venv
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
 import optuna
 from process_tree import Usage, run_measured
@@ -31,7 +30,7 @@ from results import machine
 
 from bruno_ray.files import cache_folder
 from bruno_ray.runs.directory import RunDirectory
-from bruno_ray.study.run import trials_per_batch
+from bruno_ray.settings.keys import FLAGS
 from bruno_ray.study.selection import load_trials
 from bruno_ray.study.storage import load_study
 
@@ -197,16 +196,18 @@ def run_ours(task: Task, work: Path, given: Sequence[str], further: Sequence[str
     """
     if (work / "result.json").exists():
         return _from_json(json.loads((work / "result.json").read_text()) | {"reused": True})
-    command = [
-        *(sys.executable, "-m", "bruno_ray.cli.main", "run", str(task.model), *given),
+    options = [
+        *given,
         *("--model.dtypes", f'["{task.dtype}"]', "--study.n-trials", str(task.trials)),
         *("--study.n-startup-trials", str(task.startup), "--study.seed", str(task.seed), "--study.name", "bench"),
         *("--scoring.response-tokens", str(task.tokens), "--ray.workers", "1", "--ray.cpus-per-worker", "1"),
         *("--selection.max-kl", str(task.max_kl), "--auto-select", "--output.directory", str(work / "runs")),
         *("--residuals.cache-dir", str(work / "residuals")),
-        *further,
     ]
-    usage = run_measured(command, work / "bruno-ray.log", os.environ | ONE_THREAD)
+    program = (sys.executable, "-m", "bruno_ray.cli.main", "run", str(task.model))
+    usage = run_measured(
+        [*program, *_without(options, further), *further], work / "bruno-ray.log", os.environ | ONE_THREAD
+    )
     run = work / "runs" / "bench"
     record = RunDirectory.open(run).read()
     study = load_study(record.settings.study.storage, run, "bench")
@@ -216,20 +217,29 @@ def run_ours(task: Task, work: Path, given: Sequence[str], further: Sequence[str
         if t.state == "COMPLETE"
     ]
     assert record.selected is not None
-    batch = trials_per_batch(record.settings, SimpleNamespace(**record.model))
-    interval = _interval_of_study(study, batch)
+    interval = _interval_of_study(study)
     result = _tool_run(trials, record.selected.number, run / "model", {}, usage, interval, whole=usage.finished)
     (work / "result.json").write_text(json.dumps(asdict(result)))
     return result
 
 
-def _interval_of_study(study: optuna.Study, batch: int) -> tuple[float, float]:
+def _without(options: Sequence[str], further: Sequence[str]) -> list[str]:
+    """The options but for those that are given further on: the command line refuses two values of one setting."""
+    again = {FLAGS[word] for word in further if word in FLAGS}
+    kept: list[str] = []
+    for i, word in enumerate(options):
+        named = word if word in FLAGS else options[i - 1]
+        if FLAGS.get(named) not in again:
+            kept.append(word)
+    return kept
+
+
+def _interval_of_study(study: optuna.Study) -> tuple[float, float]:
     """From when the first batch reached the worker to when the last one was told."""
     trials = study.get_trials(deepcopy=False)
     first = min(trials, key=lambda trial: trial.datetime_complete)
-    evaluated = (
-        min(batch, len(trials)) * first.user_attrs["result"]["seconds"]
-    )  # each trial's is its share of the batch's
+    _, batch = first.user_attrs["batch"]
+    evaluated = batch * first.user_attrs["result"]["seconds"]  # each trial's is its share of the batch's
     last = max(trial.datetime_complete for trial in trials)
     return first.datetime_complete.timestamp() - evaluated, last.timestamp()
 
