@@ -7,12 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import optuna
 import pytest
 import torch
 
-from bruno_ray.ablation.edit import AblationParameters, Edit
-from bruno_ray.errors import SettingsError
+from bruno_ray.ablation.edit import AblationParameters, Edit, StrengthTable
+from bruno_ray.errors import OutputError, SettingsError
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import RunRecord, ScoresRecord, SelectedRecord
 from bruno_ray.settings import ModelSettings, PromptSettings, Settings, StudySettings
@@ -21,6 +22,7 @@ from serve.app import application, model_of
 from serve.arguments import add_arguments, serve_args
 from serve.catalog.catalog import Catalog, discovered
 from serve.catalog.folders import problem_of
+from serve.catalog.runs import ServedRun
 from serve.errors import UnknownModel
 from serve.settings import ServeArgs
 from tests.support import tiny_models
@@ -32,11 +34,11 @@ def edit_of(number: int) -> Edit:
     return Edit({"mlp": AblationParameters(1.0 + number / 10, 1.0, 0.5, 2.0)}, "difference_in_means@0", None, "none")
 
 
-def add_trial(path: Path, number: int) -> None:
+def add_trial(path: Path, number: int, edit: Edit | None = None) -> None:
     study = optuna.load_study(study_name=path.name, storage=open_storage(None, path))
     trial = study.ask()
     rate, kl = VALUES[number]
-    trial.set_user_attr("edit", edit_of(number).to_dict())
+    trial.set_user_attr("edit", (edit or edit_of(number)).to_dict())
     values = {"behaviour_rate": rate, "kl_divergence": kl}
     trial.set_user_attr("result", {"values": values, "counts": {"behaviour_rate": [round(rate * 10), 10]}})
     study.tell(trial, (rate, kl))
@@ -221,6 +223,19 @@ def test_a_broken_folder_is_listed_with_its_reason_and_others_go_on(tmp_path, ba
     assert REASONS[how] in problem.reason
     with pytest.raises(UnknownModel, match=REASONS[how].replace(".", r"\.")):
         catalog.resolve("broken")
+
+
+def test_a_trained_trial_is_served_with_directions_of_its_own(run: RunDirectory) -> None:
+    name, directions = "learned-0123456789ab", np.ones((tiny_models.LAYERS + 1, 1, tiny_models.HIDDEN), np.float32)
+    trained = Edit({"mlp": StrengthTable((0.5,) * tiny_models.LAYERS)}, name, None, "none")
+    run.save_learned(name, directions)
+    add_trial(run.path, 0, trained)
+    served = ServedRun.open(run)
+    assert (served.directions(name) == directions).all()
+    assert Edit.from_dict(served.trials[-1].edit) == trained
+    run.file_of_directions(name).unlink()
+    with pytest.raises(OutputError, match=r"learned-0123456789ab\.safetensors"):
+        ServedRun.open(run)
 
 
 def damage_run(run: RunDirectory, how: str) -> None:
