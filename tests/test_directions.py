@@ -205,6 +205,19 @@ def test_one_prompt_a_side_still_has_a_difference():
     assert not directions[:, 1:].any()
 
 
+def test_positions_can_be_joined_into_one_subspace():
+    first, second = planted(), planted(shift=-3.0)
+    target, baseline = (torch.stack([first[side], second[side].roll(1, dims=-1)], dim=1) for side in (0, 1))
+    bank = build_bank(target, baseline, positions=(0, 1), joined=True, projected=False)
+    assert list(bank) == ["difference_in_means@0", "difference_in_means@1", "difference_in_means@0+1"]
+    both = bank["difference_in_means@0+1"]
+    assert both.shape == (L, 2, D)
+    torch.testing.assert_close(both @ both.mT, torch.eye(2).expand(L, -1, -1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(both[:, :1], bank["difference_in_means@0"])
+    assert captured(both, bank["difference_in_means@1"]).min() > 0.999
+    assert len(build_bank(target, baseline, joined=True)) == 1, "one position has nothing to join"
+
+
 def test_orthonormalise_keeps_order_and_signs_and_drops_dependent_rows():
     first, second = noise(2, 1, D, seed=1).double()
     basis = orthonormalise(torch.stack([-first, -2 * first, second], dim=1))

@@ -45,8 +45,12 @@ def build_bank(
     rank: int = 1,
     projected: bool = True,
     winsorize_quantile: float = 1.0,
+    joined: bool = False,
 ) -> dict[str, Float[Tensor, "point rank d_model"]]:
     """Directions of every method at every position, named like ``difference_in_means@0``.
+
+    With ``joined``, also what all positions together span, of rank ``rank`` times positions, in their order and named
+    like ``difference_in_means@0+1+2``: a refusal may lie in one direction before the answer and in another within it.
 
     Raises:
         SettingsError: a method is unknown or a position was not extracted.
@@ -76,6 +80,10 @@ def build_bank(
             if projected:
                 directions_LRD = project_out(directions_LRD, mean(baseline_NLD))
             bank[f"{method}@{position}"] = directions_LRD
+    if joined and len(positions) > 1:
+        for method in methods:
+            rows_LRD = torch.cat([bank[f"{method}@{position}"] for position in positions], dim=1)
+            bank[f"{method}@{'+'.join(map(str, positions))}"] = orthonormalise(rows_LRD).float()
     for name, directions_LRD in bank.items():
         _check(name, directions_LRD)
     return bank

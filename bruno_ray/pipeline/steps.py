@@ -212,6 +212,7 @@ def find_directions(
         rank=chosen.rank,
         projected=chosen.projected,
         winsorize_quantile=chosen.winsorize_quantile,
+        joined=chosen.joined,
     )
     run.save_geometry(geometry_record(target_NPLD[:, 0], baseline_NPLD[:, 0]))
     run.save_directions(bank)

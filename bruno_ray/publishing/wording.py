@@ -200,7 +200,8 @@ def direction_phrase(edit: dict[str, Any]) -> str:
     if edit["direction_set"].startswith(PREFIX):
         return "trained by gradient through the frozen model (`docs/learned.md`)"
     method, _, position = edit["direction_set"].partition("@")
-    where = "the last prompt token" if position in ("", "0") else f"answer token {position}"
+    places = ["the last prompt token" if i in ("", "0") else f"answer token {i}" for i in position.split("+")]
+    where = f"{' and '.join(places)}{', joined' if len(places) > 1 else ''}"
     index = edit["direction_index"]
     scope = "each layer uses its own" if index is None else f"the one after layer {index:.2f} is used everywhere"
     return f"{method.replace('_', ' ')}, read at {where}; {scope}"

@@ -160,6 +160,9 @@ class DirectionSettings(Section):
     """Where directions are read: 0 is the last prompt token, i the i-th answer token (needs
     `residuals.answer_tokens` >= i). Several compete within one study."""
 
+    joined: bool = False
+    """Let what all positions together span compete as well, as one subspace."""
+
 
 class ComponentRange(Section):
     """Search range of one component's ablation kernel over layers; positions and distances are fractions of
