@@ -79,7 +79,7 @@ class NumberedTPESampler(TPESampler):
     ) -> Any:
         if self._is_trained(trial):
             assert self._trainings is not None
-            number, names = self._trainings.training(trial.number)[0], list(self._trainings.space())
+            number, names = self._trainings.point(trial.number), list(self._trainings.space())
             return _place(param_distribution, self._sobol(True, number, len(names))[names.index(param_name)])
         if self._is_startup(trial):
             names = list(self._space)

@@ -52,9 +52,15 @@ class Trainings:
         return self.first is not None and number >= self.first
 
     def training(self, number: int) -> tuple[int, int]:
-        """Which training a trial belongs to, and which of its checkpoints it is."""
+        """Which training a trial belongs to, counted from the first, and which of its checkpoints it is."""
         assert self.first is not None
         return divmod(number - self.first, self.settings.learned.checkpoints)
+
+    def point(self, number: int) -> int:
+        """Which point of the space a trial's training is. A study that is given more trials later goes on with new
+        points, although its trainings are counted anew."""
+        _, checkpoint = self.training(number)
+        return (number - checkpoint) // self.settings.learned.checkpoints
 
     def batch_size(self, number: int, usual: int) -> int:
         """Trials to ask from trial ``number`` on: a batch is searched or trained, and holds whole trainings."""
@@ -99,7 +105,7 @@ class Trainings:
             retain=params[RETAIN],
             learning_rate=learned.learning_rate,
             steps=steps,
-            seed=self.settings.study.seed * 1000 + training,
+            seed=self.settings.study.seed * 100_000 + self.point(trial.number),
             base=self._best(trial.study) if learned.polish and training % 2 else None,
         )
 

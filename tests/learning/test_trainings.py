@@ -1,5 +1,6 @@
 """Trained trials in a study: which they are, what their plans are, and that a study with them resumes as it was."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -89,6 +90,22 @@ def test_trials_of_one_training_differ_in_their_steps_alone(memory_folder: Path)
     assert {repr(plan.without_steps) for plan in first} == {repr(first[0].without_steps)}
     assert first[0].base is None and second[0].base is not None, "every other training polishes what was searched"
     assert first[0].start_layer != second[0].start_layer and first[0].seed != second[0].seed
+
+
+def test_a_study_that_is_given_more_trials_trains_from_new_points(memory_folder: Path) -> None:  # noqa: F811
+    chosen = trainings("learned", trials=6)
+    with opened(memory_folder) as study:
+        drive(batch_study(study, chosen), chosen)
+        first = [TrainingPlan.from_dict(trial.user_attrs[PLAN]) for trial in study.trials]
+        both = dataclasses.replace(
+            chosen,
+            settings=settings().model_copy(update={"study": settings().study.model_copy(update={"n_trials": 19})}),
+        )
+        assert both.first == 13
+        batch_study(study, both).ask(9, 3)  # searched: 10 to 12
+        more = batch_study(study, both).ask(10, 3).edits.values()
+    assert len({plan.seed for plan in first}) == 4 and {plan.seed for plan in more}.isdisjoint(p.seed for p in first)
+    assert {plan.start_layer for plan in more}.isdisjoint(plan.start_layer for plan in first)
 
 
 def test_the_best_searched_trial_is_polished(memory_folder: Path) -> None:  # noqa: F811
