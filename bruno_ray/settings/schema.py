@@ -199,7 +199,7 @@ class SearchSettings(Section):
 class LearnedSettings(Section):
     """Edits that are trained by gradient, the last trials of a study (`--method`)."""
 
-    trials: NonNegativeInt = setting(24, resumable=True)
+    trials: NonNegativeInt = 24
     """How many of `study.n_trials` are trained with `--method both`, at the end."""
 
     steps: PositiveInt = 160
@@ -270,7 +270,7 @@ class LearnedSettings(Section):
     confidence: Annotated[float, Field(ge=0, le=1)] = 0.5
     """Probability that each token of such an answer must have."""
 
-    batch_tokens: NonNegativeInt = setting(0, resumable=True)
+    batch_tokens: NonNegativeInt = 0
     """Tokens that go forward and back at a time; 0 finds it from memory."""
 
 
@@ -381,7 +381,7 @@ class StudySettings(Section):
     n_startup_trials: NonNegativeInt = 60
     """Trials spread evenly over the search space before TPE takes over."""
 
-    method: Literal["searched", "learned", "both"] = setting("searched", alias="--method")
+    method: Literal["searched", "learned", "both"] = setting("searched", alias="--method", resumable=True)
     """searched: kernels over directions that are read off the residual stream; learned: directions and strengths that
     are trained by gradient; both: searched first, and the last `learned.trials` trained."""
 
@@ -458,7 +458,7 @@ class Settings(Section):
     residuals: ResidualSettings = ResidualSettings()
     directions: DirectionSettings = DirectionSettings()
     search: SearchSettings = SearchSettings()
-    learned: LearnedSettings = LearnedSettings()
+    learned: LearnedSettings = setting(LearnedSettings(), resumable=True)
     scoring: ScoringSettings = ScoringSettings()
     study: StudySettings = StudySettings()
     ray: RaySettings = setting(RaySettings(), resumable=True)

@@ -12,7 +12,8 @@ NOT_OF_THE_SEARCH = {"row_tokens", "report_tokens", "report_scorers", "judge"}
 def study_fingerprint(settings: Settings, info: Any, prompts_fingerprint: str) -> dict[str, Any]:
     """As stored with a study, nested dicts of plain values.
 
-    Seeds, numbers of trials and workers, batch sizes and places may differ. The model's id is noted for people: what
+    Seeds, numbers of trials and workers, batch sizes and places may differ, and how edits are trained: each trained
+    trial keeps its plan, and a search may be gone on with by training. The model's id is noted for people: what
     counts is the fingerprint of its content, since a folder may be renamed, or lie elsewhere on another machine.
 
     Args:
@@ -31,18 +32,10 @@ def study_fingerprint(settings: Settings, info: Any, prompts_fingerprint: str) -
             "residuals": {name: dump["residuals"][name] for name in ("max_tokens", "answer_tokens")},
             "directions": dump["directions"],
             "search": dump["search"],
-            "learned": _learned(settings, dump["learned"]),
             "scoring": {name: value for name, value in dump["scoring"].items() if name not in NOT_OF_THE_SEARCH},
             "response_prefix": dump["prompts"]["response_prefix"],
         },
     }
-
-
-def _learned(settings: Settings, dump: dict[str, Any]) -> dict[str, Any] | None:
-    """None for a study that trains nothing, whatever is set for it."""
-    if settings.study.method == "searched":
-        return None
-    return {name: value for name, value in dump.items() if name not in {"trials", "batch_tokens"}}
 
 
 def first_difference(stored: dict[str, Any], mine: dict[str, Any]) -> tuple[str, Any, Any] | None:

@@ -6,6 +6,7 @@ import time
 import psutil
 from ray.exceptions import RayError
 
+from bruno_ray.ablation.edit import Edit
 from bruno_ray.errors import WorkerError
 from bruno_ray.study.batches import Batch
 from bruno_ray.study.progress import Snapshot
@@ -41,7 +42,7 @@ class Monitor:
             TrialRecord(
                 number=number,
                 state="COMPLETE" if result.error is None else "FAIL",
-                edit=batch.edits[number].to_dict(),
+                edit=edit.to_dict() if isinstance(edit := batch.edits[number], Edit) else None,
                 values=result.values,
                 counts=result.counts,
                 seconds=result.seconds,

@@ -203,6 +203,11 @@ def _one_prompt(trial: TrialRecord) -> float:
     return 1 / max((total for _, total in trial.counts.values()), default=math.inf)
 
 
+def _all_have(name: str, trials: Sequence[TrialRecord]) -> bool:
+    """Whether a metric was measured for all: a search that is gone on with by training has not asked for doubt."""
+    return all(name in trial.values for trial in trials)
+
+
 def _standard_error(trials: Sequence[TrialRecord]) -> float:
     """Of the lowest share without a proper answer (the one-standard-error rule, Breiman et al. 1984)."""
     lowest = min(map(unanswered, trials))
@@ -220,8 +225,8 @@ def _pick(
     left, words = list(candidates), ""
     counted = (BEHAVIOUR, EVASION, INCOHERENCE)
     others = [name for name in objectives if name not in counted and not name.startswith("kl_")]
-    others += [name for name in (DOUBT, MISMATCH) if name in candidates[0].values and name not in others]
-    nearly = max(prompt, _standard_error(candidates)) if DOUBT in candidates[0].values else prompt
+    others += [name for name in (DOUBT, MISMATCH) if _all_have(name, candidates) and name not in others]
+    nearly = max(prompt, _standard_error(candidates)) if _all_have(DOUBT, candidates) else prompt
     steps: list[tuple[str, Callable[[TrialRecord], float], float]] = [("", unanswered, nearly)]
     if searched:
         tolerance = _one_prompt(searched[candidates[0].number])
