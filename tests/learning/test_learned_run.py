@@ -41,7 +41,8 @@ def test_a_run_that_trains_saves_a_model_and_says_how_it_was_trained(organism: P
     assert selected.saved.values["kl_divergence"] == pytest.approx(selected.test.values["kl_divergence"], rel=1e-3)
     assert "How it was trained" in run.report_file.read_text()
     card = (run.model_folder / "README.md").read_text()
-    assert "trained by gradient" in card and "answers of the unedited model that show the behaviour" in card
+    assert "Nothing was trained" not in card and "were trained by gradient" in card
+    assert "answers of the unedited model that show the behaviour" in card
 
 
 @pytest.mark.nightly
