@@ -94,12 +94,16 @@ def takes_settings(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         help="Hugging Face model id, a folder, a GGUF file, or smollm2; the same as --model.id",
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="config file [config.toml, if it is there]")
+    _takes_config(parser)
     parser.epilog = (
         "Settings come from the command line, then BRUNO_* environment variables (BRUNO_STUDY__SEED=1), then the"
         " config file, then the behaviour's preset, then the defaults shown here in brackets. Lists are a,b,c or"
         " JSON; `none` empties an optional setting. `bruno-ray show-config` prints what is in effect and why."
     )
+
+
+def _takes_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", type=Path, metavar="FILE", help="config file [config.toml, if it is there]")
 
 
 def load_settings(arguments: argparse.Namespace, model_needed: bool = True) -> Loaded:
@@ -121,7 +125,7 @@ def takes_run_or_settings(parser: argparse.ArgumentParser) -> None:
         nargs="?",
         help="run directory, or its name below the output directory; without it, settings say which model and prompts",
     )
-    parser.add_argument("--config", type=Path, metavar="FILE", help="config file [config.toml, if it is there]")
+    _takes_config(parser)
 
 
 def run_or_settings(arguments: argparse.Namespace, command: str) -> "RunRecord":

@@ -60,7 +60,7 @@ def behaviour_tokens(with_behaviour: Sequence[Sequence[int]], without: Sequence[
 
     By the log-odds of an answer holding the token, half an answer added on either side, above ``BELONGS``.
     """
-    found = [Counter(token for answer in answers for token in set(answer)) for answers in (with_behaviour, without)]
+    found = [_holding(answers) for answers in (with_behaviour, without)]
 
     def log_share(counts: Counter, n: int, token: int) -> float:
         return math.log((counts[token] + 0.5) / (n + 1))
@@ -74,6 +74,11 @@ def behaviour_tokens(with_behaviour: Sequence[Sequence[int]], without: Sequence[
 
 def telling_tokens(with_behaviour: Sequence[Sequence[int]], without: Sequence[Sequence[int]]) -> frozenset[int]:
     """Tokens that give the behaviour away: in ``OFTEN`` of the answers with it, in at most ``HARDLY`` of the others."""
-    found = [Counter(token for answer in answers for token in set(answer)) for answers in (with_behaviour, without)]
+    found = [_holding(answers) for answers in (with_behaviour, without)]
     often, hardly = OFTEN * len(with_behaviour), HARDLY * len(without)
     return frozenset(token for token, n in found[0].items() if n >= often and found[1][token] <= hardly)
+
+
+def _holding(answers: Sequence[Sequence[int]]) -> Counter[int]:
+    """Token -> how many of the answers hold it."""
+    return Counter(token for answer in answers for token in set(answer))

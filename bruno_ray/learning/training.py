@@ -13,7 +13,6 @@ Dimension names: N tokens of a continuation, V vocabulary.
 
 from __future__ import annotations
 
-import logging
 import math
 import random
 import time
@@ -33,8 +32,6 @@ from bruno_ray.learning.material import Teacher, Text
 from bruno_ray.learning.trainee import Trainee
 from bruno_ray.model.batching import TokenBudget, batches, pad_left, run_with_backoff
 from bruno_ray.settings import LearnedSettings
-
-logger = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -120,9 +117,8 @@ class Trainer:
         optimizer.zero_grad(set_to_none=True)
         for k in running:
             trainees[k].keep_in_bounds()
-        engine_tokens = sum(lengths)
-        self._engine.tokens += engine_tokens
-        return engine_tokens
+        self._engine.tokens += sum(lengths)
+        return sum(lengths)
 
     def _loss(
         self, rows: Sequence[tuple[int, str, Text, float]], running: Sequence[int], trainees: Sequence[Trainee]

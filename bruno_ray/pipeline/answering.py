@@ -2,7 +2,7 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -10,11 +10,12 @@ from rich.markup import escape
 
 from bruno_ray.errors import OutputError, PromptError
 from bruno_ray.files import atomic_file, output_errors
-from bruno_ray.pipeline.steps import find_model, find_response_prefix, worker_pool
-from bruno_ray.prompts.sets import Prompt, load_prompts
+from bruno_ray.pipeline.steps import find_model, known_response_prefix, worker_pool
+from bruno_ray.prompts.sets import Prompt, Prompts, load_prompts
 from bruno_ray.runs.records import RunRecord
 from bruno_ray.scoring.chat_server import ChatServer
 from bruno_ray.scoring.markers import Markers
+from bruno_ray.settings import Settings
 from bruno_ray.terminal import ask_text
 from bruno_ray.workers.session import ray_session
 
@@ -22,9 +23,6 @@ logger = logging.getLogger(__name__)
 
 SHOWN_TOKENS = 60
 """Of the unedited model's answer that a person is shown."""
-
-Ask = Callable[[Sequence[Prompt]], list[str | None]]
-"""The desired answer to each prompt, where there is one."""
 
 
 def collect_answers(record: RunRecord, n: int, file: Path, server: ChatServer | None = None) -> int:
@@ -45,14 +43,15 @@ def collect_answers(record: RunRecord, n: int, file: Path, server: ChatServer | 
     if file.exists():
         raise OutputError(f"{file} exists already: name another file with --to, or remove it")
     settings = find_model(record.settings)
-    train = load_prompts(settings).target.train
+    prompts = load_prompts(settings)
+    train = prompts.target.train
     markers = Markers(settings.scoring.markers, settings.scoring.empty_counts)
     chosen = spread([p for p, prompt in enumerate(train) if not prompt.answer], n)
-    prompts = [train[p] for p in chosen]
+    asked = [train[p] for p in chosen]
     if server is not None:
-        given = ask_server(server, prompts, settings.scoring.report_tokens)
+        given = ask_server(server, asked, settings.scoring.report_tokens)
     else:
-        given = ask_person(prompts, _own_answers(record, prompts), markers)
+        given = ask_person(asked, _own_answers(settings, record, prompts, asked), markers)
     found = {p: answer.strip() for p, answer in zip(chosen, given) if answer and not markers.shown_by(answer)}
     if dropped := sum(answer is not None for answer in given) - len(found):
         logger.warning("%d answers show the behaviour or are empty: left out", dropped)
@@ -112,11 +111,9 @@ def ask_person(prompts: Sequence[Prompt], own: Sequence[str], markers: Markers) 
     return [*given, *[None] * (len(prompts) - len(given))]
 
 
-def _own_answers(record: RunRecord, prompts: Sequence[Prompt]) -> list[str]:
+def _own_answers(settings: Settings, record: RunRecord, prompts: Prompts, asked: Sequence[Prompt]) -> list[str]:
     """What the unedited model says; its worker is gone afterwards: a person may take days."""
-    settings = find_model(record.settings)
     with ray_session(settings.ray), worker_pool(settings, workers=1) as pool:
         pool.wait_ready()
-        known = "response_prefix" in record.timings
-        prefix = record.response_prefix if known else find_response_prefix(record, load_prompts(settings), pool)
-        return pool.call("own_answers", prompts, prefix, record.date, SHOWN_TOKENS)
+        prefix = known_response_prefix(record, prompts, pool)
+        return pool.call("own_answers", asked, prefix, record.date, SHOWN_TOKENS)

@@ -5,7 +5,7 @@ import logging
 from rich.markup import escape
 from rich.table import Table
 
-from bruno_ray.pipeline.steps import find_model, find_response_prefix, worker_pool
+from bruno_ray.pipeline.steps import find_model, known_response_prefix, worker_pool
 from bruno_ray.prompts.sets import load_prompts
 from bruno_ray.runs.records import RunRecord
 from bruno_ray.scoring.detector import require_enough
@@ -31,8 +31,7 @@ def propose_markers(record: RunRecord, most: int = 20, n_tokens: int | None = No
     require_enough(*map(len, sides))
     with ray_session(settings.ray), worker_pool(settings, workers=1) as pool:
         pool.wait_ready()
-        known = "response_prefix" in record.timings  # it may be known to be empty
-        prefix = record.response_prefix if known else find_response_prefix(record, prompts, pool)
+        prefix = known_response_prefix(record, prompts, pool)
         logger.info("reading the unedited model's answers to %d and %d train prompts", *map(len, sides))
         target, baseline = (
             [

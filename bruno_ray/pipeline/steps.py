@@ -165,6 +165,13 @@ def find_response_prefix(record: RunRecord, prompts: Prompts, pool: WorkerPool) 
     return prefix
 
 
+def known_response_prefix(record: RunRecord, prompts: Prompts, pool: WorkerPool) -> str:
+    """The run's, which may be known to be empty; of settings alone it is looked for."""
+    if "response_prefix" in record.timings:
+        return record.response_prefix
+    return find_response_prefix(record, prompts, pool)
+
+
 def read_residuals(
     record: RunRecord, info: ModelInfo, prompts: Sequence[Prompt], pool: WorkerPool
 ) -> Float[np.ndarray, "prompt position point d_model"]:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from bruno_ray.ablation.plan import PREFIX
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import SelectedRecord
 
@@ -56,7 +57,9 @@ def cosines(run: RunDirectory, name: str) -> list[tuple[str, str, str]]:
     bank = run.load_directions()
     trained_rd = bank[name][-1]
     rows = []
-    for other, directions_Prd in run.load_bank().items():
+    for other, directions_Prd in bank.items():
+        if other.startswith(PREFIX):
+            continue
         # The cosine of the smallest angle between the two subspaces.
         cosine_P = torch.linalg.matrix_norm(directions_Prd @ trained_rd.T, ord=2)
         point = int(cosine_P.argmax())

@@ -1,12 +1,12 @@
 """Every knob of a run: the tree in `schema`, its keys and flags in `keys`, the merging of its sources in `sources`."""
 
 from bruno_ray.settings.fields import Range, Section
+from bruno_ray.settings.learned import LearnedSettings
 from bruno_ray.settings.schema import (
     ComponentRange,
     DatasetSettings,
     DirectionSettings,
     JudgeSettings,
-    LearnedSettings,
     ModelSettings,
     OutputSettings,
     PromptSet,

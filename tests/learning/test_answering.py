@@ -143,7 +143,7 @@ def test_a_person_is_shown_what_the_model_says_and_asked_again_after_a_marker(
 def test_nobody_gives_an_answer_and_nothing_is_written(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answering, "_own_answers", lambda record, prompts: ["No."] * len(prompts))
+    monkeypatch.setattr(answering, "_own_answers", lambda settings, record, prompts, asked: ["No."] * len(asked))
     monkeypatch.setattr(answering, "ask_text", lambda question: None)
     record = RunRecord(settings=load(flags, environ={}).settings)
     with pytest.raises(PromptError, match="no answer was given"):

@@ -1,0 +1,85 @@
+"""Settings of edits that are trained by gradient."""
+
+from typing import Annotated
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from bruno_ray.settings.fields import DepthRange, Range, Section
+
+
+class LearnedSettings(Section):
+    """Edits that are trained by gradient, the last trials of a study (`--method`)."""
+
+    trials: NonNegativeInt = 24
+    """How many of `study.n_trials` are trained with `--method both`, at the end."""
+
+    steps: PositiveInt = 160
+    """Optimiser steps of one training."""
+
+    checkpoints: PositiveInt = 3
+    """Trials of one training: its edit after all steps, after half of them, a quarter ..."""
+
+    ranks: tuple[PositiveInt, ...] = (1,)
+    """Directions of a trained subspace; several compete."""
+
+    shared: tuple[bool, ...] = (True,)
+    """Whether all layers share one subspace; both compete if both are given."""
+
+    start_layer: DepthRange = (0.0, 1.0)
+    """Layer whose direction a training starts from, as a fraction of the last layer's index."""
+
+    first_layer: DepthRange = (0.0, 0.0)
+    """Layers below it are not edited."""
+
+    polish: bool = True
+    """Every other training starts from the best trial there is by then."""
+
+    answers: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of the likelihood of desired answers (`answer_column` of `prompts.target.train`)."""
+
+    suppress: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the unlikelihood of what the unedited model says where it shows the behaviour. When not given, 0 where
+    there are desired answers, which lead further alone, and 1 where there are none."""
+
+    retain: Range = (1.5, 15.0)
+    """Weight of the KL divergence on baseline prompts; spread evenly in its logarithm."""
+
+    learning_rate: PositiveFloat = 0.02
+    """Of Adam, for directions and strengths alike."""
+
+    max_strength: PositiveFloat = 1.5
+    """Largest ablation strength of a trained edit."""
+
+    target_prompts: PositiveInt = 64
+    """At most this many train prompts with the behaviour are trained on ..."""
+
+    baseline_prompts: PositiveInt = 128
+    """... and this many without."""
+
+    target_rows: PositiveInt = 16
+    """Texts of a step per term on target prompts."""
+
+    baseline_rows: PositiveInt = 16
+    """Texts of a step on baseline prompts."""
+
+    retain_tokens: PositiveInt = 16
+    """Answer positions that the KL divergence is taken over."""
+
+    most_answers: PositiveInt = 64
+    """More desired answers than this are not used."""
+
+    phrasings: NonNegativeInt = 2
+    """After each prompt this many of the other prompts' answers are suppressed as well as its own."""
+
+    renew_every: NonNegativeInt = 8
+    """After so many steps the edit answers some train prompts: what still shows the behaviour is suppressed from then
+    on, and confident proper answers are learned. 0 leaves that out."""
+
+    renewal_prompts: PositiveInt = 24
+    """How many of the train prompts it answers."""
+
+    confidence: Annotated[float, Field(ge=0, le=1)] = 0.5
+    """Probability that each token of such an answer must have."""
+
+    batch_tokens: NonNegativeInt = 0
+    """Tokens that go forward and back at a time; 0 finds it from memory."""
