@@ -19,7 +19,8 @@ ENTER, CTRL_C, CTRL_D = "\n", "\x03", "\x04"
 
 def environment(**more: str) -> dict[str, str]:
     """Of a child process: our sources, nothing of a Ray cluster that somebody else has started."""
-    inherited = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    kept = {"RAY_worker_niceness"}  # see conftest.py
+    inherited = {name: value for name, value in os.environ.items() if name in kept or not name.startswith("RAY_")}
     return {**inherited, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1", **more}
 
 
