@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import ModelCard
 
 from bruno_ray.errors import OutputError
-from bruno_ray.model.loading import hub_task
+from bruno_ray.model.classes import hub_task
 from bruno_ray.publishing import wording
 from bruno_ray.publishing.card import license_of, render_card, reproduction_config
 from bruno_ray.runs.records import RunRecord, ScoresRecord

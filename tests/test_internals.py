@@ -1,4 +1,4 @@
-"""What is private in Ray and Optuna still does what this project needs of it. An upgrade that breaks it breaks here."""
+"""What is private in Ray, Optuna and transformers does what this project needs of it, or an upgrade breaks it here."""
 
 import signal
 import socket
@@ -10,11 +10,12 @@ from pathlib import Path
 
 import optuna
 import pytest
+import torch
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.trial import TrialState
 from ray import serve, tune
 
-from bruno_ray import optuna_internals, ray_internals
+from bruno_ray import optuna_internals, ray_internals, transformers_internals
 from bruno_ray.study.storage import RunJournal
 from cluster.jobs.shell import free_port
 
@@ -159,3 +160,21 @@ def test_the_autoscaler_s_command_runner_takes_what_ours_gives_it() -> None:
     assert issubclass(VastCommandRunner, runner)
     for name in ("run", "_get_node_ip", "remote_shell_command_str", "run_rsync_up", "run_rsync_down"):
         assert callable(getattr(runner, name))
+
+
+# ----- transformers -----
+
+
+def test_fp8_blocks_are_those_that_were_written() -> None:
+    """160 rows with 2 scales are 128 and 32, not 80 and 80; 576 with 5 are read at all."""
+    from types import SimpleNamespace
+
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    transformers_internals.mend_ragged_fp8()
+    quantizer = SimpleNamespace(quantization_config=SimpleNamespace(weight_block_size=[128, 128]))
+    for rows in (160, 576, 256):
+        weight = torch.ones(rows, 128).to(torch.float8_e4m3fn)
+        scales = torch.arange(1.0, -(-rows // 128) + 1)[:, None]
+        read = Fp8Dequantize(quantizer)._dequantize_one(weight, scales, output_dtype=torch.float32)
+        assert torch.equal(read[:, 0], torch.arange(rows).div(128, rounding_mode="floor") + 1.0)

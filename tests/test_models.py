@@ -2,6 +2,7 @@
 
 import errno
 import json
+import re
 import shutil
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -11,10 +12,12 @@ from threading import Thread
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from bruno_ray import files
 from bruno_ray.errors import ModelError
-from bruno_ray.model import loading
+from bruno_ray.model import identity, loading, weights
 from bruno_ray.model.architectures import find_architecture
 from bruno_ray.model.loading import load_model
 from bruno_ray.settings import ModelSettings
@@ -107,20 +110,20 @@ def test_fingerprint_follows_content_not_place_or_time(llama: Path, tmp_path: Pa
 
 
 def test_fingerprint_of_big_files_reads_samples(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loading, "FULL_HASH_BYTES", 100)
+    monkeypatch.setattr(identity, "FULL_HASH_BYTES", 100)
     monkeypatch.setattr(files, "SAMPLE_BYTES", 512)
     folder = copy(llama, tmp_path / "m")
     first = load(folder).fingerprint
     assert load(folder).fingerprint == first
-    weights = bytearray((folder / "model.safetensors").read_bytes())
-    weights[-8] ^= 1  # within the last sample
-    (folder / "model.safetensors").write_bytes(weights)
+    stored = bytearray((folder / "model.safetensors").read_bytes())
+    stored[-8] ^= 1  # within the last sample
+    (folder / "model.safetensors").write_bytes(stored)
     assert load(folder).fingerprint != first
 
 
 def test_max_memory_keys_become_device_numbers() -> None:
     settings = ModelSettings(max_memory={"0": "20GiB", "cpu": "60GiB"})
-    assert loading._max_memory(settings) == {0: "20GiB", "cpu": "60GiB"}
+    assert weights.max_memory(settings) == {0: "20GiB", "cpu": "60GiB"}
 
 
 # ----- dtypes and quantisation -----
@@ -187,10 +190,124 @@ def test_memory_errors_try_only_smaller_dtypes(llama: Path, monkeypatch: pytest.
         tried.append(dtype)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
 
-    monkeypatch.setattr(loading.AutoModelForCausalLM, "from_pretrained", from_pretrained)
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", from_pretrained)
     with pytest.raises(ModelError, match=r"not enough memory for .*bnb_4bit"):
         load(llama, dtypes=("float32", "bfloat16", "float16"))
     assert tried == [torch.float32, torch.bfloat16]
+
+
+# ----- nothing random -----
+
+
+def without(folder: Path, *names: str) -> None:
+    tensors = {name: t for name, t in load_file(folder / "model.safetensors").items() if name not in names}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "lm_head.weight", "model.norm.weight"])
+def test_a_tensor_that_is_missing_is_named(llama: Path, tmp_path: Path, name: str) -> None:
+    folder = copy(llama, tmp_path / "m")
+    without(folder, name)
+    with pytest.raises(ModelError, match=rf"lacks 1 tensors of the model \({re.escape(name)}\)") as caught:
+        load(folder)
+    one_line(caught)
+    with pytest.raises(ModelError, match="would be random"):
+        load_model(ModelSettings(id=str(folder)), full_precision=True)
+
+
+def test_experts_that_are_missing_are_named(tmp_path: Path) -> None:
+    folder = tiny_models.write(tmp_path / "m", "qwen3_moe")
+    tensors = load_file(folder / "model.safetensors")
+    without(folder, *(name for name in tensors if ".experts." in name and "down_proj" in name))
+    with pytest.raises(ModelError, match=r"lacks 2 tensors of the model \(.*experts.*down_proj"):
+        load(folder)
+
+
+def test_other_shapes_than_the_config_says(llama: Path, tmp_path: Path) -> None:
+    folder = copy(llama, tmp_path / "m")
+    edit_json(folder / "config.json", intermediate_size=64)
+    with pytest.raises(ModelError) as caught:
+        load(folder)
+    one_line(caught)
+
+
+def test_tied_embeddings_need_no_second_tensor(tmp_path: Path) -> None:
+    folder = tiny_models.write(tmp_path / "m", "llama")
+    without(folder, "lm_head.weight")
+    edit_json(folder / "config.json", tie_word_embeddings=True)
+    loaded = load(folder)
+    assert loaded.model.lm_head.weight is loaded.model.model.embed_tokens.weight
+
+
+def test_two_loads_agree_on_the_tensors(llama: Path) -> None:
+    assert load(llama).fingerprint == load(llama).fingerprint
+    assert identity.tensors_digest(tiny_models.build("llama")) == load(llama).fingerprint.split(":")[-1]
+    assert identity.tensors_digest(tiny_models.build("llama", seed=1)) != load(llama).fingerprint.split(":")[-1]
+
+
+# ----- known before anything is loaded -----
+
+
+@pytest.mark.parametrize(
+    ("model_type", "says"),
+    [
+        ("mamba2", "keeps no key-value cache"),
+        ("rwkv", "keeps no key-value cache"),
+        ("bart", "encoder-decoder"),
+        ("glm_moe_dsa", "picks other tokens in a padded batch"),
+    ],
+)
+def test_what_cannot_be_edited_is_refused_by_its_config_alone(
+    llama: Path, tmp_path: Path, model_type: str, says: str
+) -> None:
+    folder = copy(llama, tmp_path / "m")
+    (folder / "model.safetensors").unlink()
+    config = AutoConfig.for_model(model_type)
+    config.save_pretrained(folder)
+    with pytest.raises(ModelError, match=says) as caught:
+        load(folder)
+    one_line(caught)
+
+
+# ----- chat templates -----
+
+
+def with_template(llama: Path, folder: Path, template: str) -> Path:
+    copy(llama, folder)
+    (folder / "chat_template.jinja").write_text(template)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{% for m in messages %}{{ m['content'] }",
+        "{{ messages[0].nothing.more }}",
+        "{{ 1 + messages[0]['content'] }}",
+        "{{ raise_exception('not for you') }}",
+    ],
+)
+def test_a_template_that_fails_is_one_line(llama: Path, tmp_path: Path, template: str) -> None:
+    folder = with_template(llama, tmp_path / "m", template)
+    with pytest.raises(ModelError, match=r"chat template of .* fails \(.*mend its chat_template") as caught:
+        load(folder)
+    one_line(caught)
+
+
+@pytest.mark.parametrize("template", ["", " ", "nothing of it", "{% for m in messages %}{{ m.role }}{% endfor %}"])
+def test_a_template_that_loses_the_text_is_refused(llama: Path, tmp_path: Path, template: str) -> None:
+    folder = with_template(llama, tmp_path / "m", template)
+    with pytest.raises(ModelError, match=r"does not print what the user says|no chat template"):
+        load(folder)
+
+
+def test_a_token_past_the_embedding_is_named(llama: Path, tmp_path: Path) -> None:
+    folder = with_template(llama, tmp_path / "m", "<|new|>{{ messages[0]['content'] }}")
+    tokenizer = tiny_models.build_tokenizer(None)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|new|>"]})
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match=r"uses the token '<\|new\|>' \(number 265\), and its embedding has 265 rows"):
+        load(folder)
 
 
 # ----- one clear line -----

@@ -146,7 +146,11 @@ class LiveEditor:
         rows = batch.rows(y.device)
         if y.numel() % (len(rows) * y.shape[-1]):
             raise ValueError(f"an output of shape {tuple(y.shape)} is no batch of the {len(rows)} rows that are set")
+        parts = self._architecture.writers[i].stacked
+        if parts > 1:  # (parts, B, T, d): rows of one edit lie apart, and are brought together
+            y = y.reshape(parts, len(rows), -1, y.shape[-1]).transpose(0, 1)
         y_BTD = y.reshape(len(rows), -1, y.shape[-1])
         member = (rows[:, None] == tables.edit_of_row)[:, None]
         scale = None if tables.scale is None else tables.scale[rows][:, None]
-        return apply_to_output(y_BTD, tables.left, tables.right, scale, tables.bias, member).reshape(y.shape)
+        edited = apply_to_output(y_BTD, tables.left, tables.right, scale, tables.bias, member).reshape(y.shape)
+        return edited.transpose(0, 1).reshape(-1, y.shape[-1]) if parts > 1 else edited

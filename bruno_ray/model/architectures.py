@@ -1,21 +1,4 @@
-"""Where each model family keeps the modules that write to the residual stream.
-
-``FAMILIES`` is data: one row per family, found by the text model's ``model_type``. A row names the modules around
-the blocks and the *sites* inside a block, relative to it. Layers of one model may differ (hybrids with linear
-attention, dense layers between mixtures of experts): each block has those of its family's sites that exist in it,
-and must have at least one for attention and one for the MLP.
-
-Every site hooks a module whose output is *exactly* the linear map of the named weights, before a gate, norm or
-residual multiplier touches it:
-
-- ``Linear`` / GPT-2's ``Conv1D`` (stored ``(in, out)``): the output is W x + b. The bias b is not edited.
-- fused experts (3-D parameters): the module returns the router-weighted sum over experts, whatever transformers'
-  experts implementation (eager, batched_mm, grouped_mm) computes it. All experts are one map [W_1 ... W_E] that acts
-  on the concatenated weighted inputs, so `pre` and `full` edits use row norms of that concatenation. Expert biases
-  (gpt_oss) are weighted by the router too, hence further *columns* of the map, and are edited with it.
-- shared experts are writers of their own; the sigmoid gate that follows scales whole tokens and commutes with the edit.
-- a norm or a scalar multiplier after the module (gemma, olmo2, granite) stays outside of the edit.
-"""
+"""A model seen as blocks around a residual stream, with the weights that write to it."""
 
 import math
 from dataclasses import dataclass, field
@@ -24,103 +7,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from bruno_ray.errors import ModelError
+from bruno_ray.model.families import FAMILIES, Site
 from bruno_ray.model.writers import Matrix, Writer
 
-
-@dataclass(frozen=True)
-class Site:
-    """A place in a block that writes to the residual stream."""
-
-    component: str
-    """"attention" or "mlp"."""
-
-    path: str
-    """Module to hook, relative to the block."""
-
-    experts: str = ""
-    """For fused experts: the 3-D parameter (E, d_model, in) of that module."""
-
-    transposed: bool = False
-    """The fused parameter is (E, in, d_model)."""
-
-    experts_bias: str = ""
-    """For fused experts: the (E, d_model) bias parameter."""
-
-
-@dataclass(frozen=True)
-class Family:
-    """One row of the table. ``stacks`` are paths of the text model from the root, first match wins."""
-
-    sites: tuple[Site, ...]
-    stacks: tuple[str, ...] = ("model.language_model", "model")
-    blocks: str = "layers"
-    embedding: str = "embed_tokens"
-    final_norm: str = "norm"
-    other_embeddings: tuple[str, ...] = ()
-
-
-_ATTENTION = Site("attention", "self_attn.o_proj")
-_LINEAR_ATTENTION = Site("attention", "linear_attn.out_proj")
-_MLP = Site("mlp", "mlp.down_proj")
-_EXPERTS = Site("mlp", "mlp.experts", experts="down_proj")
-_SHARED_EXPERT = Site("mlp", "mlp.shared_expert.down_proj")
-
-_DENSE = Family((_ATTENTION, _MLP))
-_MOE = Family((_ATTENTION, _MLP, _EXPERTS, _SHARED_EXPERT))
-_HYBRID = Family((_ATTENTION, _LINEAR_ATTENTION, _MLP, _EXPERTS, _SHARED_EXPERT))
-
-FAMILIES: dict[str, Family] = {
-    "llama": _DENSE,
-    "mistral": _DENSE,
-    "ministral3": _DENSE,
-    "qwen2": _DENSE,
-    "qwen3": _DENSE,
-    "gemma": _DENSE,
-    "gemma2": _DENSE,
-    "gemma3_text": _DENSE,
-    # per_layer_projection (a gated third write of some sizes) is left alone; coverage() shows it
-    "gemma4_text": Family((_ATTENTION, _MLP, Site("mlp", "experts", experts="down_proj"))),
-    "phi3": _DENSE,
-    "olmo2": _DENSE,
-    "olmo3": _DENSE,
-    "granite": _DENSE,
-    "smollm3": _DENSE,
-    "cohere2": _DENSE,
-    "glm4": _DENSE,
-    "gpt2": Family(
-        (Site("attention", "attn.c_proj"), Site("mlp", "mlp.c_proj")),
-        stacks=("transformer",),
-        blocks="h",
-        embedding="wte",
-        final_norm="ln_f",
-        other_embeddings=("wpe",),
-    ),
-    "gpt_neox": Family(
-        (Site("attention", "attention.dense"), Site("mlp", "mlp.dense_4h_to_h")),
-        stacks=("gpt_neox",),
-        embedding="embed_in",
-        final_norm="final_layer_norm",
-    ),
-    "mixtral": _MOE,
-    "olmoe": _MOE,
-    "qwen2_moe": _MOE,
-    "qwen3_moe": _MOE,
-    "qwen3_next": _HYBRID,
-    "qwen3_5_text": _HYBRID,
-    "qwen3_5_moe_text": _HYBRID,
-    "gpt_oss": Family(
-        (
-            _ATTENTION,
-            Site("mlp", "mlp.experts", experts="down_proj", transposed=True, experts_bias="down_proj_bias"),
-        )
-    ),
-    "granitemoe": Family((_ATTENTION, Site("mlp", "block_sparse_moe.experts", experts="down_proj"))),
-    "deepseek_v3": Family((_ATTENTION, _MLP, _EXPERTS, Site("mlp", "mlp.shared_experts.down_proj"))),
-    "glm4_moe": Family((_ATTENTION, _MLP, _EXPERTS, Site("mlp", "mlp.shared_experts.down_proj"))),
-}
-
-
-# ----- what was found in one model -----
+PACKED = ("qweight", "weight_packed")
+"""What modules of packed formats (GPTQ, AWQ, compressed-tensors) hold in place of a weight."""
 
 
 @dataclass(frozen=True)
@@ -134,6 +25,8 @@ class Architecture:
     writers: list[Writer]
     d_model: int
     other_embeddings: list[nn.Module] = field(default_factory=list)
+    probed: bool = False
+    """Found by watching the model compute, not by its row in the table."""
 
     @property
     def n_layers(self) -> int:
@@ -154,24 +47,24 @@ def find_architecture(model: nn.Module) -> Architecture:
     if family is None or stack is None or not blocks:
         raise ModelError(
             f"model type {config.model_type!r} ({type(model).__name__}) is not in the table of architectures."
-            f" {_describe(model, config.hidden_size)}. Known: {', '.join(FAMILIES)}."
-            " Add a row to FAMILIES in bruno_ray/model/architectures.py"
+            f" {_describe(model, config.hidden_size)}."
+            " Add a row to FAMILIES in bruno_ray/model/families.py"
         )
     names = {id(module): name for name, module in model.named_modules()}
     writers = []
     for layer, block in enumerate(blocks):
         found = [
-            _writer(site, module, names[id(module)], layer, config.hidden_size)
+            make_writer(site, module, names[id(module)], layer, config.hidden_size)
             for site in family.sites
             if (module := _get(block, site.path)) is not None
         ]
         missing = {"attention", "mlp"} - {writer.component for writer in found}
-        if missing:
+        if missing and (family.every_layer_has_both or not found):
             raise ModelError(
                 f"layer {layer} of this {config.model_type} model has no {' and no '.join(sorted(missing))} where the"
                 f" table expects it ({', '.join(site.path for site in family.sites)})."
                 f" {_describe_block(block, config.hidden_size)}."
-                " Add a row to FAMILIES in bruno_ray/model/architectures.py"
+                " Add a row to FAMILIES in bruno_ray/model/families.py"
             )
         writers += found
     return Architecture(
@@ -185,7 +78,8 @@ def find_architecture(model: nn.Module) -> Architecture:
     )
 
 
-def _writer(site: Site, module: nn.Module, name: str, layer: int, d_model: int) -> Writer:
+def make_writer(site: Site, module: nn.Module, name: str, layer: int, d_model: int) -> Writer:
+    """The weights that a module writes with. Raises ModelError if the site's row does not fit the module."""
     if site.experts:
         fused = getattr(module, site.experts, None)
         if not isinstance(fused, Tensor) or fused.ndim != 3:
@@ -199,15 +93,14 @@ def _writer(site: Site, module: nn.Module, name: str, layer: int, d_model: int) 
         ]
         if site.experts_bias:
             matrices.append(Matrix(module, site.experts_bias, f"{name}.{site.experts_bias}", d_model, transposed=True))
-        return Writer(name, layer, site.component, module, matrices, bias=None)
+        stacked = fused.shape[0] if site.stacked else 1
+        return Writer(name, layer, site.component, module, matrices, bias=None, stacked=stacked)
     width = module.nf if isinstance(module, Conv1D) else module.out_features
     if width != d_model:
         raise ModelError(f"{name} writes {width} values, not the {d_model} of the residual stream; its row is wrong")
-    matrix = Matrix(module, "weight", f"{name}.weight", d_model, transposed=isinstance(module, Conv1D))
+    parameter = next((one for one in PACKED if getattr(module, one, None) is not None), "weight")
+    matrix = Matrix(module, parameter, f"{name}.weight", d_model, transposed=isinstance(module, Conv1D))
     return Writer(name, layer, site.component, module, [matrix], getattr(module, "bias", None))
-
-
-# ----- what the edit reaches -----
 
 
 # ----- looking around in modules -----

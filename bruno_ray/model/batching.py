@@ -22,7 +22,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 from jaxtyping import Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from bruno_ray.errors import ModelError
 
@@ -165,6 +165,13 @@ def is_out_of_memory(error: BaseException) -> bool:
     phrases = ALLOCATOR_PHRASES if isinstance(error, RuntimeError) else ()
     phrases = ACCELERATE_PHRASES if isinstance(error, ValueError) else phrases
     return any(phrase in str(error) for phrase in phrases)
+
+
+def input_device(embedding: nn.Module) -> torch.device:
+    """Where inputs go: to the embedding, or to the CPU if it is offloaded (accelerate moves them from there)."""
+    weight = embedding.weight
+    assert isinstance(weight, Tensor)
+    return torch.device("cpu") if weight.device.type == "meta" else weight.device
 
 
 def _release_memory() -> None:

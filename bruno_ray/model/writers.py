@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from bruno_ray.errors import ModelError
 
 READABLE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,13 @@ class Matrix:
 
     def read(self) -> Float[Tensor, "d_model in"]:
         """The weight in float32, dequantised if need be. Do not write into it: it may be a view of the model."""
-        weight = self._dequantized() if self.quantized else self._tensor().detach()
+        weight = self._dequantized() if self.quantized else self._part(self._tensor().detach())
         if weight.is_meta:
             raise ModelError(
                 f"{self.name} is offloaded and cannot be read: raise model.max_memory, quantise the model,"
                 " or use search.norm_mode none"
             )
-        return self._oriented(weight).float()
+        return (weight.T if self.transposed else weight).float()
 
     def check_writable(self) -> None:
         """Raises ModelError where an edited weight cannot be stored."""
@@ -63,21 +64,25 @@ class Matrix:
     def write(self, weight: Float[Tensor, "d_model in"]) -> None:
         """Cast into the stored tensor, in place."""
         self.check_writable()
-        self._oriented(self._tensor().detach()).copy_(weight)
+        part = self._part(self._tensor().detach())
+        (part.T if self.transposed else part).copy_(weight)
 
     def _tensor(self) -> Tensor:
         return getattr(self.module, self.parameter)
 
-    def _oriented(self, weight: Tensor) -> Tensor:
-        weight = weight if self.index is None else weight[self.index]
-        return weight.T if self.transposed else weight
+    def _part(self, stored: Tensor) -> Tensor:
+        return stored if self.index is None else stored[self.index]
 
     def _dequantized(self) -> Tensor:
         stored = self._tensor()
         if type(stored).__name__ in ("Params4bit", "Int8Params"):
             from transformers.integrations.bitsandbytes import dequantize_bnb_weight  # imports bitsandbytes
 
-            return dequantize_bnb_weight(stored, getattr(self.module, "state", None))
+            return self._part(dequantize_bnb_weight(stored, getattr(self.module, "state", None)))
+        scale = getattr(self.module, f"{self.parameter}_scale_inv", None)
+        if scale is not None and stored.dtype in FP8:
+            scale = self._part(scale.detach()) if scale.ndim > 2 or self.index is None else scale.detach()
+            return scaled(self._part(stored.detach()), scale, getattr(self.module, "block_size", None))
         raise ModelError(
             f"{self.name} is stored as {stored.dtype} in a {type(self.module).__name__}, which cannot be read:"
             " use search.norm_mode none, or an unquantised copy of the model"
@@ -97,6 +102,9 @@ class Writer:
     matrices: list[Matrix]
     bias: Float[Tensor, " d_model"] | None
     """What the module adds to the output after the linear map; excluded from the edit."""
+
+    stacked: int = 1
+    """The output holds this many parts (one per expert) one after another, each for all tokens: (E*B*T, d_model)."""
 
     def weights(self) -> "Weights":
         return Weights(self.matrices)
@@ -127,3 +135,15 @@ class Weights:
 
     def __getitem__(self, i: int) -> Float[Tensor, "d_model in"]:
         return self._matrices[i].read()
+
+
+def scaled(
+    stored: Float[Tensor, "out in"], scale: Tensor, block: tuple[int, int] | list[int] | None
+) -> Float[Tensor, "out in"]:
+    """An FP8 weight in float32: every block of it times its scale (DeepSeek-V3, arXiv 2412.19437, section 3.3), or one
+    scale for all."""
+    weight, scale = stored.float(), scale.float()
+    if block is None or scale.numel() == 1:
+        return weight * scale
+    rows, columns = weight.shape
+    return weight * scale.repeat_interleave(block[0], 0)[:rows].repeat_interleave(block[1], 1)[:, :columns]

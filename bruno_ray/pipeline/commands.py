@@ -117,8 +117,13 @@ def coverage(settings: Settings) -> None:
     from bruno_ray.model.coverage import coverage as coverage_of
     from bruno_ray.model.loading import load_model
 
-    loaded = load_model(find_model(settings).model)
+    loaded = load_model(find_model(settings).model, only_look=True)
     print(format_coverage(coverage_of(loaded.model, loaded.architecture)))
+    if loaded.architecture.probed:
+        print(
+            f"{loaded.architecture.family} is in no table of architectures: this was found by probing, and its checks"
+            " passed. Accept it for this model with --model.accept-probed true"
+        )
 
 
 def chat(

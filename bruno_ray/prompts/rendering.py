@@ -10,9 +10,12 @@ from typing import Any
 
 import jinja2
 
-from bruno_ray.errors import ModelError, PromptError
+from bruno_ray.errors import ModelError, PromptError, first_line
 from bruno_ray.prompts.dates import dated, template_of
 from bruno_ray.prompts.sets import Prompt
+
+PROBE = "Hello"
+"""A user's message; a template that works prints it."""
 
 
 def messages(prompt: Prompt, fold_system: bool = False) -> list[dict[str, str]]:
@@ -27,12 +30,47 @@ def messages(prompt: Prompt, fold_system: bool = False) -> list[dict[str, str]]:
 def apply_template(tokenizer: Any, conversation: Sequence[dict[str, Any]], date: datetime.date) -> str:
     """The conversation through the chat template, with the header of the assistant's turn, as on that ``date``.
 
-    Raises ModelError if the tokenizer has no chat template, and what the template itself raises.
+    Texts are given as a list of parts to templates that want them so.
+
+    Raises ModelError if the tokenizer has no chat template or it loses what the user says, and what the template
+    itself raises.
     """
     template = dated(template_of(tokenizer), date)
+    if _wants_parts(tokenizer, template):
+        conversation = [_in_parts(message) for message in conversation]
+    return _applied(tokenizer, conversation, template)
+
+
+def _applied(tokenizer: Any, conversation: Sequence[dict[str, Any]], template: str) -> str:
     return tokenizer.apply_chat_template(
         conversation, chat_template=template, tokenize=False, add_generation_prompt=True
     )
+
+
+def _in_parts(message: dict[str, Any]) -> dict[str, Any]:
+    content = message.get("content")
+    return {**message, "content": [{"type": "text", "text": content}]} if isinstance(content, str) else message
+
+
+_forms: dict[str, bool] = {}
+"""Whether a template wants parts, by its text: asked once, not for each of thousands of prompts."""
+
+
+def _wants_parts(tokenizer: Any, template: str) -> bool:
+    """Templates of multimodal models may pass over content that is a string (llava, idefics3), without a word: the
+    user's text is then in no prompt. Raises ModelError if it is in neither form."""
+    if template not in _forms:
+        question = [{"role": "user", "content": PROBE}]
+        if PROBE in (plain := _applied(tokenizer, question, template)):
+            _forms[template] = False
+        elif PROBE in _applied(tokenizer, [_in_parts(message) for message in question], template):
+            _forms[template] = True
+        else:
+            raise ModelError(
+                f"the chat template of {getattr(tokenizer, 'name_or_path', '') or 'this model'} does not print what the"
+                f" user says (it gives {plain[:60]!r}): mend its chat_template"
+            )
+    return _forms[template]
 
 
 def render(
@@ -83,9 +121,13 @@ def must_fold(tokenizer: Any, system: str | None, date: datetime.date) -> bool:
 def _text(tokenizer: Any, conversation: list[dict[str, str]], date: datetime.date) -> str:
     try:
         return apply_template(tokenizer, conversation, date)
-    except jinja2.TemplateError as error:
+    except ModelError:
+        raise
+    except Exception as error:  # a template may do anything: syntax, undefined names, arithmetic with None
         name = getattr(tokenizer, "name_or_path", "") or "this model"
-        raise ModelError(f"the chat template of {name} fails ({error}); mend its chat_template") from error
+        raise ModelError(
+            f"the chat template of {name} fails ({type(error).__name__}: {first_line(error)}): mend its chat_template"
+        ) from error
 
 
 def _cut_to_fit(

@@ -48,6 +48,10 @@ class ModelSettings(Section):
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Only for repositories you trust."""
 
+    accept_probed: bool = setting(False, resumable=True)
+    """Edit a model of a family that is in no table where probing finds that it writes to its residual stream. Said once
+    for a model, it is remembered; `bruno-ray coverage MODEL` shows what was found."""
+
     lean_forward: Literal["auto", "off"] = setting("auto", resumable=True)
     """`auto`: a faster forward pass of our own where the model is of a kind that it knows and it gives the model's own
     logits, which is tried when the model is loaded. `off`: always transformers' own."""

@@ -26,8 +26,9 @@ from bruno_ray.generation.lean_forward import own_forward
 from bruno_ray.learning.material import Teacher
 from bruno_ray.learning.training import Trainer
 from bruno_ray.model.batching import TokenBudget, pad_left
+from bruno_ray.model.classes import hub_task
 from bruno_ray.model.coverage import coverage
-from bruno_ray.model.loading import hub_task, load_model
+from bruno_ray.model.loading import load_model
 from bruno_ray.progress import duration
 from bruno_ray.prompts.dates import prints_date
 from bruno_ray.prompts.rendering import render, render_texts
