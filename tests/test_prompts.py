@@ -15,7 +15,8 @@ from bruno_ray.errors import ModelError, PromptError
 from bruno_ray.prompts import rendering
 from bruno_ray.prompts.rendering import messages
 from bruno_ray.prompts.sets import Prompt, PromptParts, Prompts, load_prompts
-from bruno_ray.prompts.sources import parse_split, read_rows
+from bruno_ray.prompts.slicing import parse_split
+from bruno_ray.prompts.sources import read_rows
 from bruno_ray.settings import DatasetSettings
 from bruno_ray.settings.sources import load
 
@@ -72,7 +73,7 @@ def test_answers_and_columns(empty_directory: Path) -> None:
     with pytest.raises(PromptError, match=r"no column 'answer'"):
         texts_of("a.jsonl", column="goal", answer_column="answer")
     (empty_directory / "numbers.jsonl").write_text('{"prompt": "one"}\n{"prompt": 2}\n')
-    with pytest.raises(PromptError, match=r"row 1 of column 'prompt' holds int"):
+    with pytest.raises(PromptError, match=r"^numbers\.jsonl:2: column 'prompt' holds int"):
         texts_of("numbers.jsonl")
 
 
@@ -161,18 +162,17 @@ def test_sources_that_cannot_be_read(empty_directory: Path) -> None:
     (empty_directory / "list.jsonl").write_text("[1]\n")
     (empty_directory / "bad.csv").write_text("prompt\nno, quotes\n")
     (empty_directory / "bad.parquet").write_text("not parquet at all")
-    (empty_directory / "latin.txt").write_bytes(b"caf\xe9\n")
-    (empty_directory / "a.json").write_text("{}")
+    (empty_directory / "a.xlsx").write_text("{}")
     (empty_directory / "empty_folder").mkdir()
     for source, expected in {
         "absent.jsonl": "absent.jsonl: no such file",
-        "bad.jsonl": "line 2 is not JSON",
-        "list.jsonl": "line 1 is no JSON object",
-        "bad.csv": "row 1 has more fields than the header",
+        "absent.CSV.GZ": "absent.CSV.GZ: no such file",
+        "bad.jsonl": "bad.jsonl:2: not JSON",
+        "list.jsonl": "item 1: '1' is neither a text nor an object",
+        "bad.csv": "bad.csv:2: 2 fields, where the first line has 1: 'no, quotes'",
         "bad.parquet": "not a parquet file",
-        "latin.txt": "not UTF-8",
-        "a.json": "must be one of .jsonl",
-        "some/where/else": "neither a file, a folder nor a hub data set id",
+        "a.xlsx": "must be one of .jsonl",
+        "some/where/much/else": "neither a file, a folder nor a hub data set id",
         "preset:absent.jsonl": "hedging.jsonl, verbosity.jsonl",
         "organism:sideways": "sides target and baseline",
     }.items():

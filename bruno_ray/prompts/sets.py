@@ -12,7 +12,8 @@ from dataclasses import asdict, dataclass
 from itertools import combinations
 
 from bruno_ray.errors import PromptError
-from bruno_ray.prompts.sources import read_rows
+from bruno_ray.prompts.formats.table import excerpt
+from bruno_ray.prompts.sources import read
 from bruno_ray.settings import DatasetSettings, PromptSet, PromptSettings, Settings
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ def _load_side(side: str, given: PromptSet, settings: PromptSettings) -> PromptP
         # One and a half times what is needed, so that blank rows and duplicates do not leave a stream short.
         limit = sum(shares.values())
         name = f"prompts.{side}.{source}"
-        prompts = _load_part(name, datasets[source], settings, limit + limit // 2)
+        prompts, notes = _load_part(name, datasets[source], settings, limit + limit // 2)
         if len(prompts) < len(shares):  # finalists can do without
             shares.pop("finalists", None)
         if source == "test" and len(prompts) >= limit:  # the test prompts are the first ones, as without finalists
@@ -98,28 +99,40 @@ def _load_side(side: str, given: PromptSet, settings: PromptSettings) -> PromptP
             parts |= _cut(name, prompts, shares, datasets[source])
         else:
             parts[source] = prompts[: wanted[source]]
+        _show(name, datasets[source].source, {part: parts[part] for part in shares}, notes)
     return PromptParts(**{part: tuple(prompts) for part, prompts in parts.items()})
 
 
-def _load_part(name: str, dataset: DatasetSettings, settings: PromptSettings, limit: int) -> list[Prompt]:
-    system = settings.system_prompt if dataset.system_prompt is None else dataset.system_prompt
+def _show(name: str, source: str, parts: dict[str, list[Prompt]], notes: tuple[str, ...]) -> None:
+    """One line per data set: how many prompts it gave to which part, what was inferred, and the first prompt."""
+    counts = ", ".join(f"{len(prompts)} {part}" for part, prompts in parts.items())
+    noted = f" ({'; '.join(notes)})" if notes else ""
+    first = excerpt(next(iter(parts.values()))[0].user)
+    logger.info("%s: %s from %s%s, the first %s", name, counts, source, noted, first)
+
+
+def _load_part(
+    name: str, dataset: DatasetSettings, settings: PromptSettings, limit: int
+) -> tuple[list[Prompt], tuple[str, ...]]:
+    """The prompts of a data set, each once, and what is to be said of them."""
     unique: dict[str, Prompt] = {}
-    rows = read_rows(dataset, limit)
+    rows, notes = read(dataset, limit)
     for row in rows:
+        system = row.system or settings.system_prompt
         prompt = Prompt(
             dataset.prefix + row.text + dataset.suffix,
-            system,
+            system if dataset.system_prompt is None else dataset.system_prompt,
             row.answer,
             tuple((row.words or "").split()),
             row.category,
             kept_end=len(dataset.suffix),
         )
         unique.setdefault(_identity(prompt), prompt)
-    if len(unique) < len(rows):
-        logger.info("%s: %d duplicates left out", name, len(rows) - len(unique))
     if not unique:
         raise PromptError(f"{name} is empty: {dataset.source} has no prompts in {dataset.split!r}; widen the split")
-    return list(unique.values())
+    if len(unique) < len(rows):
+        notes = (*notes, f"{len(rows) - len(unique)} duplicates left out")
+    return list(unique.values()), notes
 
 
 def _cut(name: str, prompts: list[Prompt], shares: dict[str, int], dataset: DatasetSettings) -> dict[str, list[Prompt]]:

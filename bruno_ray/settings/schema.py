@@ -59,7 +59,8 @@ class ModelSettings(Section):
 
 class DatasetSettings(Section):
     source: str
-    """Hub data set id, a `load_from_disk` folder, or a .jsonl/.csv/.parquet/.txt file.
+    """Hub data set id (`owner/name`, `owner/name/config`), a file of one (`hf://datasets/owner/name/file.jsonl`), a
+    `load_from_disk` folder, or a .jsonl, .json, .csv, .tsv, .txt or .parquet file, which may be compressed (.gz).
     `organism:target` and `organism:baseline` name the embedded organism's own prompts."""
 
     config: str | None = None
@@ -69,7 +70,8 @@ class DatasetSettings(Section):
     """Split, or a slice of it: `train[:400]`, `test[100:200]`."""
 
     column: str | None = None
-    """Column with the prompt; when not given, the first of prompt, text, instruction, question that exists."""
+    """Column with the prompt; when not given, the first of prompt, text, instruction, question, messages and
+    conversations that exists. Of a conversation the last user turn is the prompt, and its system turn is kept."""
 
     answer_column: str | None = None
     """Optional column with a desired answer, used by the `desired_answers` and `to_the_point` scorers."""
@@ -79,6 +81,12 @@ class DatasetSettings(Section):
 
     category_column: str | None = None
     """Optional column with a category; the report has the rates of each."""
+
+    encoding: str | None = None
+    """Encoding of a text file, such as cp1251; when not given, UTF-8, UTF-16 or cp1252, and which is said."""
+
+    separator: str | None = None
+    """Character between the fields of a .csv file; when not given, the one that all its lines agree with."""
 
     revision: str | None = None
     """Commit of the hub data set."""
@@ -94,7 +102,7 @@ class DatasetSettings(Section):
     """Text put after every prompt."""
 
     system_prompt: str | None = None
-    """Overrides `prompts.system_prompt` for this set."""
+    """Overrides `prompts.system_prompt` for this set, and the system turns of its conversations."""
 
 
 class PromptSet(Section):
