@@ -137,6 +137,8 @@ def test_wrong_values_name_their_source(empty_directory: Path) -> None:
     raises_one_line("--ray.object-store-memory", "83886080", argv=["--ray.object-store-memory", "1000000"])
     raises_one_line("--selection.max-kl", "finite", argv=["--selection.max-kl", "nan"])
     raises_one_line("--model.max-memory", "key=value", argv=["--model.max-memory", "20GiB"])
+    raises_one_line("--target", "not UTF-8", argv=["--target", "\udce9.csv"])
+    raises_one_line("--scoring.markers", "not UTF-8", argv=["--scoring.markers", '["abc \\ud83d"]'])
     raises_one_line("--trials", "value", argv=["--trials"])
     raises_one_line("--trials", "value", argv=["--trials", "--seed", "3"])
     raises_one_line("--study.seed: --seed is given too", argv=["--seed", "3", "--study.seed", "4"])

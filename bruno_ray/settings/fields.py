@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 Bounds = tuple[float, float]
 
@@ -11,6 +11,16 @@ class Section(BaseModel):
     """A group of settings. An unknown key is an error; docstrings of fields are their documentation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, use_attribute_docstrings=True)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _can_be_written(cls, value: Any) -> Any:
+        """Python carries bytes of the command line and the environment that are no UTF-8 along as half characters,
+        and JSON can spell them; nothing of them could be hashed or written to run.json."""
+        for text in value if isinstance(value, list | tuple) else (value,):
+            if isinstance(text, str) and any("\ud800" <= character <= "\udfff" for character in text):
+                raise ValueError("it is not UTF-8; write it in UTF-8")
+        return value
 
 
 def setting(
