@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from optuna.trial import TrialState
 from bruno_ray.ablation.edit import Edit
 from bruno_ray.errors import StudyError, WorkerError
 from bruno_ray.study.schedule import BATCHES_PER_SWAP
+from bruno_ray.study.selection import load_trials, pareto_front
+from bruno_ray.study.storage import load_study
 from bruno_ray.study.trial_result import TrialResult
 from bruno_ray.workers.messages import EditOutcome, Failed, Lost, NoWorkers, Scored
 from tests.support.fakes import fake_scores
-from tests.support.schedules import in_memory, make_schedule, memory_folder, opened, params
+from tests.support.schedules import OBJECTIVES, in_memory, make_schedule, memory_folder, opened, params
 
 __all__ = ["memory_folder"]
 
@@ -96,6 +99,31 @@ def test_killed_at_every_write_and_resumed_is_the_same_study(uninterrupted: list
         study = again.leave()
         assert params(study) == uninterrupted, f"cut at record {cut}"
         assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 30
+
+
+def test_whatever_a_power_loss_takes_the_rest_is_read_and_gone_on_with(memory_folder: Path) -> None:
+    """One line, several, or any stretch of the journal reads as NUL bytes; what is refused says so in one line."""
+    driver = Driver(memory_folder / "whole", target=16)
+    driver.run()
+    driver.leave()
+    whole = (memory_folder / "whole" / "study.journal").read_bytes()
+    first = whole.index(b"batch")  # before it the study is made
+    source = random.Random(4)
+    for i in range(25):
+        start = source.randrange(first, len(whole))
+        end = min(len(whole) - 1, start + source.choice((1, 200, 4096)))
+        damaged = whole[:start] + bytes(end - start) + whole[end:]
+        folder = memory_folder / str(i)
+        folder.mkdir()
+        (folder / "study.journal").write_bytes(damaged)
+        complete = [trial for trial in load_trials(load_study(None, folder, "test")) if trial.state == "COMPLETE"]
+        assert all(trial.edit and trial.values for trial in complete)
+        assert len(complete) >= 3
+        again = Driver(folder, target=16)
+        again.run()
+        states = [trial.state for trial in again.leave().trials]
+        assert states.count(TrialState.COMPLETE) >= 16 and TrialState.RUNNING not in states
+        assert pareto_front(load_trials(load_study(None, folder, "test")), OBJECTIVES)
 
 
 def test_batches_that_come_back_in_another_order_change_nothing(memory_folder: Path) -> None:

@@ -43,7 +43,7 @@ def test_front_agrees_with_optuna_with_ties_and_failures(seed, n_objectives):
             study.add_trial(create_trial(state=TrialState.FAIL, user_attrs={"result": {"error": "NaN"}}))
             continue
         values = [generator.randint(0, 5) / 5 for _ in names]
-        attrs = {"result": {"values": dict(zip(names, values)), "counts": {}}}
+        attrs = {"edit": {}, "result": {"values": dict(zip(names, values)), "counts": {}}}
         study.add_trial(create_trial(values=values, user_attrs=attrs))
     front = pareto_front(load_trials(study), names)
     assert sorted(t.number for t in front) == sorted(t.number for t in study.best_trials)
@@ -119,6 +119,20 @@ def test_auto_select_needs_trials_and_its_metrics():
         auto_select([TrialRecord(0, "FAIL", None, {})], max_kl=0.1)
     with pytest.raises(SettingsError, match="kl_divergence"):
         auto_select([TrialRecord(0, "COMPLETE", None, {"behaviour_rate": 0.0})], max_kl=0.1)
+
+
+@pytest.mark.parametrize("lost", ["edit", "result"])
+def test_a_trial_whose_record_has_lost_a_part_is_on_no_front(lost: str):
+    """As a damaged journal has it: told, without what it was told from."""
+    study = optuna.create_study(directions=["minimize"] * 2)
+    for missing in (None, lost):
+        result = {"values": dict.fromkeys(OBJECTIVES, 0.0), "counts": {}}
+        attrs = {name: value for name, value in (("edit", {}), ("result", result)) if name != missing}
+        study.add_trial(create_trial(values=[0.0, 0.0], user_attrs=attrs))
+    trials = load_trials(study)
+    assert [t.state for t in trials] == ["COMPLETE", "FAIL"]
+    assert "lost from the study's journal" in trials[1].error
+    assert [t.number for t in pareto_front(trials, OBJECTIVES)] == [0]
 
 
 def test_find_trial_refuses_what_has_no_result():

@@ -130,6 +130,67 @@ def test_a_journal_that_was_cut_off_opens_and_one_that_is_something_else_does_no
             pass
 
 
+NULS = bytes(3000)
+
+
+def test_what_a_power_loss_has_left_as_nul_bytes_is_skipped_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Blocks that never reached the disk are NULs, with half a record before them and what came later behind."""
+    with open_study("test", None, tmp_path, OBJECTIVES, FINGERPRINT) as study:
+        study.ask()
+    journal = tmp_path / "study.journal"
+    whole = journal.read_bytes()
+    journal.write_bytes(whole + b'{"op_code": 5, "wor' + NULS + b"\n" + NULS)
+    assert len(load_study(None, tmp_path, "test").trials) == 1
+    with open_study("test", None, tmp_path, OBJECTIVES, FINGERPRINT) as study:
+        study.ask()
+        other = load_study(None, tmp_path, "test")
+        study.ask()
+        assert len(study.trials) == 3 and len(other.trials) == 3, "a reader goes on behind the gap"
+    assert len(load_study(None, tmp_path, "test").trials) == 3
+    lost = [record.message for record in caplog.records if "are lost" in record.message]
+    assert lost == [
+        f"{journal}: {19 + len(NULS) + 1} bytes from byte {len(whole)} on are lost (NUL bytes, as a power loss leaves"
+        " them) and skipped: the rest is read"
+    ], "once, however often it is read"
+
+
+def test_a_record_behind_nul_bytes_on_one_line_counts(tmp_path: Path) -> None:
+    """A driver of another program goes on writing where the file ends."""
+    with open_study("test", None, tmp_path, OBJECTIVES, FINGERPRINT) as study:
+        study.ask()
+    journal = tmp_path / "study.journal"
+    head, last = journal.read_bytes()[:-1].rsplit(b"\n", 1)
+    journal.write_bytes(head + b"\n" + NULS + last + b"\n")
+    assert load_study(None, tmp_path, "test").user_attrs == study.user_attrs
+
+
+def test_a_journal_without_its_beginning_is_refused_and_not_begun_anew(tmp_path: Path) -> None:
+    with open_study("test", None, tmp_path, OBJECTIVES, FINGERPRINT) as study:
+        study.ask()
+    journal = tmp_path / "study.journal"
+    damaged = NULS + b"\n" + journal.read_bytes().partition(b"\n")[2]
+    journal.write_bytes(damaged)
+    with pytest.raises(StudyError, match="has lost its beginning"):
+        with open_study("test", None, tmp_path, OBJECTIVES, FINGERPRINT):
+            pass
+    with pytest.raises(StudyError, match="has lost its beginning"):
+        load_study(None, tmp_path, "test")
+    assert journal.read_bytes() == damaged
+
+
+@pytest.mark.parametrize("line", [b"5", b"[]", b'{"op_code": 99}', b'{"a": 1}', b"\xff\xfe\xfa", b"{" * 50])
+def test_a_line_that_is_no_record_is_one_line(line: bytes, tmp_path: Path) -> None:
+    with open_study("test", None, tmp_path, OBJECTIVES, FINGERPRINT):
+        pass
+    with open(tmp_path / "study.journal", "ab") as file:
+        file.write(line + b"\n")
+    with pytest.raises(StudyError, match="damaged") as caught:
+        load_study(None, tmp_path, "test")
+    assert "\n" not in str(caught.value)
+
+
 def test_reading_a_study_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="no study"):
         load_study(None, tmp_path, "test")

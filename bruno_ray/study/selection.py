@@ -5,14 +5,14 @@ No torch and no Ray: ``bruno-ray front`` reads a study that another process is s
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from bruno_ray.errors import SettingsError, StudyError
-from bruno_ray.study.trial_result import PLAN, RESULT, TRAINING, TrialResult
+from bruno_ray.study.trial_result import EDIT, PLAN, RESULT, TRAINING, TrialResult
 
 BEHAVIOUR = "behaviour_rate"
 KL = "kl_divergence"
@@ -69,9 +69,12 @@ def load_trials(study: optuna.Study) -> list[TrialRecord]:
 def record(trial: FrozenTrial) -> TrialRecord:
     result = TrialResult.from_json(trial.user_attrs.get(RESULT) or {})
     complete = trial.state == TrialState.COMPLETE
+    # Only a damaged journal has one that is told without what it was told from: see `RunJournal`.
+    if damaged := complete and not (result.values and EDIT in trial.user_attrs):
+        complete, result = False, replace(result, error="a part of its record is lost from the study's journal")
     return TrialRecord(
         number=trial.number,
-        state=trial.state.name,
+        state="FAIL" if damaged else trial.state.name,
         edit=trial.user_attrs.get("edit"),
         values=result.values if complete else {},
         counts=result.counts if complete else {},

@@ -29,20 +29,26 @@ logger = logging.getLogger(__name__)
 
 JOURNAL = "study.journal"
 
+_told: set[tuple[Path, int]] = set()
+"""Places of journals that were said to be lost: a command opens a study several times."""
+
 
 class RunJournal(BaseJournalBackend):
     """Journal file that writes several records at once and survives ``kill -9`` at any point.
 
     Differences from Optuna's own file backend: records made inside ``with journal.batch()`` reach the disk in one
     append and one fsync (sampling one trial makes about twelve, an fsync each is 2-3 ms); the lock is one that the
-    kernel gives back when its holder dies; a last line that was cut off is removed instead of making the whole
-    file unreadable.
+    kernel gives back when its holder dies; a last line that was cut off is removed, and what a power loss has left as
+    NUL bytes is skipped, instead of making the whole file unreadable.
     """
 
     def __init__(self, path: Path, read_only: bool = False):
         self._path = path
         self._lock = FileLock(f"{path}.lock")
         self._offsets = [0]  # byte at which record i starts; the last entry is where the next one will
+        self.n_lost = 0
+        """Lines that were skipped so far."""
+
         self._pending: list[dict[str, Any]] | None = None
         if not read_only:
             with self._lock:
@@ -64,14 +70,38 @@ class RunJournal(BaseJournalBackend):
             for line in file:
                 if not line.endswith(b"\n"):  # being written right now
                     break
-                if position + 1 == len(self._offsets):
-                    self._offsets.append(self._offsets[position] + len(line))
+                is_new = position + 1 == len(self._offsets)
+                # Blocks that a power loss has kept from the disk read as NULs; a record may go on behind them.
+                whole = line.rpartition(b"\0")[2]
+                if whole != line:
+                    if is_new:
+                        self._lose(self._offsets[-1], line, whole)
+                    if _record(whole) is None:
+                        if is_new:
+                            self._offsets[-1] += len(line)
+                        continue
+                if is_new:
+                    self._offsets.append(self._offsets[-1] + len(line))
                 if position >= log_number_from:
-                    yield json.loads(line)
+                    if (record := _record(whole)) is None:
+                        start = self._offsets[position]
+                        raise ValueError(f"no record at byte {start}: {line[:40]!r}")
+                    yield record
                 position += 1
         for number, log in enumerate(self._pending or (), start=position):
             if number >= log_number_from:
                 yield json.loads(json.dumps(log))
+
+    def _lose(self, start: int, line: bytes, whole: bytes) -> None:
+        self.n_lost += 1
+        n_bytes = len(line) - (len(whole) if _record(whole) else 0)
+        if (self._path, start) not in _told:
+            _told.add((self._path, start))
+            logger.warning(
+                "%s: %d bytes from byte %d on are lost (NUL bytes, as a power loss leaves them) and skipped: the rest"
+                " is read",
+                *(self._path, n_bytes, start),
+            )
 
     def append_logs(self, logs: list[dict[str, Any]]) -> None:
         if self._pending is not None:
@@ -103,6 +133,15 @@ class RunJournal(BaseJournalBackend):
             os.fsync(file.fileno())
 
 
+def _record(line: bytes) -> dict[str, Any] | None:
+    """What a line of the journal says; None if it is no record of Optuna's."""
+    try:
+        record = json.loads(line.decode())  # given bytes, json guesses an encoding
+    except ValueError:
+        return None
+    return record if isinstance(record, dict) and "op_code" in record else None
+
+
 def batched(storage: BaseStorage):
     """Context manager in which writes to a journal are held together; does nothing for other storages."""
     backend = journal_backend(storage)
@@ -127,15 +166,21 @@ def open_storage(url: str | None, run_dir: Path, read_only: bool = False) -> Bas
         raise NoStudyError(f"there is no study at {path}: give the run directory of a run that has started its search")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(RunJournal(path, read_only))
+        journal = RunJournal(path, read_only)
+        storage = JournalStorage(journal)
     except OSError as error:
         raise StudyError(
             f"the study's journal {path} cannot be opened ({error.strerror or error}): check study.storage"
         ) from error
-    except (json.JSONDecodeError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, AssertionError) as error:  # the last three from Optuna, of a bad record
         raise StudyError(
             f"{path} is not a study's journal or is damaged ({error}): move it away or give another path"
         ) from error
+    if journal.n_lost and not storage.get_all_studies():
+        raise StudyError(
+            f"{path} has lost its beginning, and the study with it: restore it from a copy or move it away"
+        )
+    return storage
 
 
 def load_study(url: str | None, run_dir: Path, name: str) -> optuna.Study:
