@@ -20,6 +20,18 @@ def drop_worker_output(pattern: str) -> None:
     stdout_deduplicator.skip_re = re.compile(pattern)
 
 
+def forget_uv_run() -> None:
+    """Start clusters from this process as if it had not been started by ``uv run``.
+
+    Under ``uv run`` Ray packs the working directory for the workers, up to 512 MiB, beyond which it fails.
+    RAY_ENABLE_UV_RUN_RUNTIME_ENV=0 does the same, but is read when ray is imported, which is too late here. An argument
+    of ``ray.init`` would replace this.
+    """
+    from ray._private import ray_constants
+
+    ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV = False
+
+
 def stop_tuner() -> None:
     """Make a ``Tuner.fit`` that runs in this thread return soon; nothing happens if none is running.
 

@@ -1,5 +1,6 @@
 """What is private in Ray, Optuna and transformers does what this project needs of it, or an upgrade breaks it here."""
 
+import os
 import signal
 import socket
 import subprocess
@@ -105,6 +106,26 @@ def test_lines_that_match_are_not_printed_by_the_driver() -> None:
     done = subprocess.run([sys.executable, "-c", PRINTS_TWO_LINES], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "keep this line" in done.stdout and "swallow" not in done.stdout
+
+
+UNDER_UV_RUN = """
+from ray._private.worker import _maybe_modify_runtime_env
+from bruno_ray.ray_internals import forget_uv_run
+print("working_dir" in _maybe_modify_runtime_env({}, False))
+forget_uv_run()
+print(_maybe_modify_runtime_env({}, False))
+"""
+
+
+def test_a_cluster_started_under_uv_run_packs_no_folder(tmp_path: Path) -> None:
+    """Ray tells `uv run` by the command line of the parent."""
+    parent = f"import subprocess; subprocess.run([{sys.executable!r}, '-c', {UNDER_UV_RUN!r}], check=True)"
+    (tmp_path / "run").write_text(parent)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(
+        ["uv", "run"], executable=sys.executable, cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.stdout.split() == ["True", "{}"], done.stderr
 
 
 @pytest.fixture

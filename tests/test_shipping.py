@@ -9,8 +9,8 @@ import ray
 from ray.cluster_utils import Cluster
 
 from bruno_ray.errors import WorkerError
-from bruno_ray.workers.session import STARTS, TIMED_OUT
 from bruno_ray.workers.shipping import CHUNK_BYTES, Folders, absolute_if_folder
+from bruno_ray.workers.starting import STARTS, TIMED_OUT
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
 

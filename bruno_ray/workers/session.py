@@ -4,28 +4,22 @@ import logging
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import ray
 import yaml
+from ray.exceptions import RuntimeEnvSetupError
 
-from bruno_ray.errors import SettingsError, WorkerError, first_line
+from bruno_ray.errors import SettingsError, first_line
 from bruno_ray.progress import phase
 from bruno_ray.ray_internals import drop_worker_output
 from bruno_ray.settings import RaySettings
+from bruno_ray.workers.joining import cluster_address, no_cluster, require_cluster
+from bruno_ray.workers.starting import local_options, start_local
 
-logger = logging.getLogger(__name__)
-
-
-BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml").expanduser()
-
-
-STARTS = 3
-
-
-TIMED_OUT = "timed out during startup"
+BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml")
 
 
 @contextmanager
@@ -34,7 +28,7 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
 
     A local cluster dies with this process, whatever kills it (two of Ray's own agents
     look for it for another minute after a ``kill -9``). Raises SettingsError when the cluster cannot be
-    reached.
+    reached, WorkerError when a local one cannot be started.
     """
     if ray.is_initialized():
         yield
@@ -44,53 +38,34 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
     # Ray prints a paragraph to stdout for each dead worker; the pool says it in a line.
     drop_worker_output("A worker died or was killed|The node with node id")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if address := cluster_address(settings):
-        try:
+    with ExitStack() as stack:
+        if address := cluster_address(settings):
             with phase(f"joining the Ray cluster at {address}"):
-                ray.init(address=address, **quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
-            raise SettingsError(
-                f"no Ray cluster at {address} ({first_line(error)}): check ray.address, start it first, or set"
-                " RAY_AUTH_MODE=token if it asks for a token"
-            ) from error
-    else:
-        with phase("starting Ray"):
-            start_local(
-                num_cpus=max(os.cpu_count() or 1, math.ceil(settings.workers * (settings.cpus_per_worker or 1.0))),
-                object_store_memory=settings.object_store_memory,
-                include_dashboard=False,
-                **quiet,
-            )
-    try:
-        yield
-    finally:
-        ray.shutdown()
-
-
-def start_local(**options: Any) -> None:
-    """Start a cluster in this process. Ray gives its own processes 30 s, which a busy machine needs more than once.
-
-    Raises WorkerError when they were not enough STARTS times.
-    """
-    for left in reversed(range(STARTS)):
+                require_cluster(settings)
+                try:
+                    ray.init(address=address, **quiet)
+                except RuntimeEnvSetupError as error:
+                    raise SettingsError(
+                        f"the working directory cannot be sent to the Ray cluster at {address}, as Ray does under `uv"
+                        f" run` ({first_line(error)}): set RAY_ENABLE_UV_RUN_RUNTIME_ENV=0 if its machines have"
+                        " bruno-ray, or start from a smaller folder"
+                    ) from error
+                except (ConnectionError, RuntimeError, ValueError) as error:
+                    raise no_cluster(settings, first_line(error)) from error
+        else:
+            options = stack.enter_context(local_options())
+            with phase("starting Ray"):
+                start_local(
+                    num_cpus=max(os.cpu_count() or 1, math.ceil(settings.workers * (settings.cpus_per_worker or 1.0))),
+                    object_store_memory=settings.object_store_memory,
+                    include_dashboard=False,
+                    **quiet,
+                    **options,
+                )
         try:
-            ray.init(address="local", **options)
-            return
-        except Exception as error:  # Ray has no type of its own for it
-            if TIMED_OUT not in str(error):
-                raise
-            if not left:
-                raise WorkerError(
-                    f"Ray did not start within 30 s, {STARTS} times: end what else keeps this machine busy, or join a"
-                    " cluster with ray.address"
-                ) from error
-            logger.warning("Ray did not start within 30 s: trying again")
-
-
-def cluster_address(settings: RaySettings) -> str | None:
-    """Of the cluster to join; None for a local one."""
-    address = settings.address or os.environ.get("RAY_ADDRESS")
-    return None if address == "local" else address or None
+            yield
+        finally:
+            ray.shutdown()
 
 
 def cpus_per_worker(settings: RaySettings) -> float:
@@ -118,8 +93,8 @@ def autoscaler_has_gpus(config_file: Path) -> bool:
     Ray knows this only from its own cloud service; without it an empty cluster looks like one that has no GPUs.
     """
     try:
-        config = yaml.safe_load(config_file.read_text())
-    except OSError:  # not the head of a cluster with an autoscaler
+        config = yaml.safe_load(config_file.expanduser().read_text())
+    except (OSError, RuntimeError):  # not the head of a cluster with an autoscaler; no home at all
         return False
     types = [node for name, node in config["available_node_types"].items() if name != config.get("head_node_type")]
     return any(node.get("resources", {}).get("GPU", 0) and node.get("max_workers", 1) for node in types)

@@ -12,7 +12,7 @@ import httpx
 import pytest
 import yaml
 
-from bruno_ray.workers.session import TIMED_OUT
+from bruno_ray.workers.starting import TIMED_OUT
 from tests.serve.server import ROOT, START_SECONDS, STORE, environment, free_port, ray_folder
 from tests.support import tiny_models
 from tests.support.waiting import wait_for
