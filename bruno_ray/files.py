@@ -17,7 +17,7 @@ import psutil
 from filelock import FileLock
 from safetensors import SafetensorError
 
-from bruno_ray.errors import OutputError
+from bruno_ray.errors import OutputError, SettingsError
 
 # Beyond the files themselves: tokenizer, card, and what the file system needs for itself.
 SPARE_BYTES = 64 * 1024**2
@@ -51,6 +51,8 @@ def output_errors(path: Path) -> Iterator[None]:
         reason = REASONS.get(number or 0)
         if reason is None:
             raise
+        if _is_cached(path):
+            reason = reason.replace("choose another output.directory", "set BRUNO_CACHE to another folder")
         raise OutputError(f"cannot write {path}: {reason}") from error
 
 
@@ -196,5 +198,32 @@ def file_chunks(path: Path, whole: bool = False) -> Iterator[bytes]:
 
 
 def cache_folder(name: str) -> Path:
-    """A folder under BRUNO_CACHE, or ~/.cache/bruno-ray when that is not set. It need not exist."""
-    return Path(os.environ.get("BRUNO_CACHE") or Path.home() / ".cache" / "bruno-ray").expanduser() / name
+    """A folder under BRUNO_CACHE, or ~/.cache/bruno-ray when that is not set. It need not exist.
+
+    Raises OutputError if BRUNO_CACHE is not set and this user has no home.
+    """
+    return _cache() / name
+
+
+def _cache() -> Path:
+    if given := os.environ.get("BRUNO_CACHE"):
+        return expanded(given)
+    try:
+        return Path.home() / ".cache" / "bruno-ray"
+    except RuntimeError as error:  # no HOME, and no entry for this user: as in a container that runs as any number
+        raise OutputError("this user has no home directory: set BRUNO_CACHE to a folder that can be written") from error
+
+
+def _is_cached(path: Path) -> bool:
+    try:
+        return path.is_relative_to(_cache())
+    except OutputError:  # no cache without a home
+        return False
+
+
+def expanded(path: str | Path) -> Path:
+    """``path`` with ``~`` written out. Raises SettingsError where there is no such home."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise SettingsError(f"{path}: there is no such home directory; write the path in full") from error

@@ -44,7 +44,10 @@ def checked_cluster_name(name: str) -> str:
 
 
 def _expanded(path: Path) -> Path:
-    return path.expanduser()
+    try:
+        return path.expanduser()
+    except RuntimeError as error:
+        raise ValueError("there is no such home directory; write the path in full") from error
 
 
 UserPath = Annotated[Path, AfterValidator(_expanded)]

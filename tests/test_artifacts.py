@@ -9,8 +9,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bruno_ray.errors import OutputError
-from bruno_ray.files import atomic_directory, require_free_space, size_text, write_json
+from bruno_ray.errors import OutputError, SettingsError
+from bruno_ray.files import (
+    atomic_directory,
+    cache_folder,
+    expanded,
+    output_errors,
+    require_free_space,
+    size_text,
+    write_json,
+)
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.lookup import find_trial
 from bruno_ray.runs.records import RunRecord, ScoresRecord, installed_versions
@@ -240,3 +248,33 @@ with atomic_directory(pathlib.Path({str(tmp_path)!r}) / "model") as aside:
 )
 def test_sizes_are_for_people(n_bytes, text):
     assert size_text(n_bytes) == text
+
+
+# ----- users and their homes -----
+
+
+def no_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def test_a_cache_that_cannot_be_written_is_named_by_its_variable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BRUNO_CACHE", "/proc/none")
+    with pytest.raises(OutputError, match=r"cannot write /proc/none/models.*: set BRUNO_CACHE to another folder"):
+        with output_errors(cache_folder("models")):
+            cache_folder("models").mkdir(parents=True)
+    with pytest.raises(OutputError, match=r"choose another output\.directory"):
+        write_json(Path("/proc/other/run.json"), {})
+    monkeypatch.delenv("BRUNO_CACHE")
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(OutputError, match="no home directory: set BRUNO_CACHE"):
+        cache_folder("models")
+    with pytest.raises(OutputError, match=r"choose another output\.directory"):
+        write_json(Path("/proc/other/run.json"), {})
+
+
+def test_a_home_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert expanded("~/runs") == Path.home() / "runs" and expanded("runs/~x") == Path("runs/~x")
+    with pytest.raises(SettingsError, match="~no-such-user/x: there is no such home"):
+        expanded("~no-such-user/x")

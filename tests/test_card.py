@@ -9,7 +9,7 @@ from huggingface_hub import ModelCard
 from bruno_ray.errors import OutputError
 from bruno_ray.model.classes import hub_task
 from bruno_ray.publishing import wording
-from bruno_ray.publishing.card import license_of, render_card, reproduction_config
+from bruno_ray.publishing.card import license_of, public_command, render_card, reproduction_config
 from bruno_ray.runs.records import RunRecord, ScoresRecord
 from bruno_ray.scoring import judge
 from bruno_ray.scoring.registry import SCORERS
@@ -132,6 +132,14 @@ def test_nothing_of_this_machine_is_published(tmp_path):
     assert "/opt/env" not in text and "`bruno-ray run ~/secret" in text
     assert "base_model" not in ModelCard(text).data.to_dict()
     assert "secret" not in reproduction_config(settings)
+
+
+def test_only_a_home_of_ones_own_is_left_out(monkeypatch):
+    """The home of a user without an entry is the root in containers, and of others there is none."""
+    monkeypatch.setenv("HOME", "/home/me")
+    assert public_command(["/usr/bin/bruno-ray", "run", "/home/me/model"]) == "bruno-ray run ~/model"
+    monkeypatch.setenv("HOME", "/")
+    assert public_command(["/usr/bin/bruno-ray", "run", "/models/a"]) == "bruno-ray run /models/a"
 
 
 def test_licence_is_carried_over_where_it_is_known(tmp_path):

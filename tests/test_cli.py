@@ -1,6 +1,7 @@
 """The command line: exit codes, one-line errors, and what each command asks of the pipeline."""
 
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -332,3 +333,15 @@ def test_a_reader_that_leaves_early() -> None:
     command = f"{sys.executable} -m bruno_ray.cli.main show-config --describe | head -1"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {command}"], capture_output=True, text=True, timeout=60)
     assert done.stderr == "" and done.stdout.count("\n") == 1
+
+
+def test_a_user_without_a_home_gets_the_one_that_containers_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither HOME nor an entry: Ray raises at its import then."""
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setenv("HOME", "/somewhere")
+    assert main.main(["show-config"]) == 0 and os.environ["HOME"] == "/somewhere"
+    monkeypatch.setattr(Path, "home", no_home)
+    assert main.main(["show-config"]) == 0 and os.environ["HOME"] == "/"

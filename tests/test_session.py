@@ -74,7 +74,7 @@ def closed_port() -> int:
 @pytest.mark.parametrize(
     ("address", "expected"),
     [
-        ("127.0.0.1:{port}", "no Ray cluster at 127.0.0.1:{port} (Connection refused): check {name}, start it first"),
+        ("127.0.0.1:{port}", "no Ray cluster at 127.0.0.1:{port} (Connection refused): check {name}"),
         ("ray://127.0.0.1:{port}", "no Ray cluster at ray://127.0.0.1:{port} (Connection refused)"),
         ("[::1]:{port}", "no Ray cluster at [::1]:{port} ("),
         ("no-such-host.invalid:6379", "no Ray cluster at no-such-host.invalid:6379 ("),

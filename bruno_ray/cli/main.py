@@ -9,6 +9,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from bruno_ray.cli.exits import exit_code
 from bruno_ray.cli.parser import parse
@@ -22,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _run(argv: Sequence[str]) -> int | None:
     arguments = parse(argv)
     _prepare_logging(arguments)
+    _require_home()
     # Threads that wait must not spin: on a busy machine that is ten times slower. Read when torch is imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if not sys.stderr.isatty():  # bars of downloads and weights are for people who watch
@@ -29,6 +31,17 @@ def _run(argv: Sequence[str]) -> int | None:
         os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
         os.environ.setdefault("TQDM_DISABLE", "1")
     return arguments.function(arguments)
+
+
+def _require_home() -> None:
+    """A home for a user who has none, neither HOME nor an entry: the root, as containers have it.
+
+    Ray and others look for it when they are imported, and raise. Nothing can be written there; who tries says so.
+    """
+    try:
+        Path.home()
+    except RuntimeError:
+        os.environ["HOME"] = "/"
 
 
 def _prepare_logging(arguments: argparse.Namespace) -> None:

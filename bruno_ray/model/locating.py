@@ -7,6 +7,7 @@ one kind of model. Imports neither torch nor transformers before one is made.
 from pathlib import Path
 
 from bruno_ray.errors import ModelError
+from bruno_ray.files import expanded
 from bruno_ray.model.gguf import gguf_folder
 from bruno_ray.model.named_models import find_named, named_folder
 from bruno_ray.settings import ModelSettings
@@ -21,7 +22,7 @@ def locate(settings: ModelSettings) -> ModelSettings:
     """
     if not settings.id:
         raise ModelError("no model given: name a Hugging Face model id or a folder, such as `bruno-ray run MODEL`")
-    path = Path(settings.id).expanduser()
+    path = expanded(settings.id)
     if is_gguf(settings):
         return _located(settings, gguf_folder(_gguf_file(settings, path), next(iter(settings.dtypes), "auto")))
     if find_named(settings.id):

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from filelock import FileLock
 
 from bruno_ray.errors import ModelError
-from bruno_ray.files import cache_folder, output_errors
+from bruno_ray.files import cache_folder, expanded, output_errors
 
 logger = logging.getLogger(__name__)
 
@@ -81,7 +81,7 @@ NAMED_MODELS = {
 
 def find_named(name: str) -> NamedModel | None:
     """The model of that name, unless there is a file or folder called so."""
-    return None if Path(name).expanduser().exists() else NAMED_MODELS.get(name)
+    return None if expanded(name).exists() else NAMED_MODELS.get(name)
 
 
 def named_folder(name: str) -> Path:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bruno_ray.errors import OutputError
+from bruno_ray.files import expanded
 from bruno_ray.intervals import wilson_interval
 
 from .corpus import Row
@@ -102,7 +103,7 @@ class Judge:
 
 def folder_of(model: str | Path) -> Path | None:
     """The organism's folder, if ``model`` is the model folder of one."""
-    folder = Path(model).expanduser().absolute().parent
+    folder = expanded(model).absolute().parent
     return folder if (folder / "card.json").is_file() and (folder / "markers.json").is_file() else None
 
 

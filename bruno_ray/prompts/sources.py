@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bruno_ray.errors import PromptError
+from bruno_ray.files import expanded
 from bruno_ray.prompts.conversations import CHAT_COLUMNS, asked, conversation_of
 from bruno_ray.prompts.formats import FORMATS, format_of, read_file
 from bruno_ray.prompts.formats.table import Given, Record, columns_of, excerpt
@@ -137,7 +138,7 @@ def _open(settings: DatasetSettings, splits: list[Slice], limit: int) -> Opened:
             shipped = ", ".join(sorted(item.name for item in PRESET_DATA.iterdir()))
             raise PromptError(f"{source}: no such file is shipped; there are {shipped}")
         return _files([path], settings, splits)
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.is_file():
         return _files([path], settings, splits)
     if wanted := hub_file(settings):

@@ -193,7 +193,11 @@ def public_command(command: list[str]) -> str:
 
 def public_text(text: str) -> str:
     """Text without the name of the user's home folder."""
-    return text.replace(str(Path.home()), "~")
+    try:
+        home = Path.home()
+    except RuntimeError:  # this user has none
+        return text
+    return text if home == home.parent else text.replace(str(home), "~")  # / is the home of users without an entry
 
 
 def _is_local(name: str) -> bool:

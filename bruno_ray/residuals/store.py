@@ -21,7 +21,7 @@ import pyarrow as pa
 from jaxtyping import Float
 
 from bruno_ray.errors import OutputError
-from bruno_ray.files import atomic_file
+from bruno_ray.files import atomic_file, expanded
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ class ResidualStore:
     """
 
     def __init__(self, cache_dir: Path, key: str, n_prompts: int, shard_size: int = SHARD_SIZE) -> None:
-        self.folder = Path(cache_dir).expanduser() / key[:32]
+        self.folder = expanded(cache_dir) / key[:32]
         self.key = key
         starts = range(0, n_prompts, shard_size)
         self.shards = [Shard(i, start, min(start + shard_size, n_prompts)) for i, start in enumerate(starts)]

@@ -6,6 +6,7 @@ not get in the way of a path.
 
 from pathlib import Path
 
+from bruno_ray.files import expanded
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.settings import sources
 
@@ -13,7 +14,7 @@ from bruno_ray.settings import sources
 def find_run(reference: str) -> RunDirectory:
     """The run at a path or of a name. Raises OutputError if there is none, SettingsError as `sources.load`."""
     if is_path(reference):
-        return RunDirectory.open(Path(reference).expanduser())
+        return RunDirectory.open(expanded(reference))
     return RunDirectory.find(reference, output_directory())
 
 

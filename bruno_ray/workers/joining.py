@@ -22,7 +22,7 @@ def cluster_address(settings: RaySettings) -> str | None:
 
 def no_cluster(settings: RaySettings, reason: str) -> SettingsError:
     """What is said when there is no cluster at the address that is set."""
-    where = "ray.address" if settings.address else "RAY_ADDRESS"
+    where = "ray.address" if settings.address else "RAY_ADDRESS (unset, it leaves Ray to be started here)"
     return SettingsError(
         f"no Ray cluster at {cluster_address(settings)} ({reason}): check {where}, start it first, or set"
         " RAY_AUTH_MODE=token if it asks for a token"

@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from bruno_ray.errors import WorkerError
-from bruno_ray.files import atomic_directory, cache_folder, output_errors, require_free_space, size_text
+from bruno_ray.files import atomic_directory, cache_folder, expanded, output_errors, require_free_space, size_text
 
 logger = logging.getLogger(__name__)
 
@@ -98,5 +98,5 @@ class Folders:
 
 def absolute_if_folder(name: str) -> str:
     """The full path of a model that is a folder here, so that it means the same in every process."""
-    path = Path(name).expanduser()
+    path = expanded(name)
     return str(path.resolve()) if path.is_dir() else name

@@ -2,8 +2,8 @@
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
+from bruno_ray.files import expanded
 from cluster.errors import ClusterSettingsError
 
 logger = logging.getLogger(__name__)
@@ -45,7 +45,7 @@ def model_size(model: str) -> ModelSize:
 
     Raises `ClusterSettingsError` where neither is found.
     """
-    folder = Path(model).expanduser()
+    folder = expanded(model)
     if folder.is_dir():
         return _weights({path.name: path.stat().st_size for path in folder.iterdir() if path.is_file()}, None, model)
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from bruno_ray.errors import SettingsError
+from bruno_ray.files import expanded
 
 VARIABLE = "BRUNO_API_KEY"
 LEAST_CHARACTERS = 16
@@ -31,7 +32,7 @@ def known_hashes(keys_file: Path | None, environment: Mapping[str, str] = os.env
     hashes = []
     if keys_file is not None:
         try:
-            lines = Path(keys_file).expanduser().read_text(encoding="utf-8").splitlines()
+            lines = expanded(keys_file).read_text(encoding="utf-8").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             reason = getattr(error, "strerror", None) or "not a text file"
             raise SettingsError(f"cannot read keys_file {keys_file} ({reason}): check the path") from error

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from bruno_ray.errors import BrunoError, SettingsError
+from bruno_ray.files import expanded
 from bruno_ray.model.locating import is_gguf
 from bruno_ray.model.named_models import find_named
 from bruno_ray.runs import records
@@ -169,7 +170,7 @@ class Catalog:
         return key
 
     def _add_models(self, reference: str, quantization: str) -> None:
-        path = Path(reference).expanduser()
+        path = expanded(reference)
         on_hub = not path.exists() and HUB_ID.fullmatch(reference) and "/" in reference
         if on_hub or find_named(reference) or path.suffix.lower() == ".gguf":
             model = ModelSettings(id=reference, quantization=quantization)
