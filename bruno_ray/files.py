@@ -26,7 +26,7 @@ SAMPLE_BYTES = 1024**2
 REASONS = {
     errno.ENOSPC: "the disk is full: free some space or choose another output.directory",
     errno.EDQUOT: "the disk quota is used up: free some space or choose another output.directory",
-    errno.EFBIG: "the file is larger than this file system allows: set a smaller output.max_shard_size",
+    errno.EFBIG: "the file is larger than this file system allows: choose another output.directory",
     errno.EACCES: "no permission to write there: choose another output.directory",
     errno.EPERM: "no permission to write there: choose another output.directory",
     errno.EROFS: "the file system is read-only: choose another output.directory",
@@ -104,7 +104,7 @@ def atomic_file(path: Path, durable: bool = True) -> Iterator[Path]:
     try:
         yield aside
         if durable:
-            _flush(aside)
+            flush(aside)
         os.replace(aside, path)
     finally:
         aside.unlink(missing_ok=True)
@@ -138,7 +138,7 @@ def whole_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     try:
         yield aside
         for place in (aside, *aside.rglob("*")):
-            _flush(place)
+            flush(place)
         if replace and path.exists():
             shutil.rmtree(path)
         os.rename(aside, path)
@@ -175,7 +175,7 @@ def _aside(path: Path) -> Path:
     return path.with_name(f"{owner}{os.getpid()}-{uuid.uuid4().hex[:8]}")
 
 
-def _flush(place: Path) -> None:
+def flush(place: Path) -> None:
     """fsync a file or a folder, so that the rename never outlives the content."""
     descriptor = os.open(place, os.O_RDONLY)
     try:

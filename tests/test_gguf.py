@@ -206,7 +206,7 @@ def test_a_saved_model_is_full_and_clean(family: str, tmp_path: Path) -> None:
     settings = ModelSettings(id=str(file), device_map="cpu")
     loaded = load_model(settings)
     bank = make_bank(loaded.architecture.n_layers)
-    save_model(settings, EDIT, bank, saved, card="---\n---\n")
+    save_model(settings, EDIT, bank, saved, card=lambda _: "---\n---\n")
     reloaded = load(saved)
     inputs = batch(2)
     unedited = logits(loaded.model, inputs)

@@ -20,8 +20,8 @@ from bruno_ray.model.locating import locate
 from bruno_ray.model.named_models import NAMED_MODELS, NamedModel, named_folder
 from bruno_ray.prompts.rendering import render
 from bruno_ray.prompts.sets import Prompt
+from bruno_ray.publishing.base import source_folder
 from bruno_ray.publishing.card import render_card
-from bruno_ray.publishing.saving import source_folder
 from bruno_ray.runs.records import RunRecord, ScoresRecord, SelectedRecord
 from bruno_ray.settings import ModelSettings, Settings
 from serve.catalog.catalog import Catalog

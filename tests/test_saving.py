@@ -113,7 +113,7 @@ def base(tmp_path) -> Path:
 
 
 def save(base: Path, bank, folder: Path, **options):
-    return save_model(ModelSettings(id=str(base)), EDIT, bank, folder, card="# card\n", **options)
+    return save_model(ModelSettings(id=str(base)), EDIT, bank, folder, card=lambda _: "# card\n", **options)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "mixtral", "gpt2", "gemma3"])
@@ -152,10 +152,14 @@ def test_folder_is_complete_and_carries_the_originals(tmp_path, base):
     assert os.listdir(tmp_path) and not [name for name in os.listdir(tmp_path) if "partial" in name]
 
 
-def test_large_models_are_split_into_shards(tmp_path, base):
-    save(base, make_bank(base), tmp_path / "out", max_shard_size="40KB")
+def test_a_base_that_must_be_loaded_is_split_into_shards(tmp_path, base):
+    torch.save(load_file(base / "model.safetensors"), base / "pytorch_model.bin")
+    (base / "model.safetensors").unlink()
+    bank = make_bank(base)
+    save(base, bank, tmp_path / "out", max_shard_size="40KB")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     assert (tmp_path / "out" / "model.safetensors.index.json").exists()
+    torch.testing.assert_close(disk_logits(tmp_path / "out"), live_logits(base, bank), rtol=1e-4, atol=1e-4)
 
 
 def test_existing_folder_is_left_alone(tmp_path, base):
@@ -171,7 +175,7 @@ def test_edit_that_overflows_the_dtype_writes_nothing(tmp_path):
     bank = {name: directions * 1e4 for name, directions in make_bank(base).items()}
     edit = Edit(EDIT.components, EDIT.direction_set, None, "none")
     with pytest.raises(ModelError, match="not finite"):
-        save_model(ModelSettings(id=str(base)), edit, bank, tmp_path / "out", card="")
+        save_model(ModelSettings(id=str(base)), edit, bank, tmp_path / "out", card=lambda _: "")
     assert os.listdir(tmp_path) == ["base"]
 
 

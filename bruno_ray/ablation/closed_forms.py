@@ -179,10 +179,11 @@ def factors(
     return factors_from(directions.cpu(), strength, norm_mode, rho, response).to(directions.device)
 
 
-def apply_to_weight(weight: Float[Tensor, "d in"], factors: Factors) -> Float[Tensor, "d in"]:
-    """The edited weight, float32."""
-    edited = torch.addmm(weight.float(), factors.left.T, factors.right @ weight.float(), alpha=-1)
-    return edited if factors.scale is None else factors.scale[:, None] * edited
+def apply_to_weight(weight: Float[Tensor, "d in"], factors: Factors, in_place: bool = False) -> Float[Tensor, "d in"]:
+    """The edited weight, float32; with ``in_place``, which wants a float32 weight, in the memory of the weight."""
+    removed = factors.right @ weight.float()
+    edited = torch.addmm(weight.float(), factors.left.T, removed, alpha=-1, out=weight if in_place else None)
+    return edited if factors.scale is None else edited.mul_(factors.scale[:, None])
 
 
 def apply_to_output(

@@ -23,12 +23,13 @@ from bruno_ray.settings import PromptSet, Settings
 UNESSENTIAL = {"ray", "output"}
 
 
-def render_card(record: RunRecord, base_license: dict[str, str] | None = None) -> str:
+def render_card(record: RunRecord, base_license: dict[str, str] | None = None, mtp: str = "") -> str:
     """README.md of the saved model, front matter included.
 
     Args:
         record: the run, with a selected trial.
         base_license: `license` and relatives of the base model's card, see `license_of`.
+        mtp: what became of layers for multi-token prediction, see `SavedModel`.
 
     Raises:
         OutputError: no trial is selected.
@@ -49,6 +50,7 @@ def render_card(record: RunRecord, base_license: dict[str, str] | None = None) -
             attribution=named.attribution if (named := find_named(settings.model.id)) else "",
             behaviour=behaviour_name(settings),
             searched_in=searched_in(record),
+            mtp=wording.MTP[mtp],
             direction=wording.direction_phrase(selected.edit),
             direction_options=direction_options(settings),
             edit=selected.edit,

@@ -1,64 +1,64 @@
-"""Save an edited model: bake, write aside, check, rename, then measure what lies on the disk.
+"""Save an edited model: write aside, check, rename, then measure what lies on the disk.
 
-Only weights change. They are read from the base model unquantised and in the dtype they are stored in, edited in
-float32 and cast back. Every other file (tokenizer, chat template, generation config, processor, licence) is the base
-model's own, with its words made readable for transformers 4.57 as well (``transformers4.py``).
+A saved model is the base model's files with other weights (``shards.py``): tensors that the edit changes are computed
+in float32 and cast back to the dtype they are stored in, everything else is copied. Where the files do not hold the
+weights as the model class has them, the model is loaded, baked and written by transformers (``whole_model.py``).
 """
 
-import datetime
-import json
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import huggingface_hub
-import torch
-from huggingface_hub.errors import HTTPError
-from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, PreTrainedConfig
 
 from bruno_ray import __version__
-from bruno_ray.ablation.baking import bake
 from bruno_ray.ablation.closed_forms import DirectionBank
 from bruno_ray.ablation.edit import Edit
-from bruno_ray.errors import ModelError, OutputError
+from bruno_ray.errors import OutputError
 from bruno_ray.files import atomic_directory, require_free_space, size_text, write_json, write_text
-from bruno_ray.model.loading import LoadedModel, load_model
-from bruno_ray.model.locating import locate
-from bruno_ray.prompts.dates import dated, template_of
+from bruno_ray.model.checkpoint import INDEX_FILE
+from bruno_ray.model.loading import fingerprint, load_model
+from bruno_ray.progress import phase
+from bruno_ray.publishing.base import BaseModel, StoredModel, find_base, find_stored, source_folder
 from bruno_ray.publishing.card import license_of, render_card
-from bruno_ray.publishing.transformers4 import readable_config, readable_processor_files, readable_tokenizer_config
+from bruno_ray.publishing.companions import copy_companions, make_readable
+from bruno_ray.publishing.resuming import resumable_directory
+from bruno_ray.publishing.shards import ShardCopies, StoredEdit
+from bruno_ray.publishing.whole_model import bake_whole, drop_mtp, write_whole
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import ScoresRecord, SelectedRecord
 from bruno_ray.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
 
-# What a checkpoint has beside its weights and its config.json.
-COMPANION_FILES = (
-    "tokenizer*", "vocab*", "merges.txt", "*.model", "*.tiktoken", "tekken.json", "special_tokens_map.json",
-    "added_tokens.json", "chat_template*", "additional_chat_templates/*", "generation_config.json",
-    "*processor_config.json", "LICENSE*", "NOTICE*", "USE_POLICY*",
-)  # fmt: skip
-CODE_FILES = ("*.py",)
-
-# Texts on which a tokenizer shows its habits: leading spaces, digits, case, accents, newlines, code, other scripts.
-TOKENIZER_PROBES = (
-    "Hello world", " leading and  double spaces ", "12345 + 67,890.12", "It's DON'T we'll",
-    "na\u00efve caf\u00e9 \u00a3\u20ac", "line one\n\n\tline two\r\n", "def f(x):\n    return x**2",
-    "\u4f60\u597d \u041f\u0440\u0438\u0432\u0435\u0442 \U0001f600", "",
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class SavedModel:
     folder: Path
     dtype: str
+    """What the edited weights are stored in."""
+
     n_parameters: int
     n_bytes: int
     """Of the weights."""
+
+    mtp: str = ""
+    """What became of layers for multi-token prediction: "left", "edited" or "dropped"; "" where there are none."""
+
+
+@dataclass(frozen=True)
+class Papers:
+    """What a saved model says of itself."""
+
+    card: Callable[[str], str]
+    """`SavedModel.mtp` -> README.md, front matter included."""
+
+    edit: Edit
+    origin: dict[str, Any]
+    """Further entries of bruno.json, such as run and trial."""
 
 
 def save_model(
@@ -67,54 +67,105 @@ def save_model(
     bank: DirectionBank,
     folder: Path,
     *,
-    card: str,
+    card: Callable[[str], str],
     max_shard_size: str = "5GB",
+    mtp: Literal["leave", "edit"] = "leave",
     origin: dict[str, Any] | None = None,
 ) -> SavedModel:
-    """Bake ``edit`` into the base model and write it to ``folder``, complete or not at all.
+    """Write the base model with ``edit`` in its weights to ``folder``, complete or not at all.
+
+    A save that was killed goes on from where it was when it is asked for again.
 
     Args:
         settings: the base model; its quantisation and dtypes are those of the search and do not count here.
         edit, bank: the edit and the direction bank it refers to.
         folder: must not exist yet.
-        card: README.md of the folder, front matter included.
-        max_shard_size: largest safetensors file, such as "5GB".
+        card: `SavedModel.mtp` -> README.md of the folder, front matter included.
+        max_shard_size: largest safetensors file, such as "5GB", of a base model that must be loaded to be saved. The
+            files of any other keep their size.
+        mtp: whether layers for multi-token prediction are edited as the last layer is.
         origin: further entries of bruno.json, such as run and trial.
 
     Raises:
-        OutputError: the folder exists, cannot be written, or the disk is too full.
-        ModelError: the base model cannot be loaded, or its stored weights are quantised.
+        OutputError: the folder exists, cannot be written, another process is writing it, the disk is too full, or what
+            was written is not what was meant.
+        ModelError: the base model cannot be found or loaded, its files are damaged, or the edited weights are not
+            finite in the stored dtype.
     """
+    folder = Path(folder).absolute()
     if folder.exists():
         raise OutputError(f"{folder} exists already: choose another folder or remove it first")
-    source = source_folder(settings)
-    loaded = load_model(settings, full_precision=True)
-    n_bytes = sum(p.numel() * p.element_size() for p in loaded.model.parameters())
-    require_free_space(folder, n_bytes, f"saving {settings.id}")
-    bake(loaded.architecture, edit, bank)
-    check_finite(loaded)
+    papers = Papers(card, edit, origin or {})
+    base = find_base(settings)
+    stored = find_stored(base, edit_mtp=mtp == "edit")
+    if stored is None:
+        saved = _save_loaded(base, edit, bank, folder, papers, max_shard_size)
+    else:
+        saved = _save_stored(base, stored, edit, bank, folder, papers)
+    logger.info("saved %s: %s in %s", folder, size_text(saved.n_bytes), saved.dtype)
+    return saved
+
+
+def _save_stored(
+    base: BaseModel, stored: StoredModel, edit: Edit, bank: DirectionBank, folder: Path, papers: Papers
+) -> SavedModel:
+    """Copy the base model's files with the edit in them."""
+    with resumable_directory(folder, stored.key(edit, bank, __version__)) as partial:
+        missing = [file.stat().st_size for file in stored.files if file.name not in partial.complete]
+        require_free_space(folder, sum(missing), f"saving {base.settings.id}")
+        copies = ShardCopies(stored.files, StoredEdit(stored.architecture, edit, bank), partial)
+        with phase("saving", copies.progress):
+            digests = copies.write()
+        for name in ("config.json", *((INDEX_FILE,) if stored.is_indexed else ())):
+            shutil.copyfile(base.folder / name, partial.folder / name)
+        saved = SavedModel(folder, stored.dtype, stored.n_parameters, stored.n_bytes, stored.mtp)
+        _finish(base, base.config, partial.folder, papers, saved, sha256=digests)
+    return saved
+
+
+def _save_loaded(
+    base: BaseModel, edit: Edit, bank: DirectionBank, folder: Path, papers: Papers, max_shard_size: str
+) -> SavedModel:
+    """Load the model, bake the edit into it and let transformers write it."""
+    loaded = load_model(base.settings, full_precision=True)
+    parameters = list(loaded.model.parameters())
+    n_bytes = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    require_free_space(folder, n_bytes, f"saving {base.settings.id}")
+    bake_whole(loaded, edit, bank)
+    saved = SavedModel(folder, loaded.dtype, sum(parameter.numel() for parameter in parameters), n_bytes)
     with atomic_directory(folder) as aside:
-        loaded.model.save_pretrained(aside, max_shard_size=max_shard_size)
-        _copy_companions(source, aside, code=settings.trust_remote_code)
-        _make_readable(loaded, source, aside, settings.trust_remote_code)
-        (aside / "README.md").write_text(card, encoding="utf-8")
-        write_json(
-            aside / "bruno.json",
-            {
-                "bruno_ray": __version__,
-                "base_model": {
-                    "id": settings.id,
-                    **({"gguf_file": settings.gguf_file} if settings.gguf_file else {}),
-                    "revision": settings.revision,
-                    "fingerprint": loaded.fingerprint,
-                },
-                "edit": edit.to_dict(),
-                **(origin or {}),
+        write_whole(loaded, aside, max_shard_size, base.settings.trust_remote_code)
+        if drop_mtp(aside / "config.json", base.folder / "config.json"):
+            logger.warning("the layers for multi-token prediction are not saved, and config.json says so")
+            saved = replace(saved, mtp="dropped")
+        config = AutoConfig.from_pretrained(aside, trust_remote_code=base.settings.trust_remote_code)
+        _finish(base, config, aside, papers, saved)
+    return saved
+
+
+def _finish(
+    base: BaseModel, config: PreTrainedConfig, aside: Path, papers: Papers, saved: SavedModel, **facts: Any
+) -> None:
+    """Everything but weights and config.json."""
+    settings = base.settings
+    copy_companions(base.folder, aside, code=settings.trust_remote_code)
+    make_readable(config, base.tokenizer, base.folder, aside, settings.trust_remote_code)
+    (aside / "README.md").write_text(papers.card(saved.mtp), encoding="utf-8")
+    write_json(
+        aside / "bruno.json",
+        {
+            "bruno_ray": __version__,
+            "base_model": {
+                "id": settings.id,
+                **({"gguf_file": settings.gguf_file} if settings.gguf_file else {}),
+                "revision": settings.revision,
+                "fingerprint": f"{fingerprint(base.source, base.config, base.tokenizer)}:none:{saved.dtype}",
             },
-        )
-    n_parameters = sum(p.numel() for p in loaded.model.parameters())
-    logger.info("saved %s: %s in %s", folder, size_text(n_bytes), loaded.dtype)
-    return SavedModel(folder, loaded.dtype, n_parameters, n_bytes)
+            "edit": papers.edit.to_dict(),
+            **facts,
+            **papers.origin,
+        },
+    )
 
 
 def save_selected(
@@ -147,8 +198,9 @@ def save_selected(
         Edit.from_dict(record.selected.edit),
         run.load_directions(),
         folder,
-        card=render_card(record, base_license),
+        card=lambda mtp: render_card(record, base_license, mtp),
         max_shard_size=record.settings.output.max_shard_size,
+        mtp=record.settings.output.mtp,
         origin={"run": run.name, "trial": record.selected.number},
     )
     scores = ScoresRecord.of(evaluate(folder))
@@ -158,117 +210,5 @@ def save_selected(
     else:
         run.update(saved_elsewhere={str(folder): selected.number})
         record = record.model_copy(update={"selected": selected})
-    write_text(folder / "README.md", render_card(record, base_license))
+    write_text(folder / "README.md", render_card(record, base_license, saved.mtp))
     return saved, scores
-
-
-def source_folder(settings: ModelSettings) -> Path:
-    """Where the base model's companion files lie: its own folder, or its snapshot in the hub cache."""
-    settings = locate(settings)
-    folder = Path(settings.id)
-    if folder.is_dir():
-        return folder
-    try:
-        snapshot = huggingface_hub.snapshot_download(
-            settings.id,
-            revision=settings.revision,
-            allow_patterns=[*COMPANION_FILES, *CODE_FILES, "config.json", "README.md"],
-        )
-    except (OSError, HTTPError) as error:
-        raise ModelError(
-            f"the tokenizer files of {settings.id} cannot be fetched: check the name, the network and HF_TOKEN"
-        ) from error
-    return Path(snapshot)
-
-
-def check_finite(loaded: LoadedModel) -> None:
-    """Raise ModelError if an edited matrix holds NaN or infinity after the cast to the stored dtype."""
-    for writer in loaded.architecture.writers:
-        for matrix in writer.matrices:
-            if not torch.isfinite(matrix.read()).all():
-                raise ModelError(
-                    f"{writer.name} is not finite in {loaded.dtype} after the edit, nothing was written: pick a trial"
-                    " with smaller weights"
-                )
-
-
-def _copy_companions(source: Path, aside: Path, code: bool) -> None:
-    """Copy over whatever the base model has beside weights and config; its generation config replaces ours."""
-    (aside / "generation_config.json").unlink(missing_ok=True)  # of the neutralised model in memory
-    for pattern in (*COMPANION_FILES, *(CODE_FILES if code else ())):
-        for file in sorted(source.glob(pattern)):
-            if file.is_file():
-                target = aside / file.relative_to(source)
-                target.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, target)
-
-
-def _make_readable(loaded: LoadedModel, source: Path, aside: Path, trust: bool) -> None:
-    """Apply ``compatibility`` to the files in ``aside`` and check that this version still reads the same from them."""
-    written, original = _read_json(aside / "config.json"), _read_json(source / "config.json")
-    write_json(aside / "config.json", readable_config(written, original))
-    if not _same_config(loaded.model.config, aside, trust):
-        logger.warning("config.json is left as transformers wrote it: version 4 may misread it")
-        write_json(aside / "config.json", written)
-
-    tokenizer_file = aside / "tokenizer_config.json"
-    before = tokenizer_file.read_text(encoding="utf-8")
-    config = json.loads(before)
-    # Version 5 marks its files with `backend` and leaves add_bos_token to tokenizer.json.
-    starts_with_bos = _starts_with_bos(loaded.tokenizer) if "backend" in config else None
-    write_json(tokenizer_file, readable_tokenizer_config(config, starts_with_bos))
-    if not _same_tokens(loaded.tokenizer, aside, trust):
-        logger.warning("tokenizer_config.json is left as it was: transformers 4 may not read it")
-        tokenizer_file.write_text(before, encoding="utf-8")
-        if not _same_tokens(loaded.tokenizer, aside, trust):
-            raise OutputError(
-                f"the tokenizer of {source} does not survive saving: use a base model that has a tokenizer.json"
-            )
-
-    processor_file = aside / "processor_config.json"
-    if processor_file.is_file():
-        for name, content in readable_processor_files(_read_json(processor_file)).items():
-            if name == processor_file.name or not (aside / name).exists():
-                write_json(aside / name, content)
-
-
-def _same_config(ours: PreTrainedConfig, folder: Path, trust: bool) -> bool:
-    """Whether the config in ``folder`` can be read and describes the same model."""
-    ignored = {"_name_or_path", "transformers_version", "dtype", "architectures"}
-    try:
-        read = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-    except (KeyError, TypeError, ValueError) as error:  # how configs refuse a combination of keys
-        logger.debug("config.json with the older names cannot be read: %s", error)
-        return False
-
-    def essence(values: Any) -> Any:
-        if not isinstance(values, dict):
-            return list(values) if isinstance(values, tuple) else values
-        return {key: essence(value) for key, value in values.items() if key not in ignored}
-
-    mine, theirs = essence(ours.to_dict()), essence(read.to_dict())
-    return all(key in theirs and theirs[key] == value for key, value in mine.items())
-
-
-def _same_tokens(tokenizer: PreTrainedTokenizerBase, folder: Path, trust: bool) -> bool:
-    """Whether the tokenizer in ``folder`` splits the probes and a chat as ``tokenizer`` does."""
-    read = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust)
-    chat = [{"role": "user", "content": TOKENIZER_PROBES[0]}]
-    # A multimodal model may keep its template with the processor only, hence not with the tokenizer read here. One
-    # date for both: the first may be asked a moment before midnight.
-    template = dated(template_of(tokenizer), datetime.date.min)
-
-    def habits(one: PreTrainedTokenizerBase) -> list[list[int]]:
-        options = {"add_generation_prompt": True, "return_dict": False, "chat_template": template}
-        return [*(one(text)["input_ids"] for text in TOKENIZER_PROBES), one.apply_chat_template(chat, **options)]
-
-    return habits(read) == habits(tokenizer)
-
-
-def _starts_with_bos(tokenizer: PreTrainedTokenizerBase) -> bool:
-    ids = tokenizer(TOKENIZER_PROBES[0])["input_ids"]
-    return tokenizer.bos_token_id is not None and ids[:1] == [tokenizer.bos_token_id]
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    return json.loads(file.read_text(encoding="utf-8"))

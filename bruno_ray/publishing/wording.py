@@ -112,6 +112,14 @@ NORM_MODES = {
     "full": "row-normalised weights, row norms preserved",
 }
 
+# What the card says about layers for multi-token prediction, by what became of them.
+MTP = {
+    "": "",
+    "left": "Its layers for multi-token prediction were left as they are: what they draft may be accepted less often.",
+    "edited": "Its layers for multi-token prediction were edited as the last layer was.",
+    "dropped": "The base model's layers for multi-token prediction are not in it.",
+}
+
 
 def label(metric: str) -> str:
     """Title and unit."""

@@ -378,7 +378,12 @@ class OutputSettings(Section):
     """Run directories are made in here."""
 
     max_shard_size: str = setting("5GB", resumable=True)
-    """Largest safetensors file of a saved model."""
+    """Largest safetensors file of a saved model whose base had to be loaded to be saved (docs/models.md). Any other has
+    files like those of its base."""
+
+    mtp: Literal["leave", "edit"] = setting("leave", resumable=True)
+    """What is done with layers for multi-token prediction, the drafts of speculative decoding, which the search never
+    runs: `leave` them as they are, or `edit` them as the last layer."""
 
 
 class Settings(Section):

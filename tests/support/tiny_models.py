@@ -8,10 +8,12 @@ Weights are drawn at unit gain, not with a model's own tiny initialisation: othe
 outputs vanish beside the embedding and no edit of them would show in the logits.
 """
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedTokenizerFast
 from transformers.configuration_utils import PretrainedConfig
@@ -251,4 +253,45 @@ def write(
     """Save a tiny model and its tokenizer the way a hub repository holds them."""
     build(family, seed, dtype, **changes).save_pretrained(folder)
     build_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def write_with_mtp(folder: Path, family: str, dtype: torch.dtype = torch.float32, **changes: object) -> Path:
+    """As `write`, with a layer for multi-token prediction that no model class loads, named as on the hub.
+
+    Only for families whose published checkpoints have one: glm4_moe and deepseek_v3 keep it as a block beyond the last,
+    the qwen3 ones under `mtp`. It has the shapes of the model's last block.
+    """
+    write(folder, family, dtype=dtype, **changes)
+    config = json.loads((folder / "config.json").read_text())
+    weights = load_file(folder / "model.safetensors")
+    n_layers = config["num_hidden_layers"]
+    last = f"model.layers.{n_layers - 1}."
+    beyond = family in ("glm4_moe", "deepseek_v3")
+    block = f"model.layers.{n_layers}." if beyond else "mtp.layers.0."
+    generator = torch.Generator().manual_seed(9)
+
+    def draw(*shape: int) -> torch.Tensor:
+        return (torch.randn(shape, generator=generator) * HIDDEN**-0.5).to(dtype)
+
+    mtp = {
+        name.replace(last, block): draw(*tensor.shape) if tensor.ndim > 1 else tensor.clone()
+        for name, tensor in weights.items()
+        if name.startswith(last)
+    }
+    hidden = config["hidden_size"]
+    if beyond:
+        mtp |= {
+            f"{block}{name}.weight": torch.ones(hidden, dtype=dtype) for name in ("enorm", "hnorm", "shared_head.norm")
+        }
+        mtp |= {f"{block}eh_proj.weight": draw(hidden, 2 * hidden)}
+        mtp |= {f"{block}embed_tokens.weight": weights["model.embed_tokens.weight"].clone()}
+        mtp |= {f"{block}shared_head.head.weight": weights["lm_head.weight"].clone()}
+    else:
+        norms = ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")
+        mtp |= {f"mtp.{name}.weight": torch.ones(hidden, dtype=dtype) for name in norms}
+        mtp |= {"mtp.fc.weight": draw(hidden, 2 * hidden)}
+    save_file(weights | mtp, folder / "model.safetensors", metadata={"format": "pt"})
+    config |= {"num_nextn_predict_layers": 1} if beyond else {"mtp_num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
