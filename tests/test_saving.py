@@ -208,6 +208,75 @@ def test_config_that_cannot_carry_older_names_is_left_as_it_was(tmp_path, caplog
     torch.testing.assert_close(disk_logits(tmp_path / "out"), live_logits(base, bank), rtol=1e-4, atol=1e-4)
 
 
+TOOLS = "<s>{% for tool in tools %}{{ tool }}{% endfor %}{% for m in messages %}{{ m['content'] }}{% endfor %}"
+
+
+def with_a_list_of_templates(base: Path) -> None:
+    """As older repositories keep several: in tokenizer_config.json."""
+    file = base / "tokenizer_config.json"
+    default = (base / "chat_template.jinja").read_text()
+    (base / "chat_template.jinja").unlink()
+    templates = [{"name": "default", "template": default}, {"name": "tool_use", "template": TOOLS}]
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": templates}))
+
+
+def with_a_folder_of_templates(base: Path) -> None:
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text(TOOLS)
+
+
+@pytest.mark.parametrize("several", [with_a_list_of_templates, with_a_folder_of_templates])
+def test_several_chat_templates_are_saved(tmp_path, base, several):
+    several(base)
+    bank = make_bank(base)
+    save(base, bank, tmp_path / "out")
+    old, new = (AutoTokenizer.from_pretrained(folder) for folder in (base, tmp_path / "out"))
+    assert new.chat_template == old.chat_template and new.chat_template["tool_use"] == TOOLS
+    chat = [{"role": "user", "content": "hello"}]
+    for template in ("default", "tool_use"):
+        options = {"chat_template": template, "tools": [{"name": "x"}], "return_dict": False}
+        assert new.apply_chat_template(chat, **options) == old.apply_chat_template(chat, **options)
+    torch.testing.assert_close(disk_logits(tmp_path / "out"), live_logits(base, bank), rtol=1e-4, atol=1e-4)
+
+
+# ----- from the hub -----
+
+
+def in_the_hubs_cache(folder: Path, cache: Path, monkeypatch) -> str:
+    """The files of a folder as huggingface_hub keeps those of a repository: blobs, and a snapshot of links to them."""
+    place, commit = cache / "models--me--mine", "0123456789abcdef0123456789abcdef01234567"
+    for name in ("blobs", "refs", f"snapshots/{commit}"):
+        (place / name).mkdir(parents=True)
+    (place / "refs" / "main").write_text(commit)
+    for file in folder.iterdir():
+        shutil.copyfile(file, place / "blobs" / file.name)
+        (place / "snapshots" / commit / file.name).symlink_to(f"../../blobs/{file.name}")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return commit
+
+
+def test_a_model_of_the_hub_is_saved_from_its_cache(tmp_path, monkeypatch):
+    base = tmp_path / "base"
+    tiny_models.build("llama").save_pretrained(base, max_shard_size="40KB")
+    tiny_models.build_tokenizer().save_pretrained(base)
+    bank = make_bank(base)
+    save(base, bank, tmp_path / "from folder")
+    commit = in_the_hubs_cache(base, tmp_path / "cache", monkeypatch)
+    save_model(ModelSettings(id="me/mine"), EDIT, bank, tmp_path / "from hub", card=lambda _: "# card\n")
+    for file in (tmp_path / "from folder").iterdir():
+        if file.name != "bruno.json":
+            assert (tmp_path / "from hub" / file.name).read_bytes() == file.read_bytes()
+    assert not any(file.is_symlink() for file in (tmp_path / "from hub").iterdir())
+    facts = json.loads((tmp_path / "from hub" / "bruno.json").read_text())
+    assert (facts["base_model"]["id"], facts["base_model"]["commit"]) == ("me/mine", commit)
+    missing = min(base.glob("model-*.safetensors")).name
+    (tmp_path / "cache" / "models--me--mine" / "snapshots" / commit / missing).unlink()
+    with pytest.raises(ModelError, match=missing):
+        save_model(ModelSettings(id="me/mine"), EDIT, bank, tmp_path / "again", card=lambda _: "")
+    assert not (tmp_path / "again").exists()
+
+
 # ----- measured from disk -----
 
 

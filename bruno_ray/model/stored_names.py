@@ -181,8 +181,6 @@ def _without(names: Iterable[str], patterns: Iterable[str] | None) -> list[str]:
 def forget_quantisation(model: PreTrainedModel) -> None:
     """For a model that was dequantised while it was loaded. transformers would save it under the names of the packed
     weights; without its memory of how it was read it writes the names of the model class."""
-    if getattr(model, "hf_quantizer", None) is None and not getattr(model.config, "quantization_config", None):
-        return
     attributes = vars(model)
     attributes["hf_quantizer"] = attributes["_weight_conversions"] = None
     for config in (model.config, *(getattr(model.config, key, None) for key in model.config.sub_configs)):

@@ -50,6 +50,11 @@ class BaseModel:
     tokenizer: PreTrainedTokenizerBase
 
     @property
+    def commit(self) -> str:
+        """Of the hub's repository, after which its snapshots are named; empty for a folder."""
+        return "" if Path(self.source).is_dir() else self.folder.name
+
+    @property
     def is_quantised(self) -> bool:
         """Whether the weights are stored in another form than that of the model class."""
         config = read_json(self.folder / "config.json")

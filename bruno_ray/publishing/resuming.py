@@ -72,7 +72,7 @@ def resumable_directory(path: Path, key: str) -> Iterator[PartialFolder]:
         OutputError: ``path`` exists, cannot be written, or another process is writing it.
     """
     path = Path(path).absolute()
-    place = path.with_name(f".{path.name}.partial")
+    place = path.with_name(f".{path.name}.partial-resumable")
     with output_errors(path):
         lock = _enter(path, place)
         try:

@@ -134,11 +134,12 @@ def _save_loaded(
     bake_whole(loaded, edit, bank)
     saved = SavedModel(folder, loaded.dtype, sum(parameter.numel() for parameter in parameters), n_bytes)
     with atomic_directory(folder) as aside:
-        write_whole(loaded, aside, max_shard_size, base.settings.trust_remote_code)
+        trust = base.settings.trust_remote_code
+        write_whole(loaded, aside, max_shard_size, dequantised=base.is_quantised, trust_remote_code=trust)
         if drop_mtp(aside / "config.json", base.folder / "config.json"):
             logger.warning("the layers for multi-token prediction are not saved, and config.json says so")
             saved = replace(saved, mtp="dropped")
-        config = AutoConfig.from_pretrained(aside, trust_remote_code=base.settings.trust_remote_code)
+        config = AutoConfig.from_pretrained(aside, trust_remote_code=trust)
         _finish(base, config, aside, papers, saved)
     return saved
 
@@ -159,6 +160,7 @@ def _finish(
                 "id": settings.id,
                 **({"gguf_file": settings.gguf_file} if settings.gguf_file else {}),
                 "revision": settings.revision,
+                **({"commit": base.commit} if base.commit else {}),
                 "fingerprint": f"{fingerprint(base.source, base.config, base.tokenizer)}:none:{saved.dtype}",
             },
             "edit": papers.edit.to_dict(),

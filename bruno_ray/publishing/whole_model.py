@@ -27,7 +27,7 @@ MTP_COUNTS = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_laye
 
 
 def bake_whole(loaded: LoadedModel, edit: Edit, bank: DirectionBank) -> None:
-    """Bake the edit into the model in memory, and forget that its files were quantised.
+    """Bake the edit into the model in memory.
 
     Raises:
         ModelError: an edited matrix is still quantised, or is not finite in the stored dtype.
@@ -40,16 +40,28 @@ def bake_whole(loaded: LoadedModel, edit: Edit, bank: DirectionBank) -> None:
                     f"{writer.name} is not finite in {loaded.dtype} after the edit, nothing was written: pick a trial"
                     " with smaller weights"
                 )
-    forget_quantisation(cast(PreTrainedModel, loaded.model))
 
 
-def write_whole(loaded: LoadedModel, aside: Path, max_shard_size: str, trust_remote_code: bool = False) -> None:
+def write_whole(
+    loaded: LoadedModel,
+    aside: Path,
+    max_shard_size: str,
+    *,
+    dequantised: bool = False,
+    trust_remote_code: bool = False,
+) -> None:
     """Write weights and config.json of the model in memory into ``aside``.
+
+    Args:
+        dequantised: the files that the model was loaded from are quantised.
 
     Raises:
         OutputError: the files are not what the model class loads: a tensor is missing, not known, or of another kind.
     """
-    cast(PreTrainedModel, loaded.model).save_pretrained(aside, max_shard_size=max_shard_size)
+    model = cast(PreTrainedModel, loaded.model)
+    if dequantised:
+        forget_quantisation(model)
+    model.save_pretrained(aside, max_shard_size=max_shard_size)
     tensors = {name: tensor for file in weight_files(aside) for name, tensor in read_header(file).items()}
     config = AutoConfig.from_pretrained(aside, trust_remote_code=trust_remote_code)
     wrong = misfits(empty_model(config, trust_remote_code), tensors)
