@@ -107,11 +107,23 @@ def test_a_model_that_was_not_measured_from_disk_says_so(tmp_path):
     assert "not measured yet" in render_card(finished.run.read())
 
 
+def test_it_says_what_became_of_layers_for_multi_token_prediction(finished):
+    record = finished.run.read()
+    assert "multi-token" not in render_card(record)
+    texts = {mtp: render_card(record, mtp=mtp) for mtp in ("left", "edited", "dropped")}
+    assert "multi-token prediction were left as they are" in texts["left"]
+    assert "multi-token prediction were edited as the last layer" in texts["edited"]
+    assert "multi-token prediction are not in it" in texts["dropped"]
+
+
 def test_the_settings_in_the_card_make_the_same_run(finished, card):
     toml = card.text.split("```toml\n")[1].split("```")[0]
     settings = finished.record.settings
     again = Settings.model_validate(tomllib.loads(toml))
     assert again == settings.model_copy(update={"output": again.output, "ray": again.ray})
+    edited = settings.model_copy(update={"output": settings.output.model_copy(update={"mtp": "edit"})})
+    assert tomllib.loads(reproduction_config(edited))["output"] == {"mtp": "edit"}
+    assert "output" not in tomllib.loads(toml)
 
 
 def test_nothing_of_this_machine_is_published(tmp_path):

@@ -1,5 +1,6 @@
 """What a saved model's files hold: the base's, byte for byte, with the live edit in the matrices that it changes."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -164,21 +165,25 @@ def test_a_damaged_base_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_files_that_are_not_what_was_written_are_noticed(tmp_path: Path) -> None:
-    """A flipped bit in a copied tensor, in an edited one, or in the header."""
+    """A flipped bit in the header, in a copied tensor or in an edited one; a file that is too short or too long."""
     base = tiny_models.write(tmp_path / "base")
-    save(base, tmp_path / "out")
     stored = find_stored(find_base(ModelSettings(id=str(base))))
-    source, target = base / "model.safetensors", tmp_path / "out" / "model.safetensors"
+    source, target = base / "model.safetensors", tmp_path / "copy.safetensors"
     copies = ShardCopies([source], StoredEdit(stored.architecture, FULL, make_bank(tiny_models.LAYERS)), None)
     changes = copies._changes[source]
-    digest = json.loads((tmp_path / "out" / "bruno.json").read_text())["sha256"][target.name]
-    copies._check(source, target, changes, digest)
+    edited = copies._copy(source, target, changes)
     content = target.read_bytes()
-    places = [9, read_header(source)["model.norm.weight"].start, changes[0].start]
-    for place in places:
+    assert copies._check(source, target, edited) == hashlib.sha256(content).hexdigest()
+    for place in (9, read_header(source)["model.norm.weight"].start, changes[0].start):
         target.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
-        with pytest.raises((OutputError, ModelError)):
-            copies._check(source, target, changes, digest)
+        with pytest.raises(OutputError, match="does not hold what was written"):
+            copies._check(source, target, edited)
+    target.write_bytes(content + b"x")
+    with pytest.raises(OutputError, match="its length"):
+        copies._check(source, target, edited)
+    target.write_bytes(content[:-1])
+    with pytest.raises(ModelError, match="shorter"):
+        copies._check(source, target, edited)
 
 
 # ----- multi-token prediction -----

@@ -168,7 +168,7 @@ def test_a_header_tells_where_each_tensor_lies(tmp_path: Path) -> None:
         assert content[tensor.start : tensor.end] == weights[name].numpy().tobytes()
 
 
-@pytest.mark.parametrize("damage", ["cut", "longer", "empty", "no header", "not json"])
+@pytest.mark.parametrize("damage", ["cut", "longer", "empty", "no header", "not json", "shape"])
 def test_damaged_files_are_refused_in_one_line(tmp_path: Path, damage: str) -> None:
     file = tmp_path / "model.safetensors"
     save_file({"a": torch.ones(100)}, file)
@@ -180,6 +180,7 @@ def test_damaged_files_are_refused_in_one_line(tmp_path: Path, damage: str) -> N
             "empty": b"",
             "no header": (10**12).to_bytes(8, "little") + content[8:],
             "not json": content[:8] + b"!" + content[9:],
+            "shape": content.replace(b"[100]", b"[101]"),
         }[damage]
     )
     with pytest.raises(ModelError, match="download it again"):

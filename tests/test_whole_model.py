@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from bruno_ray.ablation.baking import bake
 from bruno_ray.errors import ModelError, OutputError
 from bruno_ray.model.architectures import find_architecture
 from bruno_ray.model.loading import LoadedModel
@@ -82,6 +83,21 @@ def test_what_it_checks_holds_for_other_names(tmp_path: Path, family: str) -> No
     save_model(ModelSettings(id=str(base)), FULL, bank, tmp_path / "out", card=lambda _: "")
     saved = load_file(tmp_path / "out" / "model.safetensors")
     assert saved.keys() == torch.load(base / "pytorch_model.bin").keys()
+
+
+def test_a_tensor_in_two_files_is_saved_as_it_is_loaded(tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    tiny_models.build("llama").save_pretrained(base, max_shard_size="40KB")
+    tiny_models.build_tokenizer().save_pretrained(base)
+    first, *_, last = sorted(base.glob("model-*.safetensors"))
+    name, other = "model.layers.1.mlp.down_proj.weight", torch.randn(32, 48)
+    for file in (first, last):
+        save_file(load_file(file) | {name: other}, file, metadata={"format": "pt"})
+    save(base, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(base).eval()
+    bake(find_architecture(model), FULL, make_bank(tiny_models.LAYERS))
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    assert torch.equal(logits(saved, batch(2)), logits(model, batch(2)))
 
 
 def test_a_dequantised_model_is_saved_under_the_names_of_its_class(tmp_path: Path) -> None:

@@ -46,6 +46,11 @@ class StoredTensor:
     def end(self) -> int:
         return self.start + self.n_bytes
 
+    @property
+    def is_float(self) -> bool:
+        """Whether it holds numbers as they are, in a dtype that an edit can be computed from."""
+        return self.dtype in FLOATS
+
     def numel(self) -> int:
         count = 1
         for size in self.shape:
@@ -81,7 +86,8 @@ def read_header(file: Path) -> dict[str, StoredTensor]:
         raise ModelError(f"{file} is damaged, its header cannot be read: download it again") from error
     found.sort(key=lambda tensor: (tensor.start, tensor.end))
     ends = [first, *(tensor.end for tensor in found)]
-    if [*(tensor.start for tensor in found), size] != ends or any(tensor.n_bytes < 0 for tensor in found):
+    fits = all(tensor.n_bytes == tensor.numel() * FLOATS[tensor.dtype].itemsize for tensor in found if tensor.is_float)
+    if [*(tensor.start for tensor in found), size] != ends or any(tensor.n_bytes < 0 for tensor in found) or not fits:
         raise ModelError(f"{file} is damaged or cut off, its tensors do not fill it: download it again")
     return {tensor.name: tensor for tensor in found}
 
@@ -126,7 +132,7 @@ class StoredMatrix(Matrix):
 
     @property
     def quantized(self) -> bool:
-        return self.tensor.dtype not in FLOATS
+        return not self.tensor.is_float
 
     @property
     def device(self) -> torch.device:

@@ -141,7 +141,11 @@ def find_stored(base: BaseModel, edit_mtp: bool = False) -> StoredModel | None:
     if not files:
         logger.info("%s has no safetensors: it is loaded to be saved", base.settings.id)
         return None
-    tensors = {name: tensor for file in files for name, tensor in read_header(file).items()}
+    headers = [read_header(file) for file in files]
+    tensors = {name: tensor for header in headers for name, tensor in header.items()}
+    if len(tensors) < sum(map(len, headers)):  # which of them transformers takes is its own affair
+        logger.info("%s has tensors in two files: it is loaded to be saved", base.settings.id)
+        return None
     model = empty_model(base.config, base.settings.trust_remote_code)
     architecture = find_architecture(model)
     names = map_names(model, tensors)

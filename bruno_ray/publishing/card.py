@@ -19,8 +19,8 @@ from bruno_ray.publishing.training_account import source_lines
 from bruno_ray.runs.records import RunRecord
 from bruno_ray.settings import PromptSet, Settings
 
-# Sections of the settings that decide where and how fast a run goes, not what comes out.
-UNESSENTIAL = {"ray", "output"}
+# Settings that decide where and how fast a run goes, not what comes out.
+UNESSENTIAL = {"ray": True, "output": {"directory": True, "max_shard_size": True}}
 
 
 def render_card(record: RunRecord, base_license: dict[str, str] | None = None, mtp: str = "") -> str:
@@ -111,6 +111,8 @@ def license_of(folder: Path) -> dict[str, str]:
 def reproduction_config(settings: Settings) -> str:
     """The settings that differ from the defaults, as TOML, without paths of this machine."""
     values = settings.model_dump(mode="json", exclude_defaults=True, exclude=UNESSENTIAL)
+    if not values.get("output", True):
+        del values["output"]
     values.get("study", {}).pop("storage", None)
     values.get("residuals", {}).pop("cache_dir", None)
     return tomli_w.dumps(_publishable(values))

@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -145,48 +145,65 @@ class ShardCopies:
     def _one(self, source: Path, known: str | None) -> str:
         target = self._partial.folder / source.name
         if known is not None and self._hash(target) == known:
+            self._count(target.stat().st_size)
             return known
-        changes = self._changes.get(source, [])
-        digest = self._copy(source, target, changes)
+        edited = self._copy(source, target, self._changes.get(source, []))
         flush(target)
-        self._check(source, target, changes, digest)
+        digest = self._check(source, target, edited)
         self._partial.completed(source.name, digest)
         return digest
 
-    def _copy(self, source: Path, target: Path, changes: list[Change]) -> str:
-        digest = hashlib.sha256()
+    def _copy(self, source: Path, target: Path, changes: list[Change]) -> dict[str, str]:
+        """Write the new file: the old one's bytes, and in place of some of them the edited ones.
+
+        Returns the sha256 of each edited tensor by name.
+        """
+        edited: defaultdict[str, hashlib._Hash] = defaultdict(hashlib.sha256)
         with source.open("rb") as old, target.open("wb") as new:
-            for content in self._contents(old, changes):
-                digest.update(content)
-                new.write(content)
-                with self._counting:
-                    self._n_bytes += len(content)
-        return digest.hexdigest()
+            for change in changes:
+                self._put(self._chunks(old, change.start - old.tell()), new)
+                content = self._edit.content(change)
+                edited[change.matrix.tensor.name].update(content)
+                self._put([content], new)
+                old.seek(change.end)
+            self._put(self._chunks(old, os.fstat(old.fileno()).st_size - old.tell()), new)
+        return {name: digest.hexdigest() for name, digest in edited.items()}
 
-    def _contents(self, old: BinaryIO, changes: list[Change]) -> Iterator[bytes | memoryview]:
-        """The bytes of the new file in order: the old one's, and in place of some of them the edited ones."""
-        for change in changes:
-            yield from self._chunks(old, change.start - old.tell())
-            yield self._edit.content(change)
-            old.seek(change.end)
-        yield from self._chunks(old, os.fstat(old.fileno()).st_size - old.tell())
+    def _put(self, contents: Iterable[bytes | memoryview], new: BinaryIO) -> None:
+        for content in contents:
+            new.write(content)
+            self._count(len(content))
 
-    def _check(self, source: Path, target: Path, changes: list[Change], digest: str) -> None:
-        """Read back what was written: it must be what was meant, and equal to the base wherever nothing is edited."""
-        before, after = read_header(source), read_header(target)
-        edited = {change.matrix.tensor.name for change in changes}
-        header_end = min((tensor.start for tensor in before.values()), default=source.stat().st_size)
-        regions = [(header_end, False), *((tensor.end, name in edited) for name, tensor in before.items())]
-        found = hashlib.sha256()
-        as_meant = {name: replace(tensor, file=source) for name, tensor in after.items()} == before
+    def _count(self, n_bytes: int) -> None:
+        with self._counting:
+            self._n_bytes += n_bytes
+
+    def _check(self, source: Path, target: Path, edited: Mapping[str, str]) -> str:
+        """Read back what was written: its edited tensors must be what was meant, and everything else equal to the base.
+
+        Returns the sha256 of the file.
+        """
+        tensors = read_header(source)
+        header_end = min((tensor.start for tensor in tensors.values()), default=source.stat().st_size)
+        whole, wrong = hashlib.sha256(), []
         with source.open("rb") as old, target.open("rb") as new:
-            for end, is_edited in regions:
+            for name, end in [("header", header_end), *((name, tensor.end) for name, tensor in tensors.items())]:
                 old.seek(new.tell())
+                equal, part = True, hashlib.sha256()
                 for content in self._chunks(new, end - new.tell()):
-                    found.update(content)
-                    as_meant &= is_edited or old.read(len(content)) == content
-        if not as_meant or found.hexdigest() != digest:
-            raise OutputError(f"{target} does not hold what was written to it: check the disk and save again")
+                    whole.update(content)
+                    if name in edited:
+                        part.update(content)
+                    else:
+                        equal &= old.read(len(content)) == content
+                if not equal or edited.get(name, part.hexdigest()) != part.hexdigest():
+                    wrong.append(name)
+        if wrong or target.stat().st_size != source.stat().st_size:
+            raise OutputError(
+                f"{target} does not hold what was written to it ({', '.join(wrong[:3]) or 'its length'}):"
+                " check the disk and save again"
+            )
+        return whole.hexdigest()
 
     def _hash(self, file: Path) -> str:
         digest = hashlib.sha256()
