@@ -338,7 +338,8 @@ resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 if way == "ours":
     save(Path(base), Path(out), EVERYWHERE)
 else:
-        from bruno_ray.settings import ModelSettings
+    from bruno_ray.model.loading import load_model
+    from bruno_ray.settings import ModelSettings
     load_model(ModelSettings(id=base), full_precision=True)
 """
 

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bruno_ray.ablation.baking import bake
 from bruno_ray.errors import ModelError, OutputError
 from bruno_ray.model.architectures import find_architecture
-from bruno_ray.model.loading import LoadedModel
+from bruno_ray.model.loading import LoadedModel, load_model
 from bruno_ray.publishing.base import find_base, find_stored
 from bruno_ray.publishing.saving import SavedModel, save_model
 from bruno_ray.publishing.whole_model import bake_whole, write_whole
@@ -104,11 +104,11 @@ def test_a_dequantised_model_is_saved_under_the_names_of_its_class(tmp_path: Pat
     base = write_mxfp4(tmp_path / "base")
     described = find_base(ModelSettings(id=str(base)))
     assert described.is_quantised and find_stored(described) is None
-    loaded = dequantised(base)
+    loaded = load_model(ModelSettings(id=str(base)), full_precision=True)
     plain = logits(loaded.model, batch(2))
     bake_whole(loaded, FULL, make_bank(tiny_models.LAYERS, 64))
     (tmp_path / "out").mkdir()
-    write_whole(loaded, tmp_path / "out", "100KB", dequantised=True)
+    write_whole(loaded, tmp_path / "out", "100KB")
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
     read = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     for name, parameter in loaded.model.state_dict().items():

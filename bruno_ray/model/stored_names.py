@@ -13,12 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForImageTextToText,
-    PreTrainedConfig,
-    PreTrainedModel,
-)
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     MergeModulelist,
@@ -30,7 +25,7 @@ from transformers.core_model_loading import (
 
 from bruno_ray.model.architectures import Architecture
 from bruno_ray.model.checkpoint import FLOATS, StoredMatrix, StoredTensor
-from bruno_ray.model.loading import is_multimodal
+from bruno_ray.model.classes import auto_class
 from bruno_ray.model.writers import Matrix, Writer
 
 logger = logging.getLogger(__name__)
@@ -38,9 +33,8 @@ logger = logging.getLogger(__name__)
 
 def empty_model(config: PreTrainedConfig, trust_remote_code: bool = False) -> PreTrainedModel:
     """The model that `load_model` would load, without memory for its weights."""
-    auto_class = AutoModelForImageTextToText if is_multimodal(config) else AutoModelForCausalLM
     with torch.device("meta"):
-        return auto_class.from_config(config, trust_remote_code=trust_remote_code)
+        return auto_class(config).from_config(config, trust_remote_code=trust_remote_code)
 
 
 @dataclass(frozen=True)
@@ -176,16 +170,6 @@ def misfits(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> list
 def _without(names: Iterable[str], patterns: Iterable[str] | None) -> list[str]:
     """The names in which none of the regular expressions is found."""
     return [name for name in names if not any(re.search(pattern, name) for pattern in patterns or ())]
-
-
-def forget_quantisation(model: PreTrainedModel) -> None:
-    """For a model that was dequantised while it was loaded. transformers would save it under the names of the packed
-    weights; without its memory of how it was read it writes the names of the model class."""
-    attributes = vars(model)
-    attributes["hf_quantizer"] = attributes["_weight_conversions"] = None
-    for config in (model.config, *(getattr(model.config, key, None) for key in model.config.sub_configs)):
-        if hasattr(config, "quantization_config"):
-            del config.quantization_config
 
 
 # ----- multi-token prediction -----

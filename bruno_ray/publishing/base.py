@@ -26,6 +26,7 @@ from bruno_ray.model.checkpoint import (
     read_index,
     weight_files,
 )
+from bruno_ray.model.families import in_table
 from bruno_ray.model.loading_errors import explained
 from bruno_ray.model.locating import locate
 from bruno_ray.model.stored_names import empty_model, map_names, mtp_blocks, mtp_writers, stored_writers
@@ -122,7 +123,8 @@ def find_base(settings: ModelSettings) -> BaseModel:
 
 def find_stored(base: BaseModel, edit_mtp: bool = False) -> StoredModel | None:
     """The weights in the files, fetched where the base model is on the hub; None where they must be loaded to be
-    edited: quantised ones, files that are not safetensors, names that cannot be mapped to those of the model class.
+    edited: quantised ones, files that are not safetensors, names that cannot be mapped to those of the model class,
+    families that have to be probed.
 
     Args:
         edit_mtp: layers for multi-token prediction are edited as the last layer is.
@@ -132,6 +134,9 @@ def find_stored(base: BaseModel, edit_mtp: bool = False) -> StoredModel | None:
     """
     if base.is_quantised:
         logger.info("%s is stored quantised: it is loaded to be saved, in full precision", base.settings.id)
+        return None
+    if not in_table(base.config):
+        logger.info("%s is of a family that has to be probed: it is loaded to be saved", base.settings.id)
         return None
     if not Path(base.source).is_dir():
         _fetch(base.settings, [SINGLE_FILE, INDEX_FILE])

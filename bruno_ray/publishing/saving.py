@@ -20,7 +20,8 @@ from bruno_ray.ablation.edit import Edit
 from bruno_ray.errors import OutputError
 from bruno_ray.files import atomic_directory, require_free_space, size_text, write_json, write_text
 from bruno_ray.model.checkpoint import INDEX_FILE
-from bruno_ray.model.loading import fingerprint, load_model
+from bruno_ray.model.identity import fingerprint
+from bruno_ray.model.loading import load_model
 from bruno_ray.progress import phase
 from bruno_ray.publishing.base import BaseModel, StoredModel, find_base, find_stored, source_folder
 from bruno_ray.publishing.card import license_of, render_card
@@ -135,7 +136,7 @@ def _save_loaded(
     saved = SavedModel(folder, loaded.dtype, sum(parameter.numel() for parameter in parameters), n_bytes)
     with atomic_directory(folder) as aside:
         trust = base.settings.trust_remote_code
-        write_whole(loaded, aside, max_shard_size, dequantised=base.is_quantised, trust_remote_code=trust)
+        write_whole(loaded, aside, max_shard_size, trust_remote_code=trust)
         if drop_mtp(aside / "config.json", base.folder / "config.json"):
             logger.warning("the layers for multi-token prediction are not saved, and config.json says so")
             saved = replace(saved, mtp="dropped")

@@ -17,7 +17,7 @@ from bruno_ray.errors import ModelError, OutputError
 from bruno_ray.files import write_json
 from bruno_ray.model.checkpoint import read_header, weight_files
 from bruno_ray.model.loading import LoadedModel
-from bruno_ray.model.stored_names import empty_model, forget_quantisation, misfits
+from bruno_ray.model.stored_names import empty_model, misfits
 from bruno_ray.publishing.companions import read_json
 
 logger = logging.getLogger(__name__)
@@ -47,20 +47,14 @@ def write_whole(
     aside: Path,
     max_shard_size: str,
     *,
-    dequantised: bool = False,
     trust_remote_code: bool = False,
 ) -> None:
     """Write weights and config.json of the model in memory into ``aside``.
-
-    Args:
-        dequantised: the files that the model was loaded from are quantised.
 
     Raises:
         OutputError: the files are not what the model class loads: a tensor is missing, not known, or of another kind.
     """
     model = cast(PreTrainedModel, loaded.model)
-    if dequantised:
-        forget_quantisation(model)
     model.save_pretrained(aside, max_shard_size=max_shard_size)
     tensors = {name: tensor for file in weight_files(aside) for name, tensor in read_header(file).items()}
     config = AutoConfig.from_pretrained(aside, trust_remote_code=trust_remote_code)
