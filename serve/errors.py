@@ -17,6 +17,11 @@ class EngineError(BrunoError):
 class InvalidRequest(EngineError):
     """The request makes no sense to this model: an unknown edit, a token id that it does not have."""
 
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        """Field at fault, as completions call it."""
+
 
 class TooLong(InvalidRequest):
     """The prompt does not fit the context; the message names the limit."""

@@ -16,6 +16,7 @@ import asyncio
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.generation.text_stream import Decoder
 from bruno_ray.model.loading import LoadedModel
 from serve.engine.batch import EditableModel
+from serve.engine.grammar import Grammars, GrammarState
 from serve.engine.loop import Outbox, StepLoop
 from serve.engine.sampling import TokenLogprob
 from serve.engine.scores import ScoreJob
@@ -50,6 +52,9 @@ class ServingEngine:
         self._resolving = threading.Lock()
         self._settings = settings
         self._vocabulary = loaded.architecture.embedding.weight.shape[0]
+        config: Any = loaded.model.config
+        self._n_logits = config.get_text_config().vocab_size
+        self._grammars = Grammars(loaded.tokenizer, loaded.eos_token_ids)
         self._decoder = Decoder(loaded.tokenizer)
         self._changed = threading.Condition()
         self._closing = False
@@ -82,11 +87,12 @@ class ServingEngine:
         Raises, before anything is queued, TooLong, InvalidRequest, Overloaded, or EngineError when it is closed.
         """
         edit = self._check(request)
+        grammar = await self._grammar(request)
         mailbox = Mailbox(asyncio.get_running_loop())
         with self._changed:
             self._admit(self._steps.n_rows)
             self._n_requests += 1
-            row = Row.create(request, edit, self._n_requests, mailbox, self._decoder)
+            row = Row.create(request, edit, self._n_requests, mailbox, self._decoder, grammar)
             self._steps.waiting.append(row)
             self._changed.notify()
         try:
@@ -136,17 +142,27 @@ class ServingEngine:
         if request.max_tokens < (0 if request.prompt_logprobs else 1):
             raise InvalidRequest("max_tokens must be at least 1 (0 only with the prompt's logprobs)")
         self._check_prompt(request.prompt_ids, min(request.max_tokens, 1))
+        biased = [token_id for token_id, _ in request.penalties.bias] if request.penalties is not None else []
+        if biased and (min(biased) < 0 or max(biased) >= self._n_logits):
+            raise InvalidRequest(f"logit_bias has a token id outside of 0..{self._n_logits - 1}", "logit_bias")
         return self._resolved(request.edit)
+
+    async def _grammar(self, request: GenerationRequest) -> GrammarState | None:
+        """Made beside the event loop: a large grammar takes a second."""
+        if request.grammar is None:
+            return None
+        return await asyncio.to_thread(self._grammars.state, request.grammar)
 
     def _check_prompt(self, prompt_ids: Sequence[int], n_new: int) -> None:
         if not prompt_ids:
-            raise InvalidRequest("the prompt is empty: send at least one token")
+            raise InvalidRequest("the prompt is empty: send at least one token", "prompt")
         if min(prompt_ids) < 0 or max(prompt_ids) >= self._vocabulary:
-            raise InvalidRequest(f"the prompt has a token id outside of 0..{self._vocabulary - 1}")
+            raise InvalidRequest(f"the prompt has a token id outside of 0..{self._vocabulary - 1}", "prompt")
         if len(prompt_ids) + n_new > self.max_context:
             raise TooLong(
                 f"the prompt has {len(prompt_ids)} tokens, and prompt and answer together may have"
-                f" {self.max_context}: shorten the prompt"
+                f" {self.max_context}: shorten the prompt",
+                "prompt",
             )
 
     def _resolved(self, key: str | None) -> ResolvedEdit | None:

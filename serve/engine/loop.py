@@ -34,6 +34,7 @@ HEAD_START_SECONDS = 0.001
 """For first tokens: else the event loop waits for the interpreter, which the next step takes again and again. Measured
 with one stream: 48 ms to the first token instead of 52; eight streams were as fast as before."""
 
+NO_NUMBERS = "the model's logits are not numbers for this request"
 RECOVERY_STEPS = 200  # good steps after which limits that were cut for lack of memory are doubled again
 
 Call = Callable[[], None]
@@ -219,7 +220,9 @@ class StepLoop:
             if row.n_completion >= row.request.max_tokens:  # only the prompt's logprobs were wanted
                 event = row.event(finish_reason="length")
             elif token_id < 0:
-                event = row.event(finish_reason="error", error="the model's logits are not numbers for this request")
+                problem = row.grammar.problem if row.grammar is not None else None
+                error = f"its form cannot be followed ({problem})" if problem else NO_NUMBERS
+                event = row.event(finish_reason="error", error=error)
             else:
                 event = row.accept(token_id, choices.logprobs.get(i), self._end_ids, self.max_context)
                 n_tokens += 1

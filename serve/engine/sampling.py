@@ -4,6 +4,8 @@ Greedy rows are one argmax. Sampled rows invert their cumulative distribution at
 generator, so a seed gives the same tokens whatever else is in the batch. (Other rows may change a row's logits in
 their last bits, see ``batch``; a token changes only if the number falls within that distance of a border.)
 
+What is cut off is what transformers' warpers cut off, in their order: temperature, top_k, top_p, min_p.
+
 Axes: B rows, S sampled rows, L rows with logprobs, C candidates, V vocabulary.
 """
 
@@ -11,8 +13,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from serve.engine.shaping import Shaper, Shaping
 
 GREEDY_BELOW = 1e-5  # temperatures that would only overflow
 CANDIDATES = 512  # likeliest tokens that nearly always hold the nucleus: sorting the vocabulary is slow
@@ -57,10 +61,22 @@ class Sampling:
     top_p: float
     uniforms: Uniforms
     top_logprobs: int | None = None
+    top_k: int = 0
+    """Only so many of the likeliest tokens, and those that are as likely as the last of them; 0 is all."""
+
+    min_p: float = 0.0
+    """Only tokens at least so many times as likely as the likeliest."""
+
+    shaping: Shaping | None = None
+    """What is done to its logits before; None is nothing."""
 
     @property
     def greedy(self) -> bool:
         return self.temperature < GREEDY_BELOW
+
+    @property
+    def limited(self) -> bool:
+        return self.top_k > 0 or self.min_p > 0
 
 
 @dataclass(frozen=True)
@@ -81,16 +97,20 @@ class Sampler:
     def __init__(self, rows: Sequence[Sampling], device: torch.device | str) -> None:
         self._rows = rows
         sampled = [i for i, row in enumerate(rows) if not row.greedy]
-        self._full = _Group([i for i in sampled if rows[i].top_p >= 1], rows, device)
-        self._cut = _Group([i for i in sampled if rows[i].top_p < 1], rows, device)
+        cut = [i for i in sampled if rows[i].top_p < 1 or rows[i].limited]
+        self._full = _Group(sorted({*sampled} - {*cut}), rows, device)
+        self._cut = _Group(cut, rows, device)
         self._logprobs = _Group([i for i, row in enumerate(rows) if row.top_logprobs is not None], rows, device)
+        shapings = [row.shaping for row in rows]
+        self._shape = Shaper(shapings, device) if any(shapings) else None
 
     def choose(self, logits_BV: Float[Tensor, "B V"]) -> Choices:
-        best_B, ids_B = logits_BV.float().max(dim=-1)
+        scores_BV = logits_BV if self._shape is None else self._shape(logits_BV)
+        best_B, ids_B = scores_BV.float().max(dim=-1)
         if self._full.rows:
-            ids_B[self._full.index] = self._from_all(logits_BV)
+            ids_B[self._full.index] = self._from_all(scores_BV)
         if self._cut.rows:
-            ids_B[self._cut.index] = self._from_nucleus(logits_BV)
+            ids_B[self._cut.index] = self._from_cut(scores_BV)
         # The largest logit is no number if any of them is not, and infinite if any is.
         token_ids = torch.where(best_B.isfinite(), ids_B, -1).tolist()
         return Choices(ids_B, token_ids, self._logprobs_of(logits_BV, ids_B))
@@ -98,20 +118,26 @@ class Sampler:
     def _from_all(self, logits_BV: Float[Tensor, "B V"]) -> Int[Tensor, " S"]:
         return _invert(self._full.probabilities(logits_BV), self._full.uniforms())
 
-    def _from_nucleus(self, logits_BV: Float[Tensor, "B V"]) -> Int[Tensor, " S"]:
-        """Nucleus sampling (Holtzman et al. 2020, section 3.1): the likeliest tokens that together reach top_p."""
-        probabilities_SV, uniforms_S1 = self._cut.probabilities(logits_BV), self._cut.uniforms()
-        values_SC, ids_SC = probabilities_SV.topk(min(CANDIDATES, probabilities_SV.shape[-1]))
-        outside = values_SC.cumsum(-1) - values_SC >= self._cut.top_p
+    def _from_cut(self, logits_BV: Float[Tensor, "B V"]) -> Int[Tensor, " S"]:
+        """Nucleus sampling (Holtzman et al. 2020, section 3.1): the likeliest tokens that together reach top_p. Before,
+        the top_k likeliest (Fan et al. 2018, section 5.1); after, those not below min_p (Nguyen et al. 2024)."""
+        cut = self._cut
+        probabilities_SV, uniforms_S1 = cut.probabilities(logits_BV), cut.uniforms()
+        vocabulary = probabilities_SV.shape[-1]
+        values_SC, ids_SC = probabilities_SV.topk(min(CANDIDATES, vocabulary))
+        kept_SC = cut.among_the_likeliest(values_SC) if cut.limited else values_SC
+        outside = kept_SC.cumsum(-1) - kept_SC >= cut.nucleus(kept_SC)
+        if cut.limited:
+            outside |= kept_SC < cut.min_p * values_SC[:, :1]
         outside[:, 0] = False
         # In the order of ids: equals may be sorted either way, but not chosen differently.
         sorted_SC, order_SC = ids_SC.sort()
-        weights_SC = values_SC.masked_fill(outside, 0).gather(-1, order_SC)
+        weights_SC = kept_SC.masked_fill(outside, 0).gather(-1, order_SC)
         found_S = sorted_SC.gather(-1, _invert(weights_SC, uniforms_S1)[:, None])[:, 0]
-        if values_SC.shape[-1] < probabilities_SV.shape[-1]:
-            wide = (values_SC.sum(-1, keepdim=True) < self._cut.top_p).nonzero()[:, 0]
+        if values_SC.shape[-1] < vocabulary:
+            wide = cut.beyond(values_SC).nonzero()[:, 0]
             if len(wide):
-                weights_SV = _wide_nucleus(probabilities_SV[wide], self._cut.top_p[wide])
+                weights_SV = cut.wide(probabilities_SV[wide], wide)
                 found_S[wide] = _invert(weights_SV, uniforms_S1[wide])
         return found_S
 
@@ -136,6 +162,52 @@ class _Group:
         self._sources = [batch[i].uniforms for i in rows]
         self._temperature = torch.tensor([[batch[i].temperature] for i in rows], device=device)
         self.top_p = torch.tensor([[batch[i].top_p] for i in rows], device=device)
+        self.limited = any(batch[i].limited for i in rows)
+        """Whether any row has a top_k or a min_p; without, neither is looked at."""
+
+        if self.limited:
+            self.min_p = torch.tensor([[batch[i].min_p] for i in rows], device=device)
+            self._top_k = torch.tensor([[batch[i].top_k] for i in rows], device=device)
+
+    def among_the_likeliest(self, values_SC: Float[Tensor, "S C"]) -> Float[Tensor, "S C"]:
+        """Candidates, the likeliest first, without those behind the top_k-th; its equals stay."""
+        n_candidates = values_SC.shape[-1]
+        least_S1 = values_SC.gather(-1, (self._top_k - 1).clamp(0, n_candidates - 1))
+        unlimited_S1 = (self._top_k < 1) | (self._top_k > n_candidates)
+        return values_SC.where(unlimited_S1 | (values_SC >= least_S1), 0)
+
+    def nucleus(self, kept_SC: Float[Tensor, "S C"]) -> Float[Tensor, "S 1"]:
+        """The probability that a nucleus holds: top_p of what top_k has left."""
+        if not self.limited:
+            return self.top_p
+        return self.top_p * torch.where(self._top_k > 0, kept_SC.sum(-1, keepdim=True), 1.0)
+
+    def beyond(self, values_SC: Float[Tensor, "S C"]) -> Bool[Tensor, " S"]:
+        """Rows whose choice may fall outside of the candidates."""
+        wide_S1 = values_SC.sum(-1, keepdim=True) < self.top_p
+        if self.limited:
+            n_candidates, least_S1 = values_SC.shape[-1], values_SC[:, -1:]
+            kth_S1 = values_SC.gather(-1, (self._top_k - 1).clamp(0, n_candidates - 1))
+            by_k_S1 = self._top_k > 0
+            past_k_S1 = by_k_S1 & ((self._top_k > n_candidates) | (least_S1 >= kth_S1))
+            wide_S1 = torch.where(by_k_S1, past_k_S1, wide_S1)
+            # Where min_p ends among the candidates they suffice, unless top_p is a share of what lies behind them too.
+            wide_S1 &= (least_S1 >= self.min_p * values_SC[:, :1]) | (past_k_S1 & (self.top_p < 1))
+        return wide_S1[:, 0]
+
+    def wide(self, probabilities_SV: Float[Tensor, "S V"], which: Int[Tensor, " S"]) -> Float[Tensor, "S V"]:
+        """What is drawn from where the candidates do not suffice: probabilities of ``which`` rows of the group, 0 for
+        tokens that are cut off."""
+        if not self.limited:
+            return _wide_nucleus(probabilities_SV, self.top_p[which])
+        top_k_S1, top_p_S1, weights_SV = self._top_k[which], self.top_p[which], probabilities_SV
+        most = min(int(top_k_S1.max()), probabilities_SV.shape[-1])
+        if most > 0:
+            least_S1 = probabilities_SV.topk(most).values.gather(-1, (top_k_S1 - 1).clamp(0, most - 1))
+            weights_SV = weights_SV.where((top_k_S1 < 1) | (weights_SV >= least_S1), 0)
+        total_S1 = torch.where(top_k_S1 > 0, weights_SV.sum(-1, keepdim=True), 1.0)
+        weights_SV = torch.where(top_p_S1 < 1, _wide_nucleus(weights_SV, top_p_S1 * total_S1), weights_SV)
+        return weights_SV.where(weights_SV >= self.min_p[which] * probabilities_SV.amax(-1, keepdim=True), 0)
 
     def probabilities(self, logits_BV: Float[Tensor, "B V"]) -> Float[Tensor, "S V"]:
         return (logits_BV[self.index].float() / self._temperature).softmax(-1)

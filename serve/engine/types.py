@@ -7,7 +7,9 @@ from typing import Literal
 
 from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.generation.text_stream import Decoder, TextStream
+from serve.engine.grammar import GrammarState
 from serve.engine.sampling import Sampling, TokenLogprob, Uniforms
+from serve.engine.shaping import Penalties, Shaping
 
 FinishReason = Literal["stop", "length", "error"]
 
@@ -38,6 +40,15 @@ class GenerationRequest:
     """Also those of the prompt's tokens (that of the first is None), with as many alternatives."""
 
     ignore_eos: bool = False
+    top_k: int = 0
+    """Only so many of the likeliest tokens; 0 is all."""
+
+    min_p: float = 0.0
+    """Only tokens at least so many times as likely as the likeliest."""
+
+    penalties: Penalties | None = None
+    grammar: str | None = None
+    """Form of the answer, as llguidance writes grammars down."""
 
 
 @dataclass(frozen=True)
@@ -157,10 +168,32 @@ class Row:
 
     @classmethod
     def create(
-        cls, request: GenerationRequest, edit: ResolvedEdit | None, order: int, mailbox: Mailbox, decoder: Decoder
+        cls,
+        request: GenerationRequest,
+        edit: ResolvedEdit | None,
+        order: int,
+        mailbox: Mailbox,
+        decoder: Decoder,
+        grammar: GrammarState | None = None,
     ) -> "Row":
-        sampling = Sampling(request.temperature, request.top_p, Uniforms(request.seed), request.top_logprobs)
-        return cls(request, edit, order, mailbox, TextStream(decoder, request.stop), sampling, list(request.prompt_ids))
+        tokens = list(request.prompt_ids)
+        shaping = None
+        if request.penalties is not None or grammar is not None:
+            shaping = Shaping(request.penalties or Penalties(), tokens, len(tokens), grammar)
+        sampling = Sampling(
+            request.temperature,
+            request.top_p,
+            Uniforms(request.seed),
+            request.top_logprobs,
+            request.top_k,
+            request.min_p,
+            shaping,
+        )
+        return cls(request, edit, order, mailbox, TextStream(decoder, request.stop), sampling, tokens)
+
+    @property
+    def grammar(self) -> GrammarState | None:
+        return self.sampling.shaping.grammar if self.sampling.shaping is not None else None
 
     @property
     def n_prompt(self) -> int:
@@ -179,7 +212,11 @@ class Row:
         self.tokens.append(token_id)
         text = self.text.push(token_id)
         reason: FinishReason | None = None
-        if self.text.stopped or (token_id in end_ids and not self.request.ignore_eos):
+        grammar = self.grammar
+        if grammar is not None:
+            grammar.accept(token_id)
+        at_end = token_id in end_ids and not self.request.ignore_eos
+        if self.text.stopped or at_end or (grammar is not None and grammar.complete):
             reason = "stop"
         elif self.n_completion >= self.request.max_tokens or len(self.tokens) >= max_context:
             reason = "length"
