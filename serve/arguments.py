@@ -47,9 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--cors-origin",
         dest="cors_origins",
         action="append",
-        default=[],
         metavar="URL",
-        help="web page that may use the API from a browser; may be repeated",
+        help="web page that may use the API from a browser; may be repeated [local: pages of this machine]",
     )
     size = parser.add_argument_group("how much")
     size.add_argument(
@@ -114,6 +113,7 @@ def is_loopback(host: str) -> bool:
 
 def serve_args(arguments: argparse.Namespace, key_known: bool) -> ServeArgs:
     """A key is asked for where others can connect, and wherever one was given."""
+    defaults = ServeArgs()
     if arguments.no_key and arguments.keys_file:
         raise SettingsError("command line: --no-key and --keys-file contradict each other: leave one out")
     if not 1 <= arguments.port <= 65535:
@@ -133,7 +133,7 @@ def serve_args(arguments: argparse.Namespace, key_known: bool) -> ServeArgs:
     directory = arguments.output_directory
     if directory is None:
         by_name = not all(map(is_path, arguments.runs))
-        directory = output_directory() if by_name else ServeArgs().output_directory
+        directory = output_directory() if by_name else defaults.output_directory
     return ServeArgs(
         runs=tuple(arguments.runs),
         models=tuple(arguments.models),
@@ -142,7 +142,7 @@ def serve_args(arguments: argparse.Namespace, key_known: bool) -> ServeArgs:
         lean_forward=arguments.lean_forward,
         require_key=not arguments.no_key and (key_known or not is_loopback(arguments.host)),
         keys_file=arguments.keys_file,
-        cors_origins=tuple(arguments.cors_origins),
+        cors_origins=defaults.cors_origins if arguments.cors_origins is None else tuple(arguments.cors_origins),
         request_timeout_s=arguments.request_timeout,
         min_replicas=arguments.replicas,
         max_replicas=max_replicas,

@@ -71,8 +71,9 @@ class ServeArgs(BaseModel):
     keys_file: Path | None = None
     """One key a line, as ``printf %s KEY | sha256sum`` prints it. BRUNO_API_KEY in the environment is one more key."""
 
-    cors_origins: Names = ()
-    """Web pages that may use the API from a browser, such as ``https://chat.example.org``."""
+    cors_origins: Names = ("local",)
+    """Web pages that may use the API from a browser, such as ``https://chat.example.org``. ``local`` stands for those
+    of this machine, at any port; ``*`` for all there are."""
 
     max_body_bytes: PositiveInt = 4 * 2**20
     """Larger requests are refused before they are read."""

@@ -2,8 +2,8 @@
 
 import time
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Iterator
+from contextlib import aclosing, contextmanager
 from typing import Any
 
 from fastapi import APIRouter
@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from serve.api.choices import Choice, choices_of, gathered, json_response, merged, sse, streamed, usage_of
 from serve.api.documented import GENERATES
+from serve.api.formats import grammar_of
 from serve.api.rendering import Renderer
 from serve.api.requests import ChatRequest
 from serve.api.responses import ChatCompletion
@@ -18,6 +19,7 @@ from serve.api.service import Service
 from serve.catalog.catalog import ServedModel
 from serve.engine.sampling import TokenLogprob
 from serve.engine.types import Event
+from serve.errors import RequestError
 
 
 def router(service: Service) -> APIRouter:
@@ -35,16 +37,18 @@ def router(service: Service) -> APIRouter:
             model.edit_key,
             max_tokens=request.limit or service.args.default_max_tokens,
             top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
+            grammar=await grammar_of(request.response_format),
         )
         head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
             "created": int(time.time()),
             "model": request.model,
         }
-        if request.stream:
-            return await streamed(_chunks(service, renderer, model, request, choices, head))
-        with service.admitted(request, 1):
-            events = await gathered(service.engines, model, choices)
+        with _about_messages():
+            if request.stream:
+                return await streamed(_chunks(service, renderer, model, request, choices, head))
+            with service.admitted(request, 1):
+                events = await gathered(service.engines, model, choices)
         answers = [
             {
                 "index": choice.index,
@@ -58,6 +62,17 @@ def router(service: Service) -> APIRouter:
         return json_response({**head, "object": "chat.completion", "choices": answers, "usage": usage})
 
     return routes
+
+
+@contextmanager
+def _about_messages() -> Iterator[None]:
+    """What an engine calls the prompt, a chat's request calls messages."""
+    try:
+        yield
+    except RequestError as error:
+        if error.param == "prompt":
+            error.param = "messages"
+        raise
 
 
 async def _chunks(

@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse, Response, StreamingResponse
 from serve.api.requests import SEED_RANGE, Generation
 from serve.catalog.catalog import ServedModel
 from serve.deployment.engine_clients import EngineClients
+from serve.engine.shaping import Penalties
 from serve.engine.types import Event, GenerationRequest
 from serve.errors import RequestError
 
@@ -37,6 +38,7 @@ def choices_of(
 ) -> list[Choice]:
     """n answers to each prompt, prompt by prompt, choice i seeded with seed + i."""
     n = asked.n or 1
+    penalties = _penalties(asked)
     greedy = asked.top_p == 0  # no token but the likeliest is in the nucleus
     choices = []
     for i in range(n * len(prompts)):
@@ -49,10 +51,24 @@ def choices_of(
             seed=seed,
             stop=asked.stops,
             ignore_eos=bool(asked.ignore_eos),
+            top_k=max(0, asked.top_k or 0),
+            min_p=float(asked.min_p or 0.0),
+            penalties=penalties,
             **fields,
         )
         choices.append(Choice(i, i // n, request))
     return choices
+
+
+def _penalties(asked: Generation) -> Penalties | None:
+    """None if they would change nothing."""
+    found = Penalties(
+        repetition=float(asked.repetition_penalty or 1.0),
+        presence=float(asked.presence_penalty or 0.0),
+        frequency=float(asked.frequency_penalty or 0.0),
+        bias=tuple((int(token_id), float(bias)) for token_id, bias in (asked.logit_bias or {}).items() if bias),
+    )
+    return None if found == Penalties() else found
 
 
 async def gathered(engines: EngineClients, model: ServedModel, choices: Sequence[Choice]) -> list[Event]:

@@ -12,10 +12,11 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager, suppress
 
 import uvicorn
-from starlette.responses import PlainTextResponse
+from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from bruno_ray.errors import SettingsError
+from serve.errors import RequestError
 
 logger = logging.getLogger(__name__)
 
@@ -85,7 +86,8 @@ class Mounted:
             await self._app(scope, receive, send)
             return
         if scope["path"] != self._prefix and not scope["path"].startswith(f"{self._prefix}/"):
-            await PlainTextResponse(f"Everything is under {self._prefix}/\n", 404)(scope, receive, send)
+            error = RequestError(404, f"Everything is under {self._prefix}/ here.")
+            await JSONResponse(error.body, error.status)(scope, receive, send)
             return
         scope = {**scope, "root_path": scope.get("root_path", "") + self._prefix}
         messages: asyncio.Queue[Message] = asyncio.Queue(1)  # no more of a body is read than the application wants

@@ -9,7 +9,6 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.middleware.cors import CORSMiddleware
 from ray.serve.handle import DeploymentHandle
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
@@ -18,10 +17,11 @@ from bruno_ray import __version__
 from serve.api import chat, completions, models
 from serve.api import evaluations as evaluation_routes
 from serve.api.auth import Keys
+from serve.api.compatibility import OtherPages, Unversioned
 from serve.api.documented import COMMON
+from serve.api.fields import Unsupported
 from serve.api.guard import Guard
 from serve.api.http_server import listening
-from serve.api.requests import Unsupported
 from serve.api.service import Service
 from serve.catalog.catalog import Catalog
 from serve.deployment.engine_clients import EngineClients
@@ -32,6 +32,8 @@ from serve.settings import ServeArgs
 logger = logging.getLogger(__name__)
 
 BRANCHES = {"str", "int", "float", "bool", "list", "dict"}
+WRONG_TYPES = {"string_type", "int_type", "float_type", "bool_type", "list_type", "dict_type", "model_type"}
+"""pydantic's errors that mean: another branch of the union."""
 
 
 class Api:
@@ -82,14 +84,9 @@ def build(service: Service, keys: Keys | None, evaluations: DeploymentHandle) ->
     )
     app.openapi = partial(_described, app.openapi)
     app.add_middleware(Guard, keys=keys, max_body_bytes=service.args.max_body_bytes, metrics=service.metrics)
-    if service.args.cors_origins:
-        app.add_middleware(  # the outermost: a preflight carries no key
-            CORSMiddleware,
-            allow_origins=list(service.args.cors_origins),
-            allow_methods=["GET", "POST", "DELETE"],
-            allow_headers=["*"],
-            expose_headers=["Retry-After"],
-        )
+    if service.args.cors_origins:  # before the guard: a preflight carries no key
+        app.add_middleware(OtherPages, origins=service.args.cors_origins)
+    app.add_middleware(Unversioned)  # the outermost: all others see the paths that there are
     app.add_exception_handler(RequestError, _request_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
@@ -133,8 +130,9 @@ async def _request_error(request: Request, error: Any) -> JSONResponse:
 async def _validation_error(request: Request, error: Any) -> JSONResponse:
     """The first thing that is wrong with the request. What was sent is not repeated: it may be long, or a secret."""
     found = error.errors()
-    # Of a union each branch has an error; the one that got furthest is of the branch that was meant.
-    first = max((e for e in found if e["loc"][:2] == found[0]["loc"][:2]), key=lambda e: len(_path(e["loc"])))
+    found = [e for e in found if e["loc"][:2] == found[0]["loc"][:2]]
+    # Of a union each branch has an error. Meant is the one that got furthest, and of those one of the right type.
+    first = max(found, key=lambda e: (len(_path(e["loc"])), e["type"] not in WRONG_TYPES))
     cause = first.get("ctx", {}).get("error")
     path = _path(first["loc"])
     if isinstance(cause, Unsupported):
@@ -149,8 +147,25 @@ async def _validation_error(request: Request, error: Any) -> JSONResponse:
         return _response(RequestError(400, f"Unknown field {param!r}.", param, "unknown_parameter"))
     if first["type"] == "missing":
         return _response(RequestError(400, f"{param!r} is missing.", param, "missing_parameter"))
-    reason = str(cause) if cause is not None else first["msg"]
+    reason = str(cause) if cause is not None else _reason(first, found)
     return _response(RequestError(400, f"{param}: {reason}." if param else f"{reason}.", param))
+
+
+def _reason(first: Mapping[str, Any], found: Sequence[Mapping[str, Any]]) -> str:
+    """pydantic's, but for lengths, and with every type that would do."""
+    bounds = first.get("ctx", {})
+    things = "entries" if bounds.get("field_type") in ("List", "Dictionary") else "characters"
+    length = "" if bounds.get("actual_length") is None else f", not {bounds['actual_length']}"
+    if first["type"] == "too_short":
+        return f"the number of {things} must be at least {bounds['min_length']}{length}"
+    if first["type"] == "too_long":
+        return f"the number of {things} must be at most {bounds['max_length']}{length}"
+    if first["type"] in WRONG_TYPES:
+        place = _path(first["loc"])
+        types = [e["msg"] for e in found if _path(e["loc"]) == place and e["type"] in WRONG_TYPES]
+        first_type, *others = dict.fromkeys(types)
+        return ", or ".join([first_type, *(text.removeprefix("Input should be ") for text in others)])
+    return first["msg"]
 
 
 def _path(location: Sequence[str | int]) -> list[str]:

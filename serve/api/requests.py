@@ -1,45 +1,35 @@
 """Requests of the OpenAI-compatible API, as a client sends them.
 
-A field that changes what is generated is understood or refused; one that does not is read and left alone; any other
-is refused by name. ``null`` is the same as leaving a field out.
+A field that changes what is generated is understood or refused; one that does not is read and left alone
+(``left_alone``); any other is refused by name. ``null`` is the same as leaving a field out.
 """
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from serve.api.fields import (
+    NO_LIST,
+    NO_OBJECT,
+    NO_TEXT,
+    MayBeUnlimited,
+    Request,
+    Stop,
+    Text,
+    TokenId,
+    Unsupported,
+    refuse,
+)
+from serve.api.formats import ResponseFormat
+from serve.api.left_alone import ContentExtras, GenerationExtras, MessageExtras
 
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
+MAX_BIASES = 1024
 SEED_RANGE = 2**63
-
-
-def _is_text(value: str) -> str:
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        raise ValueError("the text has half of a surrogate pair, which is no character") from None
-    return value
-
-
-Text = Annotated[str, AfterValidator(_is_text)]
-Stop = Annotated[str, AfterValidator(_is_text), Field(min_length=1)]
-TokenId = Annotated[int, Field(ge=0, lt=2**31)]
-
-
-# Said in the schema as well; the check itself has a better message.
-NO_NUMBER: dict[str, Any] = {"minimum": 0, "maximum": 0}
-NO_OBJECT: dict[str, Any] = {"maxProperties": 0}
-NO_LIST: dict[str, Any] = {"maxItems": 0}
-NO_TEXT: dict[str, Any] = {"maxLength": 0}
-
-
-class Request(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_nulls(cls, data: Any) -> Any:
-        return {name: value for name, value in data.items() if value is not None} if isinstance(data, dict) else data
+BiasedToken = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
+Length = Annotated[Annotated[int, Field(ge=1)] | None, MayBeUnlimited]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class StreamOptions(Request):
@@ -47,15 +37,12 @@ class StreamOptions(Request):
     """Send a last chunk with the token counts and no choices."""
 
     include_obfuscation: bool | None = False
-    """Read and left alone."""
+    """Read and left alone, as is the next."""
+
+    continuous_usage_stats: bool | None = False
 
 
-class TextFormat(Request):
-    type: Literal["text"]
-    """Other formats are not supported."""
-
-
-class Generation(Request):
+class Generation(GenerationExtras):
     """What chat completions and completions have in common."""
 
     model: Text
@@ -77,23 +64,26 @@ class Generation(Request):
     ignore_eos: bool | None = False
     """Go on after the end-of-sequence token, for measurements."""
 
-    frequency_penalty: float | None = Field(0.0, json_schema_extra=NO_NUMBER)
-    """Only 0 is supported."""
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
+    """Taken off a token's logit for every time that it is in the answer."""
 
-    presence_penalty: float | None = Field(0.0, json_schema_extra=NO_NUMBER)
-    """Only 0 is supported."""
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = 0.0
+    """Taken off a token's logit if it is in the answer."""
 
-    logit_bias: dict[str, float] | None = Field(None, json_schema_extra=NO_OBJECT)
-    """Only an empty one is supported."""
+    repetition_penalty: Annotated[float, Field(gt=0, le=10)] | None = 1.0
+    """Tokens of prompt and answer become less likely above 1 (Keskar et al. 2019); not a field of OpenAI's."""
 
-    user: str | None = None
-    """Read and left alone, as are the other fields that do not change what is generated."""
+    logit_bias: Annotated[dict[BiasedToken, Bias], Field(max_length=MAX_BIASES)] | None = None
+    """Added to the logits of these tokens, by their ids."""
+
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = 0
+    """Only so many of the likeliest tokens; 0 and -1 are all. Not a field of OpenAI's."""
+
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = 0.0
+    """Only tokens at least so many times as likely as the likeliest. Not a field of OpenAI's."""
 
     @model_validator(mode="after")
     def _supported(self) -> "Generation":
-        refuse(self.frequency_penalty, "frequency_penalty", "only 0 is")
-        refuse(self.presence_penalty, "presence_penalty", "only 0 is")
-        refuse(self.logit_bias, "logit_bias", "only an empty one is")
         if self.stream_options is not None and not self.stream:
             raise Unsupported("stream_options", "stream_options is for requests with stream set to true")
         return self
@@ -107,36 +97,21 @@ class Generation(Request):
         return bool(self.stream_options and self.stream_options.include_usage)
 
 
-class Unsupported(ValueError):
-    """A field whose value is refused, for validators that see several fields."""
-
-    def __init__(self, name: str, message: str) -> None:
-        super().__init__(message)
-        self.name = name
-
-
-def refuse(value: Any, name: str, supported: str) -> None:
-    """Raise Unsupported unless ``value`` is 0, empty or None."""
-    if value:
-        raise Unsupported(name, f"{name} is not supported ({supported})")
-
-
 # ----- chat -----
 
 
-class TextPart(Request):
+class TextPart(ContentExtras):
     type: Literal["text", "input_text", "output_text"]
     text: Text
 
 
-class Message(Request):
+class Message(MessageExtras):
     role: Literal["system", "developer", "user", "assistant"]
     content: Text | Annotated[list[TextPart], Field(min_length=1)]
     name: Text | None = None
     """Handed to the chat template, which may use it."""
 
     refusal: str | None = Field(None, json_schema_extra=NO_TEXT)
-    annotations: list[Any] | None = None
     tool_calls: list[Any] | None = Field(None, json_schema_extra=NO_LIST)
     """Only an empty one is supported, as is `function_call`."""
 
@@ -160,13 +135,17 @@ class ChatRequest(Generation):
     messages: Annotated[list[Message], Field(min_length=1)]
     """The last one is the user's."""
 
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Length = None
+    """-1 is the same as leaving it out."""
+
+    max_completion_tokens: Length = None
     """The newer name of max_tokens; the same if both are given."""
 
     logprobs: bool | None = False
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    response_format: TextFormat | None = None
+    response_format: ResponseFormat | None = None
+    """Of the answer: any text, any JSON object, or JSON of a schema. JSON needs llguidance (the extra `[grammar]`)."""
+
     tools: list[Any] | None = Field(None, json_schema_extra=NO_LIST)
     """Only an empty one is supported, as are `functions`."""
 
@@ -175,12 +154,6 @@ class ChatRequest(Generation):
     function_call: Literal["none", "auto"] | None = None
     modalities: list[Literal["text"]] | None = None
     parallel_tool_calls: bool | None = None
-    metadata: dict[str, Any] | None = None
-    store: bool | None = None
-    service_tier: str | None = None
-    safety_identifier: str | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> "ChatRequest":
@@ -211,8 +184,8 @@ class CompletionRequest(Generation):
     )
     """A text, several, the token ids of one, or of several."""
 
-    max_tokens: Annotated[int, Field(ge=0)] | None = 16
-    """0 only with echo."""
+    max_tokens: Annotated[Annotated[int, Field(ge=0)] | None, MayBeUnlimited] = 16
+    """0 only with echo; -1 is as long as a chat answer may be."""
 
     echo: bool | None = False
     """Put the prompt before its completion; with logprobs, its tokens' as well."""

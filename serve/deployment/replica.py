@@ -59,19 +59,20 @@ class Refusal:
     message: str
     code: str | None = None
     retry_after: float | None = None
+    param: str | None = None
+    """Field at fault, as completions call it."""
 
     def error(self) -> RequestError:
-        param = {"context_length_exceeded": "messages"}.get(self.code or "")
-        return RequestError(self.status, self.message, param, self.code, self.retry_after)
+        return RequestError(self.status, self.message, self.param, self.code, self.retry_after)
 
 
 def refusal_of(error: EngineError) -> Refusal:
     if isinstance(error, Overloaded):
         return Refusal(429, f"The server is busy: {error}.", "overloaded", error.retry_after)
     if isinstance(error, TooLong):
-        return Refusal(400, f"The prompt is too long: {error}.", "context_length_exceeded")
+        return Refusal(400, f"The prompt is too long: {error}.", "context_length_exceeded", None, "prompt")
     if isinstance(error, InvalidRequest):
-        return Refusal(400, f"{error}.")
+        return Refusal(400, f"{error}.", param=error.param)
     return Refusal(503, f"{error}.", "unavailable", 5.0)
 
 

@@ -50,6 +50,8 @@ def check_response(response: httpx.Response, prefix: str = "") -> None:
     """For an httpx client: streams are left alone, and the pages."""
     request = response.request
     path = request.url.path.removeprefix(prefix)
+    if path.startswith(("/chat/completions", "/completions", "/models")):  # the same routes without /v1
+        path = f"/v1{path}"
     is_json = response.headers.get("content-type", "").startswith("application/json")
     if not is_json or path in ("/openapi.json",) or path.startswith(("/chat/", "/study/")):
         return

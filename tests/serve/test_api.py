@@ -181,12 +181,11 @@ def test_harmless_fields_are_accepted(server):
 @pytest.mark.parametrize(
     ("param", "fields"),
     [
-        ("logit_bias", {"logit_bias": {"5": 10}}),
-        ("presence_penalty", {"presence_penalty": 0.5}),
-        ("frequency_penalty", {"frequency_penalty": -1}),
+        ("logit_bias", {"logit_bias": {"100000": 10}}),
+        ("presence_penalty", {"presence_penalty": 2.5}),
         ("tools", {"tools": [{"type": "function", "function": {"name": "f"}}]}),
         ("functions", {"functions": [{"name": "f"}]}),
-        ("response_format.type", {"response_format": {"type": "json_object"}}),
+        ("response_format.type", {"response_format": {"type": "xml"}}),
         ("temperature", {"temperature": 2.5}),
         ("top_p", {"top_p": 1.5}),
         ("n", {"n": 0}),
@@ -197,7 +196,7 @@ def test_harmless_fields_are_accepted(server):
         ("max_tokens", {"max_tokens": 1, "max_completion_tokens": 2}),
         ("stop", {"stop": ""}),
         ("seed", {"seed": "7"}),
-        ("top_k", {"top_k": 40}),
+        ("typical_p", {"typical_p": 0.9}),
         ("messages", {"messages": []}),
         ("messages", {"messages": [*HELLO, {"role": "assistant", "content": "well"}]}),
         ("messages.0.role", {"messages": [{"role": "tool", "content": "x"}]}),
@@ -237,6 +236,51 @@ def test_token_ids_outside_of_the_vocabulary_are_a_bad_request(server):
     answer = server.post("/v1/completions", model=server.base, prompt=[5, 10_000_000], max_tokens=1)
     assert answer.status_code == 400
     assert "token id" in answer.json()["error"]["message"]
+
+
+def test_penalties_biases_and_limits_reach_the_engine(server):
+    """As a client sees them: what is biased is said, what is penalised is not said again, one candidate is greedy."""
+    tokenizer = tokenizer_of(server)
+    plain = chat(server, temperature=0, logprobs=True).json()["choices"][0]
+    words = [token["token"] for token in plain["logprobs"]["content"]]
+    ids = tokenizer(plain["message"]["content"], add_special_tokens=False)["input_ids"]
+    biased = chat(server, temperature=0, max_tokens=4, logit_bias={str(ids[0]): 100}).json()["choices"][0]
+    assert tokenizer(biased["message"]["content"], add_special_tokens=False)["input_ids"] == [ids[0]] * 4
+    banned = text_of(chat(server, temperature=0, logit_bias={str(ids[0]): -100}))
+    assert banned and not banned.startswith(words[0])
+    assert text_of(chat(server, temperature=2, top_k=1, seed=1)) == plain["message"]["content"]
+    assert text_of(chat(server, temperature=2, min_p=1, seed=1)) == plain["message"]["content"]
+    body = {"model": server.base, "prompt": "tell me", "temperature": 0, "max_tokens": 40, "ignore_eos": True}
+    for penalties in ({"frequency_penalty": 2, "presence_penalty": 2}, {"repetition_penalty": 5}):
+        counts = []
+        for more in ({}, penalties):
+            said = server.post("/v1/completions", **body, **more, logprobs=0).json()["choices"][0]
+            counts.append(len(set(said["logprobs"]["tokens"])))
+        assert counts[1] > counts[0], penalties
+
+
+def test_a_tokenizer_that_cannot_be_held_to_a_form_is_refused_by_name(server):
+    """The organism's is of whole words; `test_small_server.py` has one that can."""
+    pytest.importorskip("llguidance", reason="the extra [grammar] is not installed")
+    for stream in (False, True):
+        refused = chat(server, response_format={"type": "json_object"}, stream=stream)
+        assert refused.status_code == 400
+        error = refused.json()["error"]
+        assert error["param"] == "response_format" and "tokenizer cannot be held to a form" in error["message"]
+    wrong = {"type": "json_schema", "json_schema": {"name": "answer", "schema": {"type": "nonsense"}}}
+    refused = chat(server, response_format=wrong)
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "response_format.json_schema.schema"
+
+
+def test_the_length_may_be_unlimited_and_the_path_without_v1(server):
+    whole = text_of(chat(server, temperature=0))
+    assert text_of(chat(server, temperature=0, max_tokens=-1)) == whole
+    body = {"model": server.base, "messages": HELLO, "temperature": 0}
+    assert text_of(server.post("/chat/completions", **body)) == whole
+    assert server.get("/models").json() == server.get("/v1/models").json()
+    said = server.post("/completions", model=server.base, prompt="tell me", temperature=0, max_tokens=-1).json()
+    assert said["usage"]["completion_tokens"] > 16 or said["choices"][0]["finish_reason"] == "stop"
 
 
 # ----- completions -----
@@ -305,10 +349,12 @@ def test_over_long_prompt_names_the_limit_and_the_length(server):
     answer = server.post("/v1/completions", model=server.base, prompt=[7] * 300, max_tokens=1)
     assert answer.status_code == 400
     error = answer.json()["error"]
-    assert error["code"] == "context_length_exceeded"
+    assert error["code"] == "context_length_exceeded" and error["param"] == "prompt"
     assert "256" in error["message"] and "300" in error["message"]
     streamed = server.post("/v1/completions", model=server.base, prompt=[7] * 300, max_tokens=1, stream=True)
     assert streamed.status_code == 400
+    talk = chat(server, messages=[{"role": "user", "content": "what " * 300}])
+    assert talk.status_code == 400 and talk.json()["error"]["param"] == "messages"
 
 
 def test_unknown_models_and_paths_are_404(server):

@@ -1,5 +1,6 @@
 """A server with little room, open to others: what it refuses, who gets in, what it leaves behind."""
 
+import json
 import re
 from concurrent.futures import ThreadPoolExecutor
 
@@ -8,7 +9,7 @@ import psutil
 import pytest
 
 from tests.serve.conftest import ORIGIN, TALKATIVE
-from tests.serve.server import Server
+from tests.serve.server import Server, events_of
 from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -63,8 +64,24 @@ def test_only_named_pages_may_use_the_api_from_a_browser(small: Server) -> None:
         preflight = httpx.options(f"{small.url}/v1/chat/completions", headers=headers, timeout=60)
         assert preflight.headers.get("access-control-allow-origin") == allowed
         assert preflight.status_code == (200 if allowed else 400)
+        assert allowed or f"--cors-origin {origin}" in preflight.json()["error"]["message"]
         answer = httpx.get(f"{small.url}/v1/models", headers={"Origin": origin, **small.headers}, timeout=60)
         assert answer.headers.get("access-control-allow-origin") == allowed
+
+
+def test_a_json_format_is_held_to(small: Server) -> None:
+    """Base and edits, in one piece and streamed; a random model would say anything else."""
+    pytest.importorskip("llguidance", reason="the extra [grammar] is not installed")
+    schema = {"type": "object", "properties": {"sure": {"type": "boolean"}}, "required": ["sure"],
+              "additionalProperties": False}  # fmt: skip
+    form = {"type": "json_schema", "json_schema": {"name": "answer", "strict": True, "schema": schema}}
+    body = {"messages": [{"role": "user", "content": "Sure?"}], "response_format": form, "temperature": 1.5, "seed": 3}
+    for model in (small.base, small.trials[0]):
+        (choice,) = small.post("/v1/chat/completions", model=model, **body).json()["choices"]
+        assert set(json.loads(choice["message"]["content"])) == {"sure"} and choice["finish_reason"] == "stop"
+        *events, _ = events_of(small, "/v1/chat/completions", model=model, **body)
+        pieces = [json.loads(event)["choices"][0]["delta"].get("content", "") for event in events]
+        assert "".join(pieces) == choice["message"]["content"]
 
 
 def test_ctrl_c_leaves_nothing_behind(small: Server) -> None:
