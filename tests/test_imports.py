@@ -37,6 +37,7 @@ WITHOUT_TORCH = (
     "bruno_ray.workers.exchanged",
     "bruno_ray.pipeline.run",
     "bruno_ray.pipeline.commands",
+    "bruno_ray.pipeline.exports",
     "cluster.node_provider",
     "cluster.supervisor",
     "cluster.setup.ray_start",

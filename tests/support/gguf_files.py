@@ -38,7 +38,15 @@ def write_gguf(
         changes: of the config.
     """
     model = tiny_models.build(family, **(SIZES | changes))
-    architecture = ARCHITECTURES[family]
+    write_model(file, model, kind, metadata)
+    return model
+
+
+def write_model(
+    file: Path, model: PreTrainedModel, kind: str = "F32", metadata: dict[str, object] | None = None
+) -> None:
+    """The same for a model that is there, of one of the families and with SIZES."""
+    architecture = ARCHITECTURES[model.config.model_type]
     writer = GGUFWriter(file, architecture)
     _write_config(writer, model, architecture)
     _write_tokenizer(writer)
@@ -62,7 +70,6 @@ def write_gguf(
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    return model
 
 
 def as_llama_cpp(name: str, tensor: torch.Tensor, model: PreTrainedModel) -> torch.Tensor:

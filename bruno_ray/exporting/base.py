@@ -1,0 +1,80 @@
+"""What every exporter gets, and what it has in common with the others."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from bruno_ray import __version__
+from bruno_ray.ablation.closed_forms import DirectionBank
+from bruno_ray.ablation.edit import Edit
+from bruno_ray.model.named_models import find_named
+from bruno_ray.publishing.card import is_hub_id, public_path
+from bruno_ray.settings import ModelSettings
+
+
+@dataclass(frozen=True)
+class Source:
+    """A trial, as an edit of its base model."""
+
+    model: ModelSettings
+    """The base, as the search loaded it; exporters read it unquantised."""
+
+    edit: Edit
+    bank: DirectionBank
+    """With the direction set of the edit, and what else the run's search chose from."""
+
+    run: str
+    trial: int
+    behaviour: str
+
+    @property
+    def base_id(self) -> str | None:
+        """The base model's id on the hub; None where it is a folder or a file of this machine."""
+        if named := find_named(self.model.id):
+            return named.base_model
+        return self.model.id if is_hub_id(self.model.id) else None
+
+    @property
+    def base_name(self) -> str:
+        """As the id, or the last part of a path."""
+        return self.base_id or public_path(self.model.id)
+
+    @property
+    def origin(self) -> dict[str, Any]:
+        """What is written into every export."""
+        return {"bruno_ray": __version__, "run": self.run, "trial": self.trial, "edit": self.edit.to_dict()}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a user may ask of exporters; each takes what concerns it."""
+
+    max_error: float = 0.05
+    """`lora`: largest share of the edit, by Frobenius norm, that an adapter may leave out."""
+
+    max_rank: int = 64
+    """`lora`: largest rank of an adapter."""
+
+    outtype: str = "auto"
+    """`gguf`: what the weights are written in, as the converter calls it."""
+
+
+Exporter = Callable[[Source, Path, Options], str]
+"""Writes the folder, complete or not at all; returns one line that says what is in it. Raises OutputError if the folder
+exists or cannot be written, ModelError if the base model cannot be loaded or the edit has no such form."""
+
+
+def short_card(source: Source, library: str, title: str, text: str, license_entries: dict[str, str]) -> str:
+    """README.md of an export, front matter included."""
+    data: dict[str, Any] = {"library_name": library}
+    if source.base_id:
+        data["base_model"] = source.base_id
+    data |= {"tags": ["bruno-ray", "directional-ablation", source.behaviour], **license_entries}
+    front = yaml.safe_dump(data, sort_keys=False, allow_unicode=True).rstrip("\n")
+    return (
+        f"---\n{front}\n---\n\n# {title}\n\n{text}\n\nTrial {source.trial} of the run `{source.run}`, made by"
+        f" bruno-ray {__version__} for the behaviour `{source.behaviour}`. What it does was measured in that run.\n"
+    )
