@@ -4,7 +4,7 @@ This module imports no torch: processes that only pass edits on are many, and st
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 NormMode = Literal["none", "pre", "full"]
@@ -29,6 +29,9 @@ class AblationParameters:
             return peak
         return peak * (1 + (distance / self.min_weight_distance) * (self.min_weight - 1))
 
+    def scaled(self, factor: float) -> "AblationParameters":
+        return replace(self, max_weight=factor * self.max_weight)
+
 
 @dataclass(frozen=True)
 class StrengthTable:
@@ -38,6 +41,9 @@ class StrengthTable:
 
     def strength(self, layer: int) -> float:
         return self.strengths[layer]
+
+    def scaled(self, factor: float) -> "StrengthTable":
+        return StrengthTable(tuple(factor * strength for strength in self.strengths))
 
 
 Strengths = AblationParameters | StrengthTable
@@ -65,6 +71,10 @@ class Edit:
     def strength(self, component: str, layer: int) -> float:
         kernel = self.components.get(component)
         return kernel.strength(layer) if kernel else 0.0
+
+    def scaled(self, factor: float) -> "Edit":
+        """The same edit with every strength multiplied by ``factor``, which is not negative."""
+        return replace(self, components={name: given.scaled(factor) for name, given in self.components.items()})
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -26,7 +26,10 @@ def router(service: Service) -> APIRouter:
 
     @routes.get("/v1/models", response_model=ModelList, tags=["models"])
     async def list_models() -> Response:
-        """Base models, trials of the Pareto fronts, selected trials, saved models; and what cannot be served."""
+        """Base models, trials of the Pareto fronts, selected trials, saved models; and what cannot be served.
+
+        Of an edit (`bruno.scalable`) `ID*X` is a model too: the same with every strength multiplied by X.
+        """
         return json_response({"object": "list", "data": [_card(service, model) for model in await service.models()]})
 
     @routes.get("/v1/models/{id:path}", response_model=ModelCard, responses=NOT_FOUND, tags=["models"])
@@ -115,7 +118,7 @@ async def _is_ready(service: Service, engine: str) -> bool:
 def _card(service: Service, model: ServedModel | Problem) -> dict[str, Any]:
     if isinstance(model, Problem):
         about: dict[str, Any] = {"kind": None, "run": None, "trial": None, "base": None, "metrics": {}}
-        about |= {"description": "", "problem": model.reason}
+        about |= {"description": "", "scalable": False, "problem": model.reason}
     else:
         about = {
             "kind": model.kind,
@@ -124,6 +127,7 @@ def _card(service: Service, model: ServedModel | Problem) -> dict[str, Any]:
             "base": None if model.kind in ("base", "saved") else model.base,
             "metrics": model.metrics,
             "description": model.description,
+            "scalable": model.edit is not None and model.scale == 1,
             "problem": service.broken.get(model.base),
         }
     created = model.created if isinstance(model, ServedModel) else 0

@@ -141,6 +141,9 @@ class AboutModel(Body):
 
     metrics: dict[str, float]
     description: str
+    scalable: bool
+    """Whether `ID*X` is a model as well: this edit with every strength multiplied by X, 0 to 2 in steps of 0.01."""
+
     problem: str | None
     """Why it cannot be used; None if it can."""
 

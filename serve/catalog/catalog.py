@@ -4,6 +4,7 @@
     BASE:trial-N     any COMPLETE trial of its study, as a row of BASE; the Pareto front's are listed
     RUN              the trial that the run selected, likewise
     RUN:trial-N      the same as BASE:trial-N, and the only name when several runs have one base
+    ID*X             any of these three with every strength multiplied by X
     FOLDER           a saved model, with an engine of its own
 
 A run may still be going on: ``refresh`` looks for what is new. What cannot be served is in ``problems``, and the rest
@@ -15,10 +16,11 @@ import logging
 import re
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from bruno_ray.ablation.edit import Edit
 from bruno_ray.errors import BrunoError, SettingsError
 from bruno_ray.files import expanded
 from bruno_ray.model.locating import is_gguf
@@ -34,6 +36,11 @@ from serve.errors import UnknownModel
 from serve.settings import ServeArgs
 
 logger = logging.getLogger(__name__)
+
+SCALED = re.compile(r"(.+)\*(\d{1,3}(?:\.\d+)?|\.\d+)")
+LARGEST_SCALE = 2.0
+SCALE_STEP = 0.01
+"""Every scale that is asked for is an edit of its own in the engines."""
 
 TRIAL = re.compile(r"(.+):trial-(\d+)")
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -54,6 +61,9 @@ class ServedModel:
 
     edit_key: str | None = None
     """Name of the edit in the engine."""
+
+    scale: float = 1.0
+    """What the strengths of the trial's edit have been multiplied by."""
 
     run: Path | None = None
     """Run directory it comes from."""
@@ -275,9 +285,10 @@ class Catalog:
 
     def resolve(self, model_id: str) -> ServedModel:
         """The model of that id, as of the last ``refresh``. Raises UnknownModel."""
-        if (entry := self._by_id.get(model_id)) is not None:
-            return entry
-        entry = self._unlisted(model_id)
+        entry = self._by_id.get(model_id) or self._unlisted(model_id)
+        if entry is None and (match := SCALED.fullmatch(model_id)) is not None:
+            unscaled = self._by_id.get(match[1]) or self._unlisted(match[1])
+            entry = None if unscaled is None else _scaled(unscaled, float(match[2]))
         if entry is None:
             reason = next((problem.reason for problem in self.problems if problem.id == model_id), None)
             raise UnknownModel(
@@ -299,6 +310,25 @@ class Catalog:
             raise UnknownModel(f"{model_id!r} could be a trial of several runs: say which one, as {choices}.")
         trial = self.runs[owners[0]].trial(number) if owners else None
         return None if trial is None else self._trial_entry(owners[0], trial)
+
+
+def _scaled(entry: ServedModel, scale: float) -> ServedModel:
+    """The model with its edit made weaker or stronger. Raises UnknownModel where that is no edit, or out of range."""
+    if entry.edit is None:
+        raise UnknownModel(f"{entry.id!r} has no edit whose strength could be multiplied: leave out *{scale:g}.")
+    if scale > LARGEST_SCALE or abs(scale / SCALE_STEP - round(scale / SCALE_STEP)) > 1e-6:
+        raise UnknownModel(
+            f"A strength is multiplied by 0 to {LARGEST_SCALE:g} in steps of {SCALE_STEP:g}, not {scale:g}."
+        )
+    return replace(
+        entry,
+        id=f"{entry.id}*{scale:g}",
+        edit=Edit.from_dict(entry.edit).scaled(scale).to_dict(),
+        edit_key=f"{entry.edit_key}*{scale:g}",
+        scale=scale,
+        metrics={},  # of another edit
+        description=f"{entry.description}; strengths times {scale:g}",
+    )
 
 
 def discovered(args: ServeArgs) -> Catalog:

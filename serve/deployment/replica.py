@@ -90,7 +90,6 @@ class EngineReplica:
         self._replica = serve.get_replica_context().replica_id.unique_id
         self._n_streams = 0
         self._resolving: dict[str, asyncio.Lock] = {}
-        self._known: set[str] = set()
         self._channels: dict[str, EventChannel] = {}
         """By the name of the API process."""
 
@@ -121,12 +120,11 @@ class EngineReplica:
         engine = self._ready_engine()
         if source is None:
             return None
-        if source.key not in self._known:
+        if not engine.knows(source.key):
             async with self._resolving.setdefault(source.key, asyncio.Lock()):
-                if source.key not in self._known:
+                if not engine.knows(source.key):
                     directions = await source.directions[0]
                     await asyncio.to_thread(_add_edit, engine, source, directions)
-                    self._known.add(source.key)
         return source.key
 
     async def generate(

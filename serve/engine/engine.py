@@ -15,6 +15,7 @@ Greedy text is the same whatever else is in the batch up to rounding: see ``batc
 import asyncio
 import logging
 import threading
+from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -40,6 +41,7 @@ __all__ = ["EngineStats", "Event", "GenerationRequest", "ServingEngine", "TokenL
 
 logger = logging.getLogger(__name__)
 
+MOST_EDITS = 256  # an edit of an 8-billion-parameter model holds some two megabytes
 STOPPED = 1_000_000  # failed steps that are reported once the thread has ended by itself
 
 
@@ -48,7 +50,7 @@ class ServingEngine:
 
     def __init__(self, loaded: LoadedModel, settings: EngineSettings) -> None:
         self._editor = LiveEditor(loaded.architecture)
-        self._edits: dict[str, ResolvedEdit] = {}
+        self._edits: OrderedDict[str, ResolvedEdit] = OrderedDict()  # those asked for last at the end
         self._resolving = threading.Lock()
         self._settings = settings
         self._vocabulary = loaded.architecture.embedding.weight.shape[0]
@@ -72,7 +74,8 @@ class ServingEngine:
     def add_edit(self, key: str, edit: Edit, bank: DirectionBank) -> None:
         """Make ``edit`` known as ``key``; it is worked out once, which may read weights (seconds on a large model).
 
-        A key that is known already must mean the same edit. Raises ValueError if it does not.
+        A key that is known already must mean the same edit. Raises ValueError if it does not. Of very many edits the
+        one that has not been asked for longest is forgotten; rows that carry it go on.
         """
         with self._resolving:
             known = self._edits.get(key)
@@ -80,6 +83,16 @@ class ServingEngine:
                 self._edits[key] = self._editor.resolve(edit, bank)
             elif known.edit != edit:
                 raise ValueError(f"{key} is already another edit: give each edit a key of its own")
+            while len(self._edits) > MOST_EDITS:
+                self._edits.popitem(last=False)
+
+    def knows(self, key: str) -> bool:
+        """Whether the edit can be asked for; if so, it is the one that will be forgotten last."""
+        try:
+            self._edits.move_to_end(key)
+        except KeyError:
+            return False
+        return True
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Event]:
         """Events of one answer, the last with a finish reason. Closing the iterator takes the row out at the next step.

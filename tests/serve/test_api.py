@@ -43,6 +43,18 @@ def test_a_trial_off_the_front_is_served_too(server):
         assert chat(server, name, max_tokens=2).status_code == 200
 
 
+def test_an_edit_is_served_weaker_and_stronger(server):
+    trial = server.trials[0]
+    about = server.get(f"/v1/models/{trial}").json()["bruno"]
+    assert about["scalable"] and not server.get(f"/v1/models/{server.base}").json()["bruno"]["scalable"]
+    scaled = server.get(f"/v1/models/{trial}*0.6").json()
+    assert scaled["id"] == f"{trial}*0.6" and not scaled["bruno"]["scalable"]
+    assert text_of(chat(server, f"{trial}*0", temperature=0)) == text_of(chat(server, temperature=0))
+    assert text_of(chat(server, f"{trial}*1", temperature=0)) == text_of(chat(server, trial, temperature=0))
+    assert chat(server, f"{trial}*0.6", max_tokens=2).status_code == 200
+    assert chat(server, f"{trial}*3").status_code == 404
+
+
 def test_a_run_answers_as_its_selected_trial_and_as_its_saved_model(server):
     entry = server.get(f"/v1/models/{server.selected}").json()
     trial = f"{server.base}:trial-{entry['bruno']['trial']}"

@@ -116,6 +116,46 @@ def test_a_trial_off_the_front_can_be_asked_for_and_others_do_not_exist(run):
         assert raised.value.status == 404
 
 
+def test_an_edit_can_be_asked_for_weaker_and_stronger(run):
+    """By any name of an edit; every layer's strength is multiplied, and nothing else is changed."""
+    catalog = discover(run)
+    for name, number in (("tiny-base:trial-2", 2), ("mine:trial-3", 3), ("mine", 1)):
+        plain, seen = catalog.resolve(name), set()
+        for text, scale in (("0.6", 0.6), (".25", 0.25), ("1", 1.0), ("2", 2.0), ("0", 0.0)):
+            scaled = catalog.resolve(f"{name}*{text}")
+            found, full = Edit.from_dict(scaled.edit), edit_of(number)
+            for layer in range(4):
+                assert found.strength("mlp", layer) == pytest.approx(scale * full.strength("mlp", layer))
+            assert (found.direction_set, found.norm_mode) == (full.direction_set, full.norm_mode)
+            assert (scaled.base, scaled.trial, scaled.metrics) == (plain.base, number, {})
+            assert scaled.id == f"{plain.id}*{scale:g}" and scaled.description.endswith(f"times {scale:g}")
+            seen.add(scaled.edit_key)
+        assert len(seen) == 5 and plain.edit_key not in seen
+    assert catalog.resolve("mine*0.6").edit_key == catalog.resolve("mine:trial-1*0.60").edit_key
+    assert [entry for entry in ids(catalog) if "*" in entry] == []
+    trained = Edit({"mlp": StrengthTable((0.5, 1.0))}, "difference_in_means@0", None, "full")
+    assert trained.scaled(0.5).components["mlp"] == StrengthTable((0.25, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("model_id", "reason"),
+    [
+        ("tiny-base*0.5", "no edit"),
+        ("mine*2.01", "0 to 2 in steps of 0.01"),
+        ("mine*0.333", "0 to 2 in steps of 0.01"),
+        ("mine*0.5*0.5", "does not exist"),
+        ("mine*-1", "does not exist"),
+        ("mine*", "does not exist"),
+        ("mine*x", "does not exist"),
+        ("other*0.5", "does not exist"),
+    ],
+)
+def test_what_cannot_be_scaled_is_a_404_that_says_why(run, model_id, reason):
+    with pytest.raises(UnknownModel, match=reason) as raised:
+        discover(run).resolve(model_id)
+    assert raised.value.status == 404
+
+
 def test_a_run_that_selected_nothing_is_left_out(tmp_path, base):
     run = make_run(tmp_path / "open", base, selected=None)
     assert "open" not in ids(discover(run))

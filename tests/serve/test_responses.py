@@ -10,7 +10,8 @@ from tests.serve.server import Server, events_of
 
 HELLO = [{"role": "user", "content": "what colour has lubesi ?"}]
 GOOD = {"id": "1", "object": "model", "created": 1, "owned_by": "bruno-ray", "bruno": {
-    "kind": "base", "run": None, "trial": None, "base": None, "metrics": {}, "description": "", "problem": None,
+    "kind": "base", "run": None, "trial": None, "base": None, "metrics": {}, "description": "", "scalable": False,
+    "problem": None,
 }}  # fmt: skip
 
 
