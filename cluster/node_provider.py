@@ -9,6 +9,7 @@ workers (cluster/renting/worker_health.py) and keeps the account of what is gone
 import copy
 import logging
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -31,9 +32,10 @@ from cluster.network.keys import ensure_key_pair, public_key
 from cluster.network.mesh import Node
 from cluster.network.ssh_master import Endpoint
 from cluster.renting.cost import ClusterCost, cluster_cost
-from cluster.renting.launch import Launcher, LaunchOrder, ranked_offers
+from cluster.renting.launch import Launcher, LaunchOrder
 from cluster.renting.ledger import Ledger
 from cluster.renting.listing import NodeList
+from cluster.renting.polling import InstanceList
 from cluster.renting.registry import NodeRegistry
 from cluster.renting.tags import ClusterNode, Label
 from cluster.settings import ClusterSettings, NodeSettings, checked_cluster_name
@@ -41,15 +43,29 @@ from cluster.setup.bootstrap import bootstrapped, one_line_errors
 from cluster.setup.command_runner import VastCommandRunner
 from cluster.setup.mounts import without_head_files
 from cluster.vast.client import VastClient
+from cluster.vast.errors import VastAuthError, VastCreditError, VastQuotaError, VastRefusedError
 from cluster.vast.models import State
-from cluster.vast.offers import Ranking
+from cluster.vast.offers import Ranking, Wanted, find_offers
+from cluster.vast.pace import Pace
 
 logger = logging.getLogger(__name__)
 
-REFUSAL_S = 30.0
-"""The autoscaler asks for the same node every few seconds; a refusal stands for so long without asking the market."""
+FIRST_REFUSAL_S, LONGEST_REFUSAL_S = 30.0, 600.0
+"""The autoscaler asks for the same node every few seconds. A refusal stands for a while without asking the market,
+longer each time: the account's searches of a day are limited too."""
+
+ANY_TYPE = ""
 
 LAUNCH_LOCK_S = 180.0
+
+
+@dataclass(frozen=True)
+class _Refusal:
+    """Why nothing is rented, and for how long nobody is asked about it again."""
+
+    error: ClusterError
+    until: float
+    seconds: float
 
 
 class VastNodeProvider(NodeProvider):
@@ -67,13 +83,15 @@ class VastNodeProvider(NodeProvider):
         self.settings = ClusterSettings.from_provider(provider_config)
         self.folder: Path = self.settings.folder(cluster_name)
         self._clock = clock or SystemClock()
-        self._client = client or VastClient(self.settings.vast_url, self.settings.api_key(), clock=self._clock)
-        self._nodes = NodeList(self._client, cluster_name, self._clock, self.settings.refresh_s)
+        self._client = client or self._new_client()
+        instances = InstanceList(self._client, self.folder, self._clock, self.settings.refresh_s)
+        self._nodes = NodeList(self._client, instances, cluster_name, self._clock, self.settings.refresh_s)
         self._ledger = Ledger(self.folder, self._clock)
         self._launcher = Launcher(self._client, self._nodes, self._ledger, self._clock, self.settings.budget)
         self._registry = NodeRegistry(self._client, self._nodes, self._ledger, self.settings, self._clock)
         self._launching = threading.RLock()
-        self._refusals: dict[str, tuple[float, ClusterError]] = {}
+        self._refusals: dict[str, _Refusal] = {}
+        """By node type; those of `ANY_TYPE` are about the account."""
         self._tearing_down = False
         self._setting_up = FileLock(self.folder / "up.lock")
         """Held by a `ray up` from when it has a head until its process ends."""
@@ -106,7 +124,7 @@ class VastNodeProvider(NodeProvider):
 
     def offers(self, node_config: dict[str, Any]) -> Ranking:
         """What could be rented now for a node type, and why the rest could not. Raises `VastError`."""
-        return ranked_offers(self._client, NodeSettings.from_config(node_config), self._ledger.avoided())
+        return find_offers(self._client, Wanted.of(NodeSettings.from_config(node_config)), self._ledger.avoided())
 
     def cost(self) -> ClusterCost:
         """What the cluster costs per hour and has cost so far."""
@@ -273,21 +291,41 @@ class VastNodeProvider(NodeProvider):
     def _launch(self, settings: NodeSettings, tags: dict[str, str]) -> ClusterNode:
         is_head = tags[TAG_RAY_NODE_KIND] == NODE_KIND_HEAD
         node_type = tags.get(TAG_RAY_USER_NODE_TYPE, "")
-        until, refusal = self._refusals.get(node_type, (0.0, None))
-        if refusal is not None and self._clock.time() < until:
-            raise refusal
+        for refusal in (self._refusals.get(node_type), self._refusals.get(ANY_TYPE)):
+            if refusal is not None and self._clock.time() < refusal.until:
+                raise refusal.error
         self._registry.check_launch(is_head)
         label = Label(self.cluster_name, tags[TAG_RAY_NODE_KIND], 0 if is_head else self._registry.free_index())
         order = LaunchOrder(settings, label, {**tags, TAG_RAY_CLUSTER_NAME: self.cluster_name}, self._public_key())
         try:
             node = self._launcher.launch(order, self.cost())
-        except (BudgetError, NoOfferError) as error:
-            logger.error("no machine for a node of type %s: %s", node_type or "?", error)
-            self._refusals[node_type] = (self._clock.time() + REFUSAL_S, error)
+        except (BudgetError, NoOfferError, VastRefusedError) as error:
+            self._remember_refusal(node_type, error)
             raise
+        except (VastQuotaError, VastCreditError, VastAuthError) as error:
+            self._remember_refusal(ANY_TYPE, error)
+            raise
+        self._refusals.pop(node_type, None)
+        self._refusals.pop(ANY_TYPE, None)
         if is_head:
             self._registry.own_head = node.id
         return node
+
+    def _remember_refusal(self, node_type: str, error: ClusterError) -> None:
+        """Longer each time, and a used-up quota until it is renewed."""
+        before = self._refusals.get(node_type)
+        seconds = FIRST_REFUSAL_S if before is None else min(2 * before.seconds, LONGEST_REFUSAL_S)
+        until = self._clock.time() + seconds
+        if isinstance(error, VastQuotaError):
+            until = max(until, error.until)
+        self._refusals[node_type] = _Refusal(error, until, seconds)
+        kind = f"of type {node_type}" if node_type else "of any type"
+        logger.error("no machine for a node %s, asked again in %.0f s: %s", kind, until - self._clock.time(), error)
+
+    def _new_client(self) -> VastClient:
+        """All processes of this machine that ask with a key keep to the limits together."""
+        pace = Pace(self._clock, self.settings.state_folder)
+        return VastClient(self.settings.vast_url, self.settings.api_key(), clock=self._clock, pace=pace)
 
     def _public_key(self) -> str:
         return self.settings.public_key or public_key(ensure_key_pair(self.folder, self.cluster_name))

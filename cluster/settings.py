@@ -31,6 +31,8 @@ RAY_KEYS = frozenset(
 )
 """Keys of the provider section that Ray itself reads; keys with a leading underscore are Ray's too."""
 
+CUDA_OF_IMAGE = re.compile(r"cuda-?(\d+\.\d+)")
+
 CLUSTER_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,22}[a-z0-9])?")
 """The name is part of labels, folders and host-key aliases."""
 
@@ -41,6 +43,11 @@ def checked_cluster_name(name: str) -> str:
             f"cluster_name {name!r} is part of labels: use up to 24 lower-case letters, digits and inner hyphens"
         )
     return name
+
+
+def _with_blanks(names: tuple[str, ...]) -> tuple[str, ...]:
+    """Vast.ai's command line writes RTX_4090 for what its API calls RTX 4090."""
+    return tuple(" ".join(name.replace("_", " ").split()) for name in names)
 
 
 def _expanded(path: Path) -> Path:
@@ -70,8 +77,8 @@ class BudgetSettings(Section):
 class Requirements(Section):
     """What a machine must be to be rented."""
 
-    gpu_names: tuple[str, ...] = ()
-    """Names as Vast.ai writes them, such as ["RTX 4090"]; empty for any."""
+    gpu_names: Annotated[tuple[str, ...], AfterValidator(_with_blanks)] = ()
+    """Names as Vast.ai writes them, such as ["RTX 4090"], or RTX_4090 as its command line does; empty for any."""
 
     num_gpus: NonNegativeInt | None = None
     """Exactly so many GPUs; None for any number, the head's choice."""
@@ -83,6 +90,9 @@ class Requirements(Section):
     """CPUs of the container, not of the host (`cpu_cores_effective`)."""
 
     min_ram_gb: NonNegativeFloat = 0.0
+    """Of the container, which gets of the machine's memory its share of the GPUs. The head needs at least the size of
+    the largest model of the cluster and 12 GB more, which is the default there."""
+
     min_reliability: float = Field(0.98, ge=0, le=1)
     """The host's share of time up, as Vast.ai measures it (`reliability2`)."""
 
@@ -102,10 +112,17 @@ class Requirements(Section):
     """Two-letter country codes such as ["DE", "NL"]; empty for any."""
 
     min_cuda: NonNegativeFloat = 0.0
-    """The newest CUDA version that the host's driver supports must be at least this one."""
+    """The newest CUDA version that the host's driver supports must be at least this one, and that of the image's tag
+    in any case."""
 
     min_download_mbps: NonNegativeFloat = 200.0
     """Models are downloaded once per machine; a slow line is paid for in GPU-hours."""
+
+    max_traffic_price_per_gb: NonNegativeFloat = 0.02
+    """Dollars that the host takes per GB in or out, on top of the price per hour."""
+
+    min_duration_h: NonNegativeFloat = 24.0
+    """The host must let the machine for at least so many hours; afterwards it stops, with all that is on it."""
 
 
 class NodeSettings(Section):
@@ -126,6 +143,12 @@ class NodeSettings(Section):
 
     onstart: str = ""
     """Shell commands that run when the machine has booted, before anything else."""
+
+    @property
+    def min_cuda(self) -> float:
+        """What the requirements say, and what the image's tag implies."""
+        found = CUDA_OF_IMAGE.search(self.image)
+        return max(self.requirements.min_cuda, float(found.group(1)) if found else 0.0)
 
     @model_validator(mode="after")
     def _one_source_of_the_disk(self) -> "NodeSettings":
@@ -164,8 +187,8 @@ class ClusterSettings(Section):
     max_cpus: PositiveInt = 48
     """The most CPUs any node offers to Ray; decides how many nodes fit (cluster/network/addresses.py)."""
 
-    refresh_s: PositiveFloat = 3.0
-    """How long one listing of the instances answers all questions."""
+    refresh_s: PositiveFloat = 5.0
+    """How long one listing of the instances answers all questions of all processes of a machine."""
 
     boot_timeout_s: PositiveFloat = 900.0
     """A machine that is not running so long after it was rented is destroyed, avoided and replaced."""

@@ -39,7 +39,7 @@ BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml").expanduser()
 """Where `ray up` puts the cluster's configuration on the head, and where the key pair of the cluster is named."""
 
 ASK_S = 3.0
-"""Between two questions to the API."""
+"""Between two questions; the API itself is asked by one process of the machine (cluster/renting/polling.py)."""
 STATUS_S = 1.0
 RESTART_S = 1.0
 START_TIMEOUT_S = 60.0

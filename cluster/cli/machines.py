@@ -66,7 +66,7 @@ def offer_cells(ranked: RankedOffer, disk_gb: float) -> list[str]:
         f"{ranked.price_per_hour:.3f}",
         f"{ranked.useful_cost:.3f}",
         f"{disk_gb:.0f} of {offer.disk_space:.0f}",
-        f"{offer.reliability2:.3f}",
+        f"{offer.uptime:.3f}",
         f"{offer.inet_down:.0f}",
         offer.geolocation or "?",
     ]

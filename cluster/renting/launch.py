@@ -14,15 +14,17 @@ from cluster.renting.listing import NodeList
 from cluster.renting.tags import ClusterNode, Label, creation_env, node_of
 from cluster.settings import BudgetSettings, NodeSettings
 from cluster.vast.client import VastClient
-from cluster.vast.disk import ModelSize, disk_for
 from cluster.vast.errors import CreateFailedError, CreateUncertainError, OfferTakenError, VastError
 from cluster.vast.models import CreateRequest, Instance
-from cluster.vast.offers import RankedOffer, Ranking, rank, search_query
+from cluster.vast.offers import RankedOffer, Wanted, find_offers
 
 logger = logging.getLogger(__name__)
 
 OFFERS_TRIED = 6
 """Offers are taken by others between search and creation; after so many the market is too busy to go on."""
+
+MARKET_S = 45.0
+"""How long the offers that one search found are rented from."""
 
 SETTLE_S = 15.0
 """How long a creation without an answer is looked for in the list, before it is given up as an unconfirmed launch."""
@@ -31,7 +33,12 @@ SETTLE_PAUSE_S = 3.0
 PENDING_LAUNCH_S = 180.0
 """How long a creation counts for the budget that the list does not show; longer than the list is ever behind."""
 
-CREATE_DEADLINE_S = 20.0
+CREATE_DEADLINE_S = 30.0
+"""Room for a turn of five seconds, and for one penalty of twelve."""
+
+NO_TMUX = "touch ~/.no_auto_tmux"
+"""Vast.ai's shells put every ssh session into tmux until this file is there, and run no command until then."""
+
 ATTACH_DEADLINE_S = 8.0
 
 
@@ -45,8 +52,19 @@ class LaunchOrder:
     public_key: str
 
 
+@dataclass
+class _Market:
+    """What a search found, without what was tried since."""
+
+    found_at: float
+    offers: list[RankedOffer]
+
+
 class Launcher:
-    """Rents machines one after the other; the caller holds a lock so that two launches do not share a budget."""
+    """Rents machines one after the other; the caller holds a lock so that two launches do not share a budget.
+
+    Machines of a kind that are rented within `MARKET_S` share one search.
+    """
 
     def __init__(
         self, client: VastClient, nodes: NodeList, ledger: Ledger, clock: Clock, budget: BudgetSettings
@@ -56,6 +74,7 @@ class Launcher:
         self._ledger = ledger
         self._clock = clock
         self._budget = budget
+        self._markets: dict[str, _Market] = {}
 
     def launch(self, order: LaunchOrder, cost: ClusterCost) -> ClusterNode:
         """Rent the best machine that the budget allows; it is in the node list when this returns.
@@ -65,20 +84,31 @@ class Launcher:
         """
         reserved = self._reserved()
         room = price_room(self._budget, cost, reserved)
-        for ranked in self._affordable(order.node, cost, reserved, room)[:OFFERS_TRIED]:
+        market = self._market(order.node)
+        affordable = [ranked for ranked in market.offers if ranked.price_per_hour <= room]
+        if not affordable:
+            cheapest = min(ranked.price_per_hour for ranked in market.offers)
+            raise over_budget(self._budget, cost, reserved, cheapest)
+        for ranked in affordable[:OFFERS_TRIED]:
+            market.offers.remove(ranked)
             try:
                 return self._rent(ranked, order)
             except OfferTakenError as error:
                 logger.info("offer %d is gone: %s", ranked.offer.id, error)
-        raise NoOfferError(f"the {OFFERS_TRIED} best offers were taken by others; Ray tries again")
+        self._markets.clear()
+        raise NoOfferError("the best offers were taken by others; Ray tries again")
 
-    def _affordable(self, node: NodeSettings, cost: ClusterCost, reserved: float, room: float) -> list[RankedOffer]:
-        best = ranked_offers(self._client, node, self._ledger.avoided()).best()
-        affordable = [ranked for ranked in best if ranked.price_per_hour <= room]
-        if not affordable:
-            cheapest = min(ranked.price_per_hour for ranked in best)
-            raise over_budget(self._budget, cost, reserved, cheapest)
-        return affordable
+    def _market(self, node: NodeSettings) -> _Market:
+        """Offers that will do, of which there is at least one. Raises `NoOfferError` or `VastError`."""
+        kind, now, avoided = node.model_dump_json(), self._clock.time(), self._ledger.avoided()
+        market = self._markets.get(kind)
+        if market is not None and now < market.found_at + MARKET_S:
+            market.offers = [ranked for ranked in market.offers if ranked.offer.machine_id not in avoided]
+            if market.offers:
+                return market
+        market = _Market(now, list(find_offers(self._client, Wanted.of(node), avoided).best()))
+        self._markets[kind] = market
+        return market
 
     def _reserved(self) -> float:
         """Dollars per hour of what may exist beside the known nodes."""
@@ -89,10 +119,10 @@ class Launcher:
         launch = uuid.uuid4().hex[:12]
         request = CreateRequest(
             image=order.node.image,
-            disk=_disk(order.node),
+            disk=Wanted.of(order.node).disk_gb,
             label=order.label.text(with_hashes=False),
-            env=creation_env(order.label.index, order.tags, launch),
-            onstart="\n".join(filter(None, [authorize_command(order.public_key), order.node.onstart])),
+            env=creation_env(order.label, order.tags, launch),
+            onstart="\n".join(filter(None, [NO_TMUX, authorize_command(order.public_key), order.node.onstart])),
             price=ranked.bid,
         )
         self._ledger.add_pending_launch(launch, ranked.price_per_hour, order.label.index, PENDING_LAUNCH_S)
@@ -166,15 +196,3 @@ class Launcher:
             if self._clock.time() + SETTLE_PAUSE_S > deadline:
                 return None
             self._clock.sleep(SETTLE_PAUSE_S)
-
-
-def ranked_offers(client: VastClient, node: NodeSettings, avoided: frozenset[int]) -> Ranking:
-    """What the market offers for a node, best first, with what was rejected and why. Raises `VastError`."""
-    disk = _disk(node)
-    offers = client.search_offers(search_query(node.requirements, disk))
-    return rank(offers, node.requirements, disk, avoided=avoided, model_gb=node.model_size_gb or 0.0)
-
-
-def _disk(node: NodeSettings) -> float:
-    size = None if node.model_size_gb is None else ModelSize.of_gb(node.model_size_gb)
-    return node.disk_gb or disk_for(size)

@@ -18,6 +18,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cluster.clock import Clock
+from cluster.renting.polling import InstanceList
 from cluster.renting.tags import ClusterNode, node_of
 from cluster.vast.client import VastClient
 from cluster.vast.errors import VastError, VastUnavailableError
@@ -68,8 +69,11 @@ class _Destruction:
 class NodeList:
     """Thread-safe. Network calls are made without holding the lock of the state."""
 
-    def __init__(self, client: VastClient, cluster_name: str, clock: Clock, refresh_s: float) -> None:
+    def __init__(
+        self, client: VastClient, instances: InstanceList, cluster_name: str, clock: Clock, refresh_s: float
+    ) -> None:
         self._client = client
+        self._instances = instances
         self._cluster = cluster_name
         self._clock = clock
         self._refresh_s = refresh_s
@@ -101,7 +105,7 @@ class NodeList:
         """
         if force:
             with self._refreshing:
-                self._refresh()
+                self._refresh(force=True)
             if self._error is not None:
                 raise VastUnavailableError(str(self._error)) from self._error
         # One thread asks; the others make do with the list at hand, if there is one.
@@ -127,9 +131,14 @@ class NodeList:
 
     def created(self, node: ClusterNode) -> None:
         """A creation was answered."""
+        self._instances.outdate()
         with self._lock:
             self._known.setdefault(node.id, _Known(node, self._clock.time() + LISTING_LAG_S))
             self.version += 1
+
+    def relabelled(self) -> None:
+        """A label was changed, which other processes read."""
+        self._instances.outdate()
 
     def unconfirmed_launch(self, launch: str) -> None:
         """A creation with this mark may have happened; its instance is destroyed if it is ever listed."""
@@ -171,10 +180,10 @@ class NodeList:
     def _is_bridged(self) -> bool:
         return self._answered is not None and self._clock.time() - self._answered < STALE_LIMIT_S
 
-    def _refresh(self) -> None:
-        begun = self._clock.time()
+    def _refresh(self, *, force: bool = False) -> None:
         try:
-            instances = {str(instance.id): instance for instance in self._client.instances(LIST_DEADLINE_S)}
+            listed, begun = self._instances.get(LIST_DEADLINE_S, force=force)
+            instances = {str(instance.id): self._priced(instance) for instance in listed}
         except VastError as error:
             with self._lock:
                 self._asked, self._error = self._clock.time(), error
@@ -190,6 +199,13 @@ class NodeList:
             self.version += 1
         self._find_unwanted()
         self._clear_away(instances, begun)
+
+    def _priced(self, instance: Instance) -> Instance:
+        """With the last known price where the row does not say it: what it costs counts all the same."""
+        known = self._known.get(str(instance.id))
+        if instance.dph_total or known is None:
+            return instance
+        return instance.model_copy(update={"dph_total": known.node.instance.dph_total})
 
     def _missing(self, instances: dict[str, Instance]) -> dict[str, Instance]:
         """Nodes that the list lacks although they exist; those that do not are forgotten."""
@@ -268,6 +284,7 @@ class NodeList:
             confirmed, retry = False, RETRY_S
         else:
             confirmed, retry = True, LISTING_LAG_S
+            self._instances.outdate()
         with self._lock:
             if destruction := self._destructions.get(name):
                 destruction.confirmed, destruction.retry_at = confirmed, self._clock.time() + retry

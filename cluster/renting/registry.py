@@ -227,6 +227,7 @@ class NodeRegistry:
         except VastError as error:
             logger.warning("the label of instance %s could not be set yet: %s", node.id, error)
         else:
+            self._nodes.relabelled()
             with self._lock:
                 if node.id in self._own_tags:
                     self._own_tags[node.id].unwritten = False

@@ -7,7 +7,8 @@ change. What changes is the label:
     bruno-ray:CLUSTER:h0:up-to-date:12.34:HASH:HASH      the head, 12.34 dollars spent on machines that are gone
 
 The label alone decides whose an instance is. Hashes of Ray's runtime and file mounts come last and are left out where
-the API refuses so long a label (60 characters are known to work); they only save Ray from setting a node up again.
+the API refuses the label; they only save Ray from setting a node up again. Vast.ai documents 256 characters for a label
+at creation, 1024 later, and 256 for `env`, which may mean each variable: tags that follow from the label are not sent.
 """
 
 import base64
@@ -22,10 +23,15 @@ from ray.autoscaler.tags import (
     STATUS_UNINITIALIZED,
     STATUS_UP_TO_DATE,
     STATUS_UPDATE_FAILED,
+    TAG_RAY_CLUSTER_NAME,
     TAG_RAY_FILE_MOUNTS_CONTENTS,
+    TAG_RAY_LAUNCH_CONFIG,
+    TAG_RAY_LAUNCH_REQUEST,
     TAG_RAY_NODE_KIND,
+    TAG_RAY_NODE_NAME,
     TAG_RAY_NODE_STATUS,
     TAG_RAY_RUNTIME_CONFIG,
+    TAG_RAY_USER_NODE_TYPE,
 )
 
 from cluster.vast.models import Instance, State
@@ -38,6 +44,9 @@ LAUNCH_VARIABLE = "CLUSTER_LAUNCH"
 HASH_TAGS = (TAG_RAY_RUNTIME_CONFIG, TAG_RAY_FILE_MOUNTS_CONTENTS)
 LASTING_STATUSES = frozenset({STATUS_UP_TO_DATE, STATUS_UPDATE_FAILED})
 """Others pass within minutes and concern only the process that sets the node up."""
+
+SHORT_NAMES = {TAG_RAY_LAUNCH_CONFIG: "c", TAG_RAY_LAUNCH_REQUEST: "r", TAG_RAY_USER_NODE_TYPE: "t"}
+"""How the tags that cannot be derived are written."""
 
 _LABEL = re.compile(rf"{PREFIX}:(?P<cluster>[a-z0-9-]+):(?P<kind>[hw])(?P<index>\d+)(?::(?P<rest>.*))?")
 _KINDS = {"h": NODE_KIND_HEAD, "w": NODE_KIND_WORKER}
@@ -55,6 +64,15 @@ class Label:
     """Dollars for machines of the cluster that are gone; only the head's label carries it."""
     hashes: tuple[str, ...] = field(default=("", ""))
     """Values of `HASH_TAGS`, hexadecimal."""
+
+    @property
+    def tags(self) -> dict[str, str]:
+        """Ray's tags that follow from the label."""
+        return {
+            TAG_RAY_CLUSTER_NAME: self.cluster,
+            TAG_RAY_NODE_KIND: self.kind,
+            TAG_RAY_NODE_NAME: f"ray-{self.cluster}-{self.kind}",
+        }
 
     def text(self, *, with_hashes: bool = True) -> str:
         parts = [PREFIX, self.cluster, f"{self.kind[0]}{self.index}", self.status]
@@ -106,7 +124,7 @@ class ClusterNode:
     @property
     def tags(self) -> dict[str, str]:
         """Ray's tags as the API knows them."""
-        tags = {**self.creation_tags, TAG_RAY_NODE_KIND: self.label.kind, TAG_RAY_NODE_STATUS: self.label.status}
+        tags = {**self.label.tags, **self.creation_tags, TAG_RAY_NODE_STATUS: self.label.status}
         return tags | {tag: value for tag, value in zip(HASH_TAGS, self.label.hashes, strict=True) if value}
 
     def labelled(self, tags: dict[str, str], spent: float) -> Label:
@@ -129,10 +147,12 @@ def node_of(instance: Instance, cluster_name: str) -> ClusterNode | None:
     return ClusterNode(instance, label, _decoded(env.get(TAGS_VARIABLE, "")), env.get(LAUNCH_VARIABLE, ""))
 
 
-def creation_env(index: int, tags: dict[str, str], launch: str) -> dict[str, str]:
+def creation_env(label: Label, tags: dict[str, str], launch: str) -> dict[str, str]:
     """The environment variables that make `node_of` possible."""
-    encoded = base64.b64encode(json.dumps(tags, sort_keys=True).encode()).decode()
-    return {INDEX_VARIABLE: str(index), TAGS_VARIABLE: encoded, LAUNCH_VARIABLE: launch}
+    derived = {**label.tags, TAG_RAY_NODE_STATUS: tags.get(TAG_RAY_NODE_STATUS)}
+    kept = {SHORT_NAMES.get(tag, tag): value for tag, value in tags.items() if derived.get(tag) != value}
+    encoded = base64.b64encode(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).decode()
+    return {INDEX_VARIABLE: str(label.index), TAGS_VARIABLE: encoded, LAUNCH_VARIABLE: launch}
 
 
 def _decoded(text: str) -> dict[str, str]:
@@ -140,7 +160,8 @@ def _decoded(text: str) -> dict[str, str]:
         tags = json.loads(base64.b64decode(text, validate=True))
     except (binascii.Error, ValueError):
         return {}
-    return {str(tag): str(value) for tag, value in tags.items()} if isinstance(tags, dict) else {}
+    names = {short: tag for tag, short in SHORT_NAMES.items()}
+    return {names.get(tag, str(tag)): str(value) for tag, value in tags.items()} if isinstance(tags, dict) else {}
 
 
 def _packed(hexadecimal: str) -> str:

@@ -2,17 +2,20 @@
 
 Reading, destroying and labelling may be repeated and are, with growing pauses, after 429, 5xx, time-outs and answers
 that are not JSON. Creating may not: it is repeated only when the API certainly did nothing. An empty list therefore
-always means that nothing exists; "could not ask" is a `VastUnavailableError`.
+always means that nothing exists; "could not ask" is a `VastUnavailableError`. No request comes sooner than the
+documented rate limits allow (cluster/vast/pace.py). Rows are read one by one, because an account may hold instances of
+others with anything in them.
 """
 
 import json
 import logging
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import httpx
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from cluster.clock import Clock, SystemClock
 from cluster.vast.errors import (
@@ -20,13 +23,18 @@ from cluster.vast.errors import (
     CreateUncertainError,
     OfferTakenError,
     VastAuthError,
+    VastCreditError,
     VastQuotaError,
     VastRefusedError,
     VastUnavailableError,
 )
-from cluster.vast.models import CreateRequest, Instance, Offer
+from cluster.vast.models import CreateRequest, Instance, Offer, WireModel
+from cluster.vast.pace import Endpoint, Pace, TooSoonError
 
 logger = logging.getLogger(__name__)
+
+SEARCH_DEADLINE_S = 90.0
+"""For one search: ten a minute are allowed, so the next turn may be a minute away."""
 
 DEADLINE_S = 30.0
 """Default for one call with its retries. Ray polls every five seconds, so a longer wait would only pile up."""
@@ -36,15 +44,36 @@ TIMEOUT = httpx.Timeout(20.0, connect=5.0)
 PAGE_SIZE = 25
 """The API's maximum for the list of instances."""
 
-Model = TypeVar("Model", bound=BaseModel)
+OFFERS_PER_SEARCH = 64
+"""The API's maximum for a search, whatever limit it is asked with."""
+
+DAY_S = 86400.0
+TAKEN_WORDS = ("no_such_ask", "not available", "no longer available", "already_rented", "not_available")
+CREDIT_WORDS = ("insufficient_credit", "insufficient credit", "lacks credit")
+QUOTA_WORDS = ("quota", "daily")
+AUTH_WORDS = ("auth_error", "invalid user key")
+
+Model = TypeVar("Model", bound=WireModel)
+
+
+@dataclass(frozen=True)
+class OfferPage:
+    """What one search brought."""
+
+    offers: list[Offer]
+
+    cut: bool
+    """There are more than one search brings."""
 
 
 class _TryAgain(Exception):
     """One attempt brought no usable answer; `sent` is False where the API certainly did nothing."""
 
-    def __init__(self, reason: str, sent: bool) -> None:
+    def __init__(self, reason: str, sent: bool, wait_s: float = 0.0) -> None:
         super().__init__(reason)
         self.sent = sent
+        self.wait_s = wait_s
+        """How long it is no use to ask again."""
 
 
 class VastClient:
@@ -57,8 +86,10 @@ class VastClient:
         *,
         transport: httpx.BaseTransport | None = None,
         clock: Clock | None = None,
+        pace: Pace | None = None,
     ) -> None:
         self._clock = clock or SystemClock()
+        self._pace = pace or Pace(self._clock)
         self._http = httpx.Client(
             base_url=base_url.rstrip("/"),
             headers={"Authorization": f"Bearer {api_key}", "Accept": "application/json"},
@@ -76,9 +107,23 @@ class VastClient:
     def close(self) -> None:
         self._http.close()
 
-    def search_offers(self, query: dict[str, Any], deadline_s: float = DEADLINE_S) -> list[Offer]:
+    def search_offers(self, query: dict[str, Any], deadline_s: float = SEARCH_DEADLINE_S) -> OfferPage:
         """Offers that match `query` (Vast.ai's own filter language, see `offers.search_query`)."""
-        return _models(Offer, self._ask("POST", "/api/v0/bundles/", query, deadline_s), "offers")
+        answer = self._ask(Endpoint.SEARCH, "POST", "/api/v0/bundles/", query, deadline_s)
+        rows = _rows(answer, "offers")
+        return OfferPage(
+            _models(Offer, rows, "offers"), bool(answer.get("truncated")) or len(rows) >= OFFERS_PER_SEARCH
+        )
+
+    def credit(self, deadline_s: float = DEADLINE_S) -> float | None:
+        """Dollars that the account has left; None where the key may not know (it lacks `user_read`)."""
+        try:
+            answer = self._ask(Endpoint.OTHER, "GET", "/api/v0/users/current/", None, deadline_s)
+        except (VastAuthError, VastRefusedError) as error:
+            logger.debug("the account's credit cannot be asked for with this key: %s", error)
+            return None
+        credit = answer.get("credit")
+        return float(credit) if isinstance(credit, int | float) else None
 
     def instances(self, deadline_s: float = DEADLINE_S) -> list[Instance]:
         """All instances of the account, every page; an empty list means that there are none."""
@@ -87,13 +132,15 @@ class VastClient:
     def instance(self, instance_id: int, deadline_s: float = DEADLINE_S) -> Instance | None:
         """One instance, or None where it does not exist (any more)."""
         try:
-            answer = self._ask("GET", f"/api/v0/instances/{instance_id}/", None, deadline_s, params={"owner": "me"})
+            answer = self._ask(
+                Endpoint.SHOW, "GET", f"/api/v0/instances/{instance_id}/", None, deadline_s, params={"owner": "me"}
+            )
         except VastRefusedError as error:
-            if error.code in ("no_such_instance", "404"):
+            if error.means_gone:
                 return None
             raise
         row = answer.get("instances")
-        return None if row is None else _models(Instance, {"instances": [row]}, "instances")[0]
+        return None if row is None else _models(Instance, [row], "instances")[0]
 
     def create_instance(self, offer_id: int, request: CreateRequest, deadline_s: float = DEADLINE_S) -> int:
         """Rent an offer; returns the contract's number.
@@ -102,14 +149,16 @@ class VastClient:
             OfferTakenError: the offer is gone, nothing was created.
             CreateFailedError: an error, and a contract that must be destroyed.
             CreateUncertainError: no answer, so there may be a contract; look for its label and env.
+            VastCreditError: the account has no credit.
             VastError: refused, or not asked at all; nothing was created.
         """
         body = request.model_dump(exclude_none=True)
         try:
-            answer = self._ask("PUT", f"/api/v0/asks/{offer_id}/", body, deadline_s, repeatable=False)
+            answer = self._ask(Endpoint.CREATE, "PUT", f"/api/v0/asks/{offer_id}/", body, deadline_s, repeatable=False)
         except VastRefusedError as error:
-            if error.code in ("no_such_ask", "not_available", "already_rented"):
-                raise OfferTakenError(str(error), error.code) from error
+            words = f"{error.code} {error}".lower()
+            if error.status in (404, 410) or any(word in words for word in TAKEN_WORDS):
+                raise OfferTakenError(str(error), error.code, error.status) from error
             raise
         contract = answer.get("new_contract")
         if not isinstance(contract, int):
@@ -119,27 +168,28 @@ class VastClient:
     def destroy_instance(self, instance_id: int, deadline_s: float = DEADLINE_S) -> None:
         """Destroy a contract; one that does not exist counts as destroyed."""
         try:
-            self._ask("DELETE", f"/api/v0/instances/{instance_id}/", {}, deadline_s)
+            self._ask(Endpoint.DESTROY, "DELETE", f"/api/v0/instances/{instance_id}/", {}, deadline_s)
         except VastRefusedError as error:
-            if error.code not in ("no_such_instance", "404"):
+            if not error.means_gone:
                 raise
 
     def set_label(self, instance_id: int, label: str, deadline_s: float = DEADLINE_S) -> None:
-        self._ask("PUT", f"/api/v0/instances/{instance_id}/", {"label": label}, deadline_s)
+        self._ask(Endpoint.CHANGE, "PUT", f"/api/v0/instances/{instance_id}/", {"label": label}, deadline_s)
 
     def attach_ssh_key(self, instance_id: int, public_key: str, deadline_s: float = DEADLINE_S) -> None:
         """Let this key into one instance, without adding it to the account."""
-        self._ask("POST", f"/api/v0/instances/{instance_id}/ssh/", {"ssh_key": public_key}, deadline_s)
+        self._ask(Endpoint.OTHER, "POST", f"/api/v0/instances/{instance_id}/ssh/", {"ssh_key": public_key}, deadline_s)
 
     def change_bid(self, instance_id: int, price: float, deadline_s: float = DEADLINE_S) -> None:
         """Raise or lower the bid of an interruptible instance, in dollars per hour."""
         body = {"client_id": "me", "price": price}
-        self._ask("PUT", f"/api/v0/instances/bid_price/{instance_id}/", body, deadline_s)
+        self._ask(Endpoint.BID, "PUT", f"/api/v0/instances/bid_price/{instance_id}/", body, deadline_s)
 
     def logs(self, instance_id: int, tail: int = 200, deadline_s: float = DEADLINE_S) -> str:
         """The container's last lines. The API answers with a URL that holds them some seconds later."""
         deadline = self._clock.time() + deadline_s
-        answer = self._ask("PUT", f"/api/v0/instances/request_logs/{instance_id}/", {"tail": str(tail)}, deadline_s)
+        path = f"/api/v0/instances/request_logs/{instance_id}/"
+        answer = self._ask(Endpoint.OTHER, "PUT", path, {"tail": str(tail)}, deadline_s)
         url = answer.get("result_url")
         while url:
             # Without our headers: the URL is signed and belongs to a storage service.
@@ -154,14 +204,16 @@ class VastClient:
     def _pages(self, deadline: float) -> Iterator[Instance]:
         params = {"limit": str(PAGE_SIZE), "order_by": json.dumps([{"col": "id", "dir": "asc"}])}
         while True:
-            answer = self._ask("GET", "/api/v1/instances/", None, deadline - self._clock.time(), params=params)
-            yield from _models(Instance, answer, "instances")
+            left_s = deadline - self._clock.time()
+            answer = self._ask(Endpoint.LIST, "GET", "/api/v1/instances/", None, left_s, params=params)
+            yield from _models(Instance, _rows(answer, "instances"), "instances")
             if not answer.get("next_token"):
                 return
             params = {**params, "after_token": str(answer["next_token"])}
 
     def _ask(
         self,
+        endpoint: Endpoint,
         method: str,
         path: str,
         body: dict[str, Any] | None,
@@ -170,17 +222,21 @@ class VastClient:
         params: dict[str, str] | None = None,
         repeatable: bool = True,
     ) -> dict[str, Any]:
-        """The answer's JSON object. Repeats until `deadline_s` has passed, at least once."""
+        """The answer's JSON object. Repeats until `deadline_s` has passed, at least once if it is our turn by then."""
         deadline = self._clock.time() + deadline_s
         pause = FIRST_PAUSE_S
         while True:
             try:
-                return self._attempt(method, path, body, params)
+                self._pace.wait(endpoint, deadline)
+            except TooSoonError as reason:
+                raise VastUnavailableError(f"{method} {path} was not asked: {reason}; try again later") from reason
+            try:
+                return self._attempt(endpoint, method, path, body, params)
             except _TryAgain as reason:
                 if reason.sent and not repeatable:
                     raise CreateUncertainError(f"no usable answer to {method} {path}: {reason}") from reason
                 # Jitter, so that laptop and head do not ask in step.
-                wait = pause * random.uniform(0.75, 1.25)
+                wait = max(pause * random.uniform(0.75, 1.25), reason.wait_s)
                 if self._clock.time() + wait >= deadline:
                     raise VastUnavailableError(
                         f"Vast.ai did not answer {method} {path} within {deadline_s:.0f} s ({reason}); try again later"
@@ -190,7 +246,7 @@ class VastClient:
                 pause = min(2 * pause, LONGEST_PAUSE_S)
 
     def _attempt(
-        self, method: str, path: str, body: dict[str, Any] | None, params: dict[str, str] | None
+        self, endpoint: Endpoint, method: str, path: str, body: dict[str, Any] | None, params: dict[str, str] | None
     ) -> dict[str, Any]:
         try:
             response = self._http.request(method, path, json=body, params=params)
@@ -200,25 +256,36 @@ class VastClient:
             raise _TryAgain(f"{type(error).__name__}: {error}", sent=True) from error
         answer = _json_object(response)
         message = _message(answer, response)
+        words = message.lower()
         if answer is not None and isinstance(answer.get("new_contract"), int) and not _succeeded(answer, response):
             raise CreateFailedError(message, answer["new_contract"])
         if response.status_code == 429:
-            # The API has no code for a used-up quota, only the words.
-            if any(word in message.lower() for word in ("quota", "daily")):
-                raise VastQuotaError(f"{message}; wait until tomorrow or ask Vast.ai to raise the quota")
-            raise _TryAgain(f"429 {message}", sent=False)
+            self._refuse_429(endpoint, message, _seconds(response.headers.get("Retry-After")))
         if response.status_code >= 500:
             raise _TryAgain(f"{response.status_code} {message}", sent=True)
-        if response.status_code in (401, 403):
+        failed = response.status_code >= 400 or (answer is not None and answer.get("success") is False)
+        if response.status_code in (401, 403) or (failed and any(word in words for word in AUTH_WORDS)):
             raise VastAuthError(
                 f"Vast.ai refuses the API key ({response.status_code} {message}); check it and its rights"
             )
-        if response.status_code >= 400 or (answer is not None and answer.get("success") is False):
+        if response.status_code == 402 or (failed and any(word in words for word in CREDIT_WORDS)):
+            raise VastCreditError(f"the Vast.ai account has no credit ({message}); add some in its console, then go on")
+        if failed:
             code = "" if answer is None else str(answer.get("error") or response.status_code)
-            raise VastRefusedError(f"Vast.ai refused {method} {path}: {message}", code)
+            raise VastRefusedError(f"Vast.ai refused {method} {path}: {message}", code, response.status_code)
         if answer is None:
             raise _TryAgain(f"an answer that is not JSON: {response.text[:80]!r}", sent=True)
         return answer
+
+    def _refuse_429(self, endpoint: Endpoint, message: str, retry_after_s: float | None) -> None:
+        """Raises `VastQuotaError` where the day's quota is meant, `_TryAgain` otherwise."""
+        if any(word in message.lower() for word in QUOTA_WORDS):
+            now = self._clock.time()
+            until = now - now % DAY_S + DAY_S if retry_after_s is None else now + retry_after_s
+            raise VastQuotaError(
+                f"{message}; wait {(until - now) / 3600:.1f} h or ask Vast.ai to raise the quota", until
+            )
+        raise _TryAgain(f"429 {message}", sent=False, wait_s=self._pace.refused(endpoint, retry_after_s))
 
 
 def _json_object(response: httpx.Response) -> dict[str, Any] | None:
@@ -236,21 +303,41 @@ def _succeeded(answer: dict[str, Any], response: httpx.Response) -> bool:
 def _message(answer: dict[str, Any] | None, response: httpx.Response) -> str:
     if answer is None:
         return response.text.strip()[:200] or response.reason_phrase
-    words = [str(answer[key]) for key in ("error", "msg", "message") if answer.get(key)]
+    words = [str(answer[key]) for key in ("error", "msg", "message", "detail") if answer.get(key)]
     return ": ".join(words) or response.reason_phrase
 
 
-def _models(model: type[Model], answer: dict[str, Any], what: str) -> list[Model]:
-    """The rows of `answer[what]`; a list that is missing or unreadable must not pass for a shorter one."""
+def _seconds(text: str | None) -> float | None:
+    """Of a Retry-After header that counts seconds."""
+    try:
+        return None if text is None else max(float(text), 0.0)
+    except ValueError:
+        return None
+
+
+def _rows(answer: dict[str, Any], what: str) -> list[Any]:
+    """`answer[what]`; a list that is missing must not pass for an empty one."""
     rows = answer.get(what)
     if not isinstance(rows, list):
         raise VastUnavailableError(f"Vast.ai's answer holds no {what}: {_short(answer)}; try again later")
-    try:
-        return [model.model_validate(row) for row in rows]
-    except ValidationError as error:
+    return rows
+
+
+def _models(model: type[Model], rows: list[Any], what: str) -> list[Model]:
+    """The rows that say what they are about. Raises `VastUnavailableError` where not a single one does."""
+    read: list[Model] = []
+    unreadable: ValidationError | None = None
+    for row in rows:
+        try:
+            read.append(model.of_row(row))
+        except ValidationError as error:
+            unreadable = error
+            logger.warning("a row of Vast.ai's %s cannot be read and is left out: %s", what, _short(error))
+    if unreadable is not None and not read:
         raise VastUnavailableError(
-            f"Vast.ai's {what} cannot be read ({_short(error)}); its API may have changed"
-        ) from error
+            f"Vast.ai's {what} cannot be read ({_short(unreadable)}); its API may have changed"
+        ) from unreadable
+    return read
 
 
 def _short(value: object) -> str:

@@ -2,7 +2,8 @@
 
 VastError
 |-- VastUnavailableError  no usable answer in time: could not ask, which says nothing about what exists
-|-- VastQuotaError        the account's quota is used up; asking again the same day is no use
+|-- VastQuotaError        the account's quota is used up until `until`; asking before is no use
+|-- VastCreditError       the account has no credit: nothing is rented until somebody adds some
 |-- VastAuthError         the key is wrong or lacks the permission
 |-- VastRefusedError      the API understood and said no; `code` is its word for why
 |   `-- OfferTakenError   somebody else rented the machine between search and create
@@ -24,17 +25,33 @@ class VastUnavailableError(VastError):
 class VastQuotaError(VastError):
     """Raised at once, without a retry."""
 
+    def __init__(self, message: str, until: float) -> None:
+        super().__init__(message)
+        self.until = until
+        """Unix seconds; the end of the day in UTC where the API does not say."""
+
+
+class VastCreditError(VastError):
+    """Raised at once by whatever would cost money."""
+
 
 class VastAuthError(VastError):
-    """Raised at once on 401 and 403."""
+    """Raised at once on 401 and 403, and on the API's words for them."""
 
 
 class VastRefusedError(VastError):
     """Raised on any other 4xx, and on `success: false`."""
 
-    def __init__(self, message: str, code: str = "") -> None:
+    def __init__(self, message: str, code: str = "", status: int = 0) -> None:
         super().__init__(message)
         self.code = code
+        self.status = status
+        """Of HTTP."""
+
+    @property
+    def means_gone(self) -> bool:
+        """Whether the instance that was asked about does not exist."""
+        return self.status in (404, 410) or self.code == "no_such_instance"
 
 
 class OfferTakenError(VastRefusedError):

@@ -4,9 +4,9 @@ Prices are in dollars per hour, memory of GPUs and CPUs in MB, disk in GB, bandw
 """
 
 from enum import Enum
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 
 from cluster.network.ssh_master import Endpoint
 
@@ -19,24 +19,37 @@ def _number(value: Any) -> float:
     return 0.0 if value is None else float(value)
 
 
+def _count(value: Any) -> Any:
+    return 0 if value is None else value
+
+
 def _environment(value: Any) -> dict[str, str]:
-    """A list of pairs when read, a dict when written; null where there is none."""
-    pairs = value.items() if isinstance(value, dict) else value or []
-    return {str(name): str(content) for name, content in pairs}
+    """A list of pairs when read, a dict when written; null where there is none. What is no pair is left out."""
+    pairs = value.items() if isinstance(value, dict) else value if isinstance(value, list) else []
+    return {str(pair[0]): str(pair[1]) for pair in pairs if isinstance(pair, list | tuple) and len(pair) == 2}
 
 
 def _ports(value: Any) -> dict[str, list[dict[str, Any]]]:
-    return {name: bindings or [] for name, bindings in (value or {}).items()}
+    return {name: bindings or [] for name, bindings in value.items()} if isinstance(value, dict) else {}
 
 
 Text = Annotated[str, BeforeValidator(_text)]
 Number = Annotated[float, BeforeValidator(_number)]
+Count = Annotated[int, BeforeValidator(_count)]
 Environment = Annotated[dict[str, str], BeforeValidator(_environment)]
 Ports = Annotated[dict[str, list[dict[str, Any]]], BeforeValidator(_ports)]
 
 
+Row = TypeVar("Row", bound="WireModel")
+
+
 class WireModel(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
+
+    @classmethod
+    def of_row(cls: "type[Row]", row: Any) -> "Row":
+        """A row of an answer. Raises pydantic's `ValidationError` where it does not say what it is about."""
+        return cls.model_validate(row)
 
 
 class State(Enum):
@@ -54,18 +67,27 @@ class Offer(WireModel):
     """A machine, or a part of one, that can be rented now."""
 
     id: int
-    machine_id: int
+    machine_id: Count = 0
+    """0 where the answer does not say it."""
     gpu_name: Text = ""
-    num_gpus: int = 0
+    num_gpus: Count = 0
     gpu_ram: Number = 0.0
     """MB of each GPU."""
+    gpu_frac: Number = 0.0
+    """The offer's share of the machine's GPUs."""
+    cpu_cores: Number = 0.0
+    """Of the whole machine."""
     cpu_cores_effective: Number = 0.0
+    """Of this offer."""
     cpu_ram: Number = 0.0
+    """Of the whole machine; see `container_ram`."""
     disk_space: Number = 0.0
     dph_total: Number = 0.0
     """With the disk that the search asked for."""
     min_bid: Number = 0.0
-    reliability2: Number = 0.0
+    reliability2: float | None = None
+    reliability: float | None = None
+    """Some answers have only this one."""
     verification: Text = ""
     """"verified", "unverified" or "deverified"."""
     verified: bool | None = None
@@ -73,9 +95,30 @@ class Offer(WireModel):
     geolocation: Text = ""
     """"Region, CC"."""
     inet_down: Number = 0.0
+    inet_down_cost: Number = 0.0
+    """Dollars per GB, also of what comes in."""
+    inet_up_cost: Number = 0.0
     cuda_max_good: Number = 0.0
     direct_port_count: int | None = None
+    """0 for a machine that is reached through Vast.ai's proxy only."""
+    duration: float | None = None
+    """Seconds for which the host lets it."""
+    cpu_arch: Text = ""
+    gpu_arch: Text = ""
     rentable: bool | None = None
+    rented: bool | None = None
+
+    @property
+    def uptime(self) -> float:
+        """The host's share of time up."""
+        return self.reliability2 if self.reliability2 is not None else self.reliability or 0.0
+
+    @property
+    def container_ram(self) -> float:
+        """MB that the container gets for sure: of the machine's memory its share of CPUs, which is that of GPUs."""
+        if self.cpu_cores > 0 and self.cpu_cores_effective > 0:
+            return self.cpu_ram * min(self.cpu_cores_effective / self.cpu_cores, 1.0)
+        return self.cpu_ram * min(self.gpu_frac or 1.0, 1.0)
 
     @property
     def is_verified(self) -> bool:
@@ -90,7 +133,7 @@ class Instance(WireModel):
     """A rented machine; `id` is the contract's number."""
 
     id: int
-    machine_id: int = 0
+    machine_id: Count = 0
     actual_status: Text = ""
     intended_status: Text = ""
     label: Text = ""
@@ -110,6 +153,25 @@ class Instance(WireModel):
     status_msg: Text = ""
     geolocation: Text = ""
     is_bid: bool | None = None
+    end_date: float | None = None
+    """When the contract ends."""
+    inet_up_cost: Number = 0.0
+    """Dollars per GB."""
+    inet_down_cost: Number = 0.0
+    unreadable: tuple[str, ...] = ()
+    """Fields of the row that hold what they should not, and count as not given."""
+
+    @classmethod
+    def of_row(cls: "type[Row]", row: Any) -> "Row":
+        """A row with its number is an instance, whatever else is wrong with it: it may be ours, and cost money."""
+        try:
+            return cls.model_validate(row)
+        except ValidationError as error:
+            wrong = {str(problem["loc"][0]) for problem in error.errors() if problem["loc"]}
+            if not isinstance(row, dict) or "id" in wrong or not wrong:
+                raise
+            readable = {name: value for name, value in row.items() if name not in wrong}
+            return cls.model_validate({**readable, "unreadable": sorted(wrong)})
 
     @property
     def state(self) -> State:

@@ -1,5 +1,6 @@
 """The node provider against the imitation: what Ray relies on, and that nothing is left billed by accident."""
 
+import itertools
 import threading
 from pathlib import Path
 
@@ -21,7 +22,14 @@ from cluster.errors import ClusterError, NodeError
 from cluster.renting.tags import Label
 from cluster.settings import ClusterSettings
 from tests.cluster.fake_vast.api import Fault
-from tests.cluster.fake_vast.cluster import NODE_CONFIG, PUBLIC_KEY, ImitatedCluster, head_tags, worker_tags
+from tests.cluster.fake_vast.cluster import (
+    NODE_CONFIG,
+    ODD_ROWS,
+    PUBLIC_KEY,
+    ImitatedCluster,
+    head_tags,
+    worker_tags,
+)
 from tests.support.provider_helpers import READY, WORKERS, billed, create_worker, later
 
 
@@ -293,8 +301,92 @@ def test_a_head_that_reboots_is_kept(world: ImitatedCluster) -> None:
 def test_offers_are_shown_with_what_is_wrong_with_the_rest(world: ImitatedCluster) -> None:
     world.vast.add_offers(2, num_gpus=8)
     ranking = world.autoscaler().offers(NODE_CONFIG)
-    assert len(ranking.accepted) == 30
-    assert [rejection.reasons for rejection in ranking.rejected] == [("num_gpus",), ("num_gpus",)]
+    assert len(ranking.accepted) == 30 and ranking.rejected == ()
+    nothing = {**NODE_CONFIG, "requirements": {**NODE_CONFIG["requirements"], "num_gpus": 4}}
+    ranking = world.autoscaler().offers(nothing)
+    assert ranking.accepted == () and {rejection.reasons for rejection in ranking.rejected} == {("num_gpus",)}
+
+
+def test_several_machines_share_a_search(world: ImitatedCluster) -> None:
+    provider = world.autoscaler(budget={"max_price_per_hour": 100})
+    assert len(provider.create_node(NODE_CONFIG, worker_tags(), 8)) == 8
+    create_worker(provider)
+    assert len(world.api.searches) == 1
+    later(world, 120, provider)
+    create_worker(provider)
+    assert len(world.api.searches) == 2 and world.api.rates.passed == []
+
+
+def test_a_refusal_stands_longer_each_time(world: ImitatedCluster) -> None:
+    provider = world.autoscaler()
+    nothing = {**NODE_CONFIG, "requirements": {**NODE_CONFIG["requirements"], "num_gpus": 4}}
+    asked = []
+    for _ in range(720):
+        before = len(world.api.searches)
+        with pytest.raises(NodeLaunchException, match="num_gpus excludes"):
+            provider.create_node(nothing, worker_tags(), 1)
+        if len(world.api.searches) > before:
+            asked.append(world.clock.time())
+        world.clock.sleep(5)
+    waits = [round(later - earlier, -1) for earlier, later in itertools.pairwise(asked)]
+    assert waits[:5] == pytest.approx([30, 60, 120, 240, 480], abs=10) and max(waits) <= 610
+
+
+def test_a_used_up_quota_stands_for_all_types_until_midnight(world: ImitatedCluster) -> None:
+    provider = world.autoscaler()
+    provider.non_terminated_nodes({})
+    world.api.faults.append(Fault.QUOTA)
+    for node_type in ("gpu", "other"):
+        with pytest.raises(NodeLaunchException, match="quota"):
+            provider.create_node(NODE_CONFIG, worker_tags(node_type=node_type), 1)
+    assert len(world.api.searches) == 0
+    midnight = world.clock.time() - world.clock.time() % 86400 + 86400
+    later(world, midnight - world.clock.time() - 300, provider, step=60)
+    with pytest.raises(NodeLaunchException, match="quota"):
+        create_worker(provider)
+    later(world, 400, provider)
+    create_worker(provider)
+
+
+def test_no_credit_stops_the_asking(world: ImitatedCluster) -> None:
+    provider = world.autoscaler()
+    world.vast.credit = 0.0
+    for _ in range(20):
+        with pytest.raises(NodeLaunchException, match="no credit"):
+            create_worker(provider)
+        world.clock.sleep(5)
+    created = [path for method, path in world.api.requests if method == "PUT" and "/asks/" in path]
+    assert len(created) <= 3
+    world.vast.credit = 100.0
+    later(world, 600, provider)
+    create_worker(provider)
+
+
+def test_two_processes_of_a_machine_ask_for_the_list_once(world: ImitatedCluster) -> None:
+    autoscaler, supervisor = world.autoscaler(), world.provider("head")
+    node = create_worker(autoscaler)
+    for _ in range(60):
+        world.clock.sleep(1)
+        autoscaler.non_terminated_nodes({})
+        assert {found.id for found in supervisor.nodes_for_mesh()} >= {node}
+    lists = [path for _, path in world.api.requests if path == "/api/v1/instances/"]
+    assert len(lists) <= 14 and world.api.rates.passed == []
+
+
+def test_a_damaged_row_of_ours_is_a_node_that_costs_and_can_be_destroyed(world: ImitatedCluster) -> None:
+    provider = world.autoscaler()
+    node = create_worker(provider)
+    later(world, 20, provider)
+    price = provider.cost().per_hour
+    world.vast.instances[int(node)].odd = {"dph_total": "n/a", "machine_id": None, "num_gpus": "?"}
+    for odd in ODD_ROWS:
+        world.vast.instances[world.foreign_instance()].odd = odd
+    later(world, 20, provider)
+    assert provider.cost().per_hour == price > 0
+    laptop = world.provider("laptop")
+    assert node in laptop.nodes_for_teardown({})
+    laptop.terminate_node(node)
+    assert node not in billed(world)
 
 
 def test_a_second_head_is_refused(world: ImitatedCluster) -> None:

@@ -4,7 +4,8 @@ A laptop brings the cluster up and down, the head's autoscaler rents and gives b
 they like, the API fails in every way it knows, processes die and start again. Time is virtual. Always:
 
 * the machines of the cluster together never cost more per hour than the budget allows;
-* no instance of somebody else is ever destroyed.
+* no instance of somebody else is ever destroyed;
+* nothing is asked sooner than Vast.ai's documented rate limits allow.
 
 And once the faults have passed and some time has gone by, the API's instances with our label are exactly those that the
 provider knows; none is left that nobody ordered, that was given back, or that cannot be used.
@@ -34,7 +35,7 @@ from ray.autoscaler.tags import STATUS_UP_TO_DATE, STATUS_UPDATE_FAILED, TAG_RAY
 from cluster.errors import ClusterError
 from cluster.node_provider import VastNodeProvider
 from tests.cluster.fake_vast.api import CREATIONS_ONLY, Fault
-from tests.cluster.fake_vast.cluster import NODE_CONFIG, ImitatedCluster, head_tags, worker_tags
+from tests.cluster.fake_vast.cluster import NODE_CONFIG, ODD_ROWS, ImitatedCluster, head_tags, worker_tags
 from tests.cluster.fake_vast.state import FakeInstance
 
 RUNS = 60
@@ -64,6 +65,8 @@ SETTINGS: dict[str, Any] = {
 ONE_INSTANCE, ALL_INSTANCES, CREATIONS = r"/v0/instances/\d+/$", "/v1/instances/", "/v0/asks/"
 FOREIGN_LABELS = ("bruno-ray:demo-two:w1:up-to-date", "", "somebody else's", "bruno-ray:demo-two:h0:up-to-date")
 BID_CONFIG = {**NODE_CONFIG, "requirements": {**NODE_CONFIG["requirements"], "interruptible": True}}
+
+NO_CONTAINER = "Error response from daemon: failed to create task for container: OCI runtime create failed"
 
 PASSING = [fault for fault in Fault if fault is not Fault.QUOTA]
 OUTAGES = [fault for fault in PASSING if fault not in CREATIONS_ONLY]
@@ -115,7 +118,8 @@ class ClusterHistory(RuleBasedStateMachine):
             destroying_lag_s=destroying_lag_s,
         )
         for number in range(foreign):
-            self.foreign_ids.add(self.world.foreign_instance(FOREIGN_LABELS[number % len(FOREIGN_LABELS)]))
+            label, odd = FOREIGN_LABELS[number % len(FOREIGN_LABELS)], ODD_ROWS[number % len(ODD_ROWS)]
+            self.foreign_ids.add(self.world.foreign_instance(label, odd))
         self.laptop = self.world.provider("laptop", **SETTINGS)
         if workers is not None:
             self.ray_up()
@@ -254,7 +258,7 @@ class ClusterHistory(RuleBasedStateMachine):
     def a_worker_is_lost(self, data: st.DataObject, event: str) -> None:
         self._happens(data, ":w", event)
 
-    @rule(data=st.data(), event=st.sampled_from(["offline", "stuck"]))
+    @rule(data=st.data(), event=st.sampled_from(["offline", "stuck", "cannot boot", "exits"]))
     def a_worker_cannot_be_used(self, data: st.DataObject, event: str) -> None:
         self._happens(data, ":w", event)
 
@@ -276,6 +280,8 @@ class ClusterHistory(RuleBasedStateMachine):
             "offline": self.world.vast.host_offline,
             "back": self.world.vast.host_back,
             "stuck": self.world.vast.never_boots,
+            "cannot boot": lambda machine: self.world.vast.cannot_boot(machine, "loading", NO_CONTAINER),
+            "exits": lambda machine: self.world.vast.cannot_boot(machine, "exited"),
         }[event]
         happen(data.draw(st.sampled_from(machines)))
         self._head_process_lives_with_its_machine()
@@ -349,6 +355,11 @@ class ClusterHistory(RuleBasedStateMachine):
     def the_budget_holds(self) -> None:
         if hasattr(self, "world"):
             assert sum(instance.price for instance in self._ours()) <= MAX_PRICE + 1e-6
+
+    @invariant()
+    def the_rate_limits_are_kept(self) -> None:
+        if hasattr(self, "world"):
+            assert self.world.api.rates.passed == []
 
     @invariant()
     def nothing_of_others_is_touched(self) -> None:

@@ -1,17 +1,33 @@
 """The imitation's HTTP words: routes, pages, errors in Vast.ai's several shapes, rate limits, and faults on order."""
 
+import base64
+import itertools
 import json
 import re
 import threading
 from collections import deque
-from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from tests.cluster.fake_vast.answers import Answer, NoAnswer, instance_gone, offer_gone
+from tests.cluster.fake_vast.rates import Rates, too_frequent
 from tests.cluster.fake_vast.state import FakeInstance, FakeOffer, FakeVast
 
+__all__ = ["API_KEY", "HEAD_KEY", "Answer", "FakeApi", "Fault", "NoAnswer"]
+
 API_KEY = "imitated-key"
+HEAD_KEY = "imitated-restricted-key"
+"""May search, rent, see and destroy, and is told nothing of the account (no `user_read`)."""
+
 PAGE_SIZE = 25
+MOST_OFFERS = 64
+"""A search never brings more, whatever it asks for."""
+
+LONGEST_LABEL, LONGEST_NEW_LABEL = 256, 1024
+"""At creation, and later."""
+LONGEST_VARIABLE, LONGEST_ENVIRONMENT = 256, 32768
+LONGEST_ONSTART = 4096
+LEAST_DISK_GB = 8.0
 
 
 class Fault(Enum):
@@ -25,6 +41,7 @@ class Fault(Enum):
     LOST_ANSWER = "done, but no answer before the time-out"
     NO_CONNECTION = "the connection is refused"
     QUOTA = "the day's quota is used up, nothing done"
+    REFUSED_TOO_OFTEN = "429 as JSON with Retry-After, nothing done"
     TAKEN = "somebody else rents the offer first (creations only)"
     FAILS_AFTER_CONTRACT = "the contract exists and the answer is an error that names it (creations only)"
 
@@ -33,48 +50,26 @@ DONE_FIRST = {Fault.GARBAGE, Fault.NOTHING, Fault.LOST_ANSWER}
 CREATIONS_ONLY = {Fault.TAKEN, Fault.FAILS_AFTER_CONTRACT}
 
 
-class NoAnswer(Exception):
-    """The client hears nothing, or (`refused`) is not let in."""
-
-    def __init__(self, refused: bool = False) -> None:
-        super().__init__("no answer")
-        self.refused = refused
-
-
-@dataclass(frozen=True)
-class Answer:
-    status: int
-    body: bytes
-    content_type: str = "application/json"
-
-    @classmethod
-    def json(cls, content: Any, status: int = 200) -> "Answer":
-        return cls(status, json.dumps(content).encode())
-
-    @classmethod
-    def text(cls, content: str, status: int) -> "Answer":
-        return cls(status, content.encode(), "text/plain")
-
-    @classmethod
-    def refusal(cls, code: str, message: str, status: int = 400, **more: Any) -> "Answer":
-        return cls.json({"success": False, "error": code, "msg": message, **more}, status)
-
-
 class FakeApi:
     """`handle` answers one request. Faults come from `faults`, one per request, None for no fault."""
 
-    def __init__(self, vast: FakeVast, min_interval_s: float = 0.0) -> None:
+    def __init__(self, vast: FakeVast) -> None:
         self.vast = vast
+        self.rates = Rates()
         self.faults: deque[Fault | None] = deque()
         self.outage: Fault | None = None
         """Hits every request while set, or those to `outage_path` only."""
         self.outage_path = ""
         """Regular expression."""
-        self.min_interval_s = min_interval_s
-        """Rate limit: requests to one route closer together than this get a 429."""
+        self.ignored_filters = {"rented", "direct_port_count", "inet_down_cost"}
+        """Fields that the search does not filter by although it is asked to."""
+        self.odd_offers: list[dict[str, Any]] = []
+        """Rows that every search brings besides, whatever is in them."""
         self.requests: list[tuple[str, str]] = []
         """Method and path of everything asked."""
-        self._last: dict[tuple[str, str], float] = {}
+        self.searches: list[dict[str, Any]] = []
+        """Every query of a search."""
+        self._shapes = itertools.count()
         self._lock = threading.Lock()
 
     def handle(self, method: str, path: str, query: dict[str, str], headers: dict[str, str], body: bytes) -> Answer:
@@ -99,10 +94,16 @@ class FakeApi:
     ) -> Answer:
         if fault is Fault.NO_CONNECTION:
             raise NoAnswer(refused=True)
+        caller = headers.get("authorization", ""), headers.get("x-caller", "")
+        if (refusal := self.rates.refusal(caller, method, path, self.vast.clock.time())) is not None:
+            return refusal
         if fault is Fault.TOO_FREQUENT:
-            return Answer.text("API requests too frequent: endpoint threshold=1.0", 429)
+            return too_frequent(0, 1.0, 0.0)
+        if fault is Fault.REFUSED_TOO_OFTEN:
+            return too_frequent(1, 1.0, 3.0)
         if fault is Fault.QUOTA:
-            return Answer.text("Daily quota for this endpoint exceeded", 429)
+            refusal = {"error": "search_quota_exceeded", "msg": "Daily search row quota exhausted"}
+            return Answer.json(refusal, 429).with_header("Retry-After", str(self._seconds_to_midnight()))
         if fault is Fault.SERVER_ERROR:
             return Answer.text("Internal Server Error", 500)
         if fault is Fault.SILENCE:
@@ -122,13 +123,12 @@ class FakeApi:
         return answer
 
     def _answer(self, method: str, path: str, query: dict[str, str], headers: dict[str, str], body: bytes) -> Answer:
-        if headers.get("authorization") != f"Bearer {API_KEY}":
-            return Answer.refusal("auth_error", "Invalid user key", 401)
+        key = headers.get("authorization", "").removeprefix("Bearer ")
         parts = path.strip("/").split("/")
         if len(parts) < 3 or parts[0] != "api":
             return Answer.text("404 page not found", 404)
-        if self._too_frequent(method, re.sub(r"\d+", "N", path)):
-            return Answer.text(f"API requests too frequent: endpoint threshold={self.min_interval_s}", 429)
+        if (refusal := self._unauthorised(key, method, parts)) is not None:
+            return refusal
         content = json.loads(body) if body else {}
         match method, *parts[1:]:
             case "POST", "v0", "bundles":
@@ -139,10 +139,14 @@ class FakeApi:
                 return self._page(query)
             case "GET", "v0", "instances", number:
                 found = self._listed(int(number))
+                if found is None and next(self._shapes) % 2:
+                    return self._no_such_instance(number)
                 return Answer.json({"instances": None if found is None else self.vast.row(found)})
             case "DELETE", "v0", "instances", number:
                 done = self.vast.destroy(int(number))
                 return Answer.json({"success": True}) if done else self._no_such_instance(number)
+            case "GET", "v0", "users", "current":
+                return Answer.json({"id": 7, "credit": round(self.vast.credit_left(), 4), "balance": 0.0})
             case "PUT", "v0", "instances", "bid_price", number:
                 return self._rebid(int(number), float(content["price"]))
             case "PUT", "v0", "instances", "request_logs", number:
@@ -158,26 +162,44 @@ class FakeApi:
                 return Answer.json({"success": True})
         return Answer.refusal("not_found", f"no route {method} {path}", 404)
 
-    def _search(self, query: dict[str, Any]) -> Answer:
-        allocated = float(query.get("allocated_storage", 5.0))
-        bidding = query.get("type") == "bid"
-        rows = [self._offer_row(offer, allocated, bidding) for offer in self.vast.free_offers()]
-        rows = [row for row in rows if all(_meets(row.get(name), rule) for name, rule in query.items())]
-        rows.sort(key=lambda row: row["dph_total"])
-        return Answer.json({"success": True, "offers": rows[: int(query.get("limit", 64))]})
+    def _unauthorised(self, key: str, method: str, parts: list[str]) -> Answer | None:
+        """The key of an instance may see and end that instance, the head's key is told nothing of the account."""
+        if key == API_KEY or (key == HEAD_KEY and "users" not in parts):
+            return None
+        owner = self.vast.instance_of_key(key)
+        if owner is not None and method in ("GET", "DELETE", "PUT") and parts[2:] == ["instances", str(owner.id)]:
+            return None
+        if key == HEAD_KEY:
+            return Answer.refusal("auth_error", "This key has no permission for user_read", 403)
+        return Answer.refusal("auth_error", "Invalid user key", 401)
 
-    @staticmethod
-    def _offer_row(offer: FakeOffer, allocated: float, bidding: bool) -> dict[str, Any]:
-        row = offer.row(allocated)
+    def _search(self, query: dict[str, Any]) -> Answer:
+        """The documented filters, but for those of `ignored_filters`; never more than `MOST_OFFERS` rows."""
+        self.searches.append(query)
+        allocated = float(query.get("allocated_storage", 8.0))
+        bidding = query.get("type") == "bid"
+        rows = [self._offer_row(offer, allocated, bidding) for offer in self.vast.visible_offers()] + self.odd_offers
+        rules = {name: rule for name, rule in query.items() if name not in self.ignored_filters}
+        rows = [row for row in rows if all(_meets(_searched(row, name), rule) for name, rule in rules.items())]
+        rows.sort(key=lambda row: row.get("dph_total") or 0.0)
+        limit = min(int(query.get("limit", MOST_OFFERS)), MOST_OFFERS)
+        return Answer.json({"offers": rows[:limit], "truncated": len(rows) > limit})
+
+    def _offer_row(self, offer: FakeOffer, allocated: float, bidding: bool) -> dict[str, Any]:
+        row = {**offer.row(allocated), "rented": self.vast.is_rented(offer)}
         if bidding:
             row["dph_total"] += offer.min_bid - offer.dph_base
         return row
 
     def _create(self, offer_id: int, content: dict[str, Any]) -> Answer:
+        if (wrong := _invalid(content)) is not None:
+            return Answer.refusal("invalid_args", f"error 400/3467: Invalid args: {wrong}", 400)
+        if self.vast.credit_left() <= 0:
+            return Answer.refusal("insufficient_credit", "Your account lacks credit; see the billing page.", 400)
         price = content.get("price")
         instance = self.vast.rent(offer_id, content, None if price is None else float(price))
         if instance is None:
-            return Answer.refusal("no_such_ask", f"Instance type by id {offer_id} is not available", 404)
+            return offer_gone(next(self._shapes), offer_id)
         if instance.forced == "stopped":
             message = f"bid {price} is below the minimum {instance.offer.min_bid}"
             return Answer.refusal("invalid_price", message, new_contract=instance.id)
@@ -185,10 +207,16 @@ class FakeApi:
 
     def _page(self, query: dict[str, str]) -> Answer:
         limit = min(int(query.get("limit", PAGE_SIZE)), PAGE_SIZE)
-        after = int(query.get("after_token", "0"))
+        after = 0
+        if token := query.get("after_token"):
+            try:
+                after = int(json.loads(base64.urlsafe_b64decode(token))["values"]["id"])
+            except (ValueError, KeyError):
+                return Answer.json({"error": "invalid_request", "msg": "Error in query parameters: after_token"}, 400)
         rest = sorted((i for i in self.vast.listed() if i.id > after), key=lambda instance: instance.id)
         page = rest[:limit]
-        token = str(page[-1].id) if len(rest) > limit else None
+        cursor = json.dumps({"values": {"id": page[-1].id}}).encode() if len(rest) > limit else b""
+        token = base64.urlsafe_b64encode(cursor).decode() or None
         rows = [self.vast.row(instance) for instance in page]
         return Answer.json({"success": True, "instances_found": len(rows), "next_token": token, "instances": rows})
 
@@ -197,11 +225,14 @@ class FakeApi:
         if found is None:
             return self._no_such_instance(number)
         if "label" in content:
-            if self.vast.max_label is not None and len(content["label"]) > self.vast.max_label:
-                return Answer.refusal("invalid_args", f"label longer than {self.vast.max_label}")
+            if len(content["label"]) > min(self.vast.max_label or LONGEST_NEW_LABEL, LONGEST_NEW_LABEL):
+                return Answer.refusal("invalid_args", "error 400/1782: Invalid args: label is too long")
             found.label = content["label"]
         if content.get("state") in ("stopped", "running"):
-            found.forced = "stopped" if content["state"] == "stopped" else ""
+            if content["state"] == "stopped":
+                self.vast.outbid(number)
+            else:
+                self.vast.resume(found)
         return Answer.json({"success": True})
 
     def _attach(self, number: int, key: str) -> Answer:
@@ -219,7 +250,7 @@ class FakeApi:
             return self._no_such_instance(number)
         found.bid = price
         if price >= found.offer.min_bid and found.forced == "stopped":
-            found.forced = ""
+            self.vast.resume(found)
         return Answer.json({"success": True})
 
     def _listed(self, number: int) -> FakeInstance | None:
@@ -227,23 +258,41 @@ class FakeApi:
         found = self.vast.instances.get(number)
         return None if found is None or found.destroyed_at is not None else found
 
-    @staticmethod
-    def _no_such_instance(number: object) -> Answer:
-        return Answer.refusal("no_such_instance", f"Instance {number} not found", 404)
+    def _no_such_instance(self, number: object) -> Answer:
+        return instance_gone(next(self._shapes), number)
 
     def _rented_by_somebody_else(self, offer_id: int) -> None:
         offer = self.vast.offers.get(offer_id)
         if offer is not None:
             offer.hidden = True
 
-    def _too_frequent(self, method: str, route: str) -> bool:
-        now = self.vast.clock.time()
-        with self._lock:
-            last = self._last.get((method, route))
-            if last is not None and now - last < self.min_interval_s:
-                return True
-            self._last[method, route] = now
-            return False
+    def _seconds_to_midnight(self) -> int:
+        return int(86400 - self.vast.clock.time() % 86400)
+
+
+def _invalid(content: dict[str, Any]) -> str | None:
+    """What create_instance.yaml's `x-input-validation` forbids."""
+    env = {str(name): str(value) for name, value in (content.get("env") or {}).items()}
+    if any(len(value) > LONGEST_VARIABLE for value in env.values()):
+        return f"a variable of env is longer than {LONGEST_VARIABLE}"
+    if sum(len(name) + len(value) for name, value in env.items()) > LONGEST_ENVIRONMENT:
+        return f"env is longer than {LONGEST_ENVIRONMENT}"
+    if len(content.get("label") or "") > LONGEST_LABEL:
+        return f"label is longer than {LONGEST_LABEL}"
+    if len(content.get("onstart") or "") > LONGEST_ONSTART:
+        return f"args and onstart are longer than {LONGEST_ONSTART}"
+    if float(content.get("disk") or 10.0) < LEAST_DISK_GB:
+        return f"disk is below {LEAST_DISK_GB}"
+    return None
+
+
+def _searched(row: dict[str, Any], name: str) -> Any:
+    """What the filter `name` looks at."""
+    if name == "verified":
+        return row.get("verification") == "verified"
+    if name == "geolocation":
+        return (row.get("geolocation") or "").rsplit(",", 1)[-1].strip()
+    return row.get(name)
 
 
 def _meets(value: Any, rule: Any) -> bool:
@@ -251,7 +300,7 @@ def _meets(value: Any, rule: Any) -> bool:
     if not isinstance(rule, dict):
         return True
     tests = {
-        "eq": lambda wanted: value == wanted,
+        "eq": lambda wanted: value == wanted or (wanted is False and value is None),
         "neq": lambda wanted: value != wanted,
         "gte": lambda wanted: value is not None and value >= wanted,
         "lte": lambda wanted: value is not None and value <= wanted,

@@ -18,6 +18,7 @@ from ray.autoscaler.tags import (
 
 from cluster.node_provider import VastNodeProvider
 from cluster.vast.client import VastClient
+from cluster.vast.pace import Pace
 from tests.cluster.fake_vast.api import API_KEY, FakeApi
 from tests.cluster.fake_vast.clock import VirtualClock
 from tests.cluster.fake_vast.state import FakeInstance, FakeOffer, FakeVast
@@ -25,6 +26,16 @@ from tests.cluster.fake_vast.transport import FakeTransport
 
 PUBLIC_KEY = "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIimitated imitated"
 NODE_CONFIG: dict[str, Any] = {"disk_gb": 40, "requirements": {"gpu_names": ["RTX 4090"], "num_gpus": 1}}
+
+
+ODD_ROWS: tuple[dict[str, Any], ...] = (
+    {},
+    {"machine_id": None, "num_gpus": None, "start_date": None},
+    {"extra_env": [["-p 70001:70001", "1"], ["lonely"], None]},
+    {"extra_env": "A=1", "ports": [], "ssh_port": "none yet"},
+    {"dph_total": "n/a", "gpu_util": "n/a", "label": 7},
+)
+"""What rows of instances that others made can hold."""
 
 
 def head_tags() -> dict[str, str]:
@@ -75,7 +86,8 @@ class ImitatedCluster:
             "role": "head" if machine == "head" else "laptop",
             **settings,
         }
-        return VastNodeProvider(config, cluster_name, client=self.client(), clock=self.clock)
+        client = self.client(caller=str(config["state_folder"]))
+        return VastNodeProvider(config, cluster_name, client=client, clock=self.clock)
 
     def autoscaler(self, **settings: Any) -> VastNodeProvider:
         """The head's provider, on a head that has been there for ages and costs nothing."""
@@ -86,12 +98,15 @@ class ImitatedCluster:
             self.vast.instances[head.id] = head
         return self.provider("head", **settings)
 
-    def client(self) -> VastClient:
-        return VastClient("https://vast.invalid", API_KEY, transport=FakeTransport(self.api), clock=self.clock)
+    def client(self, caller: str = "") -> VastClient:
+        transport = FakeTransport(self.api, caller)
+        pace = Pace(self.clock, Path(caller) if caller else None)
+        return VastClient("https://vast.invalid", API_KEY, transport=transport, clock=self.clock, pace=pace)
 
-    def foreign_instance(self, label: str = "somebody else's") -> int:
-        """An instance of the same account that is none of ours."""
+    def foreign_instance(self, label: str = "somebody else's", odd: dict[str, Any] | None = None) -> int:
+        """An instance of the same account that is none of ours; `odd` are fields of its row in the list."""
         offer = self.vast.free_offers()[-1]
         instance = self.vast.rent(offer.id, {"image": "other", "disk": 10, "label": label, "env": {}})
         assert instance is not None
+        instance.odd = odd or {}
         return instance.id

@@ -5,7 +5,8 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qsl, urlsplit
 
-from tests.cluster.fake_vast.api import FakeApi, NoAnswer
+from tests.cluster.fake_vast.answers import NoAnswer
+from tests.cluster.fake_vast.api import FakeApi
 
 SILENCE_S = 25.0
 """Longer than the client's own time-out."""
@@ -19,6 +20,7 @@ class _Handler(BaseHTTPRequestHandler):
         url = urlsplit(self.path)
         body = self.rfile.read(int(self.headers.get("content-length") or 0))
         headers = {name.lower(): value for name, value in self.headers.items()}
+        headers["x-caller"] = self.client_address[0]
         try:
             answer = self.server.api.handle(self.command, url.path, dict(parse_qsl(url.query)), headers, body)
         except NoAnswer as silence:
@@ -28,6 +30,8 @@ class _Handler(BaseHTTPRequestHandler):
             return
         self.send_response(answer.status)
         self.send_header("content-type", answer.content_type)
+        for name, value in answer.headers:
+            self.send_header(name, value)
         self.send_header("content-length", str(len(answer.body)))
         self.end_headers()
         self.wfile.write(answer.body)

@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import re
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -20,25 +21,42 @@ class FakeOffer:
     gpu_name: str = "RTX 4090"
     num_gpus: int = 1
     gpu_ram: float = 24564.0
+    cpu_cores: float | None = 16.0
+    """Of the whole machine, of which this offer may be a part."""
     cpu_cores_effective: float = 16.0
+    """Of this offer."""
     cpu_ram: float = 64000.0
+    """MB of the whole machine."""
+    gpu_frac: float = 1.0
+    """Share of the machine's GPUs."""
     disk_space: float = 800.0
     dph_base: float = 0.35
     dph_per_gb: float = 0.0002
     min_bid: float = 0.15
-    reliability2: float = 0.995
+    reliability2: float | None = 0.995
+    reliability: float | None = None
+    """What some answers have instead of `reliability2`."""
     verification: str = "verified"
     geolocation: str = "Bavaria, DE"
     inet_down: float = 900.0
+    inet_up: float = 400.0
+    inet_down_cost: float | None = 0.001
+    """Dollars per GB, on top of the price."""
+    inet_up_cost: float | None = 0.001
     cuda_max_good: float = 12.8
-    direct_port_count: int = 64
+    compute_cap: int | None = 890
+    direct_port_count: int | None = 64
+    duration: float | None = 30 * 86400.0
+    """Seconds for which the host lets it."""
+    cpu_arch: str | None = "amd64"
+    gpu_arch: str | None = "nvidia"
     hidden: bool = False
     """Withdrawn by the host: neither searched nor rented."""
 
     def row(self, allocated_gb: float) -> dict[str, Any]:
         row = {name: value for name, value in vars(self).items() if name not in ("dph_base", "dph_per_gb", "hidden")}
         price = self.dph_base + self.dph_per_gb * allocated_gb
-        return {**row, "dph_total": price, "rentable": True, "rented": False, "external": False}
+        return {**row, "dph_total": price, "rentable": True, "rented": False, "external": None}
 
 
 @dataclass
@@ -56,8 +74,19 @@ class FakeInstance:
     """False for a host that never gets past "loading"."""
     forced: str = ""
     """`actual_status` from here on, whatever the clock says."""
+    status_msg: str | None = None
+    """What the host says, such as why the container could not be made."""
+    ports: dict[str, Any] = field(default_factory=dict)
+    """Ports that its image publishes beside ssh's."""
+    odd: dict[str, Any] = field(default_factory=dict)
+    """Fields of its row in the list that are not as they should be."""
+    idle: list[tuple[float, float | None]] = field(default_factory=list)
+    """When it was stopped and went on again: meanwhile only its disk is billed."""
+    heartbeat_at: float = 0.0
+    """When the head last showed it that somebody is there."""
     ready: bool = False
     """The machine behind it has started."""
+    ready_at: float | None = None
     destroyed_at: float | None = None
     endpoint: SshEndpoint | None = None
     machine: Machine | None = None
@@ -65,8 +94,32 @@ class FakeInstance:
 
     @property
     def price(self) -> float:
+        """Dollars per hour while it runs."""
         base = self.offer.dph_base if self.bid is None else self.bid
-        return base + self.offer.dph_per_gb * self.disk
+        return base + self.storage_price
+
+    @property
+    def storage_price(self) -> float:
+        """Dollars per hour from creation on, whatever it does."""
+        return self.offer.dph_per_gb * self.disk
+
+    @property
+    def end_date(self) -> float | None:
+        """When the contract ends."""
+        return None if self.offer.duration is None else self.created_at + self.offer.duration
+
+    @property
+    def key(self) -> str:
+        """CONTAINER_API_KEY, good for this instance only."""
+        return f"imitated-key-of-{self.id}"
+
+    def running_s(self, begun: float | None, now: float) -> float:
+        """Seconds until `now` for which its GPUs are billed, when it ran from `begun` on."""
+        if begun is None:
+            return 0.0
+        end = now if self.destroyed_at is None else self.destroyed_at
+        idle = sum(max(min(end if to is None else to, end) - max(since, begun), 0.0) for since, to in self.idle)
+        return max(end - begun - idle, 0.0)
 
 
 class FakeVast:
@@ -92,6 +145,8 @@ class FakeVast:
         self.unlisted_until: dict[int, float] = {}
         """Instances that the list forgets for a while although they exist."""
         self.account_keys: list[str] = []
+        self.credit = 1000.0
+        """Dollars before anything was rented."""
         self.max_label: int | None = None
         self.lock = threading.RLock()
         self._make_machine = make_machine
@@ -109,7 +164,35 @@ class FakeVast:
                 added.append(offer)
             return added
 
+    def add_slices(self, count: int, machine_id: int, **fields: Any) -> list[FakeOffer]:
+        """`count` offers of one GPU each of one machine, whose whole CPUs and RAM every one of them states."""
+        with self.lock:
+            cores = fields.pop("cpu_cores", 64.0)
+            parts = self.add_offers(
+                count, cpu_cores=cores, cpu_cores_effective=cores / count, gpu_frac=1 / count, **fields
+            )
+            for offer in parts:
+                offer.machine_id = machine_id
+            return parts
+
     # What the API does.
+
+    def visible_offers(self) -> list[FakeOffer]:
+        """What a search sees: also what is rented by now, which it does not leave out."""
+        with self.lock:
+            return [offer for offer in self.offers.values() if not offer.hidden]
+
+    def is_rented(self, offer: FakeOffer) -> bool:
+        with self.lock:
+            return self._rented(offer)
+
+    def credit_left(self) -> float:
+        return self.credit - self.cost()
+
+    def instance_of_key(self, key: str) -> FakeInstance | None:
+        """Whose CONTAINER_API_KEY that is."""
+        with self.lock:
+            return next((found for found in self.instances.values() if found.key == key), None)
 
     def free_offers(self) -> list[FakeOffer]:
         with self.lock:
@@ -132,9 +215,10 @@ class FakeVast:
                 onstart=body.get("onstart") or "",
                 bid=bid,
             )
+            instance.heartbeat_at = instance.created_at
             self.instances[instance.id] = instance
             if bid is not None and bid < offer.min_bid:
-                instance.forced = "stopped"
+                self._pause(instance, "stopped")
             elif self._make_machine is not None:
                 self._boot(instance, self._make_machine(instance))
             return instance
@@ -164,6 +248,8 @@ class FakeVast:
     def status(self, instance: FakeInstance) -> str | None:
         if instance.forced:
             return instance.forced
+        if instance.end_date is not None and self.clock.time() >= instance.end_date:
+            return "exited"
         age = self.clock.time() - instance.created_at
         if age < 0.1 * self.boot_s:
             return None
@@ -175,7 +261,9 @@ class FakeVast:
     def row(self, instance: FakeInstance) -> dict[str, Any]:
         """As the API shows it, nulls and stray blanks included."""
         status = self.status(instance)
-        address = instance.endpoint or SshEndpoint(f"203.0.113.{instance.id % 250 + 1}", 40000 + instance.id % 20000)
+        machine = instance.offer.machine_id  # one address for all instances of a machine
+        host = f"203.0.{machine // 250 % 250}.{machine % 250 + 1}"
+        address = instance.endpoint or SshEndpoint(host, 40000 + instance.id % 20000)
         known = status == "running"
         return {
             "id": instance.id,
@@ -188,7 +276,9 @@ class FakeVast:
             "onstart": instance.onstart,
             "image_uuid": instance.image,
             "public_ipaddr": f"{address.host} " if known else None,
-            "ports": {"22/tcp": [{"HostIp": "0.0.0.0", "HostPort": str(address.port)}]} if known else None,
+            "ports": {"22/tcp": [{"HostIp": "0.0.0.0", "HostPort": str(address.port)}], **instance.ports}
+            if known
+            else None,
             "ssh_host": "ssh5.vast.invalid",
             "ssh_port": 10000 + instance.id % 50000,
             "dph_total": instance.price,
@@ -199,23 +289,56 @@ class FakeVast:
             "gpu_ram": instance.offer.gpu_ram,
             "gpu_util": 0.0 if known else None,
             "geolocation": instance.offer.geolocation,
-            "status_msg": None if status is None else "imitated",
+            "status_msg": instance.status_msg or (f"success, running {instance.image}/ssh" if known else None),
             "is_bid": instance.bid is not None,
+            "end_date": instance.end_date,
+            "inet_up_cost": instance.offer.inet_up_cost,
+            "inet_down_cost": instance.offer.inet_down_cost,
+            "credit_balance": None,
+            **instance.odd,
         }
 
     # What happens in the world.
 
     def outbid(self, instance_id: int) -> None:
-        self.instances[instance_id].forced = "stopped"
+        self._pause(self.instances[instance_id], "stopped")
 
     def host_deletes(self, instance_id: int) -> None:
         self.destroy(instance_id)
 
     def host_offline(self, instance_id: int) -> None:
-        self.instances[instance_id].forced = "offline"
+        self._pause(self.instances[instance_id], "offline")
 
     def host_back(self, instance_id: int) -> None:
-        self.instances[instance_id].forced = ""
+        """Also a bid that is high enough again: it goes on by itself."""
+        self.resume(self.instances[instance_id])
+
+    def cannot_boot(self, instance_id: int, status: str, message: str | None = None) -> None:
+        """The host could not make the container: `status` stays, and `status_msg` says why, if anything does."""
+        instance = self.instances[instance_id]
+        instance.boots, instance.status_msg = False, message
+        if status != "loading":
+            self._pause(instance, status)
+
+    def resume(self, instance: FakeInstance) -> None:
+        with self.lock:
+            instance.forced = ""
+            instance.idle = [(since, self.clock.time() if to is None else to) for since, to in instance.idle]
+
+    def let_dead_mans_switches_act(self, reached: set[int]) -> None:
+        """What `onstart` does on each machine that has no body here.
+
+        The head's heartbeat has just come to those of `reached`; the others end themselves when their time is over.
+        """
+        now = self.clock.time()
+        for instance in self.billed():
+            if instance.id in reached:
+                instance.heartbeat_at = now
+            switch = re.search(r"PATIENCE_S=(\d+) END=(\d+)", instance.onstart)
+            if switch and self.status(instance) == "running":
+                patience, end = map(float, switch.groups())
+                if now - instance.heartbeat_at >= patience or (end and now >= end):
+                    self.destroy(instance.id)
 
     def never_boots(self, instance_id: int) -> None:
         self.instances[instance_id].boots = False
@@ -228,17 +351,27 @@ class FakeVast:
             return [instance for instance in self.instances.values() if instance.destroyed_at is None]
 
     def cost(self) -> float:
-        """Dollars since the beginning."""
+        """Dollars since the beginning: storage from creation on, GPUs while running."""
         now = self.clock.time()
         with self.lock:
-            return (
-                sum(
-                    instance.price
-                    * ((now if instance.destroyed_at is None else instance.destroyed_at) - instance.created_at)
-                    for instance in self.instances.values()
-                )
-                / 3600.0
-            )
+            return sum(self._cost_of(instance, now) for instance in self.instances.values())
+
+    def _cost_of(self, instance: FakeInstance, now: float) -> float:
+        end = now if instance.destroyed_at is None else instance.destroyed_at
+        storage = instance.storage_price * (end - instance.created_at)
+        gpus = (instance.price - instance.storage_price) * instance.running_s(self._running_since(instance), now)
+        return (storage + gpus) / 3600.0
+
+    def _running_since(self, instance: FakeInstance) -> float | None:
+        if not instance.boots:
+            return None
+        return instance.ready_at if self._make_machine is not None else instance.created_at + self.boot_s
+
+    def _pause(self, instance: FakeInstance, status: str) -> None:
+        with self.lock:
+            if not instance.forced:
+                instance.idle.append((self.clock.time(), None))
+            instance.forced = status
 
     def close(self) -> None:
         """Destroy everything and wait for the machines to be gone."""
@@ -249,13 +382,13 @@ class FakeVast:
 
     def _rented(self, offer: FakeOffer) -> bool:
         return any(
-            instance.offer.machine_id == offer.machine_id and instance.destroyed_at is None
-            for instance in self.instances.values()
+            instance.offer.id == offer.id and instance.destroyed_at is None for instance in self.instances.values()
         )
 
     def _boot(self, instance: FakeInstance, machine: Machine) -> None:
+        own = {"CONTAINER_ID": str(instance.id), "CONTAINER_API_KEY": instance.key}
         order = MachineOrder(
-            instance.id, instance.image, instance.onstart, dict(instance.env), tuple(self.account_keys)
+            instance.id, instance.image, instance.onstart, {**instance.env, **own}, tuple(self.account_keys)
         )
 
         def boot() -> None:
@@ -267,6 +400,7 @@ class FakeVast:
             endpoint = machine.start(order)
             with self.lock:
                 instance.endpoint, instance.ready = endpoint, instance.destroyed_at is None
+                instance.ready_at = self.clock.time()
 
         self._in_background(boot)
 
