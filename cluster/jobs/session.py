@@ -11,12 +11,12 @@ from ray.autoscaler.tags import STATUS_UP_TO_DATE
 from cluster.errors import ClusterSettingsError, NodeError
 from cluster.jobs.shell import Shell
 from cluster.network.keys import KEY_NAME, KNOWN_HOSTS_NAME, host_key_alias
+from cluster.network.probe import runs_commands
 from cluster.network.ssh_master import SshIdentity
 from cluster.node_provider import VastNodeProvider
 from cluster.renting.tags import ClusterNode
 from cluster.settings import ClusterSettings
 from cluster.setup.bootstrap import bootstrapped
-from cluster.setup.command_runner import greets
 
 logger = logging.getLogger(__name__)
 
@@ -67,10 +67,10 @@ class Session:
         return heads[0]
 
     def shell(self, node: ClusterNode) -> Shell:
-        """Commands on a node. Raises `NodeError` when none of its addresses has an sshd."""
+        """Commands on a node. Raises `NodeError` when none of its addresses runs any."""
         identity = SshIdentity(self.folder / KEY_NAME, self.folder / KNOWN_HOSTS_NAME)
         for endpoint in node.instance.ssh_endpoints:
-            if greets(endpoint):
+            if runs_commands(endpoint, identity, host_key_alias(node.id)):
                 return Shell(endpoint, identity, host_key_alias(node.id))
         tried = ", ".join(str(endpoint) for endpoint in node.instance.ssh_endpoints) or "it has no address yet"
         raise NodeError(f"instance {node.id} does not answer ({tried}): see `bruno-ray cluster status`, try again")

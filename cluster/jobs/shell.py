@@ -21,9 +21,10 @@ TUNNEL_TIMEOUT_S = 20.0
 NO_LOGIN = 255
 """ssh's own exit code, when it is not the command that failed."""
 
-LOGIN = "bash --login -i -c {} 3>&2 2>/dev/null"
+LOGIN = "bash --login -i -c {} 3>&1 4>&2 >/dev/null 2>/dev/null"
 """An interactive login shell, as Ray uses: the set-up commands put the installation into ~/.bashrc. It complains about
-the missing terminal, so its standard error is dropped and the command gets the real one."""
+the missing terminal, and images print greetings from there, so both its outputs are dropped and the command gets the
+real ones."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Shell:
 
     def run(self, command: str, *, input: str = "", timeout_s: float = COMMAND_TIMEOUT_S) -> str:
         """What ``command`` prints. Raises `NodeError` with the end of its standard error when it fails."""
-        wrapped = LOGIN.format(shlex.quote(f"source ~/.bashrc; exec 2>&3; {command}"))
+        wrapped = LOGIN.format(shlex.quote(f"source ~/.bashrc; exec 1>&3 2>&4 3>&- 4>&-; {command}"))
         try:
             done = subprocess.run(
                 [*self.ssh(), self.target, wrapped], input=input, capture_output=True, text=True, timeout=timeout_s

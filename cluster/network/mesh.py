@@ -2,12 +2,14 @@
 
 Star, the default: the head dials every worker. A connection carries
 
+    -R  the head's alias and ports, first, because a worker waits for them before it starts Ray
     -L  the worker's alias and ports, so that the head reaches the worker
     -R  the aliases and ports of all other workers, which listen on this worker and lead through the head
-    -R  the head's alias and ports, last, because a worker takes them for the sign that it may start Ray
 
-so every node reaches every other under the same address, its loopback alias (cluster/network/addresses.py), and no port
-is open to the outside. `-R` on an alias needs `GatewayPorts clientspecified` in the worker's sshd; with the usual `no`
+all of them on ssh's own command line, which asks for them at once: added one by one they take a round trip each, and
+there are hundreds. Only those of machines that join later are added, in parts side by side. So every node reaches every
+other under the same address, its loopback alias (cluster/network/addresses.py), and no port is open to the outside.
+`-R` on an alias needs `GatewayPorts clientspecified` in the worker's sshd; with the usual `no`
 sshd listens on 127.0.0.1 *without a word*. So the listeners are looked up on the worker, and where they are wrong the
 connection is made again through an sshd of our own (cluster/network/ssh_master.py).
 
@@ -40,17 +42,23 @@ LOOK_S = 0.2
 """How often the state of a connection is looked at; the time in which its loss is noticed."""
 DIAL_S = 1.0
 """How often a worker is asked about its direct links."""
-EVICTION_TRIES = 5
+EVICTION_TRIES = 3
+
+HEARTBEAT_S = 60.0
+HEARTBEAT = 'touch "$HOME/.bruno-ray/heartbeat"'
+"""Shows the worker that its head is there; without it the worker ends itself (cluster/renting/onstart.py)."""
 
 SESSION = """\
 d="$HOME/.bruno-ray/mesh"; mkdir -p "$d"; old=$(cat "$d/session" 2>/dev/null)
-if [ -n "$old" ] && [ "$old" != "$PPID" ]; then
-  case "$(cat "/proc/$old/comm" 2>/dev/null)" in sshd*) kill "$old" ;; esac
-fi
 echo "$PPID" > "$d/session"
+is_sshd() { case "$(cat "/proc/$1/comm" 2>/dev/null)" in sshd*) return 0 ;; esac; return 1; }
+if [ -n "$old" ] && [ "$old" != "$PPID" ] && is_sshd "$old"; then
+  kill "$old"; echo evicted
+  for i in 1 2 3 4 5 6 7 8 9 10; do is_sshd "$old" || break; sleep 0.2; done
+fi
 """
 """Ends the sshd process of our previous connection, which keeps its listeners for hours after a cut that neither side
-has said goodbye across, and notes the one of this connection."""
+has said goodbye across, says so, and notes the one of this connection."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,7 @@ class Link:
         self._attempts = 0
         self._dialer = PeerDialer(self._master, self._there, folder) if direct else None
         self._dial_at = 0.0
+        self._beat_at = 0.0
 
     async def keep(self) -> None:
         """Connect, watch, connect again, for ever. Cancelling leaves the connection as it is; see `close`."""
@@ -146,20 +155,39 @@ class Link:
 
     async def _connect(self) -> None:
         """Have a connection with every forward in place, by adoption or anew. Raises `LinkError`."""
-        if await self._master.adopt():
+        peers = self._peers_through_head()
+        there = [*both_sides("R", [self._here]), *both_sides("R", self._addresses(peers))]
+        here = both_sides("L", [self._there])
+        if adopted := await self._master.adopt():
             self.status.adopted += 1
+            await self._master.run(SESSION)
         else:
-            endpoint = self.node.endpoints[self._attempts % len(self.node.endpoints)]
-            await self._master.open(endpoint, self._inner_sshd)
+            await self._open([*there, *here])
         self.status.endpoint, self.status.inner_sshd = str(self._master.endpoint), self._master.inner_sshd
         self._inner_sshd = self._master.inner_sshd
         self.status.connections += 1
         self.status.peers = []
-        await self._master.run(SESSION)
-        await self._master.forward(both_sides("L", [self._there]))
-        peers = self._peers_through_head()
-        await self._listen_there([*self._addresses(peers), self._here])
+        await self._listen_here(here)
+        if not adopted and len(await self._missing_there(there)) == len(there):
+            raise ListenError("its sshd listens on no alias (GatewayPorts is not clientspecified)")
+        await self._listen_there(there)
         self.status.peers = sorted(peers)
+
+    async def _open(self, forwards: Sequence[Forward]) -> None:
+        """Connect, and once more where a dead connection of ours had the ports until it was ended."""
+        endpoint = self.node.endpoints[self._attempts % len(self.node.endpoints)]
+        for _ in range(EVICTION_TRIES):
+            await self._master.open(endpoint, self._inner_sshd, forwards)
+            if "evicted" not in (await self._master.run(SESSION)).split():
+                return
+            await self._master.close()
+        raise LinkError("the ports are held by connections that come again and again")
+
+    async def _listen_here(self, wanted: Sequence[Forward]) -> None:
+        """Listen for the worker on this machine, where ssh's command line has not brought that about."""
+        found = listeners(Path("/proc/net/tcp").read_text())
+        missing = [forward for forward in wanted if (forward.address, forward.port) not in found]
+        await self._master.forward(missing)
 
     def _peers_through_head(self) -> set[int]:
         """Indices of the workers whose ports should listen on this one and lead through the head."""
@@ -170,22 +198,18 @@ class Link:
     def _addresses(self, indices: Iterable[int]) -> list[NodeAddress]:
         return [NodeAddress(index, self._max_cpus) for index in sorted(indices)]
 
-    async def _listen_there(self, addresses: Sequence[NodeAddress]) -> None:
-        """Make the machine listen for other nodes, and see that it does where it should."""
-        wanted = both_sides("R", addresses)
-        for attempt in range(EVICTION_TRIES):  # the listeners of an evicted connection take a moment to go
-            try:
-                await self._master.forward(wanted)
-                break
-            except ListenError:
-                if attempt + 1 == EVICTION_TRIES:
-                    raise
-                await asyncio.sleep(0.2)
-        found = listeners(await self._master.run("cat /proc/net/tcp"))
-        missing = [forward for forward in wanted if (forward.address, forward.port) not in found]
+    async def _listen_there(self, wanted: Sequence[Forward]) -> None:
+        """Make the machine listen for other nodes where it does not yet, and see that it does where it should."""
+        if missing := await self._missing_there(wanted):
+            await self._master.forward(missing)
+            missing = await self._missing_there(wanted)
         if missing:
             where = f"{missing[0].address}:{missing[0].port}"
             raise ListenError(f"its sshd does not listen on {where} (GatewayPorts is not clientspecified)")
+
+    async def _missing_there(self, wanted: Sequence[Forward]) -> list[Forward]:
+        found = listeners(await self._master.run("cat /proc/net/tcp"))
+        return [forward for forward in wanted if (forward.address, forward.port) not in found]
 
     async def _watch(self) -> None:
         """Return when the connection has ended; meanwhile give the worker the ports of nodes that are new.
@@ -197,9 +221,12 @@ class Link:
             self.status.last_up = time.time()
             if self._dialer is not None and time.monotonic() >= self._dial_at:
                 await self._dial(self._dialer)
+            if time.monotonic() >= self._beat_at:
+                await self._master.run(HEARTBEAT)
+                self._beat_at = time.monotonic() + HEARTBEAT_S
             peers = self._peers_through_head()
             if peers != set(self.status.peers):
-                await self._listen_there(self._addresses(peers - set(self.status.peers)))
+                await self._listen_there(both_sides("R", self._addresses(peers - set(self.status.peers))))
                 self.status.peers = sorted(peers)
             await asyncio.sleep(LOOK_S)
 

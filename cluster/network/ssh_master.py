@@ -21,11 +21,15 @@ CONNECT_TIMEOUT_S = 4
 LOGIN_TIMEOUT_S = 20.0
 """From the start of ssh to a usable control socket, on a slow machine."""
 COMMAND_TIMEOUT_S = 20.0
+ROUND_TRIP_S = 0.5
+"""What each forward may take that is added to a connection: ssh waits for the answer to one before it asks for the
+next, across an ocean 0.2 s. Those of its own command line it asks for all at once."""
 ALIVE_INTERVAL_S = 3
 ALIVE_COUNT = 3
 """ssh gives up a connection that has been silent for ALIVE_INTERVAL_S * ALIVE_COUNT seconds."""
-FORWARDS_PER_COMMAND = 500
-"""Port forwards in one ssh command line: 500 take about 20 kB."""
+FORWARDS_PER_COMMAND = 50
+COMMANDS_AT_ONCE = 8
+"""Forwards that are added later, so many by each ssh command, and so many commands side by side."""
 POLL_S = 0.05
 
 INNER_SSHD = """\
@@ -133,8 +137,11 @@ class SshMaster:
         self.inner_sshd = any(word.startswith("ProxyCommand=") for word in words)
         return True
 
-    async def open(self, endpoint: Endpoint, inner_sshd: bool = False) -> None:
-        """Connect, through an sshd of our own if ``inner_sshd``. Raises `LinkError` with what ssh said."""
+    async def open(self, endpoint: Endpoint, inner_sshd: bool = False, forwards: Sequence[Forward] = ()) -> None:
+        """Connect, through an sshd of our own if ``inner_sshd``. Raises `LinkError` with what ssh said.
+
+        All of `forwards` are asked for at once. Whether each could be had, ssh does not say: look at the listeners.
+        """
         self.socket.unlink(missing_ok=True)
         log = self.socket.with_suffix(".log")
         target = ["-p", str(endpoint.port), f"{endpoint.user}@{endpoint.host}"]
@@ -145,7 +152,9 @@ class SshMaster:
             options += ["-o", f"ProxyCommand={outer.replace('%', '%%')}"]
         with open(log, "wb") as stderr:
             self._process = await asyncio.create_subprocess_exec(
-                *("ssh", "-M", "-N", "-S", str(self.socket), *options, *target),
+                *("ssh", "-M", "-N", "-S", str(self.socket), *options),
+                *(word for forward in forwards for word in forward.words()),
+                *target,
                 stdin=asyncio.subprocess.DEVNULL,
                 stdout=asyncio.subprocess.DEVNULL,
                 stderr=stderr,
@@ -216,16 +225,25 @@ class SshMaster:
         self.socket.unlink(missing_ok=True)
 
     async def _change(self, action: str, forwards: Sequence[Forward]) -> None:
-        for start in range(0, len(forwards), FORWARDS_PER_COMMAND):
-            part = forwards[start : start + FORWARDS_PER_COMMAND]
+        places = asyncio.Semaphore(COMMANDS_AT_ONCE)
+
+        async def change(part: Sequence[Forward]) -> None:
             words = [word for forward in part for word in forward.words()]
-            status, output = await self._ssh("-O", action, *words, self.host_key_alias)
+            async with places:
+                timeout = COMMAND_TIMEOUT_S + ROUND_TRIP_S * len(part)
+                status, output = await self._ssh("-O", action, *words, self.host_key_alias, timeout_s=timeout)
             if "remote port forwarding failed" in output:
                 raise ListenError(f"{self.host_key_alias}: {output.strip()[-300:]}")
             if status:
                 raise LinkError(f"{self.host_key_alias}: {action} of ports failed: {output.strip()[-300:]}")
 
-    async def _ssh(self, *words: str, input: str = "") -> tuple[int, str]:
+        starts = range(0, len(forwards), FORWARDS_PER_COMMAND)
+        parts = [change(forwards[start : start + FORWARDS_PER_COMMAND]) for start in starts]
+        for outcome in await asyncio.gather(*parts, return_exceptions=True):
+            if isinstance(outcome, BaseException):
+                raise outcome
+
+    async def _ssh(self, *words: str, input: str = "", timeout_s: float = COMMAND_TIMEOUT_S) -> tuple[int, str]:
         """Exit status and output of an ssh command that goes through the master."""
         process = await asyncio.create_subprocess_exec(
             *("ssh", "-F", "/dev/null", "-S", str(self.socket), "-o", "BatchMode=yes", "-o", "ProxyCommand=false"),
@@ -235,11 +253,11 @@ class SshMaster:
             stderr=asyncio.subprocess.STDOUT,
         )
         try:
-            output, _ = await asyncio.wait_for(process.communicate(input.encode()), COMMAND_TIMEOUT_S)
+            output, _ = await asyncio.wait_for(process.communicate(input.encode()), timeout_s)
         except asyncio.TimeoutError:
             process.kill()
             await process.wait()
-            return 255, f"no answer within {COMMAND_TIMEOUT_S:.0f} s"
+            return 255, f"no answer within {timeout_s:.0f} s"
         assert process.returncode is not None
         return process.returncode, output.decode(errors="replace")
 

@@ -2,7 +2,6 @@
 
 import logging
 import shlex
-import socket
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Protocol
@@ -11,12 +10,10 @@ from bruno_ray.ray_internals import ssh_command_runner
 from cluster.errors import NodeError
 from cluster.network.addresses import NodeAddress
 from cluster.network.keys import KNOWN_HOSTS_NAME, host_key_alias
-from cluster.network.ssh_master import Endpoint
+from cluster.network.probe import runs_commands
+from cluster.network.ssh_master import Endpoint, SshIdentity
 
 logger = logging.getLogger(__name__)
-
-PROBE_S = 4.0
-"""How long an sshd may take to greet."""
 
 
 class NodeDirectory(Protocol):
@@ -26,6 +23,8 @@ class NodeDirectory(Protocol):
     """Holds the host keys that were met."""
 
     def is_stopped(self, node_id: str) -> bool: ...
+
+    def is_terminated(self, node_id: str) -> bool: ...
 
     def ssh_endpoints(self, node_id: str) -> tuple[Endpoint, ...]:
         """Where its sshd may answer, best first; empty while it boots and when it is gone."""
@@ -60,16 +59,20 @@ class VastCommandRunner(ssh_command_runner()):
             HostKeyAlias=host_key_alias(node_id),
             LogLevel="ERROR",
         )
+        self._identity = SshIdentity(Path(auth_config["ssh_private_key"]), provider.folder / KNOWN_HOSTS_NAME)
 
     def _get_node_ip(self) -> str | None:
-        """The first endpoint whose sshd greets; None while none does, and Ray asks again for a quarter of an hour.
+        """The first endpoint that runs commands; None while none does, and Ray asks again for a quarter of an hour.
 
-        Raises `NodeError` for a machine that is stopped, so that `ray down` does not wait for it.
+        Raises `NodeError` for a machine that is stopped, so that `ray down` does not wait for it, and for one that is
+        gone.
         """
+        if self.provider.is_terminated(self.node_id):
+            raise NodeError(f"instance {self.node_id} is gone, its log says why; another is rented when you try again")
         if self.provider.is_stopped(self.node_id):
             raise NodeError(f"instance {self.node_id} is stopped; start it in Vast.ai's console or destroy it")
         for endpoint in self.provider.ssh_endpoints(self.node_id):
-            if greets(endpoint):
+            if runs_commands(endpoint, self._identity, host_key_alias(self.node_id)):
                 self.ssh_options.arg_dict["Port"] = endpoint.port
                 return endpoint.host
         return None
@@ -94,14 +97,3 @@ class VastCommandRunner(ssh_command_runner()):
         }
         exports = " ".join(f"{name}={shlex.quote(str(value))}" for name, value in variables.items())
         return f"export {exports}; {command}"
-
-
-def greets(endpoint: Endpoint, timeout_s: float = PROBE_S) -> bool:
-    """Whether an sshd answers there. Vast.ai's proxy accepts connections before the machine behind it does."""
-    try:
-        with socket.create_connection((endpoint.host, endpoint.port), timeout_s) as connection:
-            connection.settimeout(timeout_s)
-            return connection.recv(4) == b"SSH-"
-    except OSError as error:
-        logger.debug("no sshd at %s: %s", endpoint, error)
-        return False

@@ -36,6 +36,9 @@ cd "$HOME" && exec bash -c "$*"
 """
 
 
+GREETING = 'case $- in *i*) echo "Have fun!" ;; esac\n'
+"""Images of Vast.ai print such things in interactive shells, and answers must not begin with them."""
+
 AT_HEAD = ["python", "-m", "cluster.jobs.at_head"]
 
 
@@ -49,7 +52,9 @@ class HeadShell(Shell):
         home.mkdir()
         (home / "ssh").write_text(SSH.format(home=home))
         (home / "ssh").chmod(0o755)
-        (home / ".bashrc").write_text(f'export PATH="{Path(sys.executable).parent}:$PATH" PYTHONPATH={CHECKOUT}\n')
+        (home / ".bashrc").write_text(
+            GREETING + f'export PATH="{Path(sys.executable).parent}:$PATH" PYTHONPATH={CHECKOUT}\n'
+        )
         return cls(Endpoint("head", 22), SshIdentity(home / "key", home / "hosts"), "head", home)
 
     def ssh(self, *options: str) -> list[str]:

@@ -1,5 +1,6 @@
 """The imitation holds what the cluster's tests rely on: NAT, capabilities, isolation, cuts, and nothing left behind."""
 
+import os
 import socket
 import subprocess
 import sys
@@ -7,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from cluster.network.probe import greets
+from cluster.network.ssh_master import Endpoint, SshIdentity
 from tests.cluster.conftest import KeyPair
 from tests.cluster.fake_vast.machines import MachineOrder
 from tests.cluster.lab import Container, Lab
@@ -52,14 +55,52 @@ def test_container_has_the_capabilities_of_docker_and_its_own_file_system(
 
 
 def test_container_is_told_what_docker_would_tell_it(lab: Lab, key: KeyPair) -> None:
-    order = MachineOrder(1, "image", 'echo "$COLOUR" > /root/told', {"COLOUR": "it's red"}, (key.public,))
+    onstart = 'touch ~/.no_auto_tmux; echo "$COLOUR" > /root/told'
     machine = NamespaceMachine(lab)
-    machine.start(order)
+    machine.start(MachineOrder(1, "image", onstart, {"COLOUR": "it's red"}, (key.public,)))
     assert machine.container is not None
+    told = machine.container.home / "told"
+    wait_for(told.exists, "the end of onstart")
     said = lab.ssh(machine.container, key.private, 'cat /root/told; echo "session: $COLOUR"')
     assert said.splitlines() == ["it's red", "session: "], "sessions do not inherit the container's environment"
     machine.stop()
     assert not machine.container.folder.exists()
+
+
+def test_shells_run_nothing_before_onstart_has_said_so(lab: Lab, key: KeyPair) -> None:
+    """As on Vast.ai: sshd is up, and its shells put every command into tmux."""
+    machine = NamespaceMachine(lab)
+    address = machine.start(MachineOrder(1, "image", "", {}, (key.public,)))
+    assert machine.container is not None
+    identity = SshIdentity(key.private, machine.container.folder / "known_hosts")
+    endpoint = Endpoint(address.host, address.port)
+
+    def usable() -> bool:
+        return in_lab(lab, endpoint, identity)
+
+    assert lab.on_internet(lambda: greets(endpoint))
+    with pytest.raises(RuntimeError):
+        lab.ssh(machine.container, key.private, "echo here", timeout=20)
+    assert not usable()
+    (machine.container.home / ".no_auto_tmux").touch()
+    assert lab.ssh(machine.container, key.private, "echo here") == "here\n", "it greets interactive shells only"
+    assert usable()
+    machine.stop()
+    assert not usable()
+
+
+def in_lab(lab: Lab, endpoint: Endpoint, identity: SshIdentity) -> bool:
+    """`runs_commands`, asked on the laptop."""
+    program = (
+        "import sys; from pathlib import Path; from cluster.network.ssh_master import Endpoint, SshIdentity;"
+        "from cluster.network.probe import runs_commands;"
+        "host, port, key, hosts = sys.argv[1:];"
+        "print(runs_commands(Endpoint(host, int(port)), SshIdentity(Path(key), Path(hosts)), 'a-machine'))"
+    )
+    words = [endpoint.host, str(endpoint.port), str(identity.key), str(identity.known_hosts)]
+    done = lab.run(sys.executable, "-c", program, *words, cwd=CHECKOUT, env={**os.environ, "PYTHONPATH": str(CHECKOUT)})
+    assert done.stdout.strip() in ("True", "False"), done.stderr
+    return done.stdout.strip() == "True"
 
 
 def test_container_shares_this_python_and_this_checkout(lab: Lab, pair: list[Container], key: KeyPair) -> None:

@@ -304,6 +304,33 @@ class TestDirect:
         direct.check_everyone_reaches_everyone()
 
 
+FAR_S = 0.15
+"""Each way: a round trip of 0.3 s, with which one forward after the other takes 26 s."""
+
+
+@pytest.mark.cluster
+class TestFar:
+    def test_links_to_the_other_side_of_the_world_come_up_and_grow(self, network: Network, key: KeyPair) -> None:
+        network.lab.close_containers()
+        far = Network(network.lab, key)
+        for index in range(3):
+            far.add(index)
+        rows = []
+        for index, container in far.nodes.items():
+            proxy = 30000 + index
+            far_away = far.python("tests.cluster.lab.far_away", proxy, container.public_address, container.ssh_port)
+            far.shell(0, f"{far_away} {FAR_S} < /dev/null > /tmp/far{index}.log 2>&1 &")
+            wait_for(lambda log=f"/tmp/far{index}.log": "ready" in far.nodes[0].read(log), "the proxy")
+            rows.append({"id": container.name, "index": index, "endpoints": [["127.0.0.1", proxy]]})
+        far.tell(instead=rows[:2])
+        far.start_supervisor()
+        wait_for(lambda: far.link(1)["state"] == "up", "the first link", detail=far.status)
+        far.tell(instead=rows)
+        far.wait_until_up()
+        far.check_everyone_reaches_everyone()
+        assert [far.link(index)["connections"] for index in (1, 2)] == [1, 1]
+
+
 def address_of(index: int) -> NodeAddress:
     return NodeAddress(index, MAX_CPUS)
 

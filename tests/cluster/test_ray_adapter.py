@@ -1,9 +1,11 @@
 """Ray's own code on our provider: autoscaler v2's adapter, and the commands that its runner is given."""
 
+import getpass
 import json
-import socket
+import shlex
 import subprocess
-import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,14 @@ from ray.autoscaler.v2.instance_manager.node_provider import LaunchNodeError, No
 from ray.core.generated.instance_manager_pb2 import NodeKind
 
 from cluster.errors import NodeError
+from cluster.jobs.shell import free_port
+from cluster.network.probe import greets
 from cluster.network.ssh_master import Endpoint
 from cluster.node_provider import VastNodeProvider
 from cluster.setup import command_runner
+from tests.cluster.conftest import make_key
 from tests.cluster.fake_vast.cluster import ImitatedCluster, worker_tags
+from tests.support.programs import needs
 from tests.support.waiting import wait_for
 
 CLUSTER_YAML = Path(__file__).parents[2] / "cluster.yaml"
@@ -93,22 +99,55 @@ def test_nothing_that_ray_may_call_is_left_to_its_base_class_by_accident() -> No
     }
 
 
-class Greeter:
-    """A port of this machine that accepts connections and says `greeting`."""
+LOGIN_SHELL = """\
+#!/bin/bash
+# A login shell of Vast.ai: into tmux, which needs a terminal, until a file in the home folder forbids it.
+export HOME={home}
+if [ ! -f ~/.no_auto_tmux ]; then echo "open terminal failed: not a terminal" >&2; exit 1; fi
+exec bash -c "$SSH_ORIGINAL_COMMAND"
+"""
 
-    def __init__(self, greeting: bytes) -> None:
-        self.socket = socket.create_server(("127.0.0.1", 0))
-        self.endpoint = Endpoint("127.0.0.1", self.socket.getsockname()[1])
-        threading.Thread(target=self._serve, args=(greeting,), daemon=True).start()
 
-    def _serve(self, greeting: bytes) -> None:
-        while True:
-            try:
-                connection, _ = self.socket.accept()
-            except OSError:
-                return
-            with connection:
-                connection.sendall(greeting)
+@dataclass(frozen=True)
+class Sshd:
+    """A real sshd on this machine, whose shells have a home folder of their own."""
+
+    home: Path
+    endpoint: Endpoint
+    key: Path
+
+
+@pytest.fixture
+def sshd(tmp_path: Path) -> Iterator[Sshd]:
+    home = tmp_path / "home of the machine"
+    home.mkdir()
+    key, host_key = make_key(tmp_path, "client"), make_key(tmp_path, "host")
+    (tmp_path / "authorized_keys").write_text(key.public + "\n")
+    (tmp_path / "shell").write_text(LOGIN_SHELL.format(home=shlex.quote(str(home))))
+    (tmp_path / "shell").chmod(0o755)
+    port = free_port()
+    settings = {
+        "Port": port,
+        "ListenAddress": "127.0.0.1",
+        "HostKey": host_key.private,
+        "AuthorizedKeysFile": tmp_path / "authorized_keys",
+        "ForceCommand": tmp_path / "shell",
+        "StrictModes": "no",
+        "UsePAM": "no",
+        "PidFile": "none",
+    }
+    (tmp_path / "sshd_config").write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
+    Path("/run/sshd").mkdir(parents=True, exist_ok=True)
+    server = subprocess.Popen(
+        ["/usr/sbin/sshd", "-D", "-e", "-f", str(tmp_path / "sshd_config")], stderr=subprocess.DEVNULL
+    )
+    endpoint = Endpoint("127.0.0.1", port, getpass.getuser())
+    try:
+        wait_for(lambda: greets(endpoint), "the greeting of sshd")
+        yield Sshd(home, endpoint, key.private)
+    finally:
+        server.terminate()
+        server.wait()
 
 
 class RecordingRunner:
@@ -125,27 +164,35 @@ class RecordingRunner:
 
 
 def runner_for(
-    world: ImitatedCluster, monkeypatch: pytest.MonkeyPatch, endpoints: tuple[Endpoint, ...], recorder: RecordingRunner
+    world: ImitatedCluster,
+    monkeypatch: pytest.MonkeyPatch,
+    endpoints: tuple[Endpoint, ...],
+    recorder: RecordingRunner,
+    key: Path = Path("/keys/id"),
 ) -> command_runner.VastCommandRunner:
     provider = world.autoscaler()
     [node] = provider.create_node({"disk_gb": 40}, worker_tags(), 1)
     monkeypatch.setattr(provider, "ssh_endpoints", lambda node_id: endpoints)
-    auth = {"ssh_user": "root", "ssh_private_key": "/keys/id"}
+    auth = {"ssh_user": "root", "ssh_private_key": str(key)}
     runner = provider.get_command_runner("", node, auth, "demo", recorder, False)  # type: ignore[arg-type]
     assert isinstance(runner, command_runner.VastCommandRunner)
     return runner
 
 
-def test_commands_go_to_the_first_sshd_that_greets_and_know_their_node(
-    world: ImitatedCluster, monkeypatch: pytest.MonkeyPatch
+@needs("/usr/sbin/sshd", "ssh-keygen", package="openssh-server")
+def test_commands_go_to_the_first_address_that_runs_them_and_know_their_node(
+    world: ImitatedCluster, monkeypatch: pytest.MonkeyPatch, sshd: Sshd
 ) -> None:
-    silent, sshd = Greeter(b"HTTP/1.1 400\r\n"), Greeter(b"SSH-2.0-OpenSSH_9.2\r\n")
+    """An sshd that answers is not enough: its shells may put every command into tmux."""
+    nobody = Endpoint("127.0.0.1", free_port())
     recorder = RecordingRunner()
-    runner = runner_for(world, monkeypatch, (silent.endpoint, sshd.endpoint), recorder)
+    runner = runner_for(world, monkeypatch, (nobody, sshd.endpoint), recorder, sshd.key)
+    assert greets(sshd.endpoint) and runner._get_node_ip() is None
+    (sshd.home / ".no_auto_tmux").touch()
     assert runner.run("uptime", with_output=True, ssh_options_override_ssh_key="/another/key") == b"done"
     [command] = recorder.commands
     text = " ".join(command)
-    assert f"Port={sshd.endpoint.port}" in text and "root@127.0.0.1" in text and "-i /keys/id" in text
+    assert f"Port={sshd.endpoint.port}" in text and "root@127.0.0.1" in text and f"-i {sshd.key}" in text
     assert "export CLUSTER_NAME=demo CLUSTER_NODE_INDEX=1 CLUSTER_NODE_ADDRESS=127.77.0.2 CLUSTER_MAX_CPUS=48" in text
     assert "StrictHostKeyChecking=accept-new" in text and f"HostKeyAlias=bruno-ray-{runner.node_id}" in text
     assert str(runner.provider.folder) in text and "UserKnownHostsFile=/dev/null" not in text
@@ -156,12 +203,13 @@ def test_commands_go_to_the_first_sshd_that_greets_and_know_their_node(
 def test_a_machine_whose_sshd_does_not_greet_has_no_address_yet(
     world: ImitatedCluster, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    nobody = socket.create_server(("127.0.0.1", 0))
-    closed = Endpoint("127.0.0.1", nobody.getsockname()[1])
-    nobody.close()
-    runner = runner_for(world, monkeypatch, (closed,), RecordingRunner())
+    runner = runner_for(world, monkeypatch, (Endpoint("127.0.0.1", free_port()),), RecordingRunner())
     assert runner._get_node_ip() is None
     world.vast.outbid(int(runner.node_id))
     world.clock.sleep(10)
     with pytest.raises(NodeError, match="is stopped"):
+        runner._get_node_ip()
+    world.vast.host_deletes(int(runner.node_id))
+    world.clock.sleep(10)
+    with pytest.raises(NodeError, match="is gone"):
         runner._get_node_ip()

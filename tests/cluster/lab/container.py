@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 CHECKOUT = Path(__file__).resolve().parents[3]
 INIT = Path(__file__).with_name("container_init.sh")
+BASHRC = Path(__file__).with_name("bashrc.sh")
 INSIDE = "172.17.0.2"
 ROUTER = "172.17.0.1"
 START_TIMEOUT_S = 30.0
@@ -83,7 +84,7 @@ class Container:
         keys: Sequence[str],
         gateway_ports: str,
         env: Mapping[str, str],
-        onstart: str,
+        onstart: str | None,
     ) -> None:
         self.name = f"c{number}"
         self.namespace = f"{lab_name}-n{number}"
@@ -188,14 +189,16 @@ class Container:
         (self.folder / "sshd_config").write_text(SSHD_CONFIG.format(gateway_ports=self._gateway_ports))
         environment = [f"export {name}={shlex.quote(value)}\n" for name, value in self._env.items()]
         (self.folder / "environment").write_text("".join(environment))
-        (self.folder / "onstart.sh").write_text(self._onstart + "\n")
+        (self.folder / "onstart.sh").write_text((self._onstart or "") + "\n")
         run("ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(self.folder / "host_key"))
         (self.home / ".ssh").chmod(0o700)
         self.home.chmod(0o700)
         authorized = self.home / ".ssh" / "authorized_keys"
         authorized.write_text("".join(key.strip() + "\n" for key in self._keys))
         authorized.chmod(0o600)
-        (self.home / ".bashrc").touch()
+        shutil.copyfile(BASHRC, self.home / ".bashrc")
+        if self._onstart is None:
+            (self.home / ".no_auto_tmux").touch()
 
     def _wait_for_sshd(self) -> None:
         assert self._process is not None

@@ -30,7 +30,7 @@ for path in "$@"; do read_only "$path"; done
 cp "$state"/{sshd_config,host_key,environment,onstart.sh} "$root/run/lab/"
 cat > "$root/run/lab/boot.sh" << 'BOOT'
 . /run/lab/environment
-bash /run/lab/onstart.sh > /tmp/onstart.log 2>&1 < /dev/null
+(sleep 1; bash /run/lab/onstart.sh > /tmp/onstart.log 2>&1 < /dev/null) &  # as on Vast.ai, where sshd is first
 exec /usr/sbin/sshd -D -e -f /run/lab/sshd_config
 BOOT
 mount -t proc proc "$root/proc"

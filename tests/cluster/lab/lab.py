@@ -67,11 +67,12 @@ class Lab:
         keys: Sequence[str],
         gateway_ports: str = "clientspecified",
         env: Mapping[str, str] | None = None,
-        onstart: str = "",
+        onstart: str | None = None,
     ) -> Container:
         """Start a container that lets in the given public keys; numbers are never used twice in a lab.
 
-        ``env`` is the environment of the container's first process, ``onstart`` shell commands it runs before sshd.
+        ``env`` is the environment of the container's first process, ``onstart`` shell commands that it runs a moment
+        after sshd is up. Without any it is as after ours: its shells run commands.
         """
         with self._guard:
             number = self._next
