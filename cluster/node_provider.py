@@ -8,7 +8,10 @@ workers (cluster/renting/worker_health.py) and keeps the account of what is gone
 
 import copy
 import logging
+import subprocess
+import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -31,12 +34,13 @@ from cluster.network.addresses import NodeAddress
 from cluster.network.keys import ensure_key_pair, public_key
 from cluster.network.mesh import Node
 from cluster.network.ssh_master import Endpoint
-from cluster.renting.cost import ClusterCost, cluster_cost
+from cluster.renting.budget import Limit, end_of_time
+from cluster.renting.cost import ClusterCost
 from cluster.renting.launch import Launcher, LaunchOrder
 from cluster.renting.ledger import Ledger
 from cluster.renting.listing import NodeList
 from cluster.renting.polling import InstanceList
-from cluster.renting.registry import NodeRegistry
+from cluster.renting.registry import NodeRegistry, began
 from cluster.renting.tags import ClusterNode, Label
 from cluster.settings import ClusterSettings, NodeSettings, checked_cluster_name
 from cluster.setup.bootstrap import bootstrapped, one_line_errors
@@ -78,6 +82,7 @@ class VastNodeProvider(NodeProvider):
         *,
         client: VastClient | None = None,
         clock: Clock | None = None,
+        stop_jobs: Callable[[], None] | None = None,
     ) -> None:
         super().__init__(provider_config, checked_cluster_name(cluster_name))
         self.settings = ClusterSettings.from_provider(provider_config)
@@ -88,7 +93,9 @@ class VastNodeProvider(NodeProvider):
         self._nodes = NodeList(self._client, instances, cluster_name, self._clock, self.settings.refresh_s)
         self._ledger = Ledger(self.folder, self._clock)
         self._launcher = Launcher(self._client, self._nodes, self._ledger, self._clock, self.settings.budget)
-        self._registry = NodeRegistry(self._client, self._nodes, self._ledger, self.settings, self._clock)
+        self._registry = NodeRegistry(
+            self._client, self._nodes, self._ledger, self.settings, self._clock, stop_jobs or stop_all_jobs
+        )
         self._launching = threading.RLock()
         self._refusals: dict[str, _Refusal] = {}
         """By node type; those of `ANY_TYPE` are about the account."""
@@ -128,9 +135,15 @@ class VastNodeProvider(NodeProvider):
 
     def cost(self) -> ClusterCost:
         """What the cluster costs per hour and has cost so far."""
-        nodes = self._registry.current().values()
-        labelled = max((node.label.spent for node in nodes if node.is_head), default=0.0)
-        return cluster_cost(nodes, self._clock.time(), max(labelled, self._ledger.ended_cost()))
+        return self._registry.cost(self._registry.current().values())
+
+    def limit(self) -> Limit:
+        """How far it is from the end of its money and its time."""
+        return self._registry.limit(self._registry.current().values())
+
+    def credit(self) -> float | None:
+        """Dollars that the account has left; None where the key may not know. Raises `VastError`."""
+        return self._client.credit()
 
     def is_running(self, node_id: str) -> bool:
         node = self._registry.current().get(node_id)
@@ -296,7 +309,15 @@ class VastNodeProvider(NodeProvider):
                 raise refusal.error
         self._registry.check_launch(is_head)
         label = Label(self.cluster_name, tags[TAG_RAY_NODE_KIND], 0 if is_head else self._registry.free_index())
-        order = LaunchOrder(settings, label, {**tags, TAG_RAY_CLUSTER_NAME: self.cluster_name}, self._public_key())
+        order = LaunchOrder(
+            settings,
+            label,
+            {**tags, TAG_RAY_CLUSTER_NAME: self.cluster_name},
+            self._public_key(),
+            self.settings.vast_url,
+            self.settings.dead_mans_switch_s,
+            end_of_time(self.settings.budget, began(self._registry.current().values())),
+        )
         try:
             node = self._launcher.launch(order, self.cost())
         except (BudgetError, NoOfferError, VastRefusedError) as error:
@@ -329,6 +350,12 @@ class VastNodeProvider(NodeProvider):
 
     def _public_key(self) -> str:
         return self.settings.public_key or public_key(ensure_key_pair(self.folder, self.cluster_name))
+
+
+def stop_all_jobs() -> None:
+    """On the head: in a process of its own, because Ray waits for each job."""
+    command = [sys.executable, "-m", "cluster.jobs.at_head", "stop-jobs"]
+    subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
 
 
 def _matches(tags: dict[str, str], wanted: dict[str, str]) -> bool:

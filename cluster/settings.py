@@ -71,7 +71,11 @@ class BudgetSettings(Section):
     """What all machines of the cluster together may cost per hour; no machine is rented that would pass it."""
 
     max_total_cost: PositiveFloat = 50.0
-    """What the cluster may cost from its first machine on; when it is spent nothing more is rented."""
+    """What the cluster may cost from its first machine on. Shortly before it is spent jobs are told to stop, and when
+    it is spent every worker is destroyed. The head stays, because it may hold runs that are not fetched, and costs."""
+
+    max_hours: PositiveFloat | None = None
+    """The same after so many hours from the head's beginning; `bruno-ray cluster up --max-hours` comes before it."""
 
 
 class Requirements(Section):
@@ -201,6 +205,13 @@ class ClusterSettings(Section):
 
     index_rest_s: PositiveFloat = 300.0
     """An index, and with it alias and ports, is not given to another machine for so long."""
+
+    dead_mans_switch_s: PositiveFloat = 1800.0
+    """A worker that has had no sign of its head for so long destroys itself."""
+
+    allowed_ports: tuple[str, ...] = ("22/tcp",)
+    """What the internet may reach on a machine. One that publishes more, as images that EXPOSE ports do, is destroyed:
+    some of Ray's services listen on all interfaces."""
 
     role: Literal["laptop", "head"] = "laptop"
     """Who reads this; `ray up` sets it to head in the copy for the head, which then looks after the workers."""

@@ -39,6 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     sub = command("up", "machines:up", "start the cluster, or bring it up to date", yes=True)
     sub.add_argument("--restart", action="store_true", help="restart Ray on a head that runs; ends its jobs")
+    sub.add_argument(
+        "--max-hours",
+        type=float,
+        metavar="N",
+        help="stop the jobs and destroy the workers so many hours after the head's beginning [budget.max_hours]",
+    )
 
     command("status", "machines:status", "machines, cost, tunnels, GPU use")
 

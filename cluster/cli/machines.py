@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+import math
 import os
 import subprocess
 import sys
@@ -21,10 +22,13 @@ from cluster.cli.asking import agree
 from cluster.errors import ClusterError, ClusterSettingsError, FetchError, NodeError, RefusedError
 from cluster.jobs import fetching, submitting
 from cluster.jobs.session import Session
+from cluster.renting.budget import DESTRUCTION_S, Phase
 from cluster.renting.cost import ClusterCost
 from cluster.renting.tags import ClusterNode
+from cluster.setup.bootstrap import MAX_HOURS_VARIABLE
+from cluster.vast.errors import VastError
 from cluster.vast.models import State
-from cluster.vast.offers import RankedOffer
+from cluster.vast.offers import PLANNED_HOURS, RankedOffer
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +39,10 @@ GPU_COMMAND = (
 )
 TUNNELS_COMMAND = "cat ~/.bruno-ray/mesh/status.json 2> /dev/null || true"
 STILL_BILLED_S = 60.0
-"""How long the list of instances may go on showing what has been destroyed."""
+"""How long the list of instances may go on showing what has been destroyed, beside the time that each of them takes."""
+
+LOW_CREDIT_H = 2.0
+SOON_S = 86400.0
 
 
 def list_offers(arguments: argparse.Namespace) -> int:
@@ -86,6 +93,8 @@ def _node_types(session: Session, chosen: str | None) -> dict[str, Any]:
 
 def up(arguments: argparse.Namespace) -> int:
     """Start the cluster, or bring its head up to date, with Ray's own `ray up`."""
+    if arguments.max_hours is not None:
+        os.environ[MAX_HOURS_VARIABLE] = str(arguments.max_hours)
     session = Session.open(arguments.cluster_config)
     check_mounts(session)
     heads = [node for node in session.nodes() if node.is_head]
@@ -114,36 +123,62 @@ def check_mounts(session: Session) -> None:
 
 
 def plan(session: Session, heads: Sequence[ClusterNode]) -> list[str]:
-    """What `up` is about to do and what that costs, as lines."""
+    """What `up` is about to do and what that costs, as lines. Raises `RefusedError` where the credit does not last."""
     config, budget = session.config, session.settings.budget
     head_type = config["head_node_type"]
     lines = [f"cluster {session.name} on {session.settings.vast_url}, from {session.config_file}"]
+    prices, traffic = [], 0.0
     if heads:
         what = ", ".join(f"{node.id} at {node.instance.dph_total:.3f} $/h" for node in heads)
         lines.append(f"head: instance {what} is there already and is brought up to date; nothing is rented for it")
+        head_price = sum(node.instance.dph_total for node in heads)
     else:
         best = session.provider.offers(config["available_node_types"][head_type]["node_config"]).best()[0]
         lines.append(f"head: rents {describe(best)} now")
+        head_price, traffic = best.price_per_hour, best.traffic_cost
     for name, node_type in config["available_node_types"].items():
         most = min(node_type.get("max_workers", 0), config.get("max_workers", 0))
         if name == head_type or not most:
             continue
         least = node_type.get("min_workers", 0)
         ranking = session.provider.offers(node_type["node_config"])
-        what = describe(ranking.accepted[0]) if ranking.accepted else f"nothing on offer now ({ranking.explanation()})"
+        what = f"nothing on offer now ({ranking.explanation()})"
+        if ranking.accepted:
+            what = describe(ranking.accepted[0])
+            prices += [(ranking.accepted[0].price_per_hour, ranking.accepted[0].traffic_cost)] * most
         lines.append(f"{name}: {least} workers from the beginning, up to {most} when jobs ask for them; now {what}")
+    spent = session.provider.cost().so_far
+    hours = "" if budget.max_hours is None else f" and {budget.max_hours:g} h"
     lines.append(
-        f"budget: at most {budget.max_price_per_hour:.2f} $/h and {budget.max_total_cost:.2f} $ in total,"
-        f" {session.provider.cost().so_far:.2f} $ spent so far"
+        f"budget: at most {budget.max_price_per_hour:.2f} $/h, {budget.max_total_cost:.2f} $ in total{hours};"
+        f" {spent:.2f} $ spent so far"
     )
-    return lines
+    dearest = sorted(prices, reverse=True)[: config.get("max_workers", 0)]
+    per_hour = min(head_price + sum(price for price, _ in dearest), max(budget.max_price_per_hour, head_price))
+    expected = per_hour * (budget.max_hours or PLANNED_HOURS) + traffic + sum(once for _, once in dearest)
+    return [*lines, credit_line(session, per_hour, min(expected, budget.max_total_cost - spent))]
+
+
+def credit_line(session: Session, per_hour: float, expected: float) -> str:
+    """Raises `RefusedError` where the account has less than is `expected` to be spent, in dollars."""
+    hours = session.settings.budget.max_hours or PLANNED_HOURS
+    plan = f"up to {per_hour:.3f} $/h, {max(expected, 0):.2f} $ within {hours:g} h"
+    credit = session.provider.credit()
+    if credit is None:
+        return f"plan: {plan}; what the account has is not told to this API key (it lacks user_read)"
+    if credit < expected:
+        raise RefusedError(
+            f"nothing was rented: the account has {credit:.2f} $ and the plan is {plan}; without credit Vast.ai stops"
+            " machines and deletes what is on them: add credit, lower max_workers or budget, or give --max-hours"
+        )
+    return f"plan: {plan}; the account has {credit:.2f} $"
 
 
 def describe(ranked: RankedOffer) -> str:
     offer = ranked.offer
     return (
         f"offer {offer.id} ({offer.num_gpus} x {offer.gpu_name or 'no GPU'} in {offer.geolocation or '?'}) at"
-        f" {ranked.price_per_hour:.3f} $/h"
+        f" {ranked.price_per_hour:.3f} $/h, {ranked.traffic_cost:.2f} $ for its downloads"
     )
 
 
@@ -188,7 +223,36 @@ def status_view(session: Session) -> RenderableType:
             "-" if node.is_head else tunnels.get(node.id, "-"),
             gpus.get(node.id, "-"),
         )
-    return Group(table, Text(cost_line(session, cost)), *(Text(note, style="yellow") for note in notes))
+    notes += ending_notes(nodes)
+    lines = [Text(cost_line(session, cost)), credit_text(session, cost)]
+    stand = session.provider.limit()
+    if stand.phase is not Phase.OPEN:
+        said = f"{stand.reason}: workers are destroyed, the head goes on costing until `bruno-ray cluster down`"
+        lines.append(Text(said, style="bold red"))
+    return Group(table, *lines, *(Text(note, style="yellow") for note in notes))
+
+
+def ending_notes(nodes: Sequence[ClusterNode]) -> list[str]:
+    """About contracts that end within a day."""
+    left = [(node, (node.instance.end_date or math.inf) - time.time()) for node in nodes]
+    return [
+        f"the contract of instance {node.id} ends in {seconds / 3600:.1f} h; then it stops, with all that is on it"
+        for node, seconds in left
+        if seconds < SOON_S
+    ]
+
+
+def credit_text(session: Session, cost: ClusterCost) -> Text:
+    """What the account has, and how long that lasts."""
+    try:
+        credit = session.provider.credit()
+    except VastError as error:
+        return Text(f"credit: could not be asked ({error})", style="yellow")
+    if credit is None:
+        return Text("credit: not told to this API key (it lacks user_read)", style="dim")
+    hours = credit / cost.per_hour if cost.per_hour else math.inf
+    lasts = f", {hours:.1f} h at this price" if cost.per_hour else ""
+    return Text(f"credit: {credit:.2f} ${lasts}", style="bold red" if hours < LOW_CREDIT_H else "")
 
 
 def cost_line(session: Session, cost: ClusterCost) -> str:
@@ -267,7 +331,7 @@ def _take_down(arguments: argparse.Namespace, stop_jobs: bool) -> int:
     per_hour = sum(node.instance.dph_total for node in nodes)
     agree(f"Destroy these {len(nodes)} machines ({per_hour:.3f} $/h) with all that is on them?", arguments.yes)
     code = ray_command(session, "down", "-y")
-    left = still_billed(arguments.cluster_config)
+    left = still_billed(arguments.cluster_config, STILL_BILLED_S + DESTRUCTION_S * len(nodes))
     if left:
         out.print("STILL BILLED:", style="bold red")
         show_billed(left, out)
@@ -332,9 +396,9 @@ def show_billed(nodes: Sequence[ClusterNode], out: Console) -> None:
         out.print(f"  instance {node.id} ({kind} {node.label.index}, {machine}): {node.instance.dph_total:.3f} $/h")
 
 
-def still_billed(config_file: Path) -> list[ClusterNode]:
-    """What the API goes on listing, asked until that is nothing or long enough."""
-    session, deadline = Session.open(config_file), time.monotonic() + STILL_BILLED_S
+def still_billed(config_file: Path, seconds: float) -> list[ClusterNode]:
+    """What the API goes on listing, asked until that is nothing or `seconds` are over."""
+    session, deadline = Session.open(config_file), time.monotonic() + seconds
     while (left := session.nodes()) and time.monotonic() < deadline:
         time.sleep(2)
     return left

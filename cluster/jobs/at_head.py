@@ -1,6 +1,6 @@
 """What the user's machine asks the head: `python -m cluster.jobs.at_head COMMAND`.
 
-Commands are list, manifest RUN and progress [RUN].
+Commands are list, manifest RUN, progress [RUN] and stop-jobs.
 
 Prints one JSON value. Runs are the folders below ~/runs, where jobs of `bruno-ray cluster submit` write.
 """
@@ -21,8 +21,10 @@ from filelock import FileLock
 from bruno_ray.errors import BrunoError, OutputError
 from bruno_ray.files import write_json
 from bruno_ray.runs.directory import RunDirectory
+from cluster.network.addresses import DASHBOARD_PORT
 
 RUNS = Path("~/runs").expanduser()
+TOKEN = Path("~/.ray/auth_token").expanduser()
 KNOWN_SUMS = Path("~/.bruno-ray/checksums.json").expanduser()
 """Checksums of files that have not changed since, so that a model is read once and not at every question."""
 
@@ -132,14 +134,30 @@ def progress(run: RunDirectory) -> dict[str, Any]:
     }
 
 
+def stop_jobs() -> list[str]:
+    """Tell every job that runs to end; their ids. Ray gives each half a minute, and its run can be resumed."""
+    from ray.job_submission import JobSubmissionClient  # slow to import, and needed by this question only
+
+    token = TOKEN.read_text().strip()
+    client = JobSubmissionClient(f"http://127.0.0.1:{DASHBOARD_PORT}", headers={"Authorization": f"Bearer {token}"})
+    stopped = []
+    for job in client.list_jobs():
+        if job is not None and job.submission_id and not job.status.is_terminal():
+            client.stop_job(job.submission_id)
+            stopped.append(job.submission_id)
+    return stopped
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("question", choices=["list", "manifest", "progress"])
+    parser.add_argument("question", choices=["list", "manifest", "progress", "stop-jobs"])
     parser.add_argument("run", nargs="?")
     options = parser.parse_args(argv)
     try:
         if options.question == "list":
             answer: Any = [summary(run) for run in runs()]
+        elif options.question == "stop-jobs":
+            answer = stop_jobs()
         elif options.question == "manifest":
             answer = manifest(RunDirectory.find(options.run, RUNS))
         else:

@@ -46,7 +46,7 @@ EVICTION_TRIES = 3
 
 HEARTBEAT_S = 60.0
 HEARTBEAT = 'touch "$HOME/.bruno-ray/heartbeat"'
-"""Shows the worker that its head is there; without it the worker ends itself (cluster/renting/onstart.py)."""
+"""Shows the worker that its head is there; without it the worker ends itself (cluster/vast/onstart.py)."""
 
 SESSION = """\
 d="$HOME/.bruno-ray/mesh"; mkdir -p "$d"; old=$(cat "$d/session" 2>/dev/null)
@@ -222,13 +222,20 @@ class Link:
             if self._dialer is not None and time.monotonic() >= self._dial_at:
                 await self._dial(self._dialer)
             if time.monotonic() >= self._beat_at:
-                await self._master.run(HEARTBEAT)
-                self._beat_at = time.monotonic() + HEARTBEAT_S
+                await self._beat()
             peers = self._peers_through_head()
             if peers != set(self.status.peers):
                 await self._listen_there(both_sides("R", self._addresses(peers - set(self.status.peers))))
                 self.status.peers = sorted(peers)
             await asyncio.sleep(LOOK_S)
+
+    async def _beat(self) -> None:
+        """Show the worker that we are there. It ends itself after thirty that failed."""
+        self._beat_at = time.monotonic() + HEARTBEAT_S
+        try:
+            await self._master.run(HEARTBEAT)
+        except LinkError as error:
+            logger.debug("no heartbeat for node %d: %s", self.node.index, error)
 
     async def _dial(self, dialer: PeerDialer) -> None:
         """Look after the direct links; where that fails the star stands in, and this connection stays."""

@@ -20,7 +20,8 @@ class NodeCost:
 
 @dataclass(frozen=True)
 class ClusterCost:
-    """Dollars. `so_far` is an upper bound: a machine that has not started is billed for its disk only."""
+    """Dollars. `so_far` is an upper bound: a machine that has not started is billed for its disk only. What the host
+    takes for the bytes that a machine downloads before it is useful is in it, what jobs send and fetch is not."""
 
     nodes: tuple[NodeCost, ...]
     """What is billed now, by index."""
@@ -50,7 +51,7 @@ def cluster_cost(nodes: Iterable[ClusterNode], now: float, gone: float) -> Clust
                 instance.gpu_name,
                 instance.num_gpus or 0,
                 instance.dph_total,
-                instance.dph_total * hours,
+                instance.dph_total * hours + node.traffic,
             )
         )
     return ClusterCost(tuple(costs), gone)

@@ -4,10 +4,11 @@ import logging
 import uuid
 from dataclasses import dataclass
 
+from ray.autoscaler.tags import NODE_KIND_HEAD
+
 from cluster.clock import Clock
 from cluster.errors import NodeError, NoOfferError
-from cluster.network.keys import authorize_command
-from cluster.renting.budget import over_budget, price_room
+from cluster.renting.budget import is_worth_while, nearly_spent, over_budget, price_room
 from cluster.renting.cost import ClusterCost
 from cluster.renting.ledger import Ledger
 from cluster.renting.listing import NodeList
@@ -17,6 +18,7 @@ from cluster.vast.client import VastClient
 from cluster.vast.errors import CreateFailedError, CreateUncertainError, OfferTakenError, VastError
 from cluster.vast.models import CreateRequest, Instance
 from cluster.vast.offers import RankedOffer, Wanted, find_offers
+from cluster.vast.onstart import Switch, onstart
 
 logger = logging.getLogger(__name__)
 
@@ -36,9 +38,6 @@ PENDING_LAUNCH_S = 180.0
 CREATE_DEADLINE_S = 30.0
 """Room for a turn of five seconds, and for one penalty of twelve."""
 
-NO_TMUX = "touch ~/.no_auto_tmux"
-"""Vast.ai's shells put every ssh session into tmux until this file is there, and run no command until then."""
-
 ATTACH_DEADLINE_S = 8.0
 
 
@@ -50,6 +49,12 @@ class LaunchOrder:
     label: Label
     tags: dict[str, str]
     public_key: str
+    url: str
+    """Of the API, where a worker ends itself."""
+    patience_s: float
+    """How long a worker does without its head."""
+    end: float | None
+    """When the cluster's time is over, Unix seconds."""
 
 
 @dataclass
@@ -86,13 +91,17 @@ class Launcher:
         room = price_room(self._budget, cost, reserved)
         market = self._market(order.node)
         affordable = [ranked for ranked in market.offers if ranked.price_per_hour <= room]
+        if affordable:
+            affordable = [ranked for ranked in affordable if is_worth_while(self._budget, cost, ranked)]
+            if not affordable:
+                raise nearly_spent(self._budget, cost)
         if not affordable:
             cheapest = min(ranked.price_per_hour for ranked in market.offers)
             raise over_budget(self._budget, cost, reserved, cheapest)
         for ranked in affordable[:OFFERS_TRIED]:
             market.offers.remove(ranked)
             try:
-                return self._rent(ranked, order)
+                return self._rent(ranked, order, cost)
             except OfferTakenError as error:
                 logger.info("offer %d is gone: %s", ranked.offer.id, error)
         self._markets.clear()
@@ -115,14 +124,14 @@ class Launcher:
         known = [node.launch for node in self._nodes.nodes().values()]
         return self._ledger.pending_price(known) + self._nodes.unconfirmed_price()
 
-    def _rent(self, ranked: RankedOffer, order: LaunchOrder) -> ClusterNode:
+    def _rent(self, ranked: RankedOffer, order: LaunchOrder, cost: ClusterCost) -> ClusterNode:
         launch = uuid.uuid4().hex[:12]
         request = CreateRequest(
             image=order.node.image,
             disk=Wanted.of(order.node).disk_gb,
             label=order.label.text(with_hashes=False),
-            env=creation_env(order.label, order.tags, launch),
-            onstart="\n".join(filter(None, [NO_TMUX, authorize_command(order.public_key), order.node.onstart])),
+            env=creation_env(order.label, order.tags, launch, ranked.traffic_cost),
+            onstart=onstart(order.public_key, order.node.onstart, self._switch(ranked, order, cost)),
             price=ranked.bid,
         )
         self._ledger.add_pending_launch(launch, ranked.price_per_hour, order.label.index, PENDING_LAUNCH_S)
@@ -155,6 +164,16 @@ class Launcher:
             ranked.offer.geolocation or "an unknown place",
         )
         return node
+
+    def _switch(self, ranked: RankedOffer, order: LaunchOrder, cost: ClusterCost) -> Switch | None:
+        """Every worker ends itself without a head, and at the latest when it alone has spent what is left."""
+        if order.label.kind == NODE_KIND_HEAD:
+            return None
+        left = self._budget.max_total_cost - cost.so_far
+        ends = [self._clock.time() + 3600 * left / max(ranked.price_per_hour, 0.001)]
+        if order.end is not None:
+            ends.append(order.end)
+        return Switch(order.url, order.patience_s, min(ends))
 
     def _add_to_list(
         self, contract: int, ranked: RankedOffer, request: CreateRequest, order: LaunchOrder

@@ -29,9 +29,12 @@ class Contract:
     price: float
     begin: float
     ended: float | None = None
+    traffic: float = 0.0
+    """Dollars, once."""
 
     def cost(self, now: float) -> float:
-        return self.price * max((now if self.ended is None else self.ended) - self.begin, 0.0) / 3600
+        hours = max((now if self.ended is None else self.ended) - self.begin, 0.0) / 3600
+        return self.price * hours + self.traffic
 
 
 @dataclass
@@ -65,6 +68,9 @@ class Entries:
 
     def to_json(self) -> dict[str, Any]:
         content = asdict(self)
+        for values in content["contracts"].values():
+            if not values["traffic"]:  # code from before it was counted knows no such key
+                del values["traffic"]
         content["intents"] = content.pop("pending")
         return content
 
@@ -88,10 +94,12 @@ class Ledger:
         """
         now, unknown = self._clock.time(), set(unaccounted)
         with self._changed() as entries:
-            existing = {node.id: node.instance for node in nodes}
-            for contract_id, instance in existing.items():
+            existing = {node.id: node for node in nodes}
+            for contract_id, node in existing.items():
+                instance = node.instance
+                begin = min(instance.start_date or now, now)
                 contract = entries.contracts.setdefault(
-                    contract_id, Contract(instance.dph_total, min(instance.start_date or now, now))
+                    contract_id, Contract(instance.dph_total, begin, traffic=node.traffic)
                 )
                 contract.price, contract.ended = max(contract.price, instance.dph_total), None
             for contract_id, contract in entries.contracts.items():

@@ -1,7 +1,7 @@
 """The nodes of the cluster with Ray's tags, and what each change of them asks for.
 
 Notes what is gone in the ledger, brings labels up to date, destroys a head that was rented twice and, on the head, the
-workers that cannot be used.
+workers that cannot be used, and all of them when money or time are over.
 
 The API is the truth about which machines exist. What is remembered beside it, about one machine x:
 
@@ -17,6 +17,7 @@ The API is the truth about which machines exist. What is remembered beside it, a
     at the last look (to notice that it went)  NodeRegistry._last                 the next look
     gone; Ray may still ask for address, tags  NodeRegistry._gone                 the process ends
     since when it boots, runs, is silent       WorkerHealth (workers, head only)  it is gone
+    its image is no use anywhere               WorkerHealth                       10 minutes
     what it has cost                           Ledger, contracts                  `ray down` (file)
     its host failed us                         Ledger, avoided                    provider.avoid_machine_s (file)
     it had an index that is not given away     Ledger, resting                    provider.index_rest_s (file)
@@ -26,18 +27,22 @@ cluster/renting/tags.py.
 """
 
 import logging
+import math
 import threading
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 
 from ray.autoscaler.tags import STATUS_UNINITIALIZED, TAG_RAY_NODE_STATUS
 
 from cluster.clock import Clock
-from cluster.errors import NodeError
+from cluster.errors import BudgetError, NodeError
 from cluster.network.addresses import max_nodes
+from cluster.renting.budget import Limit, Phase, limit
+from cluster.renting.cost import ClusterCost, cluster_cost
 from cluster.renting.ledger import Ledger
 from cluster.renting.listing import NodeList
 from cluster.renting.tags import HASH_TAGS, LASTING_STATUSES, ClusterNode, Label
-from cluster.renting.worker_health import WorkerHealth
+from cluster.renting.worker_health import WorkerHealth, foreign_ports
 from cluster.settings import ClusterSettings
 from cluster.vast.client import VastClient
 from cluster.vast.errors import VastError, VastRefusedError
@@ -46,6 +51,8 @@ from cluster.vast.models import State
 logger = logging.getLogger(__name__)
 
 LABEL_DEADLINE_S = 6.0
+TELL_AGAIN_S = 60.0
+REMIND_S = 600.0
 SPENT_STEP = 0.05
 """Dollars by which the head's account may differ from its label."""
 
@@ -63,10 +70,18 @@ class NodeRegistry:
     """One per process that does more than read. Thread-safe."""
 
     def __init__(
-        self, client: VastClient, nodes: NodeList, ledger: Ledger, settings: ClusterSettings, clock: Clock
+        self,
+        client: VastClient,
+        nodes: NodeList,
+        ledger: Ledger,
+        settings: ClusterSettings,
+        clock: Clock,
+        stop_jobs: Callable[[], None],
     ) -> None:
+        """`stop_jobs` tells all jobs of the cluster to end, and returns at once."""
         self.own_head: str | None = None
         """The head that this process rented."""
+        self._heads_that_ran: set[str] = set()
         self._client = client
         self._nodes = nodes
         nodes.expect(ledger.open_contracts())
@@ -85,6 +100,8 @@ class NodeRegistry:
         self._noted: tuple[dict[str, float], set[str], list[str]] | None = None
         """What the ledger was last told."""
         self._ended_cost = 0.0
+        self._stop_jobs = stop_jobs
+        self._told_jobs = self._reminded = -math.inf
 
     def current(self, *, force: bool = False) -> dict[str, ClusterNode]:
         nodes = self._nodes.nodes(force=force)
@@ -117,6 +134,7 @@ class NodeRegistry:
         for name in unwritten:
             self._write_label(nodes[name])
         if self._settings.role == "head":
+            self._keep_limit(nodes)
             self._destroy_unfit_workers(nodes)
             self._write_account([node for node in nodes.values() if node.is_head])
         else:
@@ -137,19 +155,28 @@ class NodeRegistry:
                 logger.error("head %s was rented beside head %s and is destroyed", extra.id, heads[0].id)
                 self._nodes.mark_for_destruction(extra.id, extra.instance.dph_total)
         for head in heads[:1]:
-            state, age = head.instance.state, self._clock.time() - head.instance.start_date
-            if (
-                state is State.BOOTING
-                and head.label.status == STATUS_UNINITIALIZED
-                and age > self._settings.boot_timeout_s
-            ):
-                logger.error("head %s has not booted within %.0f s and is destroyed; run `ray up` again", head.id, age)
-                self._ledger.avoid(head.instance.machine_id, self._settings.avoid_machine_s)
+            if head.instance.state is State.RUNNING:
+                self._heads_that_ran.add(head.id)
+            if reason := self._useless(head):
+                logger.error("head %s is destroyed; run `ray up` again: %s", head.id, reason)
+                if head.instance.machine_id and not foreign_ports(head, self._settings):
+                    self._ledger.avoid(head.instance.machine_id, self._settings.avoid_machine_s)
                 self._nodes.mark_for_destruction(head.id, head.instance.dph_total)
-            elif state is State.STOPPED:
+            elif head.instance.state is State.STOPPED:
                 logger.error(
                     "head %s is stopped; start it in Vast.ai's console, or destroy it with `ray down`", head.id
                 )
+
+    def _useless(self, head: ClusterNode) -> str:
+        """Why a head that has never been set up will not be; empty for one that may hold something."""
+        if head.label.status != STATUS_UNINITIALIZED:
+            return ""
+        age, limit = self._clock.time() - head.instance.start_date, self._settings.boot_timeout_s
+        if head.id not in self._heads_that_ran and head.instance.boot_error:
+            return f"it will never run: {head.instance.boot_error}"
+        if head.instance.state is State.BOOTING and age > limit:
+            return f"it has not booted within {limit:.0f} s"
+        return foreign_ports(head, self._settings)
 
     def _destroy_unfit_workers(self, nodes: dict[str, ClusterNode]) -> None:
         workers = [
@@ -159,6 +186,42 @@ class NodeRegistry:
             logger.warning("destroying instance %s: %s", node.id, reason)
             self._nodes.mark_for_destruction(node.id, node.instance.dph_total)
 
+    def cost(self, nodes: Iterable[ClusterNode]) -> ClusterCost:
+        """What the cluster costs per hour and has cost so far."""
+        nodes = list(nodes)
+        labelled = max((node.label.spent for node in nodes if node.is_head), default=0.0)
+        return cluster_cost(nodes, self._clock.time(), max(labelled, self._ledger.ended_cost()))
+
+    def limit(self, nodes: Iterable[ClusterNode]) -> Limit:
+        """How far the cluster is from the end of its money and its time."""
+        nodes = list(nodes)
+        return limit(self._settings.budget, self.cost(nodes), began(nodes), self._clock.time())
+
+    def _keep_limit(self, nodes: dict[str, ClusterNode]) -> None:
+        """Stop the jobs shortly before money or time are over, and destroy the workers when they are."""
+        stand, now = self.limit(nodes.values()), self._clock.time()
+        if stand.phase is Phase.OPEN:
+            return
+        if now >= self._told_jobs + TELL_AGAIN_S:
+            logger.error("%s: jobs are told to stop, nothing more is rented", stand.reason)
+            self._told_jobs = now
+            self._stop_jobs()
+        if stand.phase is not Phase.OVER:
+            return
+        for node in nodes.values():
+            if not node.is_head:
+                logger.warning("destroying instance %s: %s", node.id, stand.reason)
+                self._nodes.mark_for_destruction(node.id, node.instance.dph_total)
+        if now >= self._reminded + REMIND_S:
+            self._reminded = now
+            per_hour = sum(node.instance.dph_total for node in nodes.values() if node.is_head)
+            logger.error(
+                "%s: the workers are destroyed. The head holds the runs and GOES ON COSTING %.3f dollars per hour: "
+                "`bruno-ray cluster down` fetches what is not home yet and ends it",
+                stand.reason,
+                per_hour,
+            )
+
     def _write_account(self, heads: list[ClusterNode]) -> None:
         """What is gone has cost money, which the head's label says, so that it outlives the ledger."""
         for head in heads:
@@ -167,6 +230,12 @@ class NodeRegistry:
 
     def check_launch(self, is_head: bool) -> None:
         """Raises `NodeError` where another node would be one too many, or what exists is not known for sure."""
+        stand = self.limit(self.current().values())
+        if stand.phase is not Phase.OPEN:
+            raise BudgetError(
+                f"{stand.reason}, nothing more is rented; raise it in cluster.yaml, or take the cluster down"
+            )
+        self._check_image()
         has_head = any(node.is_head for node in self.current(force=is_head).values())
         if is_head and has_head:
             raise NodeError("the cluster has a head already, which another `ray up` has just rented; run it again")
@@ -181,6 +250,10 @@ class NodeRegistry:
             raise NodeError(
                 "the API does not list this head itself (yet), so its list is not to be relied on; try again"
             )
+
+    def _check_image(self) -> None:
+        if fault := self._health.image_fault(self._clock.time()):
+            raise NodeError(fault)
 
     def free_index(self) -> int:
         """An index that no node has or had lately. Raises `NodeError` when all are taken."""
@@ -239,3 +312,8 @@ class NodeRegistry:
             if not any(label.hashes):
                 raise
             self._client.set_label(instance_id, label.text(with_hashes=False), LABEL_DEADLINE_S)
+
+
+def began(nodes: Iterable[ClusterNode]) -> float | None:
+    """When the cluster's head was rented, Unix seconds; None where it is not known."""
+    return min((node.instance.start_date for node in nodes if node.is_head and node.instance.start_date), default=None)

@@ -40,6 +40,7 @@ PREFIX = "bruno-ray"
 INDEX_VARIABLE = "CLUSTER_NODE_INDEX"
 TAGS_VARIABLE = "CLUSTER_NODE_TAGS"
 LAUNCH_VARIABLE = "CLUSTER_LAUNCH"
+TRAFFIC_VARIABLE = "CLUSTER_TRAFFIC"
 
 HASH_TAGS = (TAG_RAY_RUNTIME_CONFIG, TAG_RAY_FILE_MOUNTS_CONTENTS)
 LASTING_STATUSES = frozenset({STATUS_UP_TO_DATE, STATUS_UPDATE_FAILED})
@@ -108,6 +109,8 @@ class ClusterNode:
     creation_tags: dict[str, str]
     launch: str
     """Mark of the attempt that created it; empty when unknown."""
+    traffic: float = 0.0
+    """Dollars that its host takes for what it downloads before it is useful."""
 
     @property
     def id(self) -> str:
@@ -144,15 +147,22 @@ def node_of(instance: Instance, cluster_name: str) -> ClusterNode | None:
     if label is None or label.cluster != cluster_name:
         return None
     env = instance.extra_env
-    return ClusterNode(instance, label, _decoded(env.get(TAGS_VARIABLE, "")), env.get(LAUNCH_VARIABLE, ""))
+    said = env.get(TRAFFIC_VARIABLE, "")
+    traffic = float(said) if re.fullmatch(r"\d+\.\d+", said) else 0.0
+    return ClusterNode(instance, label, _decoded(env.get(TAGS_VARIABLE, "")), env.get(LAUNCH_VARIABLE, ""), traffic)
 
 
-def creation_env(label: Label, tags: dict[str, str], launch: str) -> dict[str, str]:
+def creation_env(label: Label, tags: dict[str, str], launch: str, traffic: float) -> dict[str, str]:
     """The environment variables that make `node_of` possible."""
     derived = {**label.tags, TAG_RAY_NODE_STATUS: tags.get(TAG_RAY_NODE_STATUS)}
     kept = {SHORT_NAMES.get(tag, tag): value for tag, value in tags.items() if derived.get(tag) != value}
     encoded = base64.b64encode(json.dumps(kept, sort_keys=True, separators=(",", ":")).encode()).decode()
-    return {INDEX_VARIABLE: str(label.index), TAGS_VARIABLE: encoded, LAUNCH_VARIABLE: launch}
+    return {
+        INDEX_VARIABLE: str(label.index),
+        TAGS_VARIABLE: encoded,
+        LAUNCH_VARIABLE: launch,
+        TRAFFIC_VARIABLE: f"{traffic:.4f}",
+    }
 
 
 def _decoded(text: str) -> dict[str, str]:

@@ -22,6 +22,12 @@ STOPPED_GRACE_S = 15.0
 UNREACHABLE_GRACE_S = 180.0
 """How long a host may be without a heartbeat. Its tunnels tell Ray much sooner what can be used."""
 
+END_MARGIN_S = 1800.0
+"""How long before the end of its contract a worker is replaced: afterwards it is stopped, whatever it does."""
+
+IMAGE_FAULT_S = 600.0
+"""How long nothing is rented after a host has said that the image does not exist, or one published ports of its own."""
+
 
 @dataclass
 class _Observed:
@@ -30,6 +36,8 @@ class _Observed:
     since: float
     joined: bool = False
     """Was set up completely at some time."""
+    ran: bool = False
+    """Was seen running."""
 
 
 class WorkerHealth:
@@ -39,6 +47,7 @@ class WorkerHealth:
         self._settings = settings
         self._ledger = ledger
         self._workers: dict[str, _Observed] = {}
+        self._image_fault: tuple[float, str] = (0.0, "")
 
     def unfit(self, workers: Iterable[tuple[ClusterNode, str]], now: float) -> list[tuple[ClusterNode, str]]:
         """Workers to destroy, each with the reason. `workers` are all of them, each with Ray's status."""
@@ -49,13 +58,15 @@ class WorkerHealth:
             observed = self._workers.get(node.id)
             if observed is None or observed.state is not state:
                 joined = observed is not None and observed.joined
-                observed = self._workers[node.id] = _Observed(node, state, now, joined)
+                ran = observed is not None and observed.ran
+                observed = self._workers[node.id] = _Observed(node, state, now, joined, ran)
+            observed.node = node
             observed.joined = observed.joined or status == STATUS_UP_TO_DATE
-            if reason := self._reason(observed, now - observed.since):
+            observed.ran = observed.ran or state is State.RUNNING
+            if reason := self._reason(observed, now):
                 unfit.append((node, reason))
                 del self._workers[node.id]
-                if not observed.joined and state is not State.STOPPED:
-                    self._avoid(node, reason)
+                self._blame(observed, reason, now)
         for name in self._workers.keys() - present:
             observed = self._workers.pop(name)
             if not observed.joined:
@@ -68,8 +79,17 @@ class WorkerHealth:
         if status == STATUS_UPDATE_FAILED:
             self._avoid(node, "its set-up failed")
 
-    def _reason(self, observed: _Observed, seconds: float) -> str | None:
-        settings = self._settings
+    def image_fault(self, now: float) -> str:
+        """Why it is no use to rent another machine for the same image now; empty where it is."""
+        until, fault = self._image_fault
+        return fault if now < until else ""
+
+    def _reason(self, observed: _Observed, now: float) -> str | None:
+        settings, instance, seconds = self._settings, observed.node.instance, now - observed.since
+        if not (observed.joined or observed.ran) and instance.boot_error:
+            return f"it will never run: {instance.boot_error}"
+        if extra := foreign_ports(observed.node, settings):
+            return extra
         if observed.state is State.STOPPED and seconds >= STOPPED_GRACE_S:
             return "it is stopped (outbid, or its host took it)"
         if observed.state is State.UNREACHABLE and seconds >= UNREACHABLE_GRACE_S:
@@ -78,9 +98,32 @@ class WorkerHealth:
             return f"it has not booted within {settings.boot_timeout_s:.0f} s"
         if observed.state is State.RUNNING and not observed.joined and seconds >= settings.join_timeout_s:
             return f"it has not joined within {settings.join_timeout_s:.0f} s of booting"
+        if instance.end_date is not None and now >= instance.end_date - END_MARGIN_S:
+            return f"its contract ends in {max(instance.end_date - now, 0) / 60:.0f} minutes"
         return None
 
+    def _blame(self, observed: _Observed, reason: str, now: float) -> None:
+        """Remember whose fault it was: the machine's, the image's, or nobody's."""
+        instance = observed.node.instance
+        if foreign_ports(observed.node, self._settings) or (not observed.joined and instance.is_image_error):
+            self._image_fault = now + IMAGE_FAULT_S, f"the image of instance {observed.node.id} is no use: {reason}"
+        elif not observed.joined and (observed.state is not State.STOPPED or instance.boot_error):
+            self._avoid(observed.node, reason)
+
     def _avoid(self, node: ClusterNode, reason: str) -> None:
+        if not node.instance.machine_id:
+            return
         hours = self._settings.avoid_machine_s / 3600
         logger.warning("machine %d is not rented again for %.1f h: %s", node.instance.machine_id, hours, reason)
         self._ledger.avoid(node.instance.machine_id, self._settings.avoid_machine_s)
+
+
+def foreign_ports(node: ClusterNode, settings: ClusterSettings) -> str:
+    """What is wrong with the ports that the internet reaches on a node; empty where nothing is."""
+    extra = sorted(node.instance.published_ports - set(settings.allowed_ports))
+    if node.instance.state is not State.RUNNING or not extra:
+        return ""
+    return (
+        f"it publishes {', '.join(extra)}, where Ray's own services listen: take an image that EXPOSEs nothing, or add"
+        " what may be reached to provider.allowed_ports"
+    )

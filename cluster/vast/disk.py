@@ -1,6 +1,7 @@
 """How much disk a machine needs, from the size of the model that it will hold."""
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from bruno_ray.files import expanded
@@ -16,6 +17,14 @@ BYTES_PER_PARAMETER = 2
 
 LEAST_DISK_GB = ((65.0, 300.0), (30.0, 200.0))
 """(billions of parameters from which on, GB): 300 GB for the 70B class, 200 GB for the 32B class."""
+
+HEAD_DISK_GB = 60.0
+"""Beside the saved model, which the head keeps until it is fetched: image, installation, runs."""
+
+HEAD_RAM_GB = 12.0
+"""Beside the model that is saved in the head's memory: Ray, driver and study."""
+
+LEAST_HEAD_RAM_GB = 16.0
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin")
 
@@ -38,6 +47,16 @@ def disk_for(model: ModelSize | None) -> float:
         return DEFAULT_DISK_GB
     least = next((gb for billions, gb in LEAST_DISK_GB if model.parameters >= billions), 0.0)
     return max(2 * model.gb + 20, least)
+
+
+def head_disk_for(models: Iterable[ModelSize]) -> float:
+    """GB that the head needs for the largest model of its workers."""
+    return max((size.gb for size in models), default=0.0) + HEAD_DISK_GB
+
+
+def head_ram_for(models: Iterable[ModelSize]) -> float:
+    """GB of memory that the head needs to save the largest model of its workers."""
+    return max(max((size.gb for size in models), default=0.0) + HEAD_RAM_GB, LEAST_HEAD_RAM_GB)
 
 
 def model_size(model: str) -> ModelSize:

@@ -43,6 +43,21 @@ Ports = Annotated[dict[str, list[dict[str, Any]]], BeforeValidator(_ports)]
 Row = TypeVar("Row", bound="WireModel")
 
 
+BOOT_ERRORS = (
+    "oci runtime create failed",
+    "manifest unknown",
+    "manifest for",
+    "pull access denied",
+    "error response from daemon",
+    "no space left on device",
+    "failed to create shim",
+)
+"""Words of `status_msg`, in small letters, after which a container never runs. Others tell how far its image is."""
+
+IMAGE_ERRORS = ("manifest unknown", "manifest for", "pull access denied")
+"""Those that every host would say."""
+
+
 class WireModel(BaseModel):
     model_config = ConfigDict(extra="ignore", frozen=True, use_attribute_docstrings=True)
 
@@ -180,6 +195,26 @@ class Instance(WireModel):
         if self.actual_status in ("unknown", "offline"):
             return State.UNREACHABLE
         return State.RUNNING if self.actual_status == "running" else State.BOOTING
+
+    @property
+    def boot_error(self) -> str:
+        """Why it will never run, if it has not run yet; empty where nothing says so."""
+        said = self.status_msg.lower()
+        if self.actual_status != "running" and any(words in said for words in BOOT_ERRORS):
+            return f"its host says {self.status_msg[:200]!r}"
+        if self.actual_status in ("exited", "offline", "unknown"):
+            return f"its host reports it as {self.actual_status}"
+        return ""
+
+    @property
+    def is_image_error(self) -> bool:
+        """Whether `boot_error` would come on every host."""
+        return any(words in self.status_msg.lower() for words in IMAGE_ERRORS)
+
+    @property
+    def published_ports(self) -> frozenset[str]:
+        """Ports that the internet reaches, such as "22/tcp"."""
+        return frozenset(name for name, bindings in self.ports.items() if bindings)
 
     @property
     def ssh_endpoints(self) -> tuple[Endpoint, ...]:

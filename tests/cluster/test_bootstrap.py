@@ -14,7 +14,7 @@ from ray.autoscaler._private.util import hash_launch_conf, validate_config
 from cluster.errors import ClusterSettingsError
 from cluster.network.keys import authorize_command, ensure_key_pair, public_key
 from cluster.settings import ClusterSettings, NodeSettings
-from cluster.setup.bootstrap import bootstrapped
+from cluster.setup.bootstrap import MAX_HOURS_VARIABLE, bootstrapped
 from tests.support.programs import needs
 
 pytestmark = needs("ssh-keygen", package="openssh-client")
@@ -49,19 +49,49 @@ def test_the_projects_cluster_yaml_is_accepted_by_ray_and_by_us(config: dict[str
     assert bootstrapped(resolved) == resolved, "Ray caches the result and may bootstrap it again"
 
 
+def model_of(gb: int, folder: Path) -> str:
+    """A folder with a model of so many GB, which take no room."""
+    folder.mkdir()
+    (folder / "model.safetensors").write_bytes(b"")
+    with open(folder / "model.safetensors", "r+b") as weights:
+        weights.truncate(gb * 10**9)
+    return str(folder)
+
+
 def test_the_disk_follows_from_the_model(config: dict[str, Any], tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    model.mkdir()
-    (model / "model.safetensors").write_bytes(b"")
-    with open(model / "model.safetensors", "r+b") as weights:
-        weights.truncate(30 * 10**9)  # sparse
-    head = config["available_node_types"]["head"]["node_config"]
-    head.pop("disk_gb")
-    head["model"] = str(model)
-    resolved = bootstrapped(config)["available_node_types"]["head"]["node_config"]
-    assert resolved["disk_gb"] == pytest.approx(80)
-    assert resolved["model_size_gb"] == pytest.approx(30)
+    worker = config["available_node_types"]["rtx4090"]["node_config"]
+    worker.pop("model_size_gb")
+    worker["model"] = model_of(25, tmp_path / "model")
+    resolved = bootstrapped(config)["available_node_types"]["rtx4090"]["node_config"]
+    assert resolved["disk_gb"] == pytest.approx(70)
+    assert resolved["model_size_gb"] == pytest.approx(25)
     assert "model" not in resolved
+
+
+def test_the_head_holds_the_largest_model(config: dict[str, Any], tmp_path: Path) -> None:
+    """It saves the model in its memory and keeps it on its disk until it is fetched."""
+    types = config["available_node_types"]
+    types["rtx4090"]["node_config"] = {"model": model_of(140, tmp_path / "model"), "disk_gb": 400}
+    head = bootstrapped(config)["available_node_types"]["head"]["node_config"]
+    assert head["disk_gb"] == pytest.approx(200) and head["requirements"]["min_ram_gb"] == pytest.approx(152)
+    types["head"]["node_config"]["disk_gb"] = 100
+    with pytest.raises(ClusterSettingsError, match=r"head\.node_config\.disk_gb: 100 GB are too few.*give 200"):
+        bootstrapped(config)
+    types["head"]["node_config"].pop("disk_gb")
+    types["head"]["node_config"]["requirements"]["min_ram_gb"] = 32
+    with pytest.raises(ClusterSettingsError, match=r"min_ram_gb: 32 GB are too few.*140 GB.*give 152"):
+        bootstrapped(config)
+
+
+def test_hours_of_the_command_line_come_before_those_of_the_file(
+    config: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config["provider"]["budget"]["max_hours"] = 24
+    monkeypatch.setenv(MAX_HOURS_VARIABLE, "2.5")
+    assert ClusterSettings.from_provider(bootstrapped(config)["provider"]).budget.max_hours == 2.5
+    monkeypatch.setenv(MAX_HOURS_VARIABLE, "-1")
+    with pytest.raises(ClusterSettingsError, match=r"budget\.max_hours"):
+        bootstrapped(config)
 
 
 def changed(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
@@ -83,6 +113,7 @@ def changed(config: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
         ("provider/budget/max_total_cost", -1, r"provider\.budget\.max_total_cost"),
         ("available_node_types/head/node_config/requirements/interruptible", True, "must not be interruptible"),
         ("available_node_types/head/node_config/requirements/min_cuda", "new", r"requirements\.min_cuda"),
+        ("available_node_types/rtx4090/node_config/onstart", "x" * 4000, "setup_commands"),
         ("docker", {"image": "ray", "container_name": "ray"}, "containers themselves"),
         ("auth/ssh_private_key", "~/.ssh/id_ed25519", "copies that key to a rented machine"),
         ("provider/head_api_key_file", "~/nowhere", "does not exist"),

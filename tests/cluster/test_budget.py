@@ -2,12 +2,13 @@
 
 import json
 import multiprocessing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cluster.errors import BudgetError
-from cluster.renting.budget import price_room
+from cluster.renting.budget import Phase, limit, price_room
 from cluster.renting.cost import ClusterCost, NodeCost, cluster_cost
 from cluster.renting.ledger import Ledger
 from cluster.renting.tags import ClusterNode, Label
@@ -106,6 +107,47 @@ def test_a_file_of_the_code_before_is_understood(tmp_path: Path, clock: VirtualC
     assert ledger.avoided() == {77} and ledger.unavailable_indices() == {4, 5}
     ledger.rest([], 0)
     assert json.loads((tmp_path / "ledger.json").read_text()) == before, "the code before can go on with it as well"
+
+
+HOUR = 3600.0
+
+
+@pytest.mark.parametrize(
+    ("so_far", "hours", "phase"),
+    [
+        (0.0, 0.0, Phase.OPEN),
+        (9.8, 0.0, Phase.OPEN),
+        (9.92, 0.0, Phase.CLOSING),  # a dollar an hour: five minutes are 0.083
+        (9.995, 0.0, Phase.OVER),
+        (12.0, 0.0, Phase.OVER),
+        (1.0, 5.8, Phase.OPEN),
+        (1.0, 5.95, Phase.CLOSING),
+        (1.0, 5.999, Phase.OVER),
+        (1.0, 7.0, Phase.OVER),
+    ],
+)
+def test_the_end_comes_in_two_steps_and_before_the_money_is_spent(
+    clock: VirtualClock, so_far: float, hours: float, phase: Phase
+) -> None:
+    budget = BudgetSettings(max_price_per_hour=1.0, max_total_cost=10.0, max_hours=6.0)
+    now = clock.time()
+    stand = limit(budget, costing(1.0, so_far), now - hours * HOUR, now)
+    assert stand.phase is phase and bool(stand.reason) is (phase is not Phase.OPEN)
+
+
+def test_without_hours_only_the_money_ends(clock: VirtualClock) -> None:
+    assert limit(BUDGET, costing(1.0, 1.0), clock.time() - 1000 * HOUR, clock.time()).phase is Phase.OPEN
+    assert limit(BUDGET, costing(0.0, 1.0), None, clock.time()).phase is Phase.OPEN
+
+
+def test_traffic_is_counted_once_and_survives(tmp_path: Path, clock: VirtualClock) -> None:
+    start = clock.time()
+    machine = replace(node(1, 0.5, start), traffic=0.25)
+    assert cluster_cost([machine], start + HOUR, 0.0).so_far == pytest.approx(0.75)
+    Ledger(tmp_path, clock).observe([machine])
+    clock.sleep(HOUR)
+    Ledger(tmp_path, clock).observe([])
+    assert Ledger(tmp_path, clock).ended_cost() == pytest.approx(0.75)
 
 
 def avoid_each(folder: Path, machines: range) -> None:

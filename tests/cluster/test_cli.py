@@ -23,6 +23,7 @@ from cluster.cli.machines import gpu_use
 from cluster.cli.runs import progress_view
 from cluster.errors import ClusterSettingsError
 from cluster.jobs.submitting import RUNS_FOLDER, entrypoint_of
+from cluster.setup.bootstrap import MAX_HOURS_VARIABLE
 from tests.cluster.fake_vast.api import API_KEY, FakeApi
 from tests.cluster.fake_vast.server import FakeServer
 from tests.cluster.fake_vast.state import FakeVast
@@ -113,9 +114,36 @@ def test_up_says_what_it_would_rent_and_refuses_without_a_yes(laptop: Laptop) ->
     done = laptop.run("up")
     assert done.returncode == 2
     assert "head: rents offer" in done.stdout and "$/h" in done.stdout
-    assert "budget: at most 3.00 $/h and 40.00 $ in total" in done.stdout
+    assert "budget: at most 3.00 $/h, 40.00 $ in total" in done.stdout
     assert "add --yes" in done.stderr and done.stderr.count("\n") == 1
     assert laptop.created() == [] and laptop.vast.billed() == []
+
+
+def test_up_says_what_the_account_has_and_refuses_where_that_does_not_last(laptop: Laptop) -> None:
+    laptop.vast.credit = 20.0
+    done = laptop.run("up")
+    assert "$ within 4 h; the account has 20.00 $" in done.stdout
+    laptop.vast.credit = 3.0
+    done = laptop.run("up", "--yes")
+    assert done.returncode == 2 and laptop.created() == []
+    assert "the account has 3.00 $" in done.stderr and "--max-hours" in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_up_for_less_time_costs_less(laptop: Laptop, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(MAX_HOURS_VARIABLE, "")  # restored afterwards
+    laptop.vast.credit = 3.0
+    done = laptop.run("up", "--max-hours", "1")
+    assert "and 1 h" in done.stdout and "within 1 h; the account has 3.00 $" in done.stdout
+    assert "add --yes" in done.stderr
+
+
+def test_status_shows_credit_and_what_ends(laptop: Laptop) -> None:
+    offer = laptop.vast.free_offers()[0]
+    offer.duration = 7200.0
+    laptop.vast.rent(offer.id, {"image": "x", "disk": 10, "label": "bruno-ray:bruno:h0:up-to-date", "env": {}})
+    laptop.vast.credit = 0.05
+    done = laptop.run("status")
+    assert "credit: 0.05 $, 0." in done.stdout and "ends in 2.0 h" in done.stdout, done.stdout
 
 
 def test_up_rents_nothing_when_a_mount_is_missing(laptop: Laptop, tmp_path: Path) -> None:

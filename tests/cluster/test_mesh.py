@@ -130,6 +130,10 @@ class TestStar:
     def test_everyone_reaches_everyone_under_the_same_address(self, network: Network) -> None:
         network.check_everyone_reaches_everyone()
 
+    def test_every_worker_is_shown_that_its_head_is_there(self, network: Network) -> None:
+        beats = [network.nodes[index].home / ".bruno-ray" / "heartbeat" for index in (1, 2, 3)]
+        wait_for(lambda: all(beat.exists() for beat in beats), "a heartbeat on each worker")
+
     def test_sshd_that_does_not_listen_on_an_alias_is_replaced_by_our_own(self, network: Network) -> None:
         assert [network.link(index)["inner_sshd"] for index in (1, 2, 3)] == [False, False, True]
         table = network.shell(3, "cat /proc/net/tcp")

@@ -206,13 +206,13 @@ def test_the_total_counts_what_is_gone_and_stops_scaling_up(world: ImitatedClust
     later(world, 2 * 3600, provider, step=60)
     provider.terminate_node(node)
     assert provider.cost().per_hour == 0
-    assert provider.cost().so_far == pytest.approx(world.vast.cost(), rel=0.01)
+    assert provider.cost().so_far == pytest.approx(world.vast.cost() + 0.006, rel=0.01), "6 GB at 0.001 dollars"
     second = create_worker(provider)
     provider.set_node_tags(second, READY)
     later(world, 2 * 3600, provider, step=60)
     with pytest.raises(NodeLaunchException, match="max_total_cost"):
         create_worker(provider)
-    assert billed(world) == {second}, "what runs goes on"
+    assert billed(world) == set()
 
 
 def test_laptop_and_a_new_head_learn_what_has_been_spent_from_the_label(world: ImitatedCluster) -> None:

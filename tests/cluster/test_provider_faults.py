@@ -199,6 +199,103 @@ def test_a_machine_that_does_not_join_is_destroyed_and_avoided_for_a_while(
     assert world.vast.instances[int(create_worker(provider))].offer.machine_id == machine
 
 
+NO_CONTAINER = "Error response from daemon: failed to create task: OCI runtime create failed: nvidia-container-cli"
+NO_IMAGE = "Error response from daemon: manifest for mine:latest not found: manifest unknown"
+
+
+@pytest.mark.parametrize(
+    ("status", "message"),
+    [("loading", NO_CONTAINER), ("created", NO_CONTAINER), ("exited", None), ("offline", None), ("unknown", None)],
+)
+def test_a_machine_that_will_never_boot_is_destroyed_at_once_and_avoided(
+    world: ImitatedCluster, status: str, message: str | None
+) -> None:
+    provider = world.autoscaler()
+    node = create_worker(provider)
+    later(world, 5, provider)
+    world.vast.cannot_boot(int(node), status, message)
+    later(world, 15, provider)
+    assert provider.is_terminated(node) and billed(world) == set()
+    again = create_worker(provider)
+    machines = [world.vast.instances[int(name)].offer.machine_id for name in (node, again)]
+    assert machines[0] != machines[1]
+
+
+def test_how_far_an_image_is_is_no_error(world: ImitatedCluster) -> None:
+    provider = world.autoscaler()
+    node = create_worker(provider)
+    for message in ("Pulling from vastai/base-image", "a1b2c3: Verifying Checksum", "a1b2c3: Download complete"):
+        world.vast.cannot_boot(int(node), "loading", message)
+        later(world, 60, provider)
+    assert provider.non_terminated_nodes(WORKERS) == [node]
+
+
+def test_an_image_that_does_not_exist_is_not_tried_on_one_machine_after_the_other(world: ImitatedCluster) -> None:
+    provider = world.autoscaler()
+    node = create_worker(provider)
+    world.vast.cannot_boot(int(node), "loading", NO_IMAGE)
+    later(world, 15, provider)
+    assert billed(world) == set()
+    with pytest.raises(NodeLaunchException, match=r"is no use.*manifest unknown"):
+        create_worker(provider)
+    later(world, 700, provider)
+    create_worker(provider)
+
+
+def test_a_machine_that_publishes_more_than_ssh_is_destroyed(world: ImitatedCluster) -> None:
+    published = {"8265/tcp": [{"HostIp": "0.0.0.0", "HostPort": "41000"}], "9000/tcp": None}
+    provider = world.autoscaler()
+    node = create_worker(provider)
+    world.vast.instances[int(node)].ports = {"9000/tcp": None}
+    later(world, 60, provider)
+    assert provider.is_running(node), "exposed is not published"
+    world.vast.instances[int(node)].ports = published
+    later(world, 15, provider)
+    assert billed(world) == set()
+    with pytest.raises(NodeLaunchException, match=r"publishes 8265/tcp.*allowed_ports"):
+        create_worker(provider)
+    allowing = world.provider("head", allowed_ports=["22/tcp", "8265/tcp"])
+    node = create_worker(allowing)
+    world.vast.instances[int(node)].ports = published
+    later(world, 60, allowing)
+    assert allowing.is_running(node)
+
+
+def test_a_head_that_cannot_boot_is_destroyed_by_the_ray_up_that_waits_for_it(world: ImitatedCluster) -> None:
+    laptop = world.provider("laptop")
+    [head] = laptop.create_node(NODE_CONFIG, head_tags(), 1)
+    later(world, 5, laptop)
+    world.vast.cannot_boot(int(head), "loading", NO_CONTAINER)
+    later(world, 15, laptop)
+    assert laptop.is_terminated(head) and billed(world) == set()
+
+
+def test_a_worker_is_replaced_before_its_contract_ends(tmp_path: Path) -> None:
+    world = ImitatedCluster.make(tmp_path, offers=0)
+    world.vast.add_offers(3, duration=86400.0 + 60)
+    provider = world.autoscaler()
+    node = create_worker(provider)
+    later(world, 60, provider)
+    provider.set_node_tags(node, READY)
+    later(world, 86400 - 3600, provider, step=300)
+    assert provider.is_running(node)
+    later(world, 2400, provider)
+    assert billed(world) == set()
+
+
+def test_a_bid_that_is_paused_for_a_moment_goes_on(world: ImitatedCluster) -> None:
+    config = {**NODE_CONFIG, "requirements": {**NODE_CONFIG["requirements"], "interruptible": True}}
+    provider = world.autoscaler()
+    [node] = provider.create_node(config, worker_tags(), 1)
+    later(world, 60, provider)
+    provider.set_node_tags(node, READY)
+    world.vast.outbid(int(node))
+    later(world, 10, provider)
+    world.vast.host_back(int(node))
+    later(world, 60, provider)
+    assert provider.is_running(node)
+
+
 def test_a_machine_that_joined_is_kept_and_one_given_back_is_not_avoided(world: ImitatedCluster) -> None:
     provider = world.autoscaler(boot_timeout_s=300, join_timeout_s=300)
     node = create_worker(provider)

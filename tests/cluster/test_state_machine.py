@@ -4,11 +4,13 @@ A laptop brings the cluster up and down, the head's autoscaler rents and gives b
 they like, the API fails in every way it knows, processes die and start again. Time is virtual. Always:
 
 * the machines of the cluster together never cost more per hour than the budget allows;
+* no worker goes on when the total is spent, but for one look at the cost;
 * no instance of somebody else is ever destroyed;
 * nothing is asked sooner than Vast.ai's documented rate limits allow.
 
 And once the faults have passed and some time has gone by, the API's instances with our label are exactly those that the
-provider knows; none is left that nobody ordered, that was given back, or that cannot be used.
+provider knows; none is left that nobody ordered, that was given back, or that cannot be used. Workers whose head is
+gone end themselves, and when the cluster is taken down nothing is left at all.
 """
 
 import contextlib
@@ -34,6 +36,7 @@ from ray.autoscaler.tags import STATUS_UP_TO_DATE, STATUS_UPDATE_FAILED, TAG_RAY
 
 from cluster.errors import ClusterError
 from cluster.node_provider import VastNodeProvider
+from cluster.renting.budget import LOOK_S
 from tests.cluster.fake_vast.api import CREATIONS_ONLY, Fault
 from tests.cluster.fake_vast.cluster import NODE_CONFIG, ODD_ROWS, ImitatedCluster, head_tags, worker_tags
 from tests.cluster.fake_vast.state import FakeInstance
@@ -54,9 +57,14 @@ SETTLED_S = 160
 MAX_PRICE = 2.0
 """Dollars per hour: room for five machines."""
 
+LEAST_PRICE = 0.5
+"""Dollars per hour of a head and a worker, or less."""
+
 INDEX_REST_S = 60
+SWITCH_S = 2000
+"""Longer than a worker does without its head."""
+
 SETTINGS: dict[str, Any] = {
-    "budget": {"max_price_per_hour": MAX_PRICE, "max_total_cost": 1000.0},
     "boot_timeout_s": 300,
     "join_timeout_s": 300,
     "avoid_machine_s": 600,
@@ -98,6 +106,9 @@ class ClusterHistory(RuleBasedStateMachine):
         """What the living process of the head was told to terminate."""
         self.rented: set[int] = set()
         """What creations returned to the living process of the head."""
+        self.total = 1000.0
+        self.calm = False
+        """Whether nothing was wrong with the API at the last look."""
 
     @initialize(
         boot_s=st.sampled_from([5.0, 60.0]),
@@ -105,11 +116,19 @@ class ClusterHistory(RuleBasedStateMachine):
         destroying_lag_s=st.sampled_from([0.0, 10.0]),
         foreign=st.sampled_from([1, 3, 28]),
         workers=st.sampled_from([None, 1, 3]),
+        total=st.sampled_from([1000.0, 1000.0, 0.3]),
     )
     def begin(
-        self, boot_s: float, listing_lag_s: float, destroying_lag_s: float, foreign: int, workers: int | None
+        self,
+        boot_s: float,
+        listing_lag_s: float,
+        destroying_lag_s: float,
+        foreign: int,
+        workers: int | None,
+        total: float = 1000.0,
     ) -> None:
         """28 foreign instances put ours on the second page of the list; most histories begin with a cluster."""
+        self.total = total
         self.world = ImitatedCluster.make(
             Path(self.folder.name),
             offers=foreign + 12,
@@ -120,15 +139,20 @@ class ClusterHistory(RuleBasedStateMachine):
         for number in range(foreign):
             label, odd = FOREIGN_LABELS[number % len(FOREIGN_LABELS)], ODD_ROWS[number % len(ODD_ROWS)]
             self.foreign_ids.add(self.world.foreign_instance(label, odd))
-        self.laptop = self.world.provider("laptop", **SETTINGS)
+        self.laptop = self.world.provider("laptop", **self.settings())
         if workers is not None:
             self.ray_up()
             self._wait(120, step=30.0)
             assert self.head is not None
-            for node in self.head.create_node(NODE_CONFIG, worker_tags(), workers):
-                self.ordered.add(node)
+            with contextlib.suppress(*HEAD_ERRORS):  # the total may not be enough for all of them
+                self.rented |= set(map(int, self.head.create_node(NODE_CONFIG, worker_tags(), workers)))
+            self._what_exists_may_stay()
+            for node in self.head.non_terminated_nodes({TAG_RAY_NODE_KIND: "worker"}):
                 self.head.set_node_tags(node, {TAG_RAY_NODE_STATUS: STATUS_UP_TO_DATE})
             self._wait(120, step=30.0)
+
+    def settings(self) -> dict[str, Any]:
+        return {**SETTINGS, "budget": {"max_price_per_hour": MAX_PRICE, "max_total_cost": self.total}}
 
     # The laptop.
 
@@ -151,7 +175,7 @@ class ClusterHistory(RuleBasedStateMachine):
     def two_laptops_ray_up_at_once(self, then: str) -> None:
         """Both ask before one of them creates; neither sees the other's until the list shows it."""
         self._start_laptop_process()
-        laptops = [self.laptop, self.world.provider("elsewhere", **SETTINGS)]
+        laptops = [self.laptop, self.world.provider("elsewhere", **self.settings())]
         heads: dict[str, VastNodeProvider] = {}
         for laptop in laptops:
             with contextlib.suppress(*LAPTOP_ERRORS):
@@ -371,8 +395,24 @@ class ClusterHistory(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "world"):
             self.the_dust_settles()
+            self._everything_ends()
             target(float(len(self.world.vast.instances) - len(self.foreign_ids)), label="instances rented")
         self.folder.cleanup()
+
+    def _everything_ends(self) -> None:
+        if self.total < MAX_PRICE and self.head is not None:
+            self._wait(3600 * self.total / LEAST_PRICE, step=60.0)
+            assert not any(":w" in instance.label for instance in self._ours()), "by now the total is spent"
+        if self.head is None:
+            self._wait(SWITCH_S, step=50.0)
+            left = [instance.id for instance in self._ours() if ":w" in instance.label]
+            running = [
+                number for number in left if self.world.vast.status(self.world.vast.instances[number]) == "running"
+            ]
+            assert running == [], "workers without a head end themselves"
+        self.ray_down()
+        self._wait(SETTLED_S, step=20.0)
+        assert self._ours() == [], "a cluster that is taken down leaves nothing"
 
     def _ours(self) -> list[FakeInstance]:
         return [instance for instance in self.world.vast.billed() if instance.label.startswith("bruno-ray:demo:")]
@@ -389,16 +429,43 @@ class ClusterHistory(RuleBasedStateMachine):
         """The autoscaler asks all the time."""
         end = self.world.clock.time() + seconds
         while self.world.clock.time() < end:
+            before = self.world.clock.time()
             self.world.clock.sleep(step)
+            self._machines_look_after_themselves()
             for provider in filter(None, [self.laptop, self.head]):
                 try:
                     provider.non_terminated_nodes({})
                 except HEAD_ERRORS:
                     continue
+            self._the_total_holds(self.world.clock.time() - before)
+
+    def _machines_look_after_themselves(self) -> None:
+        """The supervisor on a head that runs shows the workers that it is there."""
+        ours = self._ours()
+        heads = [instance for instance in ours if ":h0" in instance.label]
+        is_there = self.head is not None and any(self.world.vast.status(head) == "running" for head in heads)
+        self.world.vast.let_dead_mans_switches_act({instance.id for instance in ours} if is_there else set())
+
+    def _the_total_holds(self, seconds: float) -> None:
+        """What the head and its workers have cost since it began, after two looks with nothing wrong at the API."""
+        was_calm = self.calm
+        self.calm = self.head is not None and not self.world.api.outage and not self.world.api.faults
+        if not (was_calm and self.calm):
+            return
+        ours = self._ours()
+        heads = [instance for instance in ours if instance.label.startswith("bruno-ray:demo:h0")]
+        if len(heads) != 1 or not any(":w" in instance.label for instance in ours):
+            return
+        since = heads[0].created_at
+        everything = [
+            found for found in self.world.vast.instances.values() if found.label.startswith("bruno-ray:demo:")
+        ]
+        spent = sum(self.world.vast.cost_of(found) for found in everything if found.created_at >= since)
+        assert spent <= self.total + MAX_PRICE * (seconds + LOOK_S) / 3600, "workers go on although the total is spent"
 
     def _start_laptop_process(self) -> None:
         self._what_exists_may_stay()
-        self.laptop = self.world.provider("laptop", **SETTINGS)
+        self.laptop = self.world.provider("laptop", **self.settings())
 
     def _what_exists_may_stay(self) -> None:
         """A process that ends no longer clears away what it had begun; the next finds it in the list, as a node."""
@@ -409,7 +476,7 @@ class ClusterHistory(RuleBasedStateMachine):
         self.given_back.clear()
         self.rented.clear()
         folder = Path(self.folder.name) / f"head-{self.heads}"
-        self.head = self.world.provider("head", **SETTINGS, state_folder=str(folder))
+        self.head = self.world.provider("head", **self.settings(), state_folder=str(folder))
 
     def _head_process_lives_with_its_machine(self) -> None:
         if not any(instance.label.startswith("bruno-ray:demo:h0") for instance in self._ours()):

@@ -1,6 +1,6 @@
 """A provider in front of the imitation, in the same process and on a virtual clock."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,8 @@ class ImitatedCluster:
     clock: VirtualClock
     vast: FakeVast
     api: FakeApi
+    jobs_stopped: list[float] = field(default_factory=list)
+    """When jobs were told to stop."""
 
     @classmethod
     def make(cls, folder: Path, offers: int = 30, **fake: Any) -> "ImitatedCluster":
@@ -87,7 +89,8 @@ class ImitatedCluster:
             **settings,
         }
         client = self.client(caller=str(config["state_folder"]))
-        return VastNodeProvider(config, cluster_name, client=client, clock=self.clock)
+        stop_jobs = lambda: self.jobs_stopped.append(self.clock.time())  # noqa: E731
+        return VastNodeProvider(config, cluster_name, client=client, clock=self.clock, stop_jobs=stop_jobs)
 
     def autoscaler(self, **settings: Any) -> VastNodeProvider:
         """The head's provider, on a head that has been there for ages and costs nothing."""

@@ -352,11 +352,12 @@ class FakeVast:
 
     def cost(self) -> float:
         """Dollars since the beginning: storage from creation on, GPUs while running."""
-        now = self.clock.time()
         with self.lock:
-            return sum(self._cost_of(instance, now) for instance in self.instances.values())
+            return sum(self.cost_of(instance) for instance in self.instances.values())
 
-    def _cost_of(self, instance: FakeInstance, now: float) -> float:
+    def cost_of(self, instance: FakeInstance) -> float:
+        """Dollars, so far."""
+        now = self.clock.time()
         end = now if instance.destroyed_at is None else instance.destroyed_at
         storage = instance.storage_price * (end - instance.created_at)
         gpus = (instance.price - instance.storage_price) * instance.running_s(self._running_since(instance), now)
