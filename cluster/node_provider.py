@@ -88,7 +88,7 @@ class VastNodeProvider(NodeProvider):
         self.settings = ClusterSettings.from_provider(provider_config)
         self.folder: Path = self.settings.folder(cluster_name)
         self._clock = clock or SystemClock()
-        self._client = client or self._new_client()
+        self._client = client or self.new_client()
         instances = InstanceList(self._client, self.folder, self._clock, self.settings.refresh_s)
         self._nodes = NodeList(self._client, instances, cluster_name, self._clock, self.settings.refresh_s)
         self._ledger = Ledger(self.folder, self._clock)
@@ -343,7 +343,7 @@ class VastNodeProvider(NodeProvider):
         kind = f"of type {node_type}" if node_type else "of any type"
         logger.error("no machine for a node %s, asked again in %.0f s: %s", kind, until - self._clock.time(), error)
 
-    def _new_client(self) -> VastClient:
+    def new_client(self) -> VastClient:
         """All processes of this machine that ask with a key keep to the limits together."""
         pace = Pace(self._clock, self.settings.state_folder)
         return VastClient(self.settings.vast_url, self.settings.api_key(), clock=self._clock, pace=pace)

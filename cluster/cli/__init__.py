@@ -46,6 +46,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="stop the jobs and destroy the workers so many hours after the head's beginning [budget.max_hours]",
     )
 
+    sub = command("create", "creating:create", "as up, with so many machines of one GPU from the beginning", yes=True)
+    sub.add_argument("gpu", metavar="GPU", help="as Vast.ai names it, such as RTX_4090 or 'H100 SXM'")
+    sub.add_argument("count", type=int, metavar="N", help="machines with one such GPU, beside the head")
+    sub.add_argument("--hours", type=float, metavar="H", help="what --max-hours of up says [budget.max_hours]")
+    sub.add_argument("--budget", type=float, metavar="DOLLARS", help="in total [budget.max_total_cost]")
+    sub.add_argument("--model", metavar="MODEL", help="decides about disk and memory [what cluster.yaml says]")
+
+    command("doctor", "doctor:doctor", "rent one cheap machine for some minutes, and write down what it does", yes=True)
+
     command("status", "machines:status", "machines, cost, tunnels, GPU use")
 
     sub = command("watch", "runs:watch", "machines, the running study and the cost, live")

@@ -3,6 +3,7 @@
 In this process, since every new one takes seconds to import Ray; one test is of `python -m cluster.cli` itself.
 """
 
+import argparse
 import contextlib
 import io
 import json
@@ -18,6 +19,7 @@ import yaml
 from rich.console import Console
 
 from cluster.cli import main
+from cluster.cli.creating import created
 from cluster.cli.jobs import variable
 from cluster.cli.machines import gpu_use
 from cluster.cli.runs import progress_view
@@ -135,6 +137,46 @@ def test_up_for_less_time_costs_less(laptop: Laptop, monkeypatch: pytest.MonkeyP
     done = laptop.run("up", "--max-hours", "1")
     assert "and 1 h" in done.stdout and "within 1 h; the account has 3.00 $" in done.stdout
     assert "add --yes" in done.stderr
+
+
+def test_create_is_up_with_so_many_of_one_gpu(laptop: Laptop) -> None:
+    laptop.vast.add_offers(3, gpu_name="H100 SXM", dph_base=2.0)
+    laptop.vast.credit = 60.0
+    done = laptop.run("create", "H100_SXM", "3", "--hours", "6", "--budget", "45")
+    assert "h100_sxm: 3 workers from the beginning, up to 3" in done.stdout and "1 x H100 SXM" in done.stdout
+    assert "budget: at most 7.50 $/h, 45.00 $ in total and 6 h" in done.stdout
+    assert "rtx4090" not in done.stdout and "add --yes" in done.stderr and laptop.created() == []
+    laptop.vast.credit = 30.0
+    assert "the account has 30.00 $" in laptop.run("create", "H100_SXM", "3", "--hours", "6", "--budget", "45").stderr
+    done = laptop.run("create", "RTX_4090", "0")
+    assert done.returncode == 2 and "at least 1" in done.stderr
+
+
+def test_create_keeps_what_cluster_yaml_says_of_such_a_gpu() -> None:
+    config = yaml.safe_load(CLUSTER_YAML.read_text())
+    words = argparse.Namespace(gpu="RTX_4090", count=2, hours=None, budget=None, model="org/model")
+    made = created(config, CHECKOUT, words)
+    kind = made["available_node_types"]["rtx_4090"]
+    assert kind["node_config"]["requirements"]["max_price_per_hour"] == 0.6
+    assert kind["node_config"]["model"] == "org/model" and "model_size_gb" not in kind["node_config"]
+    assert (kind["min_workers"], made["max_workers"], set(made["available_node_types"])) == (2, 2, {"head", "rtx_4090"})
+    assert Path(made["file_mounts"]["~/bruno-ray/cluster"]).is_dir()
+    assert config == yaml.safe_load(CLUSTER_YAML.read_text())
+
+
+def test_the_doctor_asks_first_and_destroys_what_it_rents(laptop: Laptop, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The imitation's machines have no body here, so that no command comes back: that is a fact as well."""
+    assert laptop.run("doctor").returncode == 2 and laptop.created() == []
+    monkeypatch.setattr("cluster.cli.doctor.POLL_S", 0.1)
+    monkeypatch.setattr("cluster.cli.doctor.COMMANDS_S", 0.1)
+    monkeypatch.setattr("cluster.network.probe.GREETING_S", 0.1)
+    laptop.vast.boot_s = 1.0
+    done = laptop.run("doctor", "--yes")
+    assert done.returncode == 1 and "no address runs a command" in done.stdout, done.stderr
+    assert len(laptop.created()) == 1 and laptop.vast.billed() == []
+    facts = json.loads((laptop.home / ".bruno-ray/clusters/bruno/doctor.json").read_text())
+    assert facts["ports"] == ["22/tcp"] and facts["destroyed twice without an error"]
+    assert facts["shown after its end"] is False and "running" in facts["seconds to each status"]
 
 
 def test_status_shows_credit_and_what_ends(laptop: Laptop) -> None:

@@ -137,5 +137,7 @@ def test_what_is_served_on_the_head_is_reached_through_a_tunnel_and_cancelled(la
         )
         assert answer.status_code == 200 and answer.json()["choices"], answer.text
         assert laptop.ask(f"{url}/chat/").status_code == 200
+    said = job.cluster.shell(job.cluster.head(), "python -m cluster.jobs.at_head stop-jobs")  # as when money is over
+    assert len(json.loads(said.splitlines()[-1])) == 1
     assert "has ended" in laptop.run("cancel", "--yes")
     assert "nothing is served" in laptop.run("serve", "--port", "0", code=2)

@@ -79,6 +79,16 @@ def test_idle_workers_are_given_back_and_stop_leaves_nothing(laptop: Laptop, job
     assert cluster.vast.billed() == []
 
 
+def test_the_doctor_finds_that_a_machine_works(laptop: Laptop) -> None:
+    said = laptop.run("doctor", "--yes")
+    assert laptop.cluster.vast.billed() == []
+    facts = json.loads((laptop.cluster.folder / "doctor.json").read_text())
+    logger.info("the doctor says: %s", facts)
+    assert "failed" not in facts and facts["ports"] == ["22/tcp"], said
+    assert facts["CONTAINER_ variables in onstart"] == "2" and facts["umask of shells"] == "0002"
+    assert "clientspecified" in facts["GatewayPorts of sshd"] and facts["dead man's switch"] != "0"
+
+
 def test_of_several_ray_up_at_once_one_has_the_head(laptop: Laptop, tmp_path: Path) -> None:
     """Twice on one laptop, and on another that has the same cluster.yaml. Ends with `ray down`."""
     cluster = laptop.cluster

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from cluster.network.keys import KEY_NAME
-from tests.cluster.fake_vast.api import API_KEY, FakeApi
+from tests.cluster.fake_vast.api import API_KEY, HEAD_KEY, FakeApi
 from tests.cluster.fake_vast.server import FakeServer
 from tests.cluster.fake_vast.state import FakeInstance, FakeVast
 from tests.cluster.lab.container import CHECKOUT, Container
@@ -92,8 +92,8 @@ class RayCluster:
         """A home folder with the API keys; each is a laptop of its own."""
         keys = home / ".bruno-ray"
         keys.mkdir(parents=True, mode=0o700)
-        for name in ("vast_api_key", "vast_api_key_head"):
-            (keys / name).write_text(API_KEY)
+        for name, key in {"vast_api_key": API_KEY, "vast_api_key_head": HEAD_KEY}.items():
+            (keys / name).write_text(key)
             (keys / name).chmod(0o600)
         return home
 
