@@ -132,8 +132,9 @@ class Requirements(Section):
 class NodeSettings(Section):
     """The `node_config:` of one node type."""
 
-    image: str = "vastai/pytorch:cuda-12.8.1-auto"
-    """Docker image. It needs bash, sshd and rsync, which Vast.ai's own images have."""
+    image: str = "vastai/base-image:cuda-12.8.1-auto"
+    """Docker image. It needs bash, sshd and rsync, which Vast.ai's own images have. Set-up installs torch in an
+    environment of its own, so one that brings torch is only a longer download."""
 
     requirements: Requirements = Requirements()
     disk_gb: PositiveFloat | None = None

@@ -7,12 +7,14 @@ each key and address. Whoever finds the list too old asks, and leaves it in a fi
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 from filelock import FileLock, Timeout
 from pydantic import ValidationError
 
 from bruno_ray.files import write_json
 from cluster.clock import Clock
+from cluster.renting.tags import Label
 from cluster.vast.client import VastClient
 from cluster.vast.errors import VastUnavailableError
 from cluster.vast.models import Instance
@@ -47,7 +49,7 @@ class InstanceList:
                     return kept
                 begun = self._clock.time()
                 instances = self._client.instances(deadline_s)
-                rows = [instance.model_dump(mode="json") for instance in instances]
+                rows = [_kept_of(instance) for instance in instances]
                 write_json(self._file, {"begun": begun, "instances": rows}, durable=False)
                 return instances, begun
         except Timeout as error:
@@ -72,3 +74,9 @@ class InstanceList:
         except (ValueError, KeyError, TypeError, ValidationError) as error:
             logger.warning("%s cannot be read (%s); the API is asked", self._file, error)
             return None
+
+
+def _kept_of(instance: Instance) -> dict[str, Any]:
+    """Of an instance that is none of ours only that it exists: its environment may hold what is nobody's business."""
+    own = Label.parse(instance.label) is not None
+    return instance.model_dump(mode="json", include=None if own else {"id", "label"})

@@ -373,6 +373,15 @@ def test_two_processes_of_a_machine_ask_for_the_list_once(world: ImitatedCluster
     assert len(lists) <= 14 and world.api.rates.passed == []
 
 
+def test_what_others_put_into_their_machines_is_kept_nowhere(world: ImitatedCluster) -> None:
+    world.vast.instances[world.foreign_instance()].env = {"HF_TOKEN": "hf_somebody_elses"}
+    provider = world.autoscaler()
+    node = create_worker(provider)
+    later(world, 20, provider)
+    kept = (provider.folder / "instances.json").read_text()
+    assert node in kept and "hf_somebody_elses" not in kept
+
+
 def test_a_damaged_row_of_ours_is_a_node_that_costs_and_can_be_destroyed(world: ImitatedCluster) -> None:
     provider = world.autoscaler()
     node = create_worker(provider)
