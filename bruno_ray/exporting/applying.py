@@ -36,7 +36,7 @@ def apply(file: Path, model: ModelSettings, folder: Path) -> SavedModel:
         license_of(source_folder(model)),
     )
     origin = {"run": described.run, "trial": described.trial}
-    return save_model(model, edit, bank, folder, card=card, origin=origin)
+    return save_model(model, edit, bank, folder, card=lambda _: card, origin=origin)
 
 
 def require_base(base: Base, architecture: Architecture, name: str) -> None:

@@ -40,7 +40,7 @@ def export(source: Source, folder: Path, options: Options) -> str:
     with atomic_directory(folder) as aside:
         baked = aside / "baked"
         origin = {"run": source.run, "trial": source.trial}
-        save_model(source.model, source.edit, source.bank, baked, card=card, origin=origin)
+        save_model(source.model, source.edit, source.bank, baked, card=lambda _: card, origin=origin)
         convert(converter, baked, aside / name, options.outtype)
         shutil.rmtree(baked)
         (aside / "README.md").write_text(card, encoding="utf-8")
