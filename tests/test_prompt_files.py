@@ -212,6 +212,12 @@ def test_shapes_of_json(content: str, notes: tuple[str, ...]) -> None:
     assert reading("a.json", content) == Reading([Row("a"), Row("b")], notes)
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl", "a.csv", "a.tsv", "a.txt", "a.txt.gz"])
+def test_an_empty_file_has_no_rows(name: str) -> None:
+    for content in ("", "\n \n", "\ufeff"):
+        assert reading(name, content) == Reading([], ())
+
+
 def test_json_lines_of_other_shapes() -> None:
     assert texts("a.jsonl", '"a"\n"b"\n') == ["a", "b"]
     assert texts("a.ndjson", '{"prompt": "a"}\n') == ["a"]

@@ -25,6 +25,8 @@ def read_json_lines(content: bytes, given: Given) -> Table:
 def read_json(content: bytes, given: Given) -> Table:
     """An array of objects or texts, or an object with such an array. Raises PromptError."""
     text, note = decode(content, given.place, given.encoding)
+    if not text.strip():
+        return Table(())
     whole = _whole(text)
     if whole is not None:
         return _table(_rows(whole, given.place), given, note)
