@@ -20,7 +20,7 @@ from bruno_ray.ablation.edit import Edit
 from bruno_ray.ablation.plan import TrainedEdit, TrainingPlan, pack, unpack
 from bruno_ray.optuna_internals import set_trial_attribute, storage_of, unfinished_trial
 from bruno_ray.study.storage import batched
-from bruno_ray.study.trial_result import DIRECTIONS, EDIT, PLAN, RESULT, TRAINING, TrialResult
+from bruno_ray.study.trial_result import DIRECTIONS, EDIT, PLAN, RESULT, TRAINING, TrialResult, is_whole
 
 logger = logging.getLogger(__name__)
 
@@ -134,7 +134,9 @@ class BatchStudy:
         return len(self.study.get_trials(deepcopy=False))
 
     def n_complete(self) -> int:
-        return sum(trial.state == TrialState.COMPLETE for trial in self.study.get_trials(deepcopy=False))
+        """Those that a damaged journal has lost a part of are made up for."""
+        trials = self.study.get_trials(deepcopy=False)
+        return sum(trial.state == TrialState.COMPLETE and is_whole(trial.user_attrs) for trial in trials)
 
     def adopt(self, default_size: Callable[[int], int]) -> tuple[list[Batch], int]:
         """The batches that are not told yet, by number, and the number of the next new one.

@@ -12,7 +12,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from bruno_ray.errors import SettingsError, StudyError
-from bruno_ray.study.trial_result import EDIT, PLAN, RESULT, TRAINING, TrialResult
+from bruno_ray.study.trial_result import PLAN, RESULT, TRAINING, TrialResult, is_whole
 
 BEHAVIOUR = "behaviour_rate"
 KL = "kl_divergence"
@@ -69,8 +69,7 @@ def load_trials(study: optuna.Study) -> list[TrialRecord]:
 def record(trial: FrozenTrial) -> TrialRecord:
     result = TrialResult.from_json(trial.user_attrs.get(RESULT) or {})
     complete = trial.state == TrialState.COMPLETE
-    # Only a damaged journal has one that is told without what it was told from: see `RunJournal`.
-    if damaged := complete and not (result.values and EDIT in trial.user_attrs):
+    if damaged := complete and not is_whole(trial.user_attrs):
         complete, result = False, replace(result, error="a part of its record is lost from the study's journal")
     return TrialRecord(
         number=trial.number,

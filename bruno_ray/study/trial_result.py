@@ -15,6 +15,12 @@ EDIT, PLAN, TRAINING, DIRECTIONS = "edit", "plan", "training", "directions"
 """Others: what is scored; what was asked for where that had to be trained, how the training went, and what it found."""
 
 
+def is_whole(attributes: Mapping[str, Any]) -> bool:
+    """Whether the user attributes of a trial that was told hold what it was told from. Only a damaged journal, which
+    `RunJournal` reads as far as it goes, has one that does not."""
+    return EDIT in attributes and RESULT in attributes
+
+
 @dataclass(frozen=True)
 class TrialResult:
     """Scores, or the error for which the trial FAILs."""
