@@ -4,6 +4,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -100,7 +101,7 @@ def test_a_cluster_that_is_not_there_is_said_before_ray_looks_for_it(
 
 
 def test_what_listens_there_must_be_a_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bruno_ray.workers.joining.PATIENCE_S", 0.5)
+    monkeypatch.setattr("bruno_ray.workers.joining.ANSWER_S", 0.5)
     with (
         ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server,
         socket.create_server(("127.0.0.1", 0)) as silent,
@@ -191,7 +192,12 @@ def no_home() -> Path:
 def test_without_shared_memory_the_object_store_lies_in_a_file(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(starting, "SHARED_MEMORY", Path("/proc/none"))
     with local_options() as options:
-        assert options == {"_plasma_directory": "/tmp/ray"}
+        assert options == {"_plasma_directory": "/tmp"}
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        monkeypatch.setenv("TMPDIR", f"{short}/new")
+        with local_options() as options:
+            assert options == {"_plasma_directory": f"{short}/new"}
+            assert Path(short, "new").is_dir(), "Ray takes no other"
 
 
 AN_ODD_PLACE = """

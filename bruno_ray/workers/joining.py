@@ -8,8 +8,11 @@ import socket
 from bruno_ray.errors import SettingsError, first_line
 from bruno_ray.settings import RaySettings
 
-PATIENCE_S = 4.0
-"""For a machine to take a connection, and again for Ray to answer on it."""
+CONNECT_S = 5.0
+"""For a machine to take a connection, which its kernel does, however busy it is."""
+
+ANSWER_S = 20.0
+"""For Ray to answer on it, on a busy machine."""
 
 ADDRESS = re.compile(r"(?:ray://)?(?:\[(?P<six>[^\]]+)\]|(?P<host>[^:/\s\[\]]+)):(?P<port>\d+)")
 
@@ -30,7 +33,7 @@ def no_cluster(settings: RaySettings, reason: str) -> SettingsError:
 
 
 def require_cluster(settings: RaySettings) -> None:
-    """Raises SettingsError within some seconds if nothing, or something else than Ray, answers at the address."""
+    """Raises SettingsError within seconds if nobody takes a connection at the address, or if it is not Ray who does."""
     address = cluster_address(settings)
     if address is None or address == "auto":
         return
@@ -43,7 +46,7 @@ def require_cluster(settings: RaySettings) -> None:
             " for a cluster of your own on this machine, local"
         )
     try:
-        with socket.create_connection((match["six"] or match["host"], int(match["port"])), timeout=PATIENCE_S):
+        with socket.create_connection((match["six"] or match["host"], int(match["port"])), timeout=CONNECT_S):
             pass
     except (OSError, OverflowError) as error:  # no such host, nothing listens, no answer; no such port
         raise no_cluster(settings, getattr(error, "strerror", None) or first_line(error)) from error
@@ -57,6 +60,6 @@ def _require_grpc(settings: RaySettings, address: str) -> None:
 
     with grpc.insecure_channel(address, options=[("grpc.enable_http_proxy", 0)]) as channel:
         try:
-            grpc.channel_ready_future(channel).result(timeout=PATIENCE_S)
+            grpc.channel_ready_future(channel).result(timeout=ANSWER_S)
         except grpc.FutureTimeoutError as error:
             raise no_cluster(settings, "something else listens there") from error

@@ -71,8 +71,10 @@ def local_options() -> Iterator[dict[str, Any]]:
     forget_uv_run()
     folder = _ray_folder()
     options = {} if folder is None else {"_temp_dir": str(folder)}
-    if not _is_usable(SHARED_MEMORY):
-        options["_plasma_directory"] = str(folder or _usual_folder())
+    if not (SHARED_MEMORY.is_dir() and _is_usable(SHARED_MEMORY)):
+        store = (folder or _usual_folder()).parent
+        store.mkdir(parents=True, exist_ok=True)
+        options["_plasma_directory"] = str(store)
     token = not _has_token()
     if token:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
