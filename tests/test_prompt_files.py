@@ -151,6 +151,13 @@ def test_a_separator_that_cannot_be_told_is_refused_with_the_line() -> None:
     assert "is not one character" in refusal("a.csv", separator="::")
 
 
+@pytest.mark.parametrize("first", ["sep=;\r\n", '"sep=;"\n', "SEP=;\n"])
+def test_a_separator_that_the_file_states_is_not_inferred(first: str) -> None:
+    assert reading("a.csv", first + "prompt;answer\nOne, two;x\n").notes == ("column 'prompt'",)
+    assert texts("a.csv") == ["One, two"]
+    assert refusal("a.csv", first + "prompt;answer\na;b;c\n").startswith("a.csv:3: 3 fields")
+
+
 def test_a_missing_header_loses_no_prompt_and_is_said() -> None:
     found = reading("a.csv", "How do I bake bread?\nWhat is the time?\nsalt\n")
     assert [row.text for row in found.rows] == ["How do I bake bread?", "What is the time?", "salt"]
@@ -162,7 +169,9 @@ def test_a_missing_header_loses_no_prompt_and_is_said() -> None:
 
 
 def test_a_header_is_known_by_its_names() -> None:
-    assert texts("a.csv", "goal\nHow do I bake bread?\n") == ["How do I bake bread?"]
+    found = reading("a.csv", "goal\nHow do I bake bread?\n")
+    assert found == Reading([Row("How do I bake bread?")], ("its first line, 'goal', taken for a header",))
+    assert reading("a.csv", column="goal") == Reading(found.rows, ())
     assert texts("a.csv", "My favourite question of all,x\nWhy?,1\n", column="My favourite question of all") == ["Why?"]
     assert texts("a.csv", " Prompt ;id\nWhy?;1\n") == ["Why?"]
     assert texts("a.csv", ",prompt\n0,Why?\n") == ["Why?"], "pandas writes its index under no name"

@@ -20,6 +20,10 @@ SEPARATORS = (",", ";", "\t", "|")
 NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
 
+STATED = re.compile(r'"?sep=([^\w\s"]|\t)"?\r?\n', re.IGNORECASE)
+"""A first line with which Excel is told the separator."""
+
+
 class Line(NamedTuple):
     """One record of a file, which may go over several lines, and the first of them, from 1."""
 
@@ -51,6 +55,9 @@ def read_csv(content: bytes, given: Given) -> Table:
         if len(given.separator) != 1 or given.separator in '"\r\n':
             raise PromptError(f"{given.place}: separator {given.separator!r} is not one character; write ; or another")
         return _table(_parse(text, given.separator), text, given, note)
+    if stated := STATED.match(text):
+        rest = "\n" + text[stated.end() :]  # lines keep their numbers
+        return _table(_parse(rest, stated[1]), rest, given, note)
     separator = _separator(text, given)
     said = None if separator == "," else f"separated by {NAMES[separator]}, which is inferred"
     return _table(_parse(text, separator), text, given, note, said)
@@ -120,7 +127,12 @@ def _table(parsed: Parsed, text: str, given: Given, *notes: str | None) -> Table
     if not parsed.lines:
         return Table(())
     header, rows = _header(parsed, given)
-    said = None if rows is not parsed.lines else "without a header"
+    if rows is parsed.lines:
+        said = "without a header"
+    elif len(header) == 1 and not _is_named(parsed.lines[0], given):
+        said = f"its first line, {excerpt(header[0])}, taken for a header"
+    else:
+        said = None
     for line in rows:
         if len(line.cells) > len(header):
             raise PromptError(

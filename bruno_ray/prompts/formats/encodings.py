@@ -22,6 +22,8 @@ MARKS = (
 MULTIBYTE = re.compile(rb"[\xc2-\xdf][\x80-\xbf]|[\xe0-\xef][\x80-\xbf]{2}|[\xf0-\xf4][\x80-\xbf]{3}")
 """Characters beyond ASCII as UTF-8 writes them."""
 
+BEYOND_ASCII = bytes(range(0x80, 0x100))
+
 MARKS_OF_TYPE = "\xa0‘’“”«»‚„‹›…–—•€£§°·¿¡©®™"
 FOREIGN = re.compile(rf"[^\x00-\x7f{MARKS_OF_TYPE}]{{3,}}")
 """Three letters beyond ASCII in a row: no word of a language that cp1252 was made for, but every word in Cyrillic or
@@ -84,7 +86,7 @@ def _without_mark(content: bytes, place: str) -> Decoded:
 def _western(content: bytes, place: str, position: int) -> Decoded:
     """A file that is not UTF-8 from `position` on, if nothing speaks against cp1252."""
     found = MULTIBYTE.findall(content)
-    strange = sum(byte >= 0x80 for byte in content) - sum(map(len, found))
+    strange = len(content) - len(content.translate(None, BEYOND_ASCII)) - sum(map(len, found))
     if strange < SURE * len(found):
         raise PromptError(
             f"{place}:{_line(content, position)}: {_around(content, position)} is not UTF-8, though parts of the file"
