@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import io
 import json
 import logging
 import random
@@ -188,6 +189,34 @@ def test_lines_that_do_not_fit_are_shown() -> None:
     found = reading("a.csv", "prompt,answer\na,b\nc\n\n,d\n")
     assert [row.text for row in found.rows] == ["a", "c"]
     assert found.notes == ("column 'prompt'", "1 blank rows left out")
+
+
+WORDS = ("How", "bread?", "café", "don't", '"so"', "a;b", "c, d", "e|f", "g\th", "end\nof", "", ";", ",", '""', "2.5")
+
+
+def test_whatever_is_written_with_a_header_is_read_back_or_refused() -> None:
+    """Texts of everything that misleads, under any separator, in any encoding that is inferred."""
+    source = random.Random(6)
+    outcomes = {"read": 0, "refused": 0}
+    for _ in range(500):
+        names = source.choice((["prompt"], ["id", "prompt"], ["prompt", "answer", "note"]))
+        rows = [
+            [" ".join(source.choices(WORDS, k=source.randint(1, 6))).strip() for _ in names]
+            for _ in range(source.randint(1, 6))
+        ]
+        written = io.StringIO()
+        quoting = source.choice((csv.QUOTE_MINIMAL, csv.QUOTE_ALL))
+        csv.writer(written, delimiter=source.choice(",;\t|"), quoting=quoting).writerows([names, *rows])
+        Path("a.csv").write_bytes(written.getvalue().encode(source.choice(("utf-8", "utf-16", "utf-16-be", "cp1252"))))
+        column = names.index("prompt")
+        try:
+            found = texts("a.csv")
+        except PromptError:
+            outcomes["refused"] += 1
+            continue
+        assert found == [row[column] for row in rows if row[column]]
+        outcomes["read"] += 1
+    assert outcomes["read"] > 400
 
 
 def test_very_long_fields_are_read_and_the_limit_of_others_is_left_alone() -> None:

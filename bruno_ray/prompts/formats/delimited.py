@@ -10,6 +10,7 @@ import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import NamedTuple
 
 from bruno_ray.errors import PromptError
@@ -109,7 +110,7 @@ def _parse(text: str, separator: str) -> Parsed:
     with _long_fields():
         try:
             for cells in reader:
-                if any(cell.strip() for cell in cells):
+                if len(cells) > 1 or "".join(cells).strip():
                     lines.append(Line(cells, number))
                 number = reader.line_num + 1
         except csv.Error as error:
@@ -140,7 +141,7 @@ def _table(parsed: Parsed, text: str, given: Given, *notes: str | None) -> Table
                 f" {excerpt(_source(text, line.number))}; quote texts that hold the separator, set `separator`, or make"
                 " it a .txt file with one prompt per line"
             )
-    records = [Record(dict(zip(header, line.cells)), f"{given.place}:{line.number}") for line in rows]
+    records = [Record(dict(zip_longest(header, line.cells)), f"{given.place}:{line.number}") for line in rows]
     return Table(records, tuple(note for note in (*notes, said) if note))
 
 
@@ -153,7 +154,8 @@ def _header(parsed: Parsed, given: Given) -> tuple[list[str], list[Line]]:
     cells = [cell.strip() for cell in first.cells]
     numbered = [str(number) for number in range(1, len(cells) + 1)]
     if not _is_named(first, given):
-        if not all(map(_like_a_name, cells)) or len(set(cells)) < len(cells):
+        like_names = all(map(_like_a_name, cells)) and len(set(cells)) == len(cells)
+        if not like_names or (len(cells) == 1 and " " in cells[0]):
             return numbered, parsed.lines
         if len(cells) == 1 and all(_like_a_name(line.cells[0].strip()) for line in others):
             raise PromptError(
