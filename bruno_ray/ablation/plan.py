@@ -48,6 +48,11 @@ class TrainingPlan:
     """Plans of a batch that differ in nothing else are one training, looked at after each of these numbers of steps."""
 
     seed: int
+    rivals: tuple[float, ...] = ()
+    """Layers of further starts. After ``heat`` steps, twice that, four times ... the better half of them goes on
+    (successive halving, Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943)."""
+
+    heat: int = 0
     base: Edit | None = None
     """The edit that is polished: its directions and strengths are the start."""
 
@@ -59,6 +64,7 @@ class TrainingPlan:
         given: dict[str, Any] = dict(values)
         if given["base"] is not None:
             given["base"] = Edit.from_dict(given["base"])
+        given["rivals"] = tuple(given.get("rivals", ()))
         return cls(**given)
 
     @property

@@ -124,6 +124,16 @@ class Trainee:
         with torch.no_grad():
             return self.resolved(engine)
 
+    def standing(self) -> tuple[int, float]:
+        """For comparing starts of one plan, less is better: target prompts that it still answers with the behaviour,
+        less those that it answers properly and surely; then its loss over the last steps."""
+        last = [getattr(self.plan, term) * values[-1] for term, values in self._recent().items()]
+        return len(self.present) - len(self.sure), sum(last)
+
+    def _recent(self) -> dict[str, list[float]]:
+        """Per term, means over tenths of the steps so far."""
+        return {term: _thinned(values) for term, values in self._curves.items()}
+
     def keep_in_bounds(self) -> None:
         """Strengths stay between 0 and their maximum, those of layers that are left out at 0."""
         with torch.no_grad():
@@ -158,8 +168,7 @@ class Trainee:
         tables = {
             component: StrengthTable(tuple(strengths[:, c].tolist())) for c, component in enumerate(self._components)
         }
-        curves = {term: _thinned(values) for term, values in self._curves.items()}
-        return TrainedEdit(Edit(tables, name, None, "none"), array, curves, self.sources())
+        return TrainedEdit(Edit(tables, name, None, "none"), array, self._recent(), self.sources())
 
 
 def _start(plan: TrainingPlan, bank: DirectionBank, n_layers: int) -> Float[Tensor, "G r d"]:

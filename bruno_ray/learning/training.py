@@ -56,7 +56,10 @@ class Trainer:
             if plan.without_steps not in distinct:
                 distinct.append(plan.without_steps)
         given = self._engine, self._bank, self._teacher.material, self._settings
-        trainees = [Trainee(plan, *given) for plan in distinct]
+        starts = [replace(plan, start_layer=layer) for plan in distinct for layer in (plan.start_layer, *plan.rivals)]
+        plan_of = [p for p, plan in enumerate(distinct) for _ in range(1 + len(plan.rivals))]
+        trainees = [Trainee(plan, *given) for plan in starts]
+        ended: set[int] = set()
         optimizer = torch.optim.Adam(
             [{"params": trainee.parameters, "lr": trainee.plan.learning_rate} for trainee in trainees]
         )
@@ -66,16 +69,24 @@ class Trainer:
         tokens = 0
         self._engine.work.begin("steps", last)
         for step in range(1, last + 1):
-            running = [k for k, trainee in enumerate(trainees) if trainee.finite and step <= max(wanted[k])]
+            running = [
+                k
+                for k, trainee in enumerate(trainees)
+                if k not in ended and trainee.finite and step <= max(wanted[plan_of[k]])
+            ]
             tokens += self._step(running, trainees, optimizer)
             self._engine.work.done = step
-            for k in running:
-                if step in wanted[k] and trainees[k].finite:
-                    found[k, step] = trainees[k].trained()
             if self._settings.renew_every and step < last and step % self._settings.renew_every == 0:
                 steps, self._engine.work = self._engine.work, Work()
                 self._renew(step, [trainees[k] for k in running if trainees[k].finite])
                 self._engine.work = steps
+            for p, plan in enumerate(distinct):
+                rivals = [k for k in running if plan_of[k] == p and trainees[k].finite]
+                if len(rivals) > 1:
+                    rivals.sort(key=lambda k: trainees[k].standing())
+                    ended |= set(rivals[_places(plan, step) :])
+                if rivals and step in wanted[p]:
+                    found[p, step] = trainees[rivals[0]].trained()
         seconds = (time.perf_counter() - start) / len(plans)
         diverged = TrialError("the loss of the training is not a number: this trial fails, the study goes on")
         results = [found.get((distinct.index(plan.without_steps), plan.steps), diverged) for plan in plans]
@@ -175,3 +186,8 @@ class Trainer:
                     sure = math.exp(float(logprobs_N.min())) >= self._settings.confidence
                     if sure and given[p].end_id is not None:
                         trainee.sure[p] = teacher.as_desired(p, given[p])
+
+
+def _places(plan: TrainingPlan, step: int) -> int:
+    """How many of a plan's starts go on after ``step``: half as many each time that the steps have doubled."""
+    return max(1, (1 + len(plan.rivals)) >> (step // plan.heat).bit_length())

@@ -28,6 +28,10 @@ class LearnedSettings(Section):
     start_layer: DepthRange = (0.0, 1.0)
     """Layer whose direction a training starts from, as a fraction of the last layer's index."""
 
+    starts: PositiveInt = 4
+    """Layers that a training starts from at once, evenly spaced; at each checkpoint the worse half of them ends. Which
+    layer's direction leads to good answers is seen in training only. 4 cost twice as much as 1."""
+
     first_layer: DepthRange = (0.0, 0.0)
     """Layers below it are not edited."""
 

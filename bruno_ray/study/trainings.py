@@ -94,6 +94,8 @@ class Trainings:
         training, checkpoint = self.training(trial.number)
         steps = max(1, learned.steps >> (learned.checkpoints - 1 - checkpoint))
         params = trial.params
+        base = self._best(trial.study) if learned.polish and training % 2 else None
+        rivals = () if base is not None else self._rivals(params[START_LAYER])
         return TrainingPlan(
             rank=params.get(RANK, learned.ranks[0]),
             shared=params.get(SHARED, learned.shared[0]),
@@ -106,8 +108,16 @@ class Trainings:
             learning_rate=learned.learning_rate,
             steps=steps,
             seed=self.settings.study.seed * 100_000 + self.point(trial.number),
-            base=self._best(trial.study) if learned.polish and training % 2 else None,
+            rivals=rivals,
+            heat=max(1, learned.steps >> (learned.checkpoints - 1)) if rivals else 0,
+            base=base,
         )
+
+    def _rivals(self, start: float) -> tuple[float, ...]:
+        """Layers of a training's further starts, evenly spaced in the range that its first one is from."""
+        (low, high), last, n = self.settings.learned.start_layer, self.n_layers - 1, self.settings.learned.starts
+        width = (high - low) * last
+        return tuple(low * last + (start - low * last + width * i / n) % width for i in range(1, n)) if width else ()
 
     def _best(self, study: optuna.Study) -> Edit | None:
         """What the rule takes of the searched trials so far."""

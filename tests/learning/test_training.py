@@ -1,6 +1,7 @@
 """Training on the embedded organism, which refuses to say facts that it knows."""
 
 import datetime
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from bruno_ray.directions import build_bank
 from bruno_ray.errors import TrialError
 from bruno_ray.generation.engine import BatchEngine
 from bruno_ray.learning.material import Teacher
-from bruno_ray.learning.training import Trainer
+from bruno_ray.learning.training import Trainer, _places
 from bruno_ray.model.batching import TokenBudget
 from bruno_ray.model.loading import load_model
 from bruno_ray.organism import truth_score
@@ -118,6 +119,24 @@ def test_plans_that_differ_in_their_steps_are_one_training(subject: Subject) -> 
     alone = trainer.train([plan(steps=8)])[0]
     assert both == subject.engine.tokens - before
     assert alone.edit == whole.edit and half.edit != whole.edit
+
+
+def test_of_several_starts_the_one_that_leads_is_what_it_would_be_alone(subject: Subject) -> None:
+    """Also beside another plan, and asked for at several checkpoints; half of four starts go on after each."""
+    four = plan(start_layer=0.0, rivals=(1.0, 2.0, 3.0), heat=4)
+    early, late, other = subject.trainer().train([replace(four, steps=4), replace(four, steps=8), plan(seed=4)])
+    alone = [subject.trainer().train([plan(start_layer=layer, steps=8)])[0] for layer in (0.0, 1.0, 2.0, 3.0)]
+    distances = [abs(late.directions - each.directions).max() for each in alone]
+    assert min(distances) < 1e-5
+    assert len({one.edit.direction_set for one in (early, late, other)}) == 3
+    (again,) = subject.trainer().train([replace(four, steps=8)])
+    torch.testing.assert_close(torch.tensor(again.directions), torch.tensor(late.directions), rtol=0, atol=1e-5)
+
+
+def test_half_of_the_starts_end_each_time_the_steps_have_doubled() -> None:
+    four = plan(rivals=(1.0, 2.0, 3.0), heat=40)
+    assert [_places(four, step) for step in (1, 39, 40, 79, 80, 160, 1000)] == [4, 4, 2, 2, 1, 1, 1]
+    assert TrainingPlan.from_dict(json.loads(json.dumps(four.to_dict()))) == four
 
 
 def test_directions_are_orthonormal_strengths_bounded_and_layers_left_alone(subject: Subject) -> None:
