@@ -4,6 +4,9 @@ Each function says what is missing in the public interface and what would replac
 test for each.
 """
 
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +29,75 @@ def save_as_plain(model: "PreTrainedModel") -> None:
     prefixes = [step for step in read if isinstance(step, PrefixChange)]
     plain = prefixes + [step for step in usual if not isinstance(step, PrefixChange)]
     object.__setattr__(model, "_weight_conversions", plain)
+
+
+@dataclass(frozen=True)
+class LoadedName:
+    """What becomes of one stored tensor when a model class loads it."""
+
+    name: str
+    parameters: tuple[str, ...]
+    """Parameters or buffers that it is all or a part of; none where the class has no place for it."""
+
+    way: str = "as it is"
+    """"as it is"; "stacked" with others along a new first axis; "transposed" in its last two axes, or "transposed to
+    fit", where its shape is not that of the parameter; "converted" in another way."""
+
+
+def loaded_names(model: "PreTrainedModel", names: Iterable[str]) -> Iterator[LoadedName]:
+    """Stored tensors under the names that ``model``, unquantised, gives them, in the order in which they are stacked.
+
+    transformers renames and fuses tensors while it reads them, by rules that it keeps as data. A public function from
+    stored names to parameters would replace this.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import (
+        MergeModulelist,
+        Transpose,
+        WeightConverter,
+        WeightRenaming,
+        dot_natural_key,
+        rename_source_key,
+    )
+
+    rules = get_model_conversion_mapping(model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    converter_of = {pattern: rule for rule in converters for pattern in rule.source_patterns}
+    parameters, prefix = model.state_dict(), str(model.base_model_prefix)
+    for name in sorted(names, key=dot_natural_key):
+        target, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
+        if target not in parameters and name in parameters:
+            target, pattern = rename_source_key(name, [], [], prefix, parameters)
+        if target not in parameters:
+            yield LoadedName(name, ())
+        elif pattern is None:
+            yield LoadedName(name, (target,))
+        else:
+            rule = converter_of[pattern]
+            first, *_ = rule.target_patterns
+            step, way = rule.operations[0], "converted"
+            if len(rule.operations) == 1 and isinstance(step, MergeModulelist) and step.dim == 0:
+                way = "stacked"
+            elif len(rule.operations) == 1 and isinstance(step, Transpose) and {step.dim0, step.dim1} == {1, 2}:
+                way = "transposed to fit" if step.check_dims else "transposed"
+            yield LoadedName(name, tuple(target.replace(first, other) for other in rule.target_patterns), way)
+
+
+def not_missed(model: "PreTrainedModel", names: Iterable[str]) -> list[str]:
+    """Those of the parameters that a checkpoint need not have: tied ones, and those that their class calls optional.
+
+    Only the loading report of a loaded model says so in public.
+    """
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    optional = re.compile("|".join(model._keys_to_ignore_on_load_missing or ()) or r"(?!)")
+    return [name for name in names if name in tied or optional.search(name)]
+
+
+def not_unexpected(model: "PreTrainedModel", names: Iterable[str]) -> list[str]:
+    """Those of the stored tensors that a checkpoint may have although the class does not load them."""
+    known = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ()) or r"(?!)")
+    return [name for name in names if known.search(name)]
 
 
 @cache

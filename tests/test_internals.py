@@ -15,12 +15,17 @@ import torch
 from optuna.storages import BaseStorage, InMemoryStorage, JournalStorage, RDBStorage
 from optuna.trial import TrialState
 from ray import serve, tune
+from transformers import AutoConfig
 
 from bruno_ray import optuna_internals, ray_internals, transformers_internals
+from bruno_ray.model.stored_names import empty_model
 from bruno_ray.study.storage import RunJournal
 from cluster.jobs.shell import free_port
+from tests.support import tiny_models
 
 pytest_plugins = ["tests.support.local_ray"]
+
+TINY = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 64, "intermediate_size": 48}
 
 # ----- Optuna -----
 
@@ -199,3 +204,28 @@ def test_fp8_blocks_are_those_that_were_written() -> None:
         scales = torch.arange(1.0, -(-rows // 128) + 1)[:, None]
         read = Fp8Dequantize(quantizer)._dequantize_one(weight, scales, output_dtype=torch.float32)
         assert torch.equal(read[:, 0], torch.arange(rows).div(128, rounding_mode="floor") + 1.0)
+
+
+def test_stored_tensors_are_told_under_the_names_of_parameters() -> None:
+    model = empty_model(tiny_models.FAMILIES["mixtral"]())
+    block = "model.layers.0."
+    experts = [f"{block}block_sparse_moe.experts.{i}.w2.weight" for i in (10, 2)]
+    names = [f"{block}self_attn.o_proj.weight", "model.layers.9.self_attn.o_proj.weight", *experts]
+    found = {one.name: one for one in transformers_internals.loaded_names(model, names)}
+    assert list(found)[:2] == experts[::-1]  # stacked in the order of their numbers
+    assert {(one.parameters, one.way) for one in list(found.values())[:2]} == {
+        ((f"{block}mlp.experts.down_proj",), "stacked")
+    }
+    assert (found[names[0]].parameters, found[names[0]].way) == ((names[0],), "as it is")
+    assert found[names[1]].parameters == ()
+
+
+def test_what_a_checkpoint_may_lack_and_may_have_besides() -> None:
+    tied = empty_model(AutoConfig.for_model("llama", **TINY, tie_word_embeddings=True))
+    names = ["lm_head.weight", "model.norm.weight"]
+    assert transformers_internals.not_missed(tied, names) == ["lm_head.weight"]
+    untied = empty_model(AutoConfig.for_model("llama", **TINY, tie_word_embeddings=False))
+    assert transformers_internals.not_missed(untied, names) == []
+    drafting = empty_model(tiny_models.FAMILIES["qwen3_5_text"]())
+    assert transformers_internals.not_unexpected(drafting, ["mtp.fc.weight", "odd"]) == ["mtp.fc.weight"]
+    assert transformers_internals.not_unexpected(untied, ["mtp.fc.weight"]) == []

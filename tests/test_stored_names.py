@@ -2,19 +2,22 @@
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig
 
 from bruno_ray.errors import ModelError
 from bruno_ray.model.architectures import find_architecture
 from bruno_ray.model.checkpoint import StoredMatrix, StoredTensor, read_header, weight_files
+from bruno_ray.model.classes import auto_class
+from bruno_ray.model.families import in_table, require_known
 from bruno_ray.model.stored_names import empty_model, map_names, misfits, mtp_blocks, mtp_writers, stored_writers
 from bruno_ray.model.writers import Writer
-from tests.support import tiny_models
+from tests.support import all_families, tiny_models
 
 
 def stored(folder: Path) -> tuple[dict[str, StoredTensor], list[Writer] | None]:
@@ -31,9 +34,48 @@ def rename(folder: Path, old: str, new: str) -> None:
 @pytest.mark.parametrize("family", tiny_models.FAMILIES)
 def test_each_matrix_is_the_one_that_transformers_loads(tmp_path: Path, family: str) -> None:
     tiny_models.build(family, dtype=torch.bfloat16).save_pretrained(tmp_path)
-    auto_class = AutoModelForImageTextToText if family in tiny_models.MULTIMODAL else AutoModelForCausalLM
-    loaded = find_architecture(auto_class.from_pretrained(tmp_path, dtype=torch.bfloat16))
-    tensors, writers = stored(tmp_path)
+    check_against_transformers(tmp_path)
+
+
+@pytest.mark.nightly
+def test_each_matrix_of_every_family_of_the_table(tmp_path: Path) -> None:
+    checked = []
+    for family in sorted(all_families.families()):
+        try:
+            config = all_families.tiny_config(family)
+            require_known(config, family)
+            model = all_families.tiny_model(family) if in_table(config) else None
+        except Exception as error:  # refused, or in need of a package, or of sizes that are not tiny
+            print(f"{family} is left out: {type(error).__name__}: {error}")
+            continue
+        if model is not None:
+            model.bfloat16().save_pretrained(tmp_path / family)
+            check_against_transformers(tmp_path / family)
+            shutil.rmtree(tmp_path / family)
+            checked.append(family)
+    assert len(checked) > 140
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_experts_that_are_transposed_while_loading(tmp_path: Path, transposed: bool) -> None:
+    """qwen3_vl_moe: on the hub as (E, in, d_model), which transformers 5 turns around if the shapes say so."""
+    model = all_families.tiny_model("qwen3_vl_moe").bfloat16()
+    model.save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    for name in [name for name in weights if name.endswith(("experts.down_proj", "experts.gate_up_proj"))]:
+        shape = model.get_parameter(name).shape
+        as_it_is = weights[name] if weights[name].shape == shape else weights[name].transpose(1, 2)
+        weights[name] = (as_it_is.transpose(1, 2) if transposed else as_it_is).contiguous()
+    save_file(weights, file, metadata={"format": "pt"})
+    check_against_transformers(tmp_path)
+
+
+def check_against_transformers(folder: Path) -> None:
+    """Each matrix in the files against that of the model which transformers loads from them."""
+    config = AutoConfig.from_pretrained(folder)
+    loaded = find_architecture(auto_class(config).from_pretrained(folder, dtype=torch.bfloat16))
+    tensors, writers = stored(folder)
     assert [writer.name for writer in writers] == [writer.name for writer in loaded.writers]
     spans = []
     for writer, expected in zip(writers, loaded.writers):
@@ -47,7 +89,7 @@ def test_each_matrix_is_the_one_that_transformers_loads(tmp_path: Path, family: 
             spans.append((matrix.start, matrix.start + matrix.n_bytes))
     spans.sort()
     assert all(end <= start for (_, end), (start, _) in itertools.pairwise(spans))
-    assert misfits(empty_model(AutoConfig.from_pretrained(tmp_path)), tensors) == []
+    assert misfits(empty_model(config), tensors) == []
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """A base model that must be loaded to be saved: what is written is what the model class loads, or nothing is."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,17 +10,20 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from bruno_ray.ablation.baking import bake
+from bruno_ray.ablation.live import LiveEditor
 from bruno_ray.errors import ModelError, OutputError
 from bruno_ray.model.architectures import find_architecture
+from bruno_ray.model.families import FAMILIES
 from bruno_ray.model.loading import LoadedModel, load_model
 from bruno_ray.publishing.base import find_base, find_stored
 from bruno_ray.publishing.saving import SavedModel, save_model
 from bruno_ray.publishing.whole_model import bake_whole, write_whole
 from bruno_ray.settings import ModelSettings
-from tests.support import tiny_models
+from tests.support import packed, tiny_models
 from tests.support.live_helpers import EDITS, batch, difference, logits, make_bank
 
 FULL = EDITS[2]
+SIZES = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
 
 
 def save(base: Path, folder: Path, **options: object) -> SavedModel:
@@ -33,28 +37,8 @@ def as_pytorch_file(base: Path) -> Path:
     return base
 
 
-def write_mxfp4(folder: Path) -> Path:
-    """A gpt_oss checkpoint as OpenAI publishes it: experts as blocks of 4-bit numbers and their scales."""
-    tiny_models.write(folder, "gpt_oss", dtype=torch.bfloat16, hidden_size=64, intermediate_size=64, head_dim=16)
-    weights = load_file(folder / "model.safetensors")
-    generator = torch.Generator().manual_seed(0)
-    for name in [name for name in weights if name.endswith(("experts.gate_up_proj", "experts.down_proj"))]:
-        experts, n_in, n_out = weights.pop(name).shape
-
-        def draw(low: int, high: int, *shape: int) -> torch.Tensor:
-            return torch.randint(low, high, shape, generator=generator, dtype=torch.uint8)
-
-        weights[f"{name}_blocks"] = draw(0, 256, experts, n_out, n_in // 32, 16)
-        weights[f"{name}_scales"] = draw(122, 126, experts, n_out, n_in // 32)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    skipped = ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"]
-    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": skipped}
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
-def dequantised(folder: Path) -> LoadedModel:
+def as_transformers_loads(folder: Path) -> LoadedModel:
+    """Without what `load_model` does for a checkpoint that is stored quantised."""
     model = AutoModelForCausalLM.from_pretrained(folder, device_map="cpu").eval().requires_grad_(False)
     return LoadedModel(
         model=model,
@@ -100,35 +84,59 @@ def test_a_tensor_in_two_files_is_saved_as_it_is_loaded(tmp_path: Path) -> None:
     assert torch.equal(logits(saved, batch(2)), logits(model, batch(2)))
 
 
-def test_a_dequantised_model_is_saved_under_the_names_of_its_class(tmp_path: Path) -> None:
-    base = write_mxfp4(tmp_path / "base")
+@pytest.mark.parametrize("pack", [packed.mxfp4, packed.fp8])
+def test_a_quantised_base_is_saved_whole_and_plain(tmp_path: Path, pack: Callable[[Path], object]) -> None:
+    """In files of the size that was asked for, and computing what the live edit does."""
+    family = "gpt_oss" if pack is packed.mxfp4 else "qwen3"
+    base = tiny_models.write(tmp_path / "base", family, **SIZES)
+    pack(base)
     described = find_base(ModelSettings(id=str(base)))
     assert described.is_quantised and find_stored(described) is None
-    loaded = load_model(ModelSettings(id=str(base)), full_precision=True)
-    plain = logits(loaded.model, batch(2))
-    bake_whole(loaded, FULL, make_bank(tiny_models.LAYERS, 64))
-    (tmp_path / "out").mkdir()
-    write_whole(loaded, tmp_path / "out", "100KB")
+    bank = make_bank(tiny_models.LAYERS, SIZES["hidden_size"])
+    save_model(ModelSettings(id=str(base)), FULL, bank, tmp_path / "out", card=lambda _: "", max_shard_size="100KB")
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-    read = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
-    for name, parameter in loaded.model.state_dict().items():
-        assert torch.equal(read.state_dict()[name], parameter)
-    assert torch.equal(logits(read, batch(2)), logits(loaded.model, batch(2)))
-    assert difference(logits(read, batch(2)), plain) > 1e-2
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32).eval()
+    base_model = load_model(ModelSettings(id=str(base), dtypes=("float32",), device_map="cpu"))
+    plain = logits(base_model.model, batch(2))
+    editor = LiveEditor(base_model.architecture)
+    editor.set(editor.resolve_all([FULL], bank), [0, 0])
+    live = logits(base_model.model, batch(2))
+    assert difference(logits(saved, batch(2)), live) < 0.02  # dequantised to bfloat16 on the way
+    assert difference(live, plain) > 0.1
 
 
 def test_names_that_the_class_does_not_load_are_refused(tmp_path: Path) -> None:
     """transformers 5.23 writes a dequantised model under the names of the packed tensors; read back, those are left out
     and the experts random."""
-    loaded = dequantised(write_mxfp4(tmp_path / "base"))
+    base = tiny_models.write(tmp_path / "base", "gpt_oss", **SIZES)
+    packed.mxfp4(base)
     (tmp_path / "out").mkdir()
     with pytest.raises(OutputError, match=r"no model\.layers\.0\.mlp\.experts\.\w+; .*nothing was saved"):
-        write_whole(loaded, tmp_path / "out", "5GB")
+        write_whole(as_transformers_loads(base), tmp_path / "out", "5GB")
+
+
+def test_a_family_that_is_probed_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what was accepted, and without a row in the table."""
+    monkeypatch.setenv("BRUNO_CACHE", str(tmp_path / "cache"))
+    base = tiny_models.write(tmp_path / "base", "llama")
+    monkeypatch.delitem(FAMILIES, "llama")
+    with pytest.raises(ModelError, match="accept it once"):
+        save(base, tmp_path / "out")
+    bank = make_bank(tiny_models.LAYERS)
+    accepted = ModelSettings(id=str(base), accept_probed=True)
+    save_model(accepted, FULL, bank, tmp_path / "out", card=lambda _: "")
+    monkeypatch.undo()
+    save(base, tmp_path / "known")
+    probed, known = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "known"))
+    assert probed.keys() == known.keys()
+    for name in probed:
+        torch.testing.assert_close(probed[name], known[name])
 
 
 def test_weights_that_stay_quantised_are_refused(tmp_path: Path) -> None:
     """What cannot be dequantised is no whole model, wherever the packed weights are."""
-    loaded = dequantised(tiny_models.write(tmp_path / "base"))
+    loaded = as_transformers_loads(tiny_models.write(tmp_path / "base"))
     norm = loaded.model.model.norm
     norm.weight = torch.nn.Parameter(norm.weight.to(torch.float8_e4m3fn), requires_grad=False)
     (tmp_path / "out").mkdir()

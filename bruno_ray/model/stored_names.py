@@ -1,9 +1,8 @@
 """Which stored tensors a model class loads, and which of them its writers are.
 
 A checkpoint's names are often not those of the parameters: transformers renames wrappers and prefixes while it loads,
-and stacks one tensor per expert into a 3-D parameter. It keeps what it does as data (`conversion_mapping.py` there,
-applied by `core_model_loading.py`), which is asked here, by names only. These are the only uses of transformers'
-private names for it; `tests/test_stored_names.py` loads models both ways for each family.
+and stacks one tensor per expert into a 3-D parameter. It is asked for that by names only, with a model that has no
+memory for its weights.
 """
 
 import logging
@@ -14,19 +13,12 @@ from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    MergeModulelist,
-    WeightConverter,
-    WeightRenaming,
-    dot_natural_key,
-    rename_source_key,
-)
 
 from bruno_ray.model.architectures import Architecture
-from bruno_ray.model.checkpoint import FLOATS, StoredMatrix, StoredTensor
+from bruno_ray.model.checkpoint import StoredMatrix, StoredTensor
 from bruno_ray.model.classes import auto_class
 from bruno_ray.model.writers import Matrix, Writer
+from bruno_ray.transformers_internals import loaded_names, not_missed, not_unexpected
 
 logger = logging.getLogger(__name__)
 
@@ -44,49 +36,26 @@ class NameMap:
     sources: Mapping[str, tuple[str, ...]]
     """Parameter or buffer -> the stored tensors it is made of, in the order in which they are put together."""
 
-    stacked: frozenset[str]
-    """Parameters whose sources are stacked along a new first axis."""
-
-    converted: frozenset[str]
-    """Parameters whose sources are changed in another way: split, concatenated, transposed."""
+    ways: Mapping[str, str]
+    """Parameter or buffer -> how, as in `transformers_internals.LoadedName`."""
 
     unused: tuple[str, ...]
     """Stored tensors that the class has no place for."""
 
 
 def map_names(model: PreTrainedModel, names: Iterable[str]) -> NameMap:
-    """Rename stored tensors as transformers does while it loads ``model`` unquantised."""
-    rules = get_model_conversion_mapping(model)
-    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
-    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
-    converter_of = {pattern: rule for rule in converters for pattern in rule.source_patterns}
-    parameters = model.state_dict()
-    prefix = model.base_model_prefix
+    """What becomes of stored tensors when ``model`` is loaded from them unquantised."""
     sources: defaultdict[str, list[str]] = defaultdict(list)
-    stacked, converted, unused = set(), set(), []
-    for name in sorted(names, key=dot_natural_key):
-        target, pattern = rename_source_key(name, renamings, converters, prefix, parameters)
-        if target not in parameters and name in parameters:
-            target, pattern = rename_source_key(name, [], [], prefix, parameters)
-        if target not in parameters:
-            unused.append(name)
-            continue
-        if pattern is None:
-            sources[target].append(name)
-            continue
-        rule = converter_of[pattern]
-        for other in rule.target_patterns:  # a tensor may be split into several parameters
-            parameter = target.replace(rule.target_patterns[0], other)
-            sources[parameter].append(name)
-            stacks = len(rule.operations) == 1 and getattr(rule.operations[0], "dim", None) == 0
-            stacks = stacks and isinstance(rule.operations[0], MergeModulelist)
-            (stacked if stacks else converted).add(parameter)
-    return NameMap(
-        {parameter: tuple(found) for parameter, found in sources.items()},
-        frozenset(stacked),
-        frozenset(converted),
-        tuple(unused),
-    )
+    ways: dict[str, str] = {}
+    unused = []
+    for found in loaded_names(model, names):
+        for parameter in found.parameters:
+            sources[parameter].append(found.name)
+            if ways.setdefault(parameter, found.way) != found.way:
+                ways[parameter] = "converted"
+        if not found.parameters:
+            unused.append(found.name)
+    return NameMap({parameter: tuple(stored) for parameter, stored in sources.items()}, ways, tuple(unused))
 
 
 def stored_writers(
@@ -106,29 +75,21 @@ def stored_writers(
 
     def stored(matrix: Matrix) -> StoredMatrix | None:
         parameter = f"{module_names[id(matrix.module)]}.{matrix.parameter}"
-        found = names.sources.get(parameter, ())
         shape = tuple(getattr(matrix.module, matrix.parameter).shape)
-        index = matrix.index
-        if parameter in names.converted or not found:
-            return None
-        if parameter in names.stacked:
-            if index is None or len(found) != shape[0]:
-                return None
+        found, way = names.sources.get(parameter, ()), names.ways.get(parameter)
+        index, transposed = matrix.index, matrix.transposed
+        if way == "stacked" and index is not None and len(found) == shape[0]:
             tensor, shape, index = tensors[found[index]], shape[1:], None
-        elif len(found) == 1:
+        elif len(found) == 1 and way in ("as it is", "transposed", "transposed to fit"):
             tensor = tensors[found[0]]
+            if way == "transposed" or (way == "transposed to fit" and tensor.shape != shape):
+                shape, transposed = (*shape[:-2], shape[-1], shape[-2]), not transposed
         else:
             return None
-        candidate = StoredMatrix(
-            matrix.module,
-            matrix.parameter,
-            tensor.name if index is None else f"{tensor.name}[{index}]",
-            matrix.d_model,
-            index,
-            matrix.transposed,
-            tensor=tensor,
-        )
-        return candidate if tensor.shape == shape and not candidate.quantized else None
+        if tensor.shape != shape or not tensor.is_float:
+            return None
+        name = tensor.name if index is None else f"{tensor.name}[{index}]"
+        return StoredMatrix(matrix.module, matrix.parameter, name, matrix.d_model, index, transposed, tensor=tensor)
 
     writers = []
     for writer in architecture.writers:
@@ -148,28 +109,22 @@ def misfits(model: PreTrainedModel, tensors: Mapping[str, StoredTensor]) -> list
     missing, tensors it does not know, other shapes or kinds of numbers. In words; empty where all is well."""
     names = map_names(model, tensors)
     parameters = model.state_dict()
-    tied = getattr(model, "all_tied_weights_keys", None) or {}
-    missing = [name for name in parameters if name not in names.sources and name not in tied]
-    found = [f"no {name}" for name in _without(missing, model._keys_to_ignore_on_load_missing)]
-    found += [f"{name} is not known" for name in _without(names.unused, model._keys_to_ignore_on_load_unexpected)]
+    missing = [name for name in parameters if name not in names.sources]
+    needless = {*not_missed(model, missing), *not_unexpected(model, names.unused)}
+    found = [f"no {name}" for name in missing if name not in needless]
+    found += [f"{name} is not known" for name in names.unused if name not in needless]
     for parameter, sources in names.sources.items():
-        shape, shapes = tuple(parameters[parameter].shape), [tensors[source].shape for source in sources]
-        if parameter in names.stacked:
+        stored = [tensors[source] for source in sources]
+        shape, shapes = tuple(parameters[parameter].shape), [tensor.shape for tensor in stored]
+        way = names.ways[parameter]
+        if way == "stacked":
             fits = [(len(shapes), *one) for one in shapes] == [shape] * len(shapes)
-        elif parameter in names.converted:
-            fits = True  # what a conversion makes of shapes only the conversion knows
-        else:
-            fits = shapes == [shape]
-        kinds = {tensors[source].dtype for source in sources}
-        if not fits or parameters[parameter].is_floating_point() != (kinds <= FLOATS.keys()):
-            stored = ", ".join(map(str, shapes[:3]))
-            found.append(f"{parameter} {shape} is stored as {stored} {', '.join(sorted(kinds))}")
+        else:  # what a conversion makes of shapes only the conversion knows
+            fits = shapes == [shape] or way != "as it is"
+        if not fits or any(tensor.is_float != parameters[parameter].is_floating_point() for tensor in stored):
+            kinds = sorted({f"{tensor.dtype} {tensor.shape}" for tensor in stored})
+            found.append(f"{parameter} {shape} is stored as {', '.join(kinds)}")
     return found
-
-
-def _without(names: Iterable[str], patterns: Iterable[str] | None) -> list[str]:
-    """The names in which none of the regular expressions is found."""
-    return [name for name in names if not any(re.search(pattern, name) for pattern in patterns or ())]
 
 
 # ----- multi-token prediction -----

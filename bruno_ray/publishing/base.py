@@ -29,8 +29,9 @@ from bruno_ray.model.checkpoint import (
 from bruno_ray.model.families import in_table
 from bruno_ray.model.loading_errors import explained
 from bruno_ray.model.locating import locate
+from bruno_ray.model.quantisation import stored_format
 from bruno_ray.model.stored_names import empty_model, map_names, mtp_blocks, mtp_writers, stored_writers
-from bruno_ray.publishing.companions import CODE_FILES, COMPANION_FILES, read_json
+from bruno_ray.publishing.companions import CODE_FILES, COMPANION_FILES
 from bruno_ray.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
@@ -58,8 +59,7 @@ class BaseModel:
     @property
     def is_quantised(self) -> bool:
         """Whether the weights are stored in another form than that of the model class."""
-        config = read_json(self.folder / "config.json")
-        return any(part.get("quantization_config") for part in _parts(config))
+        return stored_format(self.config) is not None
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,8 @@ def find_base(settings: ModelSettings) -> BaseModel:
 
 def find_stored(base: BaseModel, edit_mtp: bool = False) -> StoredModel | None:
     """The weights in the files, fetched where the base model is on the hub; None where they must be loaded to be
-    edited: quantised ones, files that are not safetensors, names that cannot be mapped to those of the model class,
-    families that have to be probed.
+    edited: quantised ones, families that are probed, files that are not safetensors, names that cannot be mapped to
+    those of the model class.
 
     Args:
         edit_mtp: layers for multi-token prediction are edited as the last layer is.
@@ -136,7 +136,7 @@ def find_stored(base: BaseModel, edit_mtp: bool = False) -> StoredModel | None:
         logger.info("%s is stored quantised: it is loaded to be saved, in full precision", base.settings.id)
         return None
     if not in_table(base.config):
-        logger.info("%s is of a family that has to be probed: it is loaded to be saved", base.settings.id)
+        logger.info("%s is in no table of architectures: it is loaded to be saved", base.settings.id)
         return None
     if not Path(base.source).is_dir():
         _fetch(base.settings, [SINGLE_FILE, INDEX_FILE])
@@ -183,8 +183,3 @@ def _fetch(settings: ModelSettings, patterns: list[str]) -> Path:
             f"the files of {settings.id} cannot be fetched: check the name, the network and HF_TOKEN"
         ) from error
     return Path(snapshot)
-
-
-def _parts(config: dict[str, Any]) -> list[dict[str, Any]]:
-    """A config.json and the configurations within it."""
-    return [config, *(part for key, part in config.items() if key.endswith("_config") and isinstance(part, dict))]

@@ -136,7 +136,7 @@ def _save_loaded(
     saved = SavedModel(folder, loaded.dtype, sum(parameter.numel() for parameter in parameters), n_bytes)
     with atomic_directory(folder) as aside:
         trust = base.settings.trust_remote_code
-        write_whole(loaded, aside, max_shard_size, trust_remote_code=trust)
+        write_whole(loaded, aside, max_shard_size, trust)
         if drop_mtp(aside / "config.json", base.folder / "config.json"):
             logger.warning("the layers for multi-token prediction are not saved, and config.json says so")
             saved = replace(saved, mtp="dropped")

@@ -1,6 +1,7 @@
 """A base model that has to be loaded to be edited: baked in memory and written by transformers, then checked by name.
 
-This is the way of quantised bases, of files that are not safetensors, and of names that `stored_names.py` cannot map.
+This is the way of quantised bases, of families that are probed, of files that are not safetensors, and of names that
+`stored_names.py` cannot map.
 """
 
 import logging
@@ -42,20 +43,13 @@ def bake_whole(loaded: LoadedModel, edit: Edit, bank: DirectionBank) -> None:
                 )
 
 
-def write_whole(
-    loaded: LoadedModel,
-    aside: Path,
-    max_shard_size: str,
-    *,
-    trust_remote_code: bool = False,
-) -> None:
+def write_whole(loaded: LoadedModel, aside: Path, max_shard_size: str, trust_remote_code: bool = False) -> None:
     """Write weights and config.json of the model in memory into ``aside``.
 
     Raises:
         OutputError: the files are not what the model class loads: a tensor is missing, not known, or of another kind.
     """
-    model = cast(PreTrainedModel, loaded.model)
-    model.save_pretrained(aside, max_shard_size=max_shard_size)
+    cast(PreTrainedModel, loaded.model).save_pretrained(aside, max_shard_size=max_shard_size)
     tensors = {name: tensor for file in weight_files(aside) for name, tensor in read_header(file).items()}
     config = AutoConfig.from_pretrained(aside, trust_remote_code=trust_remote_code)
     wrong = misfits(empty_model(config, trust_remote_code), tensors)
