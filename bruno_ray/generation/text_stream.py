@@ -9,7 +9,7 @@ joined are the text of the tokens without special ones, up to the first stop str
 each time, so a token costs the same at any length.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -33,8 +33,11 @@ class Decoder:
 
 
 class TextStream:
-    def __init__(self, decoder: Decoder, stop: Sequence[str] = ()) -> None:
+    """``shown`` are special tokens that are text here, with that text."""
+
+    def __init__(self, decoder: Decoder, stop: Sequence[str] = (), shown: Mapping[int, str] | None = None) -> None:
         self._decoder = decoder
+        self._shown = dict(shown or {})
         self._stop = StopScanner(stop)
         self._window: list[int] = []  # tokens that were shown last, for context, and those that were not shown yet
         self._n_context = 0
@@ -46,6 +49,10 @@ class TextStream:
         return self._stop.found
 
     def push(self, token_id: int) -> str:
+        if token_id in self._shown and not self.stopped:
+            before = self._show(len(self._window), self._decoder(self._window))
+            self._window, self._n_context, self._context_text = [], 0, ""
+            return self._stop.push(before + self._shown[token_id])
         if token_id in self._decoder.special_ids or self.stopped:
             return ""
         self._window.append(token_id)

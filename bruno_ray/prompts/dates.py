@@ -8,7 +8,9 @@ be handed over as an argument: transformers lets no function through, and few te
 
 import datetime
 import re
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 from bruno_ray.errors import ModelError
 
@@ -38,11 +40,11 @@ def prints_date(tokenizer: object) -> bool:
     return CLOCK in template_of(tokenizer)
 
 
-def template_of(tokenizer: object) -> str:
-    """The text of the chat template for a conversation without tools. Raises ModelError if there is none."""
+def template_of(tokenizer: object, tools: Sequence[dict[str, Any]] | None = None) -> str:
+    """The text of the chat template for a conversation with these tools. Raises ModelError if there is none."""
     if not getattr(tokenizer, "chat_template", None):
         raise ModelError(
             f"{getattr(tokenizer, 'name_or_path', '') or 'this model'} is not a chat model: its tokenizer has no chat"
             " template; use the instruction-tuned variant"
         )
-    return tokenizer.get_chat_template()
+    return tokenizer.get_chat_template(tools=tools)

@@ -27,7 +27,12 @@ def messages(prompt: Prompt, fold_system: bool = False) -> list[dict[str, str]]:
     return [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}]
 
 
-def apply_template(tokenizer: Any, conversation: Sequence[dict[str, Any]], date: datetime.date) -> str:
+def apply_template(
+    tokenizer: Any,
+    conversation: Sequence[dict[str, Any]],
+    date: datetime.date,
+    tools: Sequence[dict[str, Any]] | None = None,
+) -> str:
     """The conversation through the chat template, with the header of the assistant's turn, as on that ``date``.
 
     Texts are given as a list of parts to templates that want them so.
@@ -35,15 +40,20 @@ def apply_template(tokenizer: Any, conversation: Sequence[dict[str, Any]], date:
     Raises ModelError if the tokenizer has no chat template or it loses what the user says, and what the template
     itself raises.
     """
-    template = dated(template_of(tokenizer), date)
+    template = dated(template_of(tokenizer, tools), date)
     if _wants_parts(tokenizer, template):
         conversation = [_in_parts(message) for message in conversation]
-    return _applied(tokenizer, conversation, template)
+    return _applied(tokenizer, conversation, template, tools)
 
 
-def _applied(tokenizer: Any, conversation: Sequence[dict[str, Any]], template: str) -> str:
+def _applied(
+    tokenizer: Any,
+    conversation: Sequence[dict[str, Any]],
+    template: str,
+    tools: Sequence[dict[str, Any]] | None = None,
+) -> str:
     return tokenizer.apply_chat_template(
-        conversation, chat_template=template, tokenize=False, add_generation_prompt=True
+        conversation, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=True
     )
 
 

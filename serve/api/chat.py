@@ -16,6 +16,7 @@ from serve.api.rendering import Renderer
 from serve.api.requests import ChatRequest
 from serve.api.responses import ChatCompletion
 from serve.api.service import Service
+from serve.api.tools import AnswerReader
 from serve.catalog.catalog import ServedModel
 from serve.engine.sampling import TokenLogprob
 from serve.engine.types import Event
@@ -30,7 +31,8 @@ def router(service: Service) -> APIRouter:
         """An answer to a conversation; with `stream`, as server-sent events."""
         model = await service.model(request.model)
         renderer = service.renderers[model.base]
-        prompt = await renderer.chat(request.messages, model.system_prompt, model.response_prefix, model.date)
+        tools = request.offered
+        prompt = await renderer.chat(request.messages, model.system_prompt, model.response_prefix, model.date, tools)
         choices = choices_of(
             [prompt],
             request,
@@ -38,6 +40,7 @@ def router(service: Service) -> APIRouter:
             max_tokens=request.limit or service.args.default_max_tokens,
             top_logprobs=(request.top_logprobs or 0) if request.logprobs else None,
             grammar=await grammar_of(request.response_format),
+            shown=renderer.shown_in(renderer.tool_format) if tools and renderer.tool_format else (),
         )
         head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -49,15 +52,7 @@ def router(service: Service) -> APIRouter:
                 return await streamed(_chunks(service, renderer, model, request, choices, head))
             with service.admitted(request, 1):
                 events = await gathered(service.engines, model, choices)
-        answers = [
-            {
-                "index": choice.index,
-                "message": {"role": "assistant", "content": event.text, "refusal": None},
-                "logprobs": logprobs_of(renderer, event) if request.logprobs else None,
-                "finish_reason": event.finish_reason,
-            }
-            for choice, event in zip(choices, events)
-        ]
+        answers = [_answer(renderer, request, choice, event) for choice, event in zip(choices, events)]
         usage = usage_of(choices, dict(enumerate(events)))
         return json_response({**head, "object": "chat.completion", "choices": answers, "usage": usage})
 
@@ -73,6 +68,26 @@ def _about_messages() -> Iterator[None]:
         if error.param == "prompt":
             error.param = "messages"
         raise
+
+
+def _reader(renderer: Renderer, request: ChatRequest) -> AnswerReader:
+    names = [tool.function.name for tool in request.offered]
+    return AnswerReader(renderer.tool_format if names else None, names, request.parallel_tool_calls is not False)
+
+
+def _answer(renderer: Renderer, request: ChatRequest, choice: Choice, event: Event) -> dict[str, Any]:
+    reader = _reader(renderer, request)
+    text = reader.push(event.text)
+    rest, calls = reader.finish(event.finish_reason == "stop")
+    message: dict[str, Any] = {"role": "assistant", "content": text + rest, "refusal": None}
+    if calls:
+        message |= {"content": text.strip() or None, "tool_calls": [call.as_json() for call in calls]}
+    return {
+        "index": choice.index,
+        "message": message,
+        "logprobs": logprobs_of(renderer, event) if request.logprobs else None,
+        "finish_reason": "tool_calls" if calls else event.finish_reason,
+    }
 
 
 async def _chunks(
@@ -92,17 +107,26 @@ async def _chunks(
         return sse({**head, "choices": [choice]})
 
     last: dict[int, Event] = {}
+    readers = [_reader(renderer, request) for _ in choices]
     with service.admitted(request, 1):
         async with aclosing(merged(service.engines, model, choices)) as events:
             async for choice, event in events:
                 if choice.index not in last:
                     yield chunk(choice.index, {"role": "assistant", "content": "", "refusal": None})
                 last[choice.index] = event
-                logprobs = logprobs_of(renderer, event) if request.logprobs and event.logprobs else None
-                if event.text or logprobs:
-                    yield chunk(choice.index, {"content": event.text}, logprobs=logprobs)
+                reader, calls = readers[choice.index], []
+                text = reader.push(event.text)
                 if event.finish_reason is not None:
-                    yield chunk(choice.index, {}, event.finish_reason)
+                    rest, calls = reader.finish(event.finish_reason == "stop")
+                    text += rest
+                logprobs = logprobs_of(renderer, event) if request.logprobs and event.logprobs else None
+                if text or logprobs:
+                    yield chunk(choice.index, {"content": text}, logprobs=logprobs)
+                if calls:
+                    whole = [{"index": i, **call.as_json()} for i, call in enumerate(calls)]
+                    yield chunk(choice.index, {"tool_calls": whole})
+                if event.finish_reason is not None:
+                    yield chunk(choice.index, {}, "tool_calls" if calls else event.finish_reason)
     if request.include_usage:
         yield sse({**head, "choices": [], "usage": usage_of(choices, last)})
 

@@ -7,7 +7,7 @@ import asyncio
 import datetime
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -20,6 +20,7 @@ from bruno_ray.prompts.rendering import apply_template, messages, must_fold
 from bruno_ray.prompts.sets import Prompt
 from bruno_ray.settings import ModelSettings
 from serve.api.requests import Message
+from serve.api.tools import Tool, ToolFormat, tool_format_of
 from serve.errors import RequestError
 
 logger = logging.getLogger(__name__)
@@ -38,13 +39,15 @@ class Renderer:
         name = locate(settings).id
         common = {"revision": settings.revision, "trust_remote_code": settings.trust_remote_code}
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name, padding_side="left", **common)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(name, padding_side="left", **common)
             if not self.tokenizer.chat_template:  # some multimodal models keep it with the processor
                 self.tokenizer.chat_template = AutoProcessor.from_pretrained(name, **common).chat_template
         except (OSError, ValueError, ImportError, AttributeError) as error:
             reason = " ".join(str(error).split())
             raise ModelError(f"the tokenizer of {settings.id} cannot be loaded ({reason}): check the model") from error
         self.special_ids = frozenset(self.tokenizer.all_special_ids)
+        has_template = bool(self.tokenizer.chat_template)
+        self.tool_format = tool_format_of(self.tokenizer.get_chat_template(tools=[{}])) if has_template else None
         self._lock = threading.Lock()  # a fast tokenizer must not be called by two threads at a time
         self._folds = lru_cache(256)(self._must_fold)
         self.token_text = lru_cache(65536)(self._token_text)
@@ -52,14 +55,19 @@ class Renderer:
     # ----- to token ids -----
 
     async def chat(
-        self, conversation: Sequence[Message], system_prompt: str | None, response_prefix: str, date: datetime.date
+        self,
+        conversation: Sequence[Message],
+        system_prompt: str | None,
+        response_prefix: str,
+        date: datetime.date,
+        tools: Sequence[Tool] = (),
     ) -> tuple[int, ...]:
         """Ids of a conversation up to where the answer begins.
 
         ``system_prompt`` counts where the conversation brings none, ``date`` where the chat template prints one.
-        Raises RequestError (400) if the chat template refuses the conversation.
+        Raises RequestError (400) if the chat template refuses the conversation, or has no tools of a known form.
         """
-        text = self.chat_text(conversation, system_prompt, date) + response_prefix
+        text = self.chat_text(conversation, system_prompt, date, tools) + response_prefix
         return await self.encode(text, add_special_tokens=False)
 
     async def encode(self, text: str, add_special_tokens: bool) -> tuple[int, ...]:
@@ -71,9 +79,18 @@ class Renderer:
         with self._lock:
             return tuple(self.tokenizer(text, add_special_tokens=add_special_tokens, verbose=False)["input_ids"])
 
-    def chat_text(self, conversation: Sequence[Message], system_prompt: str | None, date: datetime.date) -> str:
+    def chat_text(
+        self,
+        conversation: Sequence[Message],
+        system_prompt: str | None,
+        date: datetime.date,
+        tools: Sequence[Tool] = (),
+    ) -> str:
         """The conversation through the chat template, with the header of the answer."""
-        turns = [_as_dict(message) for message in conversation]
+        if self.tool_format is None:
+            _refuse_tools(conversation, tools)
+        called = {call.id: call.function.name for message in conversation for call in message.tool_calls or ()}
+        turns = [_as_dict(message, called) for message in conversation]
         n_system = next((i for i, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
         if n_system:
             system = "\n\n".join(turn["content"] for turn in turns[:n_system])
@@ -92,11 +109,11 @@ class Renderer:
             turns[0] = {**turns[0], "content": messages(Prompt(turns[0]["content"], system), True)[0]["content"]}
         elif system:
             turns.insert(0, {"role": "system", "content": system})
-        return self._template(turns, date)
+        return self._template(turns, date, [tool.for_template() for tool in tools])
 
-    def _template(self, turns: list[dict[str, str]], date: datetime.date) -> str:
+    def _template(self, turns: list[dict[str, Any]], date: datetime.date, tools: list[dict[str, Any]]) -> str:
         try:
-            text = apply_template(self.tokenizer, turns, date)
+            text = apply_template(self.tokenizer, turns, date, tools or None)
         except (jinja2.TemplateError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise RequestError(
@@ -107,10 +124,18 @@ class Renderer:
             raise RequestError(
                 400, "this model's chat template leaves out later system messages: put them first", param="messages"
             )
+        missing = [name for tool in tools if (name := tool["function"]["name"]) not in text]
+        if missing:
+            raise RequestError(400, f"this model's chat template leaves out the tool {missing[0]!r}", param="tools")
         return text
 
     def _must_fold(self, system: str, date: datetime.date) -> bool:
         return must_fold(self.tokenizer, system, date)
+
+    def shown_in(self, form: ToolFormat) -> tuple[tuple[int, str], ...]:
+        """The marker of the form where it is a special token, which answers would not show."""
+        token_id = self.tokenizer.convert_tokens_to_ids(form.marker) if form.marker else None
+        return ((token_id, form.marker),) if token_id in self.special_ids else ()
 
     # ----- from token ids -----
 
@@ -136,9 +161,23 @@ class Renderer:
             return None
 
 
-def _as_dict(message: Message) -> dict[str, Any]:
-    turn = {"role": "system" if message.role == "developer" else message.role, "content": message.text}
-    return {**turn, "name": message.name} if message.name else turn
+def _as_dict(message: Message, called: Mapping[str, str]) -> dict[str, Any]:
+    """For a chat template; ``called`` has the function of every call by its id."""
+    turn: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role, "content": message.text}
+    if message.tool_calls:
+        turn["tool_calls"] = [call.for_template() for call in message.tool_calls]
+    if message.tool_call_id is not None:
+        turn["tool_call_id"] = message.tool_call_id
+    name = message.name or called.get(message.tool_call_id or "")  # some templates want the function's name
+    return {**turn, "name": name} if name else turn
+
+
+def _refuse_tools(conversation: Sequence[Message], tools: Sequence[Tool]) -> None:
+    reason = "this model's chat template has no tools, or writes calls in a form that is not known"
+    if tools:
+        raise RequestError(400, f"{reason}: leave tools out", param="tools")
+    if any(message.tool_calls or message.role == "tool" for message in conversation):
+        raise RequestError(400, f"{reason}: leave calls and results out", param="messages")
 
 
 @lru_cache(1)

@@ -22,10 +22,12 @@ from serve.api.fields import (
 )
 from serve.api.formats import ResponseFormat
 from serve.api.left_alone import ContentExtras, GenerationExtras, MessageExtras
+from serve.api.tools import Tool, ToolCall
 
 MAX_STOPS = 16
 MAX_TOP_LOGPROBS = 20
 MAX_BIASES = 1024
+MAX_TOOLS = 128
 SEED_RANGE = 2**63
 BiasedToken = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Length = Annotated[Annotated[int, Field(ge=1)] | None, MayBeUnlimited]
@@ -106,29 +108,39 @@ class TextPart(ContentExtras):
 
 
 class Message(MessageExtras):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Text | Annotated[list[TextPart], Field(min_length=1)]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Text | Annotated[list[TextPart], Field(min_length=1)] | None = None
+    """Left out only where the assistant has called tools."""
+
     name: Text | None = None
     """Handed to the chat template, which may use it."""
 
-    refusal: str | None = Field(None, json_schema_extra=NO_TEXT)
-    tool_calls: list[Any] | None = Field(None, json_schema_extra=NO_LIST)
-    """Only an empty one is supported, as is `function_call`."""
+    tool_calls: list[ToolCall] | None = None
+    """Of the assistant."""
 
+    tool_call_id: Text | None = None
+    """Of role tool: which call this is the result of."""
+
+    refusal: str | None = Field(None, json_schema_extra=NO_TEXT)
     function_call: dict[str, Any] | None = Field(None, json_schema_extra=NO_OBJECT)
     audio: dict[str, Any] | None = Field(None, json_schema_extra=NO_OBJECT)
 
     @model_validator(mode="after")
     def _supported(self) -> "Message":
         refuse(self.refusal, "refusal", "put it into content")
-        refuse(self.tool_calls, "tool_calls", "there are no tools")
-        refuse(self.function_call, "function_call", "there are no tools")
+        refuse(self.function_call, "function_call", "tool_calls is")
         refuse(self.audio, "audio", "only text is")
+        if self.tool_calls and self.role != "assistant":
+            raise Unsupported("tool_calls", "tool_calls are the assistant's")
+        if self.content is None and not self.tool_calls:
+            raise Unsupported("content", "content is missing")
+        if self.role == "tool" and self.tool_call_id is None:
+            raise Unsupported("tool_call_id", "a message of role tool says which call it is the result of")
         return self
 
     @property
     def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content or ())
 
 
 class ChatRequest(Generation):
@@ -146,19 +158,21 @@ class ChatRequest(Generation):
     response_format: ResponseFormat | None = None
     """Of the answer: any text, any JSON object, or JSON of a schema. JSON needs llguidance (the extra `[grammar]`)."""
 
-    tools: list[Any] | None = Field(None, json_schema_extra=NO_LIST)
-    """Only an empty one is supported, as are `functions`."""
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS)] | None = None
+    """For models whose chat template has them, in a form that is known."""
 
     functions: list[Any] | None = Field(None, json_schema_extra=NO_LIST)
     tool_choice: Literal["none", "auto"] | None = None
+    """`none` keeps the tools from the model."""
+
     function_call: Literal["none", "auto"] | None = None
     modalities: list[Literal["text"]] | None = None
     parallel_tool_calls: bool | None = None
+    """False gives out only the first call of an answer."""
 
     @model_validator(mode="after")
     def _consistent(self) -> "ChatRequest":
-        refuse(self.tools, "tools", "there are no tools")
-        refuse(self.functions, "functions", "there are no tools")
+        refuse(self.functions, "functions", "tools is")
         if self.top_logprobs is not None and not self.logprobs:
             raise Unsupported("top_logprobs", "top_logprobs needs logprobs set to true")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
@@ -166,6 +180,11 @@ class ChatRequest(Generation):
         if self.messages[-1].role == "assistant":
             raise Unsupported("messages", "the last message is the assistant's; going on with it is not supported")
         return self
+
+    @property
+    def offered(self) -> list[Tool]:
+        """Tools that the model hears of."""
+        return [] if self.tool_choice == "none" else list(self.tools or ())
 
     @property
     def limit(self) -> int | None:

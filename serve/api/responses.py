@@ -45,17 +45,39 @@ class ChatLogprobs(Body):
     refusal: None
 
 
+class CalledFunction(Body):
+    name: str
+    arguments: str
+    """JSON of an object."""
+
+
+class ToolCall(Body):
+    id: str
+    type: Literal["function"]
+    function: CalledFunction
+
+
+class ToolCallDelta(ToolCall):
+    """A whole call: it is known when the answer has ended."""
+
+    index: int
+
+
 class AssistantMessage(Body):
     role: Literal["assistant"]
-    content: str
+    content: str | None
+    """None where it has only called tools."""
+
     refusal: None
+    tool_calls: list[ToolCall] | None = None
+    """Only there if tools were called."""
 
 
 class ChatChoice(Body):
     index: int
     message: AssistantMessage
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"]
+    finish_reason: Literal["stop", "length", "tool_calls"]
 
 
 class ChatCompletion(Body):
@@ -71,13 +93,14 @@ class ChatDelta(Body):
     role: Literal["assistant"] = "assistant"
     content: str = ""
     refusal: None = None
+    tool_calls: list[ToolCallDelta] | None = None
 
 
 class ChatChunkChoice(Body):
     index: int
     delta: ChatDelta
     logprobs: ChatLogprobs | None
-    finish_reason: Literal["stop", "length"] | None
+    finish_reason: Literal["stop", "length", "tool_calls"] | None
 
 
 class ChatCompletionChunk(Body):

@@ -47,6 +47,9 @@ class GenerationRequest:
     """Only tokens at least so many times as likely as the likeliest."""
 
     penalties: Penalties | None = None
+    shown: tuple[tuple[int, str], ...] = ()
+    """Special tokens that are text in the answer, with that text."""
+
     grammar: str | None = None
     """Form of the answer, as llguidance writes grammars down."""
 
@@ -189,7 +192,8 @@ class Row:
             request.min_p,
             shaping,
         )
-        return cls(request, edit, order, mailbox, TextStream(decoder, request.stop), sampling, tokens)
+        text = TextStream(decoder, request.stop, dict(request.shown))
+        return cls(request, edit, order, mailbox, text, sampling, tokens)
 
     @property
     def grammar(self) -> GrammarState | None:

@@ -90,12 +90,14 @@ def copies(served_run: Path, talkative: Path, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture(scope="session")
 def four_bit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Run directory of a tiny model that is loaded in four bits."""
+    """Run directory of a tiny model that is loaded in four bits, and whose chat template has tools."""
     from bruno_ray.settings import ModelSettings
     from tests.serve.test_catalog import make_run
     from tests.support import tiny_models
+    from tests.support.tool_templates import TEMPLATES
 
     where = tmp_path_factory.mktemp("four-bit")
     model = tiny_models.write(where / "tiny-4bit", "llama", **tiny_models.FOR_4BIT)
+    tiny_models.build_tokenizer(TEMPLATES["llama"]).save_pretrained(model)
     settings = ModelSettings(id=str(model), dtypes=("float32",), quantization="bnb_4bit")
     return make_run(where / "four-bit", settings, d_model=tiny_models.FOR_4BIT["hidden_size"]).path

@@ -10,6 +10,7 @@ import pytest
 
 from tests.serve.conftest import ORIGIN, TALKATIVE
 from tests.serve.server import Server, events_of
+from tests.support import tiny_models
 from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.ray, pytest.mark.slow]
@@ -82,6 +83,38 @@ def test_a_json_format_is_held_to(small: Server) -> None:
         *events, _ = events_of(small, "/v1/chat/completions", model=model, **body)
         pieces = [json.loads(event)["choices"][0]["delta"].get("content", "") for event in events]
         assert "".join(pieces) == choice["message"]["content"]
+
+
+def test_a_tool_is_called_and_its_result_goes_back(small: Server) -> None:
+    """A random model calls nothing by itself: the form of its answer is given, and spaces are forbidden, of which it
+    would fill the context."""
+    pytest.importorskip("llguidance", reason="the extra [grammar] is not installed")
+    parameters = {"type": "object", "properties": {"zone": {"const": "UTC"}}, "required": ["zone"],
+                  "additionalProperties": False}  # fmt: skip
+    call = {"type": "object", "properties": {"name": {"const": "get_time"}, "parameters": parameters},
+            "required": ["name", "parameters"], "additionalProperties": False}  # fmt: skip
+    ask = [{"role": "user", "content": "What time is it?"}]
+    tools = [{"type": "function", "function": {"name": "get_time", "parameters": parameters}}]
+    form = {"type": "json_schema", "json_schema": {"name": "call", "schema": call}}
+    spaces = dict.fromkeys(map(str, tiny_models.build_tokenizer()("\n ")["input_ids"]), -100)
+    body = {"model": small.trials[0], "tools": tools, "response_format": form, "seed": 1, "logit_bias": spaces}
+    (choice,) = small.post("/v1/chat/completions", messages=ask, **body).json()["choices"]
+    (called,) = choice["message"]["tool_calls"]
+    assert choice["finish_reason"] == "tool_calls" and choice["message"]["content"] is None
+    assert called["function"]["name"] == "get_time" and json.loads(called["function"]["arguments"]) == {"zone": "UTC"}
+
+    chunks = [json.loads(event)["choices"][0] for event in
+              events_of(small, "/v1/chat/completions", messages=ask, **body)[:-1]]  # fmt: skip
+    (streamed,) = [chunk["delta"]["tool_calls"] for chunk in chunks if "tool_calls" in chunk["delta"]]
+    assert [call["function"] for call in streamed] == [called["function"]] and streamed[0]["index"] == 0
+    assert chunks[-1]["finish_reason"] == "tool_calls"
+    assert "".join(chunk["delta"].get("content", "") for chunk in chunks) == ""
+
+    turns = [*ask, choice["message"], {"role": "tool", "tool_call_id": called["id"], "content": "noon"}]
+    answer = small.post("/v1/chat/completions", model=small.trials[0], messages=turns, tools=tools, max_tokens=2)
+    assert answer.status_code == 200, answer.text
+    plain = small.post("/v1/chat/completions", messages=ask, **{**body, "tool_choice": "none"}).json()["choices"][0]
+    assert json.loads(plain["message"]["content"])["name"] == "get_time" and plain["finish_reason"] == "stop"
 
 
 def test_ctrl_c_leaves_nothing_behind(small: Server) -> None:
