@@ -5,7 +5,10 @@ import gzip
 import io
 import json
 import logging
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,7 @@ from bruno_ray.prompts.sets import load_prompts
 from bruno_ray.prompts.sources import Reading, Row, read
 from bruno_ray.settings import DatasetSettings
 from bruno_ray.settings.sources import load
+from tests.support.hub_server import hub_with
 
 TEXTS = ["Where is the café?", "Ça va, mon cœur? – “Bien”", "plain"]
 
@@ -445,6 +449,50 @@ def test_files_of_the_hub_by_their_path(hub_cache: Path) -> None:
     assert "is no path that is known" in refusal("hf://buckets/owner/name/a.csv")
     (hub_cache / "train-1.csv").write_text("id;prompt\n1;a;b\n")
     assert "(train-1.csv):2: 3 fields, where the first line has 2: '1;a;b'" in refusal(f"{path}/data/train-*.csv")
+
+
+READ_EACH = """
+import json, sys
+from bruno_ray.errors import PromptError
+from bruno_ray.prompts.sources import read_rows
+from bruno_ray.settings import DatasetSettings
+for source in sys.argv[1:]:
+    try:
+        print(json.dumps([row.text for row in read_rows(DatasetSettings(source=source), 10)]))
+    except PromptError as error:
+        print(json.dumps(str(error)))
+"""
+
+
+def test_the_hub_as_its_own_clients_ask_it(folder: Path) -> None:
+    configs = [
+        f"- config_name: {name}\n  data_files:\n  - split: train\n    path: {name}.jsonl\n" for name in ("easy", "odd")
+    ]
+    files = {
+        "README.md": ("---\nconfigs:\n" + "".join(configs) + "---\n").encode(),
+        "easy.jsonl": b'{"prompt": "easy 1"}\n{"prompt": "easy 2"}\n',
+        "odd.jsonl": b'{"prompt": "odd 1"}\n',
+        "data/train-0.csv": b"id;prompt\n1;a 0\n",
+        "data/train-1.csv": b"id;prompt\n1;a 1\n",
+    }
+    path = "hf://datasets/owner/name"
+    expected: dict[str, list[str] | str] = {
+        "owner/name/odd": ["odd 1"],
+        "owner/name/easy": ["easy 1", "easy 2"],
+        "owner/name/hard": "owner/name has no config 'hard'; set `config` to one of: easy, odd",
+        path: "owner/name needs a config; set `config` to one of: easy, odd",
+        f"{path}/data/train-*.csv": ["a 0", "a 1"],
+        f"{path}/data/none.csv": f"{path}/data/none.csv: that data set has no such file; check the path on the hub",
+        f"{path}/data/none-*.csv": f"{path}/data/none-*.csv: no file of that data set matches; check the pattern",
+        "hf://datasets/owner/other/a.csv": "hf://datasets/owner/other/a.csv: not found on the hub, or gated; check the"
+        " id, and log in with `hf auth login` if it needs access",
+    }
+    with hub_with("owner/name", files) as address:
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
+        environment |= {"HF_ENDPOINT": address, "HF_HOME": str(folder), "PYTHONPATH": str(Path(__file__).parents[1])}
+        command = [sys.executable, "-c", READ_EACH, *expected]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert dict(zip(expected, map(json.loads, done.stdout.splitlines()))) == expected, done.stderr
 
 
 # --------------------------------------------------------------------------------------------------------------
