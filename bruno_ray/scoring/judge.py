@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from bruno_ray.errors import JudgeError, ServerError
-from bruno_ray.files import cache_folder, write_json
+from bruno_ray.errors import JudgeError, OutputError, ServerError
+from bruno_ray.files import cache_folder, output_errors, write_json
 from bruno_ray.scoring.chat_server import ChatServer
 from bruno_ray.scoring.scores import Scores
 from bruno_ray.settings import JudgeSettings
@@ -102,10 +102,19 @@ def remembered(
 
     found: dict[Pair, Verdict] = {}
 
+    unwritable: list[OutputError] = []
+
     def keep(pair: Pair, value: Verdict) -> None:
         found[pair] = value
-        file(pair).parent.mkdir(parents=True, exist_ok=True)
-        write_json(file(pair), {"yes": value}, durable=False)
+        if unwritable:
+            return
+        try:
+            with output_errors(folder):
+                file(pair).parent.mkdir(parents=True, exist_ok=True)
+            write_json(file(pair), {"yes": value}, durable=False)
+        except OutputError as error:  # it is known all the same
+            unwritable.append(error)
+            logger.warning("the judge's verdicts are not kept for another time: %s", error)
 
     missing = []
     for pair in dict.fromkeys(pairs):

@@ -82,6 +82,18 @@ def test_verdicts_are_kept_by_all_that_they_depend_on(judge: Judge, tmp_path: Pa
     assert not any("secret" in file.read_text() for file in files)
 
 
+def test_verdicts_that_cannot_be_kept_are_given_all_the_same(
+    judge: Judge, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = Endpoint(settings(judge)).verdicts(PAIRS)
+    monkeypatch.setenv("BRUNO_CACHE", "/proc/none")
+    assert Endpoint(settings(judge)).verdicts(PAIRS) == first
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
+        "the judge's verdicts are not kept for another time: cannot write /proc/none/judge: no folder can be made"
+        " there: set BRUNO_CACHE to another folder"
+    ]
+
+
 def test_what_was_answered_before_a_failure_is_not_asked_again(judge: Judge) -> None:
     def reply(text: str) -> Reply:
         return (500, {"error": {"message": "out of memory"}}) if "La la" in text else by_apology(text)
