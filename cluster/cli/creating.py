@@ -12,6 +12,7 @@ from bruno_ray.files import write_text
 from cluster.cli.machines import up
 from cluster.errors import ClusterSettingsError
 from cluster.jobs.session import read_config
+from cluster.network.keys import ensure_folder
 from cluster.settings import ClusterSettings, Requirements, checked_cluster_name
 
 CPUS_PER_GPU = 8
@@ -25,7 +26,7 @@ def create(arguments: argparse.Namespace) -> int:
     config = created(read_config(file), file.resolve().parent, arguments)
     settings = ClusterSettings.from_provider(config["provider"])
     folder = settings.folder(checked_cluster_name(config["cluster_name"]))
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    ensure_folder(folder)
     write_text(folder / CREATED, yaml.safe_dump(config, sort_keys=False))
     arguments.cluster_config, arguments.restart, arguments.max_hours = folder / CREATED, False, None
     return up(arguments)

@@ -18,9 +18,26 @@ KEY_NAME = "id_ed25519"
 KNOWN_HOSTS_NAME = "known_hosts"
 
 
+def ensure_folder(folder: Path) -> None:
+    """Make a cluster's folder, for its user alone. Raises `ClusterSettingsError` where nothing can be written there."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        reason = None if os.access(folder, os.W_OK) else "no permission to write there"
+    except OSError as error:
+        reason = error.strerror
+    if reason:
+        raise ClusterSettingsError(
+            f"{folder} cannot be used for keys and ledger ({reason}): set provider.state_folder in cluster.yaml to a"
+            " folder that can be written"
+        )
+
+
 def ensure_key_pair(folder: Path, cluster_name: str) -> Path:
-    """Path of the private key, generated where there is none. Raises `ClusterSettingsError` without ssh-keygen."""
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    """Path of the private key, generated where there is none.
+
+    Raises `ClusterSettingsError` without ssh-keygen, and where the folder cannot be made.
+    """
+    ensure_folder(folder)
     key = folder / KEY_NAME
     with FileLock(folder / "keys.lock"):
         if not (key.exists() and public_key_file(key).exists()):

@@ -149,3 +149,8 @@ def test_a_cluster_has_one_key_pair_and_it_opens_once(tmp_path: Path) -> None:
     authorized = tmp_path / ".ssh" / "authorized_keys"
     assert authorized.read_text() == line + "\n"
     assert stat.S_IMODE(authorized.stat().st_mode) == 0o600
+
+
+def test_a_home_that_cannot_be_written_is_one_line() -> None:
+    with pytest.raises(ClusterSettingsError, match=r"/proc/none/a cannot be used .*: set provider\.state_folder"):
+        ensure_key_pair(Path("/proc/none/a"), "a")
