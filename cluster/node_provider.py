@@ -60,6 +60,9 @@ longer each time: the account's searches of a day are limited too."""
 
 ANY_TYPE = ""
 
+CREDIT_S = 60.0
+"""How long one answer about the account's credit stands."""
+
 LAUNCH_LOCK_S = 180.0
 
 
@@ -99,6 +102,8 @@ class VastNodeProvider(NodeProvider):
         self._launching = threading.RLock()
         self._refusals: dict[str, _Refusal] = {}
         """By node type; those of `ANY_TYPE` are about the account."""
+        self._credit: tuple[float, float | None] | None = None
+        """When it was asked for, and what was said."""
         self._tearing_down = False
         self._setting_up = FileLock(self.folder / "up.lock")
         """Held by a `ray up` from when it has a head until its process ends."""
@@ -142,8 +147,10 @@ class VastNodeProvider(NodeProvider):
         return self._registry.limit(self._registry.current().values())
 
     def credit(self) -> float | None:
-        """Dollars that the account has left; None where the key may not know. Raises `VastError`."""
-        return self._client.credit()
+        """Dollars that the account had left a minute ago; None where the key may not know. Raises `VastError`."""
+        if self._credit is None or self._clock.time() >= self._credit[0] + CREDIT_S:
+            self._credit = self._clock.time(), self._client.credit()
+        return self._credit[1]
 
     def is_running(self, node_id: str) -> bool:
         node = self._registry.current().get(node_id)

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +20,7 @@ from tests.support.programs import needs
 from tests.support.waiting import wait_for
 
 KEY = "ssh-ed25519 " + "A" * 68 + " bruno-ray-demo"
+PATIENCE_S = 5.0
 pytestmark = needs("bash", "curl", "setsid", package="bash, curl and util-linux")
 
 
@@ -90,13 +91,19 @@ def test_a_machine_without_a_head_destroys_itself_and_nothing_else(machine: Boot
 
 
 def test_it_lives_as_long_as_the_head_shows_itself(machine: Booted) -> None:
-    """The head is there for five times the patience."""
-    machine.boot(patience_s=2)
+    """Two machines with the same patience: the head shows itself to the first, and the second ends."""
+    machine.boot(patience_s=PATIENCE_S)
     heartbeat = machine.home / ".bruno-ray" / "heartbeat"
-    until = time.monotonic() + 10
-    wait_for(lambda: heartbeat.touch() or time.monotonic() > until, "ten seconds of heartbeats", interval_s=0.3)
-    assert machine.is_there() and machine.switches()
+    os.utime(heartbeat, (time.time() + 3600, time.time() + 3600))
+    alone = replace(machine, instance=machine.other, other=machine.instance, home=machine.home / "of the other")
+    alone.home.mkdir()
+    alone.boot(patience_s=PATIENCE_S)
+    wait_for(lambda: not alone.is_there(), "the end of the machine without a head")
+    assert machine.is_there()
+    os.utime(heartbeat, (0, 0))
     wait_for(lambda: not machine.is_there(), "its end after the last heartbeat")
+    for pid in alone.switches():
+        os.kill(pid, signal.SIGKILL)
 
 
 def test_the_absolute_end_comes_although_the_head_is_there(machine: Booted) -> None:

@@ -19,8 +19,9 @@ from ray.autoscaler.tags import (
 )
 
 from cluster.errors import ClusterError, NodeError
-from cluster.renting.tags import Label
+from cluster.renting.tags import Label, creation_env, node_of
 from cluster.settings import ClusterSettings
+from cluster.vast.models import Instance
 from tests.cluster.fake_vast.api import Fault
 from tests.cluster.fake_vast.cluster import (
     NODE_CONFIG,
@@ -98,6 +99,16 @@ def test_a_label_that_the_api_finds_too_long_still_carries_the_status(world: Imi
     head.set_node_tags(node, {**READY, TAG_RAY_RUNTIME_CONFIG: "ab" * 20})
     assert world.provider("laptop").node_tags(node)[TAG_RAY_NODE_STATUS] == STATUS_UP_TO_DATE
     assert head.node_tags(node)[TAG_RAY_RUNTIME_CONFIG] == "ab" * 20
+
+
+def test_tags_fit_into_a_variable_and_are_read_back() -> None:
+    label = Label("a" * 24, "worker", 151)
+    tags = {**worker_tags("12345678-1234-1234-1234-123456789012", "a_gpu_with_a_very_long_name_4x80gb"), **label.tags}
+    env = creation_env(label, tags, "0123456789ab", 1.2345)
+    assert max(map(len, env.values())) <= 256
+    instance = Instance.model_validate({"id": 1, "label": label.text(), "extra_env": list(env.items())})
+    node = node_of(instance, "a" * 24)
+    assert node is not None and (node.tags, node.launch, node.traffic) == (tags, "0123456789ab", 1.2345)
 
 
 def test_labels_fit_and_are_read_back() -> None:
