@@ -77,6 +77,10 @@ class BudgetSettings(Section):
     max_hours: PositiveFloat | None = None
     """The same after so many hours from the head's beginning; `bruno-ray cluster up --max-hours` comes before it."""
 
+    credit_must_cover: bool = True
+    """Whether `bruno-ray cluster up` refuses a plan that the account's credit does not cover; false where Vast.ai
+    charges a card when the credit is low."""
+
 
 class Requirements(Section):
     """What a machine must be to be rented."""

@@ -166,10 +166,11 @@ def credit_line(session: Session, per_hour: float, expected: float) -> str:
     credit = session.provider.credit()
     if credit is None:
         return f"plan: {plan}; what the account has is not told to this API key (it lacks user_read)"
-    if credit < expected:
+    if credit < expected and session.settings.budget.credit_must_cover:
         raise RefusedError(
             f"nothing was rented: the account has {credit:.2f} $ and the plan is {plan}; without credit Vast.ai stops"
-            " machines and deletes what is on them: add credit, lower max_workers or budget, or give --max-hours"
+            " machines and deletes what is on them: add credit, lower max_workers or budget, give --max-hours, or set"
+            " budget.credit_must_cover to false where a card is charged by itself"
         )
     return f"plan: {plan}; the account has {credit:.2f} $"
 

@@ -131,6 +131,17 @@ def test_up_says_what_the_account_has_and_refuses_where_that_does_not_last(lapto
     assert "the account has 3.00 $" in done.stderr and "--max-hours" in done.stderr and done.stderr.count("\n") == 1
 
 
+def test_up_goes_on_where_a_card_is_charged(laptop: Laptop, tmp_path: Path) -> None:
+    config = yaml.safe_load(CLUSTER_YAML.read_text())
+    config["provider"]["budget"]["credit_must_cover"] = False
+    config["file_mounts"] = {}
+    charged = tmp_path / "charged.yaml"
+    charged.write_text(yaml.safe_dump(config))
+    laptop.vast.credit = 1.0
+    done = laptop.run("up", config=charged)
+    assert "the account has 1.00 $" in done.stdout and "add --yes" in done.stderr
+
+
 def test_up_for_less_time_costs_less(laptop: Laptop, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(MAX_HOURS_VARIABLE, "")  # restored afterwards
     laptop.vast.credit = 3.0
