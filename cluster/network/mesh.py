@@ -50,15 +50,16 @@ HEARTBEAT = 'touch "$HOME/.bruno-ray/heartbeat"'
 
 SESSION = """\
 d="$HOME/.bruno-ray/mesh"; mkdir -p "$d"; old=$(cat "$d/session" 2>/dev/null)
-echo "$PPID" > "$d/session"
 is_sshd() { case "$(cat "/proc/$1/comm" 2>/dev/null)" in sshd*) return 0 ;; esac; return 1; }
 if [ -n "$old" ] && [ "$old" != "$PPID" ] && is_sshd "$old"; then
   kill "$old"; echo evicted
   for i in 1 2 3 4 5 6 7 8 9 10; do is_sshd "$old" || break; sleep 0.2; done
 fi
+echo "$PPID" > "$d/session"
 """
 """Ends the sshd process of our previous connection, which keeps its listeners for hours after a cut that neither side
-has said goodbye across, says so, and notes the one of this connection."""
+has said goodbye across, says so, and notes the one of this connection: last, so that a connection that breaks
+meanwhile does not make it forget the other."""
 
 
 @dataclass(frozen=True)
@@ -178,10 +179,12 @@ class Link:
         endpoint = self.node.endpoints[self._attempts % len(self.node.endpoints)]
         for _ in range(EVICTION_TRIES):
             await self._master.open(endpoint, self._inner_sshd, forwards)
-            if "evicted" not in (await self._master.run(SESSION)).split():
+            evicted = "evicted" in (await self._master.run(SESSION)).split()
+            refused = self._master.refused_forwards()
+            if not (evicted or refused):
                 return
             await self._master.close()
-        raise LinkError("the ports are held by connections that come again and again")
+        raise LinkError(f"its sshd refuses to listen on {refused} ports: another connection holds them")
 
     async def _listen_here(self, wanted: Sequence[Forward]) -> None:
         """Listen for the worker on this machine, where ssh's command line has not brought that about."""

@@ -31,6 +31,8 @@ FORWARDS_PER_COMMAND = 50
 COMMANDS_AT_ONCE = 8
 """Forwards that are added later, so many by each ssh command, and so many commands side by side."""
 POLL_S = 0.05
+REFUSED = "remote port forwarding failed"
+"""ssh's words, at log level INFO."""
 
 INNER_SSHD = """\
 set -e
@@ -140,7 +142,8 @@ class SshMaster:
     async def open(self, endpoint: Endpoint, inner_sshd: bool = False, forwards: Sequence[Forward] = ()) -> None:
         """Connect, through an sshd of our own if ``inner_sshd``. Raises `LinkError` with what ssh said.
 
-        All of `forwards` are asked for at once. Whether each could be had, ssh does not say: look at the listeners.
+        All of `forwards` are asked for at once. ssh goes on without those that cannot be had: see `refused_forwards`,
+        and look at the listeners.
         """
         self.socket.unlink(missing_ok=True)
         log = self.socket.with_suffix(".log")
@@ -152,7 +155,7 @@ class SshMaster:
             options += ["-o", f"ProxyCommand={outer.replace('%', '%%')}"]
         with open(log, "wb") as stderr:
             self._process = await asyncio.create_subprocess_exec(
-                *("ssh", "-M", "-N", "-S", str(self.socket), *options),
+                *("ssh", "-M", "-N", "-S", str(self.socket), "-o", "LogLevel=INFO", *options),  # the first one counts
                 *(word for forward in forwards for word in forward.words()),
                 *target,
                 stdin=asyncio.subprocess.DEVNULL,
@@ -177,6 +180,10 @@ class SshMaster:
             if process.returncode is not None:
                 raise LinkError(f"ssh ended with {process.returncode}")
             await asyncio.sleep(POLL_S)
+
+    def refused_forwards(self) -> int:
+        """How many of the command line's `-R` the machine has refused; certain once a command has run through here."""
+        return self.socket.with_suffix(".log").read_text(errors="replace").count(REFUSED)
 
     def alive(self) -> bool:
         """Whether the master still runs; says nothing about the machine beyond ssh's own keep-alive."""
@@ -232,7 +239,7 @@ class SshMaster:
             async with places:
                 timeout = COMMAND_TIMEOUT_S + ROUND_TRIP_S * len(part)
                 status, output = await self._ssh("-O", action, *words, self.host_key_alias, timeout_s=timeout)
-            if "remote port forwarding failed" in output:
+            if REFUSED in output:
                 raise ListenError(f"{self.host_key_alias}: {output.strip()[-300:]}")
             if status:
                 raise LinkError(f"{self.host_key_alias}: {action} of ports failed: {output.strip()[-300:]}")

@@ -154,6 +154,25 @@ class TestStar:
         assert network.link(4)["state"] == "none"
         network.check_everyone_reaches_everyone()
 
+    def test_link_is_not_up_while_somebody_else_holds_one_of_its_ports(self, network: Network) -> None:
+        """Such as a connection of ours that is dead on this side and that nobody remembers."""
+        alias, port = network.address(0).alias, network.address(0).node_manager_port
+        hold = (
+            f'import socket,time; s=socket.create_server(("{alias}", {port})); print("held", flush=1); time.sleep(600)'
+        )
+        network.add(4)
+        network.shell(4, f"{sys.executable} -c '{hold}' < /dev/null > /tmp/held 2>&1 & echo $! > /tmp/holder")
+        wait_for(lambda: "held" in network.nodes[4].read("/tmp/held"), "somebody who holds the port")
+        network.tell()
+        wait_for(lambda: "refuses to listen on 1 ports" in network.link(4).get("last_error", ""), "the refusal")
+        assert network.link(4)["state"] == "connecting" and network.link(4)["inner_sshd"] is False
+        network.shell(4, "kill $(cat /tmp/holder)")
+        network.wait_until_up()
+        network.check_everyone_reaches_everyone()
+        network.lab.remove(network.nodes.pop(4))
+        network.tell()
+        network.wait_until_up()
+
     def test_killed_connection_is_made_again_at_once(self, network: Network) -> None:
         before = network.link(1)["connections"]
         os.kill(network.master(1), signal.SIGKILL)
