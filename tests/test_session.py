@@ -237,3 +237,16 @@ def test_ray_starts_under_uv_run_in_a_large_folder_with_a_long_tmpdir_and_no_hom
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path), "workers stay where the driver is"
+
+
+def test_workers_do_not_give_way_to_other_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray starts them at niceness 15 otherwise. Who has set it is left alone."""
+    (variable,) = starting.ENVIRONMENT
+    monkeypatch.delenv(variable, raising=False)
+    with local_options():
+        assert os.environ[variable] == "0"
+    assert variable not in os.environ
+    monkeypatch.setenv(variable, "7")
+    with local_options():
+        assert os.environ[variable] == "7"
+    assert os.environ[variable] == "7"

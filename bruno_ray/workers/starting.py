@@ -24,6 +24,10 @@ STARTS = 3
 
 TIMED_OUT = "timed out during startup"
 
+ENVIRONMENT = {
+    "RAY_worker_niceness": "0",  # Ray lets workers give way to whatever else runs; a study would wait for it
+}
+
 LONGEST_SOCKET = 103 if sys.platform == "darwin" else 107
 """Bytes of a path that the kernel takes for a socket."""
 
@@ -75,14 +79,15 @@ def local_options() -> Iterator[dict[str, Any]]:
         store = (folder or _usual_folder()).parent
         store.mkdir(parents=True, exist_ok=True)
         options["_plasma_directory"] = str(store)
-    token = not _has_token()
-    if token:
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    variables = {name: value for name, value in ENVIRONMENT.items() if name not in os.environ}
+    if not _has_token():
+        variables["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+    os.environ.update(variables)
     try:
         yield options
     finally:
-        if token:
-            del os.environ["RAY_AUTH_TOKEN"]
+        for name in variables:
+            del os.environ[name]
 
 
 def _ray_folder() -> Path | None:
