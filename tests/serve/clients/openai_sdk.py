@@ -59,6 +59,7 @@ assert all(bytes(token.bytes).decode() == token.token for token in content)
 parts = [{"role": "user", "content": [{"type": "text", "text": HELLO[0]["content"]}]}]
 assert chat(messages=parts).choices[0].message.content == text
 assert chat(stop=None, seed=None, user="someone").choices[0].message.content == text
+assert chat(presence_penalty=0, logit_bias={}, extra_body={"top_k": 5}).choices[0].message.content == text
 again = chat(messages=[*HELLO, whole.choices[0].message, {"role": "user", "content": "and its size ?"}])
 assert again.usage.prompt_tokens > whole.usage.prompt_tokens
 
@@ -80,9 +81,9 @@ assert texts == [choice.text for choice in both.choices]
 cases = [
     (openai.NotFoundError, {"model": "nothing"}),
     (openai.BadRequestError, {"temperature": 3}),
-    (openai.BadRequestError, {"logit_bias": {"5": 10}}),
+    (openai.BadRequestError, {"logit_bias": {"99999999": 10}}),
     (openai.BadRequestError, {"messages": [{"role": "user", "content": "colour " * 400}]}),
-    (openai.BadRequestError, {"extra_body": {"top_k": 5}}),
+    (openai.BadRequestError, {"extra_body": {"beams": 5}}),
 ]
 for kind, fields in cases:
     for stream in (False, True):
