@@ -16,7 +16,7 @@ from serve.api.rendering import Renderer
 from serve.api.requests import ChatRequest
 from serve.api.responses import ChatCompletion
 from serve.api.service import Service
-from serve.api.tools import AnswerReader
+from serve.api.tool_calls import AnswerReader
 from serve.catalog.catalog import ServedModel
 from serve.engine.sampling import TokenLogprob
 from serve.engine.types import Event

@@ -20,7 +20,8 @@ from bruno_ray.prompts.rendering import apply_template, messages, must_fold
 from bruno_ray.prompts.sets import Prompt
 from bruno_ray.settings import ModelSettings
 from serve.api.requests import Message
-from serve.api.tools import Tool, ToolFormat, tool_format_of
+from serve.api.tool_calls import ToolFormat, tool_format_of
+from serve.api.tools import Tool
 from serve.errors import RequestError
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from bruno_ray.generation.text_stream import Decoder, TextStream
 from bruno_ray.settings import ModelSettings
 from serve.api.rendering import Renderer
 from serve.api.requests import ChatRequest, Message
-from serve.api.tools import HERMES, LLAMA, MISTRAL, AnswerReader, Call, ToolFormat, tool_format_of
+from serve.api.tool_calls import HERMES, LLAMA, MISTRAL, AnswerReader, Call, ToolFormat, tool_format_of
 from serve.errors import RequestError
 from tests.support import tiny_models
 from tests.support.tool_templates import TEMPLATES
