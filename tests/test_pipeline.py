@@ -9,8 +9,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import bruno_ray as br
 from bruno_ray.cli import main
+from bruno_ray.prompts.sets import load_prompts
 from bruno_ray.runs.directory import RunDirectory
 
 REPOSITORY = Path(__file__).parent.parent
@@ -51,6 +55,25 @@ def test_a_run_ends_in_a_model_that_tells_the_truth(finished: Path) -> None:
     assert all(word in card for word in ("directional-ablation", "attention", "mlp", "| 110 |", "95 %"))
     # What the truth says, the metric that needs no judge says as well.
     assert saved.counts["evasion_rate"][0] <= 0.2 * saved.counts["evasion_rate"][1]
+
+
+def test_a_finished_run_is_opened_from_python(finished: Path) -> None:
+    run = br.open_run(finished)
+    selected = run.record.selected
+    assert selected is not None and f"trial {selected.number} is selected" in repr(run)
+    assert {trial.number for trial in run.front} <= {trial.number for trial in run.trials}
+    prompts = [prompt.user for prompt in load_prompts(run.record.settings).target.test[:8]]
+    edited = run.model()
+    assert edited.edit == run.edit(selected.number) == br.Edit.from_dict(selected.edit)
+    answers, saved = edited.generate(prompts, max_new_tokens=30), run.path / "model"
+    tokenizer, model = AutoTokenizer.from_pretrained(saved), AutoModelForCausalLM.from_pretrained(saved)
+    for prompt, answer in zip(prompts, answers):
+        ids = tokenizer.apply_chat_template(
+            [{"role": "user", "content": prompt}], add_generation_prompt=True, return_dict=False
+        )
+        out = model.generate(torch.tensor([ids]), max_new_tokens=30, do_sample=False)[0, len(ids) :]
+        assert tokenizer.decode(out, skip_special_tokens=True) == answer, "what was saved says what is live"
+    assert answers != edited.generate(prompts, max_new_tokens=30, edited=False)
 
 
 @pytest.mark.ray
