@@ -15,9 +15,9 @@ from tests.support.family_sweep import FAULTS, WORKS, verdict
 PAGE = Path(__file__).parent.parent / "docs" / "families.md"
 LINES = re.findall(r"^\| (\S+) \| (\S*) \| ([a-z ]+) \|", PAGE.read_text(encoding="utf-8"), re.M)
 BY_TEXT_TYPE = {text: family for family, text, status in LINES if status == "supported"}
-SCALED = {"doge", "nanochat", "zaya"}
-"""Their blocks scale the stream channel by channel before they add to it, so that sums do not come out; their rows
-were written by hand, and the sweep holds live edits against baked ones."""
+BY_HAND = {"doge", "nanochat", "zaya", "gemma3n_text"}
+"""Their blocks scale the stream channel by channel before they add to it, or carry several, so that sums do not come
+out; their rows were written by hand, and the sweep holds live edits against baked ones."""
 LEFT_ALONE = {"gemma4_text": "per_layer_projection"}
 
 
@@ -33,8 +33,8 @@ def test_the_page_has_every_row_of_the_table() -> None:
 def test_the_row_is_what_probing_finds(text_type: str) -> None:
     model = all_families.tiny_model(BY_TEXT_TYPE[text_type])
     row = find_architecture(model)
-    if text_type in SCALED:
-        with pytest.raises(ModelError, match="stays unexplained"):
+    if text_type in BY_HAND:
+        with pytest.raises(ModelError, match="stays unexplained|one residual stream"):
             probe(model)
         return
     found, _ = probe(model)

@@ -9,6 +9,7 @@ import psutil
 import pytest
 
 from bruno_ray.errors import StudyError
+from bruno_ray.study.fingerprint import first_difference
 from bruno_ray.study.storage import load_study, open_study
 from tests.support.waiting import wait_for
 
@@ -195,3 +196,11 @@ def test_reading_a_study_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(StudyError, match="no study"):
         load_study(None, tmp_path, "test")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_study_from_before_tensors_were_digested_is_gone_on_with() -> None:
+    old, new = "sha256:0123:none:float32", "sha256:0123:none:float32:89abcdef"
+    assert first_difference({"model": {"fingerprint": old}}, {"model": {"fingerprint": new}}) is None
+    for other in ("sha256:0123:none:bfloat16:89abcdef", "sha256:0124:none:float32:89abcdef", "sha256:0123:none:float3"):
+        assert first_difference({"model": {"fingerprint": old}}, {"model": {"fingerprint": other}}) is not None
+    assert first_difference({"model": {"fingerprint": new}}, {"model": {"fingerprint": old}}) is not None

@@ -114,6 +114,9 @@ FAMILIES: dict[str, Family] = {name: family for family, names in _NAMES.items() 
     ),
     # per_layer_projection (a gated third write of some sizes) is left alone; coverage() shows it
     "gemma4_text": Family((_ATTENTION, _MLP, Site("mlp", "experts", experts="down_proj"))),
+    # four streams, of which the first is read; what a layer writes goes into all, times numbers per token.
+    # per_layer_projection is left alone, as in gemma4
+    "gemma3n_text": Family((_ATTENTION, _MLP, Site("mlp", "laurel.linear_right"))),
     "gpt2": Family(
         (Site("attention", "attn.c_proj"), Site("mlp", "mlp.c_proj")),
         stacks=("transformer",),
@@ -192,7 +195,7 @@ _REFUSED: dict[str, str] = {
     _NO_CACHE: "mamba mamba2 falcon_mamba rwkv xlstm recurrent_gemma openai-gpt xlnet xlm reformer cpmant",
     _PICKS: "deepseek_v32 glm_moe_dsa axk2 hy_v4 mistral_large4_text",
     _BOTH_WAYS: "paligemma",
-    _SEVERAL: "gemma3n_text deepseek_v4",
+    _SEVERAL: "deepseek_v4",
     "it classifies images and writes no answers": "shieldgemma2",
 }
 

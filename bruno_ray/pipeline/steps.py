@@ -33,6 +33,7 @@ from bruno_ray.scoring.markers import Markers
 from bruno_ray.scoring.scores import Scores
 from bruno_ray.settings import ModelSettings, ScoringSettings, Settings
 from bruno_ray.settings.passwords import without_password
+from bruno_ray.study.fingerprint import same_model
 from bruno_ray.workers.exchanged import EvaluationContext, ModelInfo, TrainingPrompts, model_worker
 from bruno_ray.workers.pool import WorkerPool
 from bruno_ray.workers.session import cpus_per_worker
@@ -95,7 +96,7 @@ def open_run(settings: Settings, path: Path, info: ModelInfo, prompts: Prompts) 
         path, RunRecord(settings=settings, command=[without_password(word) for word in sys.argv]), resume=True
     )
     before = run.read().hashes.get("model", info.fingerprint)
-    if before != info.fingerprint:
+    if not same_model(before, info.fingerprint):
         raise StudyError(
             f"{run.name} was begun with another model than the one at {settings.model.id}, whose content differs: give"
             " the place of the same files with --model.id, or start a new run"

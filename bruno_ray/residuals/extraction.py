@@ -77,7 +77,9 @@ class LastPosition:
     def __init__(self, n_points: int) -> None:
         self.kept_L: list[Float[Tensor, "row d_model"] | None] = [None] * n_points
 
-    def keep(self, point: int, hidden_BTD: Float[Tensor, "row position d_model"]) -> None:
+    def keep(self, point: int, hidden_BTD: Float[Tensor, "*stream row position d_model"]) -> None:
+        if hidden_BTD.ndim == 4:  # several streams at once (gemma3n): the first is the one that layers compute with
+            hidden_BTD = hidden_BTD[0]
         # A copy, not a slice: a slice would keep the storage of all positions alive.
         self.kept_L[point] = hidden_BTD[:, -1].to(torch.float32, copy=True)
 

@@ -38,6 +38,11 @@ def study_fingerprint(settings: Settings, info: Any, prompts_fingerprint: str) -
     }
 
 
+def same_model(stored: str, mine: str) -> bool:
+    """Whether two fingerprints are of one model. Those of older runs lack the digest of loaded tensors at the end."""
+    return stored == mine or mine.startswith(f"{stored}:")
+
+
 def first_difference(stored: dict[str, Any], mine: dict[str, Any]) -> tuple[str, Any, Any] | None:
     """(part, its value in the study, its value here) where two fingerprints first disagree; None if they agree."""
     found = _difference(_content(stored), _content(mine), "")
@@ -65,5 +70,7 @@ def _difference(stored: Any, mine: Any, part: str) -> tuple[str, Any, Any] | Non
             found = _difference(stored.get(key), mine.get(key), f"{part}.{key}" if part else key)
             if found:
                 return found
+        return None
+    if part == "model.fingerprint" and same_model(str(stored), str(mine)):
         return None
     return None if stored == mine else (part, stored, mine)
