@@ -368,6 +368,25 @@ def test_conversations_in_csv_and_parquet(folder: Path) -> None:
     assert message.startswith("a.csv:2: column 'messages' holds a conversation that is not JSON")
 
 
+def test_a_sequence_of_structs_that_the_library_has_turned_inside_out(folder: Path) -> None:
+    turned = {"role": ["system", "user"], "content": ["Be brief.", "Why?"]}
+    found = reading("a.jsonl", json.dumps({"messages": turned}))
+    assert [(row.text, row.system) for row in found.rows] == [("Why?", "Be brief.")]
+    assert "holds dict, not text" in refusal("a.jsonl", json.dumps({"messages": {"role": ["user"], "content": []}}))
+
+
+def test_half_a_surrogate_pair_in_json_text_of_a_csv_file() -> None:
+    found = reading("a.csv", 'id,messages\n1,"[{""role"": ""user"", ""content"": ""abc \\ud83d""}]"\n')
+    assert [row.text for row in found.rows] == ["abc \ufffd"]
+    assert found.notes[-1] == "1 prompts with half a surrogate pair replaced by U+FFFD"
+
+
+def test_what_is_for_text_files_is_refused_elsewhere(folder: Path) -> None:
+    assert "`separator` is for .csv and .tsv" in refusal("a.txt", "a\n", separator=";")
+    for settings in ({"separator": ";"}, {"encoding": "cp1251"}):
+        assert f"`{next(iter(settings))}` is for files" in refusal("owner/name", **settings)
+
+
 def test_conversations_that_ask_nothing() -> None:
     answer = json.dumps({"messages": [{"role": "assistant", "content": "Hello"}]})
     image = json.dumps({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]})

@@ -29,10 +29,20 @@ def conversation_of(value: Any) -> list[dict[str, Any]] | None:
             value = json.loads(value)
         except (ValueError, RecursionError):
             return None
+    if isinstance(value, dict):  # `datasets` turns a sequence of structs inside out
+        value = _turned(value)
     if not isinstance(value, list) or not value:
         return None
     is_chat = all(isinstance(turn, dict) and (_role(turn) is not None) for turn in value)
     return value if is_chat else None
+
+
+def _turned(columns: dict[str, Any]) -> list[dict[str, Any]] | None:
+    """`{"role": [...], "content": [...]}` as turns; None if it is something else."""
+    lists = list(columns.values())
+    if not lists or not all(isinstance(one, list) and len(one) == len(lists[0]) for one in lists):
+        return None
+    return [dict(zip(columns, row)) for row in zip(*lists)]
 
 
 def asked(turns: list[dict[str, Any]]) -> Asked | None:

@@ -23,6 +23,7 @@ from bruno_ray.errors import PromptError
 from bruno_ray.files import expanded
 from bruno_ray.prompts.conversations import CHAT_COLUMNS, asked, conversation_of
 from bruno_ray.prompts.formats import FORMATS, format_of, read_file
+from bruno_ray.prompts.formats.json_text import whole_characters
 from bruno_ray.prompts.formats.table import Given, Record, columns_of, excerpt
 from bruno_ray.prompts.hub import ID, download, hub_file, hub_rows, saved_folder, settled
 from bruno_ray.prompts.slicing import Slice, cut, parse_split
@@ -125,7 +126,9 @@ def _row(record: Record, column: str, columns: Sequence[str], seen: Counter[str]
         return None
     seen["conversations, of which the last user turn is asked"] += 1
     seen["conversations whose earlier turns are left out"] += question.is_cut
-    return Row(question.user, system=question.system)
+    user, system = whole_characters([question.user, question.system])  # JSON text in a CSV file has not been looked at
+    seen["prompts with half a surrogate pair replaced by U+FFFD"] += [user, system] != [question.user, question.system]
+    return Row(user, system=system)
 
 
 def _open(settings: DatasetSettings, splits: list[Slice], limit: int) -> Opened:
@@ -145,6 +148,9 @@ def _open(settings: DatasetSettings, splits: list[Slice], limit: int) -> Opened:
         if format_of(wanted.file) is None:
             raise PromptError(f"{source}: a file must be one of {' '.join(FORMATS)}, or that and .gz")
         return _files(download(wanted), settings, splits)
+    for name in ("encoding", "separator"):
+        if getattr(settings, name) is not None:
+            raise PromptError(f"{source}: `{name}` is for files; name one as the source, or leave it out")
     if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         return _of_library(saved_folder(path, splits, source), source)
     if not path.is_dir():

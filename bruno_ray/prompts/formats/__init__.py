@@ -49,6 +49,10 @@ FORMATS: dict[str, Callable[[bytes, Given], Table]] = {
 """Ending -> reader. Each may be followed by .gz, and be in capitals."""
 
 
+SEPARATED = (".csv", ".tsv")
+"""Endings of files that `separator` is for."""
+
+
 def format_of(name: str) -> str | None:
     """The ending of a file that can be read, as it is in FORMATS; None for any other."""
     ending = Path(name.lower().removesuffix(COMPRESSED)).suffix
@@ -60,6 +64,8 @@ def read_file(path: Path, given: Given) -> Table:
     ending = format_of(path.name)
     if ending is None:
         raise PromptError(f"{given.place}: a file must be one of {' '.join(FORMATS)}, or that and .gz; convert it")
+    if given.separator is not None and ending not in SEPARATED:
+        raise PromptError(f"{given.place}: `separator` is for {' and '.join(SEPARATED)}; leave it out")
     try:
         content = path.read_bytes()
         if content.startswith(GZIP):

@@ -20,7 +20,6 @@ from bruno_ray.prompts.formats.table import Given, Record, Table, excerpt
 SEPARATORS = (",", ";", "\t", "|")
 NAMES = {",": "commas", ";": "semicolons", "\t": "tabs", "|": "vertical bars"}
 
-
 STATED = re.compile(r'"?sep=([^\w\s"]|\t)"?\r?\n', re.IGNORECASE)
 """A first line with which Excel is told the separator."""
 
@@ -75,15 +74,17 @@ def _separator(text: str, given: Given) -> str:
 
     A comma if there is none: then the file has one column, or lines that will be refused by name.
     """
-    parsed = {separator: _parse(text, separator) for separator in SEPARATORS}
-    wide = {separator: found for separator, found in parsed.items() if found.width > 1}
-    named = [separator for separator, found in wide.items() if _is_named(found.lines[0], given)]
-    even = [separator for separator, found in wide.items() if found.is_even]
+    begun = {separator: _parse(text, separator, at_most=1) for separator in SEPARATORS}
+    wide = {separator: found.lines[0] for separator, found in begun.items() if found.width > 1}
+    named = [separator for separator, line in wide.items() if _is_named(line, given)]
+    if len(named) == 1:
+        return named[0]
+    even = [separator for separator in wide if _parse(text, separator).is_even]
     for candidates in (named, even, list(wide)):
         if len(candidates) == 1:
             return candidates[0]
         if len(candidates) > 1:
-            first = next(iter(wide.values())).lines[0].number
+            first = wide[candidates[0]].number
             raise PromptError(
                 f"{given.place}:{first}: {excerpt(_source(text, first))} may be separated by"
                 f" {' or '.join(NAMES[separator] for separator in candidates)}; set `separator`, or make it a .txt file"
@@ -102,8 +103,8 @@ def _long_fields() -> Iterator[None]:
         csv.field_size_limit(before)
 
 
-def _parse(text: str, separator: str) -> Parsed:
-    """All records; lines without anything on them are left out. Blanks after a separator are no part of a field."""
+def _parse(text: str, separator: str, at_most: int | None = None) -> Parsed:
+    """Records; lines without anything on them are left out. Blanks after a separator are no part of a field."""
     lines: list[Line] = []
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True, skipinitialspace=True)
     number = 1
@@ -112,6 +113,8 @@ def _parse(text: str, separator: str) -> Parsed:
             for cells in reader:
                 if len(cells) > 1 or "".join(cells).strip():
                     lines.append(Line(cells, number))
+                if at_most is not None and len(lines) == at_most:
+                    break
                 number = reader.line_num + 1
         except csv.Error as error:
             return Parsed(lines, (number, str(error)))

@@ -103,7 +103,7 @@ def _table(rows: list[tuple[Any, str]], given: Given, *notes: str | None) -> Tab
                 f"{where}: {excerpt(json.dumps(row))} is {_called(row)}, where the first row is {_called(rows[0][0])};"
                 " write all rows alike"
             )
-        mended = _whole_characters(row)
+        mended = whole_characters(row)
         if mended is not row:
             damaged.append(where)
         records.append(Record({"text": mended} if isinstance(mended, str) else mended, where))
@@ -119,7 +119,7 @@ def _called(row: Any) -> str:
     return "a text" if isinstance(row, str) else "an object"
 
 
-def _whole_characters(value: Any) -> Any:
+def whole_characters(value: Any) -> Any:
     """The same object where all its texts can be written as UTF-8; else a copy, with U+FFFD for what cannot.
 
     JSON can spell one half of a surrogate pair (`\\ud83d`), as programs write it that cut a text in the middle of one.
@@ -131,10 +131,10 @@ def _whole_characters(value: Any) -> Any:
             return value.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
         return value
     if isinstance(value, dict):
-        mended = {_whole_characters(key): _whole_characters(item) for key, item in value.items()}
+        mended = {whole_characters(key): whole_characters(item) for key, item in value.items()}
         same = all(a is c and b is d for (a, b), (c, d) in zip(value.items(), mended.items()))
         return value if same and len(mended) == len(value) else mended
     if isinstance(value, list):
-        items = [_whole_characters(item) for item in value]
+        items = [whole_characters(item) for item in value]
         return value if all(a is b for a, b in zip(value, items)) else items
     return value
