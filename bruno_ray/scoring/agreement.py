@@ -81,7 +81,7 @@ def read_labels(path: Path) -> list[LabelledAnswer]:
     Raises PromptError if it is not there, is no such file or is empty.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").split("\n")  # `splitlines` ends lines within answers as well
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"the labels {path} cannot be read ({first_line(error)}): check the name") from error
     rows = [_row(path, i, line) for i, line in enumerate(lines, 1) if line.strip()]

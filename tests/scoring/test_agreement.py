@@ -65,3 +65,10 @@ def test_a_file_that_is_no_labels_is_one_line(tmp_path: Path, text: str, said: s
 def test_a_file_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(PromptError, match=r"none\.jsonl cannot be read .*check the name"):
         read_labels(tmp_path / "none.jsonl")
+
+
+def test_answers_may_hold_other_ends_of_lines(tmp_path: Path) -> None:
+    row = {"side": "target", "prompt": "Why?", "answer": "One\u2028two\x85three", "shows": True}
+    file = tmp_path / "labels.jsonl"
+    file.write_text("\ufeff" + json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert [label.answer for label in read_labels(file)] == [row["answer"]]
