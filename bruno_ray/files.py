@@ -29,6 +29,8 @@ REASONS = {
     errno.EFBIG: "the file is larger than this file system allows: choose another output.directory",
     errno.EACCES: "no permission to write there: choose another output.directory",
     errno.EPERM: "no permission to write there: choose another output.directory",
+    errno.ENOLCK: "this file system cannot lock files: choose another output.directory",
+    errno.EOPNOTSUPP: "this file system cannot lock files: choose another output.directory",
     errno.EROFS: "the file system is read-only: choose another output.directory",
     errno.ENOENT: "no folder can be made there: choose another output.directory",
     errno.ENOTDIR: "a part of the path is a file: choose another output.directory",
