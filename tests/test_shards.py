@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import resource
 import shutil
 import signal
 import subprocess
@@ -161,6 +162,18 @@ def test_a_damaged_base_is_refused_and_leaves_nothing(tmp_path: Path) -> None:
         file.truncate((base / "model.safetensors").stat().st_size - 1)
     with pytest.raises(ModelError, match="download it again"):
         save(base, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["base"]
+
+
+def test_a_write_that_fails_in_the_middle_leaves_nothing(tmp_path: Path) -> None:
+    base = tiny_models.write(tmp_path / "base")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(OutputError, match="larger than this file system allows"):
+            save(base, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert os.listdir(tmp_path) == ["base"]
 
 
