@@ -184,8 +184,8 @@ class RayCluster:
         return self.container(head)
 
     def shell(self, container: Container, command: str, timeout: float = 120) -> str:
-        """Run a command on a node as `ray exec` does, in an interactive login shell."""
-        wrapped = f"bash --login -i -c {_quoted(f'source ~/.bashrc; {command}')} 2>/dev/null"
+        """What a command prints on a node, in a login shell as that of `ray exec`, without the greeting."""
+        wrapped = f"bash --login -i -c {_quoted(f'source ~/.bashrc; exec 1>&3 3>&-; {command}')} 3>&1 >/dev/null 2>&1"
         return self.lab.ssh(container, self.folder / KEY_NAME, wrapped, timeout)
 
     def driver(self, program: str, timeout: float = 240) -> str:
