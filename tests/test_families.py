@@ -34,7 +34,7 @@ def test_the_row_is_what_probing_finds(text_type: str) -> None:
     model = all_families.tiny_model(BY_TEXT_TYPE[text_type])
     row = find_architecture(model)
     if text_type in BY_HAND:
-        with pytest.raises(ModelError, match="stays unexplained|one residual stream"):
+        with pytest.raises(ModelError, match=r"stays unexplained|one residual stream"):
             probe(model)
         return
     found, _ = probe(model)
