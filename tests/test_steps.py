@@ -9,7 +9,7 @@ from bruno_ray.cli.main import main
 from bruno_ray.errors import StudyError
 from bruno_ray.pipeline.steps import open_run
 from bruno_ray.prompts.sets import Prompt, PromptParts, Prompts
-from bruno_ray.settings import ModelSettings, Settings
+from bruno_ray.settings import ModelSettings, ScoringSettings, Settings
 from bruno_ray.settings.keys import is_resumable
 from bruno_ray.workers.exchanged import ModelInfo
 
@@ -51,6 +51,19 @@ def test_another_model_is_refused_before_anything_is_written(tmp_path: Path, pro
     with pytest.raises(StudyError, match=r"begun with another model than the one at /models/there.*--model\.id"):
         open_run(settings("/models/there"), tmp_path / "run", other, prompts)
     assert run.run_file.read_bytes() == before
+
+
+def test_another_source_of_a_plugin_is_refused(tmp_path: Path, prompts: Prompts) -> None:
+    source = tmp_path / "mine.py"
+    source.write_text("class Mine: pass")
+    scoring = ScoringSettings(scorers=("behaviour_rate", "kl_divergence", f"{source}:Mine"))
+    with_plugin = settings("/models/here").model_copy(update={"scoring": scoring})
+    run = open_run(with_plugin, tmp_path / "run", INFO, prompts)
+    assert run.read().hashes.keys() == {"model", "prompts", "plugin Mine"}
+    open_run(with_plugin, tmp_path / "run", INFO, prompts)
+    source.write_text("class Mine: other = 1")
+    with pytest.raises(StudyError, match=r"run was begun with another source of plugin Mine: put it back"):
+        open_run(with_plugin, tmp_path / "run", INFO, prompts)
 
 
 def test_the_place_of_the_model_may_be_given_to_resume(capsys: pytest.CaptureFixture[str]) -> None:

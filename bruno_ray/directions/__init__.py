@@ -1,7 +1,8 @@
 """From residuals to a bank of directions: tensors in, tensors out, no model and no Ray.
 
-Every method is one file with one function, and one line in ``METHODS``. It takes the residuals of the target and
-of the baseline prompts at one position and returns an orthonormal basis per stream point:
+Every method is one file with one function, and one line in ``METHODS``, or comes from outside (``plugins.py``). It
+takes the residuals of the target and of the baseline prompts at one position and returns an orthonormal basis per
+stream point:
 
     method(target_NLD, baseline_MLD, rank) -> (L, r, D), r <= rank, float32
 
@@ -20,6 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from bruno_ray import plugins
 from bruno_ray.directions.basis import orthonormalise
 from bruno_ray.directions.difference_in_means import difference_in_means
 from bruno_ray.directions.subspace import subspace
@@ -57,9 +59,7 @@ def build_bank(
         PromptError: a side has no prompts, or the two sides have the same residuals at every block.
         ModelError: residuals are not finite.
     """
-    unknown = [name for name in methods if name not in METHODS]
-    if unknown:
-        raise SettingsError(f"directions.methods has no {', '.join(unknown)}: choose from {', '.join(METHODS)}")
+    found = {plugins.short(name): plugins.find(name, METHODS, "directions.methods") for name in methods}
     available = min(target_NPLD.shape[1], baseline_NPLD.shape[1])
     if max(positions, default=0) >= available:
         raise SettingsError(
@@ -75,15 +75,15 @@ def build_bank(
     for position in positions:
         target_NLD = winsorize(target_NPLD[:, position], winsorize_quantile)
         baseline_NLD = winsorize(baseline_NPLD[:, position], winsorize_quantile)
-        for method in methods:
-            directions_LRD = METHODS[method](target_NLD, baseline_NLD, rank)
+        for name, method in found.items():
+            directions_LRD = method(target_NLD, baseline_NLD, rank)
             if projected:
                 directions_LRD = project_out(directions_LRD, mean(baseline_NLD))
-            bank[f"{method}@{position}"] = directions_LRD
+            bank[f"{name}@{position}"] = directions_LRD
     if joined and len(positions) > 1:
-        for method in methods:
-            rows_LRD = torch.cat([bank[f"{method}@{position}"] for position in positions], dim=1)
-            bank[f"{method}@{'+'.join(map(str, positions))}"] = orthonormalise(rows_LRD).float()
+        for name in found:
+            rows_LRD = torch.cat([bank[f"{name}@{position}"] for position in positions], dim=1)
+            bank[f"{name}@{'+'.join(map(str, positions))}"] = orthonormalise(rows_LRD).float()
     for name, directions_LRD in bank.items():
         _check(name, directions_LRD)
     return bank

@@ -21,10 +21,12 @@ from bruno_ray.pipeline.steps import (
     find_model,
     find_response_prefix,
     open_run,
+    plugin_hashes,
     require_trainable,
     score_unedited,
     timed,
     with_name,
+    with_plugins,
     worker_pool,
 )
 from bruno_ray.prompts.sets import Prompts, load_prompts
@@ -66,6 +68,8 @@ def search(settings: Settings, path: Path) -> Path:
     long it takes, and Ctrl-C is an answer too.
     """
     auto = settings.selection.auto
+    settings = with_plugins(settings)
+    plugin_hashes(settings)  # a file that is not there is said before anything is loaded
     prompts = load_prompts(settings)
     with ray_session(settings.ray):
         with worker_pool(settings) as pool:

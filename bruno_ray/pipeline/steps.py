@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float
 
-from bruno_ray import organism
+from bruno_ray import organism, plugins
 from bruno_ray.errors import SettingsError, StudyError
 from bruno_ray.files import cache_folder
 from bruno_ray.model.coverage_table import format_coverage
@@ -60,6 +60,21 @@ def find_model(settings: Settings) -> Settings:
     return settings.model_copy(update={"model": settings.model.model_copy(update={"id": name})})
 
 
+def with_plugins(settings: Settings) -> Settings:
+    """Methods and scorers that lie in files by paths that workers find them under."""
+    directions = settings.directions.model_copy(update={"methods": plugins.absolute(settings.directions.methods)})
+    names = {name: plugins.absolute(getattr(settings.scoring, name)) for name in ("scorers", "report_scorers")}
+    return settings.model_copy(update={"directions": directions, "scoring": settings.scoring.model_copy(update=names)})
+
+
+def plugin_hashes(settings: Settings) -> dict[str, str]:
+    """ "plugin NAME" -> a hash of its source, of everything that is not part of this package."""
+    scorers = (*settings.scoring.scorers, *settings.scoring.report_scorers)
+    found = plugins.digests("directions.methods", settings.directions.methods)
+    found |= plugins.digests("scoring.scorers", scorers)
+    return {f"plugin {name}": digest for name, digest in found.items()}
+
+
 def with_name(settings: Settings) -> Settings:
     """Give the study a name if it has none: model, behaviour, and a hash of what its results depend on."""
     if settings.study.name:
@@ -95,7 +110,11 @@ def open_run(settings: Settings, path: Path, info: ModelInfo, prompts: Prompts) 
     run = RunDirectory.create(
         path, RunRecord(settings=settings, command=[without_password(word) for word in sys.argv]), resume=True
     )
-    before = run.read().hashes.get("model", info.fingerprint)
+    hashes, sources = run.read().hashes, plugin_hashes(settings)
+    changed = [name for name, digest in sources.items() if hashes.get(name, digest) != digest]
+    if changed:
+        raise StudyError(f"{run.name} was begun with another source of {changed[0]}: put it back, or start a new run")
+    before = hashes.get("model", info.fingerprint)
     if not same_model(before, info.fingerprint):
         raise StudyError(
             f"{run.name} was begun with another model than the one at {settings.model.id}, whose content differs: give"
@@ -104,7 +123,7 @@ def open_run(settings: Settings, path: Path, info: ModelInfo, prompts: Prompts) 
     run.update(
         settings=settings,
         versions=installed_versions(),
-        hashes={"model": info.fingerprint, "prompts": prompts.fingerprint},
+        hashes={"model": info.fingerprint, "prompts": prompts.fingerprint, **sources},
         seeds={"study": settings.study.seed},
         model={name: value for name, value in asdict(info).items() if name != "coverage"},
         coverage=[asdict(row) for row in info.coverage],

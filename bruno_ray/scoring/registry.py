@@ -1,9 +1,11 @@
 """Scorers: what a trial is judged by. Every metric is minimised.
 
 To add one: a file with a class that has ``name``, ``metrics``, ``prepare`` and ``score`` (see ``base.Scorer``), and
-an entry in ``SCORERS``. Its metrics can then be named in ``scoring.objectives``.
+an entry in ``SCORERS``, or a package or file of its own (``plugins.py``). Its metrics can then be named in
+``scoring.objectives``.
 """
 
+from bruno_ray import plugins
 from bruno_ray.errors import SettingsError
 from bruno_ray.scoring.base import Scorer
 from bruno_ray.scoring.baseline_behaviour import BaselineBehaviour
@@ -41,12 +43,7 @@ SCORERS: dict[str, type[Scorer]] = {
 
 def make_scorers(settings: ScoringSettings) -> list[Scorer]:
     """The scorers that the settings name. Raises SettingsError for an unknown scorer or objective."""
-    unknown = [name for name in settings.scorers if name not in SCORERS]
-    if unknown:
-        raise SettingsError(
-            f"scoring.scorers has no scorer called {', '.join(unknown)}: choose from {', '.join(SCORERS)}"
-        )
-    scorers = [SCORERS[name](settings) for name in dict.fromkeys(settings.scorers)]
+    scorers = [_kind(name)(settings) for name in dict.fromkeys(settings.scorers)]
     metrics = [metric for scorer in scorers for metric in scorer.metrics]
     missing = [objective for objective in settings.objectives if objective not in metrics]
     if missing:
@@ -55,3 +52,13 @@ def make_scorers(settings: ScoringSettings) -> list[Scorer]:
             f" choose from {', '.join(metrics)}"
         )
     return scorers
+
+
+def _kind(name: str) -> type[Scorer]:
+    kind = plugins.find(name, SCORERS, "scoring.scorers")
+    missing = [part for part in ("name", "metrics", "needs_unedited", "prepare", "score") if not hasattr(kind, part)]
+    if missing:
+        raise SettingsError(
+            f"scoring.scorers: {name} is no scorer, it has no {', '.join(missing)}: see docs/plugins.md"
+        )
+    return kind

@@ -158,7 +158,8 @@ class ResidualSettings(Section):
 
 class DirectionSettings(Section):
     methods: tuple[str, ...] = ("difference_in_means",)
-    """Names in `bruno_ray.directions.METHODS`; several compete within one study."""
+    """Names in `bruno_ray.directions.METHODS`, of installed packages, or FILE.py:NAME; several compete within one
+    study."""
 
     projected: bool = True
     """Keep only the part of each direction that is orthogonal to the baseline mean."""
@@ -265,7 +266,8 @@ class JudgeSettings(Section):
 
 class ScoringSettings(Section):
     scorers: tuple[str, ...] = ("behaviour_rate", "kl_divergence", "coherence", "to_the_point", "elicited_answers")
-    """Names in `bruno_ray.scoring.SCORERS`. Metrics that are no objective decide between equals in --auto-select."""
+    """Names in `bruno_ray.scoring.SCORERS`, of installed packages, or FILE.py:NAME. Metrics that are no objective
+    decide between equals in --auto-select."""
 
     objectives: tuple[str, ...] = ("behaviour_rate", "kl_divergence")
     """Metrics the study minimises, in this order."""
