@@ -10,7 +10,7 @@ import pytest
 
 from cluster.network.keys import KEY_NAME
 from cluster.network.mesh import listeners
-from tests.cluster.fake_vast.api import API_KEY
+from tests.cluster.fake_vast.api import API_KEY, HEAD_KEY
 from tests.cluster.lab import Container, Lab
 from tests.cluster.lab.life import RunningJob
 
@@ -61,7 +61,8 @@ def test_ray_refuses_without_the_token(job: RunningJob) -> None:
 def test_api_key_and_private_key_are_on_the_head_alone_and_only_in_their_files(job: RunningJob) -> None:
     cluster_key = (job.cluster.folder / KEY_NAME).read_text()
     for container in job.containers():
-        with_key = {str(path.relative_to(container.folder)) for path in files_with(container, API_KEY)}
+        assert not files_with(container, API_KEY), "the account's own key stays at home"
+        with_key = {str(path.relative_to(container.folder)) for path in files_with(container, HEAD_KEY)}
         private = {str(path.relative_to(container.folder)) for path in files_with(container, "PRIVATE KEY-----")}
         if container is job.cluster.head():
             assert with_key == {"root/.bruno-ray/vast_api_key"}
@@ -72,7 +73,7 @@ def test_api_key_and_private_key_are_on_the_head_alone_and_only_in_their_files(j
 
 
 def test_secrets_are_in_no_process_list_environment_or_instance(job: RunningJob) -> None:
-    secrets = [API_KEY, (job.cluster.folder / "auth_token").read_text()]
+    secrets = [API_KEY, HEAD_KEY, (job.cluster.folder / "auth_token").read_text()]
     for instance in job.cluster.vast.billed():
         told = json.dumps([instance.env, instance.onstart, instance.label, instance.image])
         assert not any(secret in told for secret in secrets)

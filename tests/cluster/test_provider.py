@@ -189,7 +189,7 @@ def test_the_cluster_key_gets_in_and_no_secret_is_shown(world: ImitatedCluster) 
     [instance] = [instance for instance in world.vast.billed() if instance.price]
     assert PUBLIC_KEY in instance.onstart and instance.ssh_keys == [PUBLIC_KEY]
     assert not any(name.startswith("-p") for name in instance.env), "no port is published"
-    assert "imitated-key" not in str(world.vast.row(instance))
+    assert "key-of-container" not in str(world.vast.row(instance))
 
 
 # Money.

@@ -111,7 +111,7 @@ class FakeInstance:
     @property
     def key(self) -> str:
         """CONTAINER_API_KEY, good for this instance only."""
-        return f"imitated-key-of-{self.id}"
+        return f"key-of-container-{self.id}"
 
     def running_s(self, begun: float | None, now: float) -> float:
         """Seconds until `now` for which its GPUs are billed, when it ran from `begun` on."""
