@@ -270,6 +270,8 @@ def test_a_model_of_the_hub_is_saved_from_its_cache(tmp_path, monkeypatch):
     assert not any(file.is_symlink() for file in (tmp_path / "from hub").iterdir())
     facts = json.loads((tmp_path / "from hub" / "bruno.json").read_text())
     assert (facts["base_model"]["id"], facts["base_model"]["commit"]) == ("me/mine", commit)
+    assert facts["base_model"]["fingerprint"].startswith(f"me/mine@{commit}:")
+    assert load_model(ModelSettings(id="me/mine", dtypes=("float32",))).fingerprint.startswith(f"me/mine@{commit}:")
     missing = min(base.glob("model-*.safetensors")).name
     (tmp_path / "cache" / "models--me--mine" / "snapshots" / commit / missing).unlink()
     with pytest.raises(ModelError, match=missing):

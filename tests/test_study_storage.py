@@ -9,7 +9,7 @@ import psutil
 import pytest
 
 from bruno_ray.errors import StudyError
-from bruno_ray.study.fingerprint import first_difference
+from bruno_ray.study.fingerprint import first_difference, same_model
 from bruno_ray.study.storage import load_study, open_study
 from tests.support.waiting import wait_for
 
@@ -204,3 +204,6 @@ def test_a_study_from_before_tensors_were_digested_is_gone_on_with() -> None:
     for other in ("sha256:0123:none:bfloat16:89abcdef", "sha256:0124:none:float32:89abcdef", "sha256:0123:none:float3"):
         assert first_difference({"model": {"fingerprint": old}}, {"model": {"fingerprint": other}}) is not None
     assert first_difference({"model": {"fingerprint": new}}, {"model": {"fingerprint": old}}) is not None
+    commit = "0123456789" * 4
+    assert same_model("me/mine@unknown:abcd:none:float32", f"me/mine@{commit}:abcd:none:float32:89abcdef")
+    assert not same_model(f"me/mine@{commit}:abcd", f"me/mine@{commit[::-1]}:abcd")

@@ -33,6 +33,9 @@ from bruno_ray.learning.trainee import Trainee
 from bruno_ray.model.batching import TokenBudget, batches, pad_left, run_with_backoff
 from bruno_ray.settings import LearnedSettings
 
+CONFIDENCE = 0.5
+"""Probability of each token from which on an edit's own answer is learned, where there are no desired ones."""
+
 
 class Trainer:
     """Trains edits of one model copy."""
@@ -44,6 +47,10 @@ class Trainer:
         self._bank = bank
         self._settings = settings
         self._budget = TokenBudget.for_device(engine.device, settings.batch_tokens)
+        confidence = settings.confidence
+        if confidence is None:
+            confidence = 1.0 if teacher.material.answers else CONFIDENCE
+        self._confidence = math.inf if confidence == 1 else confidence
 
     def train(self, plans: Sequence[TrainingPlan]) -> list[TrainedEdit | TrialError]:
         """One result per plan, in their order; a training whose loss is not finite gives an error.
@@ -183,7 +190,7 @@ class Trainer:
                 trainee.sure.pop(p, None)
                 if p in proper:
                     trainee.present.pop(p, None)
-                    sure = math.exp(float(logprobs_N.min())) >= self._settings.confidence
+                    sure = math.exp(float(logprobs_N.min())) >= self._confidence
                     if sure and given[p].end_id is not None:
                         trainee.sure[p] = teacher.as_desired(p, given[p])
 

@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from bruno_ray.files import file_chunks
 
@@ -17,7 +18,7 @@ SAMPLES = 64
 """Values of each tensor that count; one that was drawn at random differs in all of them."""
 
 
-def fingerprint(source: str, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerBase) -> str:
+def fingerprint(source: str, revision: str | None, tokenizer: PreTrainedTokenizerBase) -> str:
     """``id@commit`` for the hub; for a folder ``sha256:`` over its config, tokenizer and weights.
 
     Folders up to FULL_HASH_BYTES of weights are hashed in full. Of bigger files the name, the size, and the first,
@@ -27,8 +28,7 @@ def fingerprint(source: str, config: PreTrainedConfig, tokenizer: PreTrainedToke
     folder = Path(source)
     digest = hashlib.sha256(str(tokenizer.chat_template).encode())
     if not folder.is_dir():
-        commit = getattr(config, "_commit_hash", None) or "unknown"
-        return f"{source}@{commit}:{digest.hexdigest()[:8]}"
+        return f"{source}@{_commit(source, revision)}:{digest.hexdigest()[:8]}"
     weights = sorted({path for pattern in WEIGHT_FILES for path in folder.glob(pattern)})
     whole = sum(path.stat().st_size for path in weights) <= FULL_HASH_BYTES
     for path in [folder / name for name in IDENTITY_FILES if (folder / name).exists()] + weights:
@@ -36,6 +36,12 @@ def fingerprint(source: str, config: PreTrainedConfig, tokenizer: PreTrainedToke
         for chunk in file_chunks(path, whole or path not in weights):
             digest.update(chunk)
     return f"sha256:{digest.hexdigest()}"
+
+
+def _commit(source: str, revision: str | None) -> str:
+    """Of the hub's repository: what was loaded lies in the cache's snapshot of it, a folder that is named after it."""
+    found = try_to_load_from_cache(source, "config.json", revision=revision or "main")
+    return Path(found).parent.name if isinstance(found, str) else "unknown"
 
 
 @torch.no_grad()

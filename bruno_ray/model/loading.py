@@ -91,7 +91,7 @@ def load_model(settings: ModelSettings, *, full_precision: bool = False, only_lo
     if full_precision:
         settings = settings.model_copy(update={"dtypes": ("auto",), "quantization": "none", "device_map": "cpu"})
     model, dtype = load_weights(source, settings, config, tokenizer, full_precision=full_precision)
-    identity = fingerprint(source, config, tokenizer)
+    identity = fingerprint(source, settings.revision, tokenizer)
     if in_table(config):
         architecture = find_architecture(model)
     else:

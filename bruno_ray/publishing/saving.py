@@ -162,7 +162,7 @@ def _finish(
                 **({"gguf_file": settings.gguf_file} if settings.gguf_file else {}),
                 "revision": settings.revision,
                 **({"commit": base.commit} if base.commit else {}),
-                "fingerprint": f"{fingerprint(base.source, base.config, base.tokenizer)}:none:{saved.dtype}",
+                "fingerprint": f"{fingerprint(base.source, base.settings.revision, base.tokenizer)}:none:{saved.dtype}",
             },
             "edit": papers.edit.to_dict(),
             **facts,

@@ -82,8 +82,9 @@ class LearnedSettings(Section):
     renewal_prompts: PositiveInt = 24
     """How many of the train prompts it answers."""
 
-    confidence: Annotated[float, Field(ge=0, le=1)] = 0.5
-    """Probability that each token of such an answer must have."""
+    confidence: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Probability that each token of such an answer must have, 1 for none of them. When not given, 0.5; where there are
+    desired answers none, since one's own lead away from them."""
 
     batch_tokens: NonNegativeInt = 0
     """Tokens that go forward and back at a time; 0 finds it from memory."""

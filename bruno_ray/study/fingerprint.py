@@ -39,7 +39,10 @@ def study_fingerprint(settings: Settings, info: Any, prompts_fingerprint: str) -
 
 
 def same_model(stored: str, mine: str) -> bool:
-    """Whether two fingerprints are of one model. Those of older runs lack the digest of loaded tensors at the end."""
+    """Whether two fingerprints are of one model. Those of older runs lack the digest of loaded tensors at the end, and
+    do not know the commit of a hub's repository."""
+    if "@unknown:" in stored:
+        mine = re.sub(r"@[0-9a-f]{40}:", "@unknown:", mine)
     return stored == mine or mine.startswith(f"{stored}:")
 
 
