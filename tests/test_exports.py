@@ -323,6 +323,7 @@ def test_a_converter_gets_the_baked_model_and_its_file_is_the_edited_model(tmp_p
     base = tiny_models.write(tmp_path / "base", **SIZES)
     program(tmp_path / "bin" / "convert_hf_to_gguf.py", CONVERTER)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # the script takes our writer of such files
     source = source_of(base, FULL)
     said = gguf_file.export(source, tmp_path / "out", Options(outtype="f32"))
     (file,) = (tmp_path / "out").glob("*.gguf")

@@ -292,7 +292,7 @@ def test_every_scorer_keeps_its_word(engine: BatchEngine, many_prompts: ScoringP
 
 
 def test_names_that_do_not_exist_are_answered_with_those_that_do() -> None:
-    with pytest.raises(SettingsError, match="no scorer called behavior_rate: choose from behaviour_rate"):
+    with pytest.raises(SettingsError, match="has no behavior_rate: choose from behaviour_rate"):
         make_scorers(settings(scorers=("behavior_rate",)))
     with pytest.raises(SettingsError, match=r"names kl_mean.*choose from behaviour_rate, kl_divergence, kl_median"):
         make_scorers(settings(scorers=("behaviour_rate", "kl_divergence"), objectives=("kl_mean",)))

@@ -67,7 +67,9 @@ def _strictly(content: bytes, place: str, encoding: str) -> str:
             " what the file is in"
         ) from None
     except (LookupError, UnicodeError) as error:
-        raise PromptError(f"{place}: encoding {encoding!r} is not known ({error}); write utf-8, cp1251, ...") from None
+        raise PromptError(
+            f"{place}: encoding {encoding!r} is not known ({error}); write its usual name, such as utf-8 or cp1251"
+        ) from None
 
 
 def _without_mark(content: bytes, place: str) -> Decoded:
