@@ -179,7 +179,7 @@ async def malformed(client: httpx.AsyncClient, request: Request, generator: rand
         (400, request.path, {"content": b'{"model": ', "headers": {"Content-Type": "application/json"}}),
         (400, chat, {"json": {"model": body["model"]}}),
         (400, request.path, {"json": {**body, "temperature": 9}}),
-        (400, request.path, {"json": {**body, "logit_bias": {"5": 1}}}),
+        (400, request.path, {"json": {**body, "logit_bias": {"99999999": 1}}}),
         (400, request.path, {"json": {**body, "no_such_field": 1}}),
         (400, "/v1/completions", {"json": {"model": body["model"], "prompt": "word " * 5000}}),
         (404, request.path, {"json": {**body, "model": "no-such-model"}}),

@@ -114,7 +114,6 @@ def remembered(
             write_json(file(pair), {"yes": value}, durable=False)
         except OutputError as error:  # it is known all the same
             unwritable.append(error)
-            logger.warning("the judge's verdicts are not kept for another time: %s", error)
 
     missing = []
     for pair in dict.fromkeys(pairs):
@@ -130,6 +129,8 @@ def remembered(
     if missing:
         logger.info("asking the judge %s about %d answers", judge.model, len(missing))
         ask(missing, keep)
+    if unwritable:  # verdicts come from several threads, of which each may have tried
+        logger.warning("the judge's verdicts are not kept for another time: %s", unwritable[0])
     return [found[pair] for pair in pairs]
 
 
