@@ -59,11 +59,11 @@ types: setup
 
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
-# Everything but what needs a GPU and the long forms; under 20 minutes on two cores.
+# Everything but what needs a GPU and the long forms; about 25 minutes on two cores.
 test: check
 	$(PYTEST) -m "not gpu and not nightly" $(PYTEST_ARGS)
 
-# Two minutes: no Ray cluster, no network namespaces, no browser.
+# Four minutes: no Ray cluster, no network namespaces, no browser.
 test-fast: setup
 	$(PYTEST) -m "not gpu and not nightly and not ray and not cluster and not browser and not slow" $(PYTEST_ARGS)
 
