@@ -271,15 +271,10 @@ def _architecture(model: PreTrainedModel) -> Architecture:
     """By the table, or by probing: whoever hands over a model in memory has accepted it."""
     from bruno_ray.model.architectures import find_architecture
     from bruno_ray.model.families import in_table, require_known
-    from bruno_ray.model.probing import probe
-    from bruno_ray.model.probing_checks import check
+    from bruno_ray.model.probed import watched
 
     require_known(model.config, getattr(model, "name_or_path", "") or type(model).__name__)
-    if in_table(model.config):
-        return find_architecture(model)
-    architecture, given = probe(model)
-    check(model, architecture, given)
-    return architecture
+    return find_architecture(model) if in_table(model.config) else watched(model)
 
 
 def _merged(given: dict[str, Any], more: Mapping[str, Any] | None) -> dict[str, Any]:

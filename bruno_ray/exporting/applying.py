@@ -9,8 +9,7 @@ from bruno_ray.exporting.base import Source, short_card
 from bruno_ray.exporting.direction_file import Base, digest_of
 from bruno_ray.model.architectures import Architecture
 from bruno_ray.model.loading import load_model
-from bruno_ray.publishing.card import license_of
-from bruno_ray.publishing.saving import SavedModel, save_model, source_folder
+from bruno_ray.publishing.saving import SavedModel, save_model
 from bruno_ray.settings import ModelSettings
 
 logger = logging.getLogger(__name__)
@@ -33,7 +32,6 @@ def apply(file: Path, model: ModelSettings, folder: Path) -> SavedModel:
         "transformers",
         f"{source.base_name}, {described.behaviour} ablated",
         f"{source.base_name} with an edit in its weights that was found on {described.base.name}.",
-        license_of(source_folder(model)),
     )
     origin = {"run": described.run, "trial": described.trial}
     return save_model(model, edit, bank, folder, card=lambda _: card, origin=origin)

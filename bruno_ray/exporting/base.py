@@ -11,7 +11,8 @@ from bruno_ray import __version__
 from bruno_ray.ablation.closed_forms import DirectionBank
 from bruno_ray.ablation.edit import Edit
 from bruno_ray.model.named_models import find_named
-from bruno_ray.publishing.card import is_hub_id, public_path
+from bruno_ray.publishing.base import source_folder
+from bruno_ray.publishing.card import is_hub_id, license_of, public_path
 from bruno_ray.settings import ModelSettings
 
 
@@ -67,12 +68,12 @@ Exporter = Callable[[Source, Path, Options], str]
 exists or cannot be written, ModelError if the base model cannot be loaded or the edit has no such form."""
 
 
-def short_card(source: Source, library: str, title: str, text: str, license_entries: dict[str, str]) -> str:
-    """README.md of an export, front matter included."""
+def short_card(source: Source, library: str, title: str, text: str) -> str:
+    """README.md of an export, front matter with the base model's licence included."""
     data: dict[str, Any] = {"library_name": library}
     if source.base_id:
         data["base_model"] = source.base_id
-    data |= {"tags": ["bruno-ray", "directional-ablation", source.behaviour], **license_entries}
+    data |= {"tags": ["bruno-ray", "directional-ablation", source.behaviour], **license_of(source_folder(source.model))}
     front = yaml.safe_dump(data, sort_keys=False, allow_unicode=True).rstrip("\n")
     return (
         f"---\n{front}\n---\n\n# {title}\n\n{text}\n\nTrial {source.trial} of the run `{source.run}`, made by"

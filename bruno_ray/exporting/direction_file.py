@@ -30,8 +30,6 @@ from bruno_ray.exporting.base import Options, Source, short_card
 from bruno_ray.files import atomic_directory
 from bruno_ray.model.architectures import Architecture
 from bruno_ray.model.loading import load_model
-from bruno_ray.publishing.card import license_of
-from bruno_ray.publishing.saving import source_folder
 
 FORMAT = 1
 """Goes up when a file of before cannot be read any more."""
@@ -100,7 +98,6 @@ def export(source: Source, folder: Path, options: Options) -> str:
         "bruno-ray",
         f"Directions of {source.behaviour} in {source.base_name}",
         f"`bruno-ray apply {FILE_NAME} MODEL --to FOLDER` writes the edit into the weights of {source.base_name}.",
-        license_of(source_folder(source.model)),
     )
     with atomic_directory(folder) as aside:
         metadata = {KEY: described.model_dump_json()}  # one entry: several are written in an order by chance

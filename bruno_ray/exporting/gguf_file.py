@@ -14,8 +14,7 @@ from pathlib import Path
 from bruno_ray.errors import OutputError, first_line
 from bruno_ray.exporting.base import Options, Source, short_card
 from bruno_ray.files import atomic_directory, size_text
-from bruno_ray.publishing.card import license_of
-from bruno_ray.publishing.saving import save_model, source_folder
+from bruno_ray.publishing.saving import save_model
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +33,8 @@ def export(source: Source, folder: Path, options: Options) -> str:
     that fails."""
     converter = find_converter()
     name = f"{source.base_name.rpartition('/')[2]}-{source.run}-{source.trial}.gguf"
-    license_entries = license_of(source_folder(source.model))
     text = f"{source.base_name} with the edit in its weights. Converted by llama.cpp's {SCRIPT}."
-    card = short_card(source, "gguf", f"{source.base_name}, {source.behaviour} ablated", text, license_entries)
+    card = short_card(source, "gguf", f"{source.base_name}, {source.behaviour} ablated", text)
     with atomic_directory(folder) as aside:
         baked = aside / "baked"
         origin = {"run": source.run, "trial": source.trial}

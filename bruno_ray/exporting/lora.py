@@ -28,8 +28,6 @@ from bruno_ray.exporting.base import Options, Source, short_card
 from bruno_ray.files import atomic_directory, require_free_space, size_text, write_json
 from bruno_ray.model.loading import load_model
 from bruno_ray.model.writers import Writer
-from bruno_ray.publishing.card import license_of
-from bruno_ray.publishing.saving import source_folder
 
 EXACT_SVD = 1024
 """Up to this many rows or columns all singular vectors are worked out; of larger weights the leading ones, by random
@@ -83,7 +81,6 @@ def export(source: Source, folder: Path, options: Options) -> str:
         "peft",
         f"{source.base_name}, {source.behaviour} ablated, as an adapter",
         f"A LoRA adapter of rank {rank} for {len(updates)} weights of {source.base_name}. {how}",
-        license_of(source_folder(source.model)),
     )
     n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     require_free_space(folder, n_bytes, "the adapter")

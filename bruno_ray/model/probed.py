@@ -19,15 +19,21 @@ from bruno_ray.settings import ModelSettings
 logger = logging.getLogger(__name__)
 
 
+def watched(model: PreTrainedModel) -> Architecture:
+    """Where the model writes, by watching it, and checked. Raises ModelError if it cannot be edited."""
+    architecture, given = probe(model)
+    check(model, architecture, given)
+    return architecture
+
+
 def probed_architecture(
     model: PreTrainedModel, settings: ModelSettings, fingerprint: str, *, only_look: bool = False
 ) -> Architecture:
-    """Where the model writes, by watching it.
+    """As `watched`, of a model that somebody has accepted.
 
     Raises ModelError if it cannot be edited, or if nobody has accepted yet what was found.
     """
-    architecture, given = probe(model)
-    check(model, architecture, given)
+    architecture = watched(model)
     places = sorted({re.sub(r"^.*?\.\d+\.", "", writer.name, count=1) for writer in architecture.writers})
     remembered = cache_folder("probed") / f"{hashlib.sha256(fingerprint.encode()).hexdigest()[:16]}.json"
     if settings.accept_probed and not only_look:
