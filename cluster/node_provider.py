@@ -294,6 +294,10 @@ class VastNodeProvider(NodeProvider):
         use_internal_ip: bool,
         docker_config: dict[str, Any] | None = None,
     ) -> CommandRunnerInterface:
+        """On a laptop with the key in this home's folder: Ray caches `auth` under the text of cluster.yaml alone."""
+        if self.settings.role == "laptop":
+            key = ensure_key_pair(self.folder, self.cluster_name)
+            auth_config = {**auth_config, "ssh_private_key": str(key)}
         return VastCommandRunner(
             log_prefix, node_id, self, auth_config, cluster_name, process_runner, use_internal_ip=use_internal_ip
         )

@@ -179,6 +179,17 @@ def runner_for(
     return runner
 
 
+@needs("ssh-keygen", package="openssh-client")
+def test_a_laptop_uses_its_own_key_whatever_ray_has_cached(world: ImitatedCluster) -> None:
+    """Two home folders with the same cluster.yaml share Ray's cached configuration, not their keys."""
+    laptop = world.provider("laptop")
+    auth = {"ssh_user": "root", "ssh_private_key": "/home/somebody/else/id_ed25519"}
+    runner = laptop.get_command_runner("", "1", auth, "demo", RecordingRunner(), False)  # type: ignore[arg-type]
+    assert isinstance(runner, command_runner.VastCommandRunner)
+    key = laptop.folder / "id_ed25519"
+    assert key.exists() and runner.ssh_private_key == str(key) and auth["ssh_private_key"] != str(key)
+
+
 @needs("/usr/sbin/sshd", "ssh-keygen", package="openssh-server")
 def test_commands_go_to_the_first_address_that_runs_them_and_know_their_node(
     world: ImitatedCluster, monkeypatch: pytest.MonkeyPatch, sshd: Sshd

@@ -93,6 +93,8 @@ def test_the_doctor_finds_that_a_machine_works(laptop: Laptop) -> None:
 def test_of_several_ray_up_at_once_one_has_the_head(laptop: Laptop, tmp_path: Path) -> None:
     """Twice on one laptop, and on another that has the same cluster.yaml. Ends with `ray down`."""
     cluster = laptop.cluster
+    if cluster.vast.billed():  # where this test runs alone
+        laptop.run("stop", "--yes")
     assert cluster.vast.billed() == []
     homes = [cluster.home, cluster.home, cluster.laptop_home(tmp_path / "home")]
     processes = [cluster.start_ray_up(home) for home in homes]
