@@ -45,6 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="stop the jobs and destroy the workers so many hours after the head's beginning [budget.max_hours]",
     )
+    _add_study(sub)
 
     sub = command("create", "creating:create", "as up, with so many machines of one GPU from the beginning", yes=True)
     sub.add_argument("gpu", metavar="GPU", help="as Vast.ai names it, such as RTX_4090 or 'H100 SXM'")
@@ -52,6 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("--hours", type=float, metavar="H", help="what --max-hours of up says [budget.max_hours]")
     sub.add_argument("--budget", type=float, metavar="DOLLARS", help="in total [budget.max_total_cost]")
     sub.add_argument("--model", metavar="MODEL", help="decides about disk and memory [what cluster.yaml says]")
+    _add_study(sub)
 
     command("doctor", "doctor:doctor", "rent one cheap machine for some minutes, and write down what it does", yes=True)
 
@@ -105,6 +107,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub = command("serve", "jobs:serve", "open what `bruno-ray serve` serves on the head through a tunnel")
     _add_door(sub, 8000)
     sub.add_argument("--remote-port", type=int, default=8000, metavar="N", help="its port on the head [8000]")
+
+
+def _add_study(parser: argparse.ArgumentParser) -> None:
+    """For the estimate only."""
+    parser.add_argument("--trials", type=int, metavar="N", help="for the estimate [as the study last looked at]")
+    parser.add_argument("--trial-seconds", type=float, metavar="S", help="of one trial on one GPU, for the estimate")
 
 
 def _add_keeping(parser: argparse.ArgumentParser) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 from bruno_ray import terminal
 from bruno_ray.files import write_json
 from cluster.cli.asking import agree
-from cluster.cli.machines import describe
+from cluster.cli.planning import describe
 from cluster.errors import ClusterError, NodeError
 from cluster.jobs.session import Session
 from cluster.jobs.shell import Shell

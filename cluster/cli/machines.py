@@ -19,6 +19,7 @@ from rich.text import Text
 
 from bruno_ray import terminal
 from cluster.cli.asking import agree
+from cluster.cli.planning import asked_study, plan
 from cluster.errors import ClusterError, ClusterSettingsError, FetchError, NodeError, RefusedError
 from cluster.jobs import fetching, submitting
 from cluster.jobs.session import Session
@@ -28,7 +29,7 @@ from cluster.renting.tags import ClusterNode
 from cluster.setup.bootstrap import MAX_HOURS_VARIABLE
 from cluster.vast.errors import VastError
 from cluster.vast.models import State
-from cluster.vast.offers import PLANNED_HOURS, RankedOffer
+from cluster.vast.offers import RankedOffer
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +100,7 @@ def up(arguments: argparse.Namespace) -> int:
     check_mounts(session)
     heads = [node for node in session.nodes() if node.is_head]
     out = terminal.console()
-    for line in plan(session, heads):
+    for line in plan(session, heads, asked_study(session, arguments.trials, arguments.trial_seconds)):
         out.print(line, highlight=False)
     restart = [] if arguments.restart or not heads else ["--no-restart"]
     agree("Go on?", arguments.yes)
@@ -120,67 +121,6 @@ def check_mounts(session: Session) -> None:
                 f"file_mounts: {local} (for {remote}) is not in {session.config_file.resolve().parent}: keep"
                 " cluster.yaml in the checkout, or write full paths"
             )
-
-
-def plan(session: Session, heads: Sequence[ClusterNode]) -> list[str]:
-    """What `up` is about to do and what that costs, as lines. Raises `RefusedError` where the credit does not last."""
-    config, budget = session.config, session.settings.budget
-    head_type = config["head_node_type"]
-    lines = [f"cluster {session.name} on {session.settings.vast_url}, from {session.config_file}"]
-    prices, traffic = [], 0.0
-    if heads:
-        what = ", ".join(f"{node.id} at {node.instance.dph_total:.3f} $/h" for node in heads)
-        lines.append(f"head: instance {what} is there already and is brought up to date; nothing is rented for it")
-        head_price = sum(node.instance.dph_total for node in heads)
-    else:
-        best = session.provider.offers(config["available_node_types"][head_type]["node_config"]).best()[0]
-        lines.append(f"head: rents {describe(best)} now")
-        head_price, traffic = best.price_per_hour, best.traffic_cost
-    for name, node_type in config["available_node_types"].items():
-        most = min(node_type.get("max_workers", 0), config.get("max_workers", 0))
-        if name == head_type or not most:
-            continue
-        least = node_type.get("min_workers", 0)
-        ranking = session.provider.offers(node_type["node_config"])
-        what = f"nothing on offer now ({ranking.explanation()})"
-        if ranking.accepted:
-            what = describe(ranking.accepted[0])
-            prices += [(ranking.accepted[0].price_per_hour, ranking.accepted[0].traffic_cost)] * most
-        lines.append(f"{name}: {least} workers from the beginning, up to {most} when jobs ask for them; now {what}")
-    spent = session.provider.cost().so_far
-    hours = "" if budget.max_hours is None else f" and {budget.max_hours:g} h"
-    lines.append(
-        f"budget: at most {budget.max_price_per_hour:.2f} $/h, {budget.max_total_cost:.2f} $ in total{hours};"
-        f" {spent:.2f} $ spent so far"
-    )
-    dearest = sorted(prices, reverse=True)[: config.get("max_workers", 0)]
-    per_hour = min(head_price + sum(price for price, _ in dearest), max(budget.max_price_per_hour, head_price))
-    expected = per_hour * (budget.max_hours or PLANNED_HOURS) + traffic + sum(once for _, once in dearest)
-    return [*lines, credit_line(session, per_hour, min(expected, budget.max_total_cost - spent))]
-
-
-def credit_line(session: Session, per_hour: float, expected: float) -> str:
-    """Raises `RefusedError` where the account has less than is `expected` to be spent, in dollars."""
-    hours = session.settings.budget.max_hours or PLANNED_HOURS
-    plan = f"up to {per_hour:.3f} $/h, {max(expected, 0):.2f} $ within {hours:g} h"
-    credit = session.provider.credit()
-    if credit is None:
-        return f"plan: {plan}; what the account has is not told to this API key (it lacks user_read)"
-    if credit < expected and session.settings.budget.credit_must_cover:
-        raise RefusedError(
-            f"nothing was rented: the account has {credit:.2f} $ and the plan is {plan}; without credit Vast.ai stops"
-            " machines and deletes what is on them: add credit, lower max_workers or budget, give --max-hours, or set"
-            " budget.credit_must_cover to false where a card is charged by itself"
-        )
-    return f"plan: {plan}; the account has {credit:.2f} $"
-
-
-def describe(ranked: RankedOffer) -> str:
-    offer = ranked.offer
-    return (
-        f"offer {offer.id} ({offer.num_gpus} x {offer.gpu_name or 'no GPU'} in {offer.geolocation or '?'}) at"
-        f" {ranked.price_per_hour:.3f} $/h, {ranked.traffic_cost:.2f} $ for its downloads"
-    )
 
 
 def ray_command(session: Session, *words: str) -> int:

@@ -5,6 +5,8 @@ import json
 import os
 import shlex
 import time
+from pathlib import Path
+from typing import Any
 
 from rich.console import Group, RenderableType
 from rich.live import Live
@@ -13,6 +15,7 @@ from rich.text import Text
 from bruno_ray import terminal
 from bruno_ray.settings.passwords import VARIABLE
 from cluster.cli.machines import status_view
+from cluster.cli.planning import note_study
 from cluster.errors import ClusterError, ClusterSettingsError
 from cluster.jobs import fetching
 from cluster.jobs.session import Session
@@ -23,12 +26,15 @@ FRONT_ROWS = 8
 
 def progress(arguments: argparse.Namespace) -> int:
     session = Session.open(arguments.cluster_config)
-    terminal.console().print(progress_view(session.head_shell(), arguments.run))
+    terminal.console().print(progress_view(session.head_shell(), arguments.run, session.folder))
     return 0
 
 
-def progress_view(shell: Shell, run: str | None) -> RenderableType:
-    """The study's trials and the best of its front, rates as raw counts."""
+def progress_view(shell: Shell, run: str | None, folder: Path) -> RenderableType:
+    """The study's trials, what they have cost and the best of its front, rates as raw counts.
+
+    What a trial takes is noted in the cluster's `folder`, for the next estimate.
+    """
     from bruno_ray.study.selection import TrialRecord
     from bruno_ray.study.tables import front_table
 
@@ -40,7 +46,10 @@ def progress_view(shell: Shell, run: str | None) -> RenderableType:
     line = f"{answer['name']}: {states.get('COMPLETE', 0)}/{answer['target']} trials complete"
     line += "".join(f", {count} {state.lower()}" for state, count in states.items() if state != "COMPLETE")
     line += "" if answer["running"] else ", not running"
+    note_study(folder, answer)
     parts: list[RenderableType] = [Text(line)]
+    if answer.get("cost") is not None:
+        parts.append(Text(cost_line(answer)))
     for name, (cases, total) in answer["unedited"].items():
         parts.append(Text(f"unedited model: {name.replace('_', ' ')} {cases}/{total}"))
     front = [
@@ -51,6 +60,15 @@ def progress_view(shell: Shell, run: str | None) -> RenderableType:
         title = f"Pareto front ({min(len(front), FRONT_ROWS)} of {len(front)})"
         parts.append(front_table(front[:FRONT_ROWS], answer["objectives"], title, one_line=True))
     return Group(*parts)
+
+
+def cost_line(answer: dict[str, Any]) -> str:
+    """What the machines cost while the run was there: so far, for each completed trial, and for its result."""
+    trials = answer["states"].get("COMPLETE", 0)
+    each = f", {answer['cost'] / trials:.4f} $ for each completed trial" if trials else ""
+    if answer["running"] or answer.get("selected") is None:
+        return f"cost of this run so far: {answer['cost']:.2f} ${each}"
+    return f"cost of its result (trial {answer['selected']}): {answer['cost']:.2f} ${each}"
 
 
 def fetch(arguments: argparse.Namespace) -> int:
@@ -88,7 +106,7 @@ def watch(arguments: argparse.Namespace) -> int:
 def watch_view(session: Session) -> RenderableType:
     parts: list[RenderableType] = [Text(time.strftime("%H:%M:%S")), status_view(session)]
     try:
-        parts.append(progress_view(session.head_shell(), None))
+        parts.append(progress_view(session.head_shell(), None, session.folder))
     except ClusterError as error:
         parts.append(Text(str(error), style="yellow"))
     return Group(*parts)

@@ -11,17 +11,27 @@ import hashlib
 import json
 import os
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import yaml
 from filelock import FileLock
 
 from bruno_ray.errors import BrunoError, OutputError
 from bruno_ray.files import write_json
 from bruno_ray.runs.directory import RunDirectory
+from cluster.clock import SystemClock
 from cluster.network.addresses import DASHBOARD_PORT
+from cluster.settings import ClusterSettings
+
+if TYPE_CHECKING:
+    from bruno_ray.study.selection import TrialRecord
+
+CLUSTER_CONFIG = Path("~/ray_bootstrap_config.yaml").expanduser()
+"""Where `ray up` puts the cluster's configuration on the head."""
 
 RUNS = Path("~/runs").expanduser()
 TOKEN = Path("~/.ray/auth_token").expanduser()
@@ -130,8 +140,30 @@ def progress(run: RunDirectory) -> dict[str, Any]:
         "states": {state: states.count(state) for state in dict.fromkeys(states)},
         "objectives": list(settings.scoring.objectives),
         "unedited": unedited.counts if unedited else {},
+        "trial_seconds": trial_seconds(trials),
+        "cost": cost(run),
+        "selected": record.selected.number if record.selected else None,
         "front": [asdict(trial) | {"samples": (), "params": {}} for trial in front],
     }
+
+
+def trial_seconds(trials: Sequence["TrialRecord"]) -> float | None:
+    """What one trial takes on one copy of the model, on average."""
+    known = [trial.seconds for trial in trials if trial.state == "COMPLETE" and trial.seconds]
+    return sum(known) / len(known) if known else None
+
+
+def cost(run: RunDirectory) -> float | None:
+    """Dollars for all machines of the cluster from the run's first file to its last; None where no account is kept."""
+    if not CLUSTER_CONFIG.is_file():
+        return None
+    from cluster.renting.ledger import Ledger  # imports Ray, and is needed by this question only
+
+    config = yaml.safe_load(CLUSTER_CONFIG.read_text())
+    folder = ClusterSettings.from_provider(config["provider"]).folder(config["cluster_name"])
+    times = [path.stat().st_mtime for path in run.path.rglob("*") if path.is_file()]
+    end = time.time() if is_running(run) else max(times)
+    return Ledger(folder, SystemClock()).cost_between(min(times), end)
 
 
 def stop_jobs() -> list[str]:

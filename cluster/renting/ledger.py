@@ -120,6 +120,15 @@ class Ledger:
         """Dollars for contracts that are gone."""
         return sum(contract.cost(0.0) for contract in self._read().contracts.values() if contract.ended is not None)
 
+    def cost_between(self, begin: float, end: float) -> float:
+        """Dollars from `begin` to `end`, Unix seconds, with the downloads of machines that were rented meanwhile."""
+        now, cost = self._clock.time(), 0.0
+        for contract in self._read().contracts.values():
+            ended = now if contract.ended is None else contract.ended
+            cost += contract.price * max(min(ended, end) - max(contract.begin, begin), 0.0) / 3600
+            cost += contract.traffic if begin <= contract.begin < end else 0.0
+        return cost
+
     def avoid(self, machine_id: int, seconds: float) -> None:
         with self._changed() as entries:
             entries.avoided[str(machine_id)] = self._clock.time() + seconds

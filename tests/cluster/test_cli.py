@@ -8,6 +8,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -150,6 +151,43 @@ def test_up_for_less_time_costs_less(laptop: Laptop, monkeypatch: pytest.MonkeyP
     assert "add --yes" in done.stderr
 
 
+def test_up_estimates_time_and_money_before_it_asks(laptop: Laptop) -> None:
+    """The head's offer costs 0.06 + 0.0002 x 76 $/h; each of four workers downloads 6 + 16 GB at 900 Mbit/s."""
+    done = laptop.run("up", "--trials", "400", "--trial-seconds", "36")
+    line = next(line for line in done.stdout.splitlines() if line.startswith("estimate: "))
+    assert "head ready after 7 min, 4 workers with their model 9 min later" in line
+    assert "400 trials x 36 s on 4 GPUs 60 min; 76 min in all" in line and "MORE" not in line
+    machines, downloads, total = map(float, re.findall(r"(\d+\.\d\d) \$", line))
+    assert machines == pytest.approx(1.27 * 0.075 + 4 * 0.36 * 1.15, rel=0.05)
+    assert (downloads, total) == (
+        pytest.approx(0.006 + 4 * 0.022, abs=0.01),
+        pytest.approx(machines + downloads, abs=0.02),
+    )
+    assert "MORE than the 40.00 $" in laptop.run("up", "--trials", "90000", "--trial-seconds", "36").stdout
+    wrong = laptop.run("up", "--trials", "0")
+    assert wrong.returncode == 2 and wrong.stderr.count("\n") == 1 and laptop.created() == []
+
+
+def test_progress_says_what_trials_cost_and_the_next_estimate_knows_what_they_take(laptop: Laptop) -> None:
+    answer = {"name": "r", "states": {"COMPLETE": 200}, "target": 200, "running": True, "unedited": {}, "front": []}
+    answer |= {"objectives": [], "cost": 4.2, "trial_seconds": 31.0, "selected": None}
+
+    class Head:
+        def run(self, command: str, *, input: str = "") -> str:
+            return json.dumps(answer)
+
+    def shown() -> str:
+        console = Console(width=100, record=True, file=io.StringIO())
+        console.print(progress_view(Head(), "r", laptop.home / ".bruno-ray/clusters/bruno"))
+        return console.export_text()
+
+    assert "200 trials" not in laptop.run("up").stdout
+    assert "cost of this run so far: 4.20 $, 0.0210 $ for each completed trial" in shown()
+    assert "200 trials x 31 s on 4 GPUs" in laptop.run("up").stdout
+    answer |= {"running": False, "selected": 57}
+    assert "cost of its result (trial 57): 4.20 $, 0.0210 $ for each" in shown()
+
+
 def test_create_is_up_with_so_many_of_one_gpu(laptop: Laptop) -> None:
     laptop.vast.add_offers(3, gpu_name="H100 SXM", dph_base=2.0)
     laptop.vast.credit = 60.0
@@ -268,7 +306,9 @@ def test_a_variable_for_the_job_is_given_or_taken_from_here(monkeypatch: pytest.
             variable(wrong)
 
 
-def test_the_password_of_a_study_elsewhere_goes_to_the_head_by_standard_input(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_password_of_a_study_elsewhere_goes_to_the_head_by_standard_input(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     whole = "postgresql://me:w0rd@db.example/studies"
     asked = {}
 
@@ -282,6 +322,6 @@ def test_the_password_of_a_study_elsewhere_goes_to_the_head_by_standard_input(mo
 
     monkeypatch.setenv("BRUNO_STUDY__STORAGE", whole)
     console = Console(width=100, record=True, file=io.StringIO())
-    console.print(progress_view(Head(), "r"))
+    console.print(progress_view(Head(), "r", tmp_path))
     assert "r: 3/9 trials complete, 1 running" in console.export_text()
     assert whole not in asked["command"] and f"BRUNO_STUDY__STORAGE={whole}" in asked["seen"].splitlines()
