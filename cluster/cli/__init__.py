@@ -84,8 +84,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     sub.add_argument("entrypoint", nargs=argparse.REMAINDER, metavar="-- COMMAND ...", help="what to run")
 
-    sub = command("logs", "jobs:logs", "follow a job from its beginning; ends with its exit code")
-    sub.add_argument("job", nargs="?", metavar="JOB", help="[the newest]")
+    sub = command("logs", "jobs:logs", "follow a job from its beginning, or show an instance's last lines")
+    sub.add_argument("job", nargs="?", metavar="JOB|INSTANCE", help="a number is an instance [the newest job]")
+    sub.add_argument("--tail", type=int, default=1000, metavar="N", help="lines of an instance [1000]")
+    sub.add_argument("--host", action="store_true", help="of the host's service that makes the container, instead")
 
     sub = command("cancel", "jobs:cancel", "stop one job; the machines stay until they are idle", yes=True)
     sub.add_argument("job", nargs="?", metavar="JOB", help="[the newest]")

@@ -57,9 +57,18 @@ def variable(given: str) -> tuple[str, str]:
 
 
 def logs(arguments: argparse.Namespace) -> int:
-    """Follow a job from the beginning of its output; its exit code."""
+    """Follow a job from the beginning of its output, with its exit code; of an instance its last lines."""
     session = Session.open(arguments.cluster_config)
+    if arguments.job is not None and arguments.job.isdecimal():
+        text = session.provider.new_client().logs(int(arguments.job), arguments.tail, of_host=arguments.host)
+        print(harmless(text), flush=True)
+        return 0
     return _follow(session, submitting.find_job(session, arguments.job))
+
+
+def harmless(text: str) -> str:
+    """Without what would steer the terminal: the host of a machine is a stranger."""
+    return "".join(sign for sign in text if sign.isprintable() or sign in "\n\t").rstrip("\n")
 
 
 def cancel(arguments: argparse.Namespace) -> int:

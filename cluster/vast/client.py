@@ -39,6 +39,7 @@ SEARCH_DEADLINE_S = 90.0
 DEADLINE_S = 30.0
 """Default for one call with its retries. Ray polls every five seconds, so a longer wait would only pile up."""
 
+LOGS_DEADLINE_S, LOGS_PAUSE_S = 30.0, 0.5
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
 TIMEOUT = httpx.Timeout(20.0, connect=5.0)
 PAGE_SIZE = 25
@@ -96,6 +97,8 @@ class VastClient:
             timeout=TIMEOUT,
             transport=transport,
         )
+        # Logs come from a storage service by a signed URL, which must not be sent our key.
+        self._storage = httpx.Client(timeout=TIMEOUT, transport=transport)
         logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per poll would drown Ray's logs
 
     def __enter__(self) -> "VastClient":
@@ -106,6 +109,7 @@ class VastClient:
 
     def close(self) -> None:
         self._http.close()
+        self._storage.close()
 
     def search_offers(self, query: dict[str, Any], deadline_s: float = SEARCH_DEADLINE_S) -> OfferPage:
         """Offers that match `query` (Vast.ai's own filter language, see `offers.search_query`)."""
@@ -185,21 +189,30 @@ class VastClient:
         body = {"client_id": "me", "price": price}
         self._ask(Endpoint.BID, "PUT", f"/api/v0/instances/bid_price/{instance_id}/", body, deadline_s)
 
-    def logs(self, instance_id: int, tail: int = 200, deadline_s: float = DEADLINE_S) -> str:
-        """The container's last lines. The API answers with a URL that holds them some seconds later."""
+    def logs(
+        self, instance_id: int, tail: int = 1000, *, of_host: bool = False, deadline_s: float = LOGS_DEADLINE_S
+    ) -> str:
+        """The last lines of the container, or `of_host` of the host's service that made it.
+
+        The API answers with a URL that holds them some seconds later. Raises `VastError`.
+        """
         deadline = self._clock.time() + deadline_s
+        body = {"tail": str(tail)} | ({"daemon_logs": "true"} if of_host else {})
         path = f"/api/v0/instances/request_logs/{instance_id}/"
-        answer = self._ask(Endpoint.OTHER, "PUT", path, {"tail": str(tail)}, deadline_s)
+        answer = self._ask(Endpoint.OTHER, "PUT", path, body, deadline_s)
         url = answer.get("result_url")
-        while url:
-            # Without our headers: the URL is signed and belongs to a storage service.
-            response = httpx.get(url, timeout=TIMEOUT)
-            if response.status_code == 200:
-                return response.text
+        if not isinstance(url, str) or not url.startswith(("https://", "http://")):
+            raise VastRefusedError(f"no logs of instance {instance_id}: {_short(answer)}", str(answer.get("error", "")))
+        while True:
+            try:
+                response = self._storage.get(url)
+                if response.status_code == 200:
+                    return response.text
+            except httpx.TransportError as error:
+                logger.debug("the logs of instance %d: %s", instance_id, error)
             if self._clock.time() >= deadline:
                 raise VastUnavailableError(f"the logs of instance {instance_id} did not arrive; ask again later")
-            self._clock.sleep(1.0)
-        raise VastRefusedError(f"no logs of instance {instance_id}: {_short(answer)}", str(answer.get("error", "")))
+            self._clock.sleep(LOGS_PAUSE_S)
 
     def _pages(self, deadline: float) -> Iterator[Instance]:
         params = {"limit": str(PAGE_SIZE), "order_by": json.dumps([{"col": "id", "dir": "asc"}])}

@@ -237,6 +237,22 @@ def test_status_shows_credit_and_what_ends(laptop: Laptop) -> None:
     assert "credit: 0.05 $, 0." in done.stdout and "ends in 2.0 h" in done.stdout, done.stdout
 
 
+def test_logs_of_an_instance_are_fetched_without_our_key_and_cannot_steer_the_terminal(laptop: Laptop) -> None:
+    """The imitated storage refuses whoever sends a key, and has the text only when it is asked again."""
+    offer = laptop.vast.free_offers()[0].id
+    rented = laptop.vast.rent(offer, {"image": "x", "disk": 10, "label": "bruno-ray:bruno:h0", "env": {}})
+    assert rented is not None
+    laptop.api.logs[rented.id, "logs"] = "one\ntwo \x1b[2Jwiped\nthree"
+    laptop.api.logs[rented.id, "daemon_logs"] = "pulling"
+    done = laptop.run("logs", str(rented.id), "--tail", "2")
+    assert (done.returncode, done.stdout) == (0, "two [2Jwiped\nthree\n"), done.stderr
+    assert laptop.run("logs", str(rented.id), "--host").stdout == "pulling\n"
+    laptop.vast.destroy(rented.id)
+    gone = laptop.run("logs", str(rented.id))
+    assert gone.returncode == 2 and "Invalid instance id" in gone.stderr and gone.stderr.count("\n") == 1
+    assert "not up" in laptop.run("logs", "raysubmit_1").stderr, "anything else is a job"
+
+
 def test_up_rents_nothing_when_a_mount_is_missing(laptop: Laptop, tmp_path: Path) -> None:
     away = tmp_path / "cluster.yaml"
     away.write_text(CLUSTER_YAML.read_text())

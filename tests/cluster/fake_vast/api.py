@@ -69,6 +69,12 @@ class FakeApi:
         """Method and path of everything asked."""
         self.searches: list[dict[str, Any]] = []
         """Every query of a search."""
+        self.storage_url = "https://storage.invalid"
+        """Where logs are left to be fetched."""
+        self.logs: dict[tuple[int, str], str] = {}
+        """Of instances: by number and "logs" or "daemon_logs"."""
+        self._stored: dict[str, tuple[str, int]] = {}
+        """Text, and how often it is not there yet."""
         self._shapes = itertools.count()
         self._lock = threading.Lock()
 
@@ -125,6 +131,8 @@ class FakeApi:
     def _answer(self, method: str, path: str, query: dict[str, str], headers: dict[str, str], body: bytes) -> Answer:
         key = headers.get("authorization", "").removeprefix("Bearer ")
         parts = path.strip("/").split("/")
+        if parts[0] == "instance_logs":
+            return self._stored_logs(parts[-1], headers)
         if len(parts) < 3 or parts[0] != "api":
             return Answer.text("404 page not found", 404)
         if (refusal := self._unauthorised(key, method, parts)) is not None:
@@ -150,9 +158,7 @@ class FakeApi:
             case "PUT", "v0", "instances", "bid_price", number:
                 return self._rebid(int(number), float(content["price"]))
             case "PUT", "v0", "instances", "request_logs", number:
-                return Answer.json(
-                    {"success": True, "result_url": None, "msg": f"no logs of {number} in the imitation"}
-                )
+                return self._request_logs(int(number), content)
             case "POST", "v0", "instances", number, "ssh":
                 return self._attach(int(number), content.get("ssh_key", ""))
             case "PUT", "v0", "instances", number:
@@ -243,6 +249,23 @@ class FakeApi:
         if found.machine is not None and found.ready:
             found.machine.attach_key(key)
         return Answer.json({"success": True})
+
+    def _request_logs(self, number: int, content: dict[str, Any]) -> Answer:
+        if self._listed(number) is None:
+            return Answer.json({"error": "invalid_id", "msg": "Invalid instance id."}, 404)
+        kind = "daemon_logs" if content.get("daemon_logs") == "true" else "logs"
+        lines = self.logs.get((number, kind), "").splitlines()[-int(content.get("tail", 1000)) :]
+        name = f"{len(self._stored)}.log"
+        self._stored[name] = ("\n".join(lines), 2)
+        return Answer.json({"success": True, "result_url": f"{self.storage_url}/instance_logs/{name}"})
+
+    def _stored_logs(self, name: str, headers: dict[str, str]) -> Answer:
+        """As the storage service answers: not there at first, and a second way to authenticate is refused."""
+        if "authorization" in headers:
+            return Answer.text("Only one auth mechanism allowed", 400)
+        text, waits = self._stored[name]
+        self._stored[name] = (text, waits - 1)
+        return Answer.text("<Error><Code>AccessDenied</Code></Error>", 403) if waits > 0 else Answer.text(text, 200)
 
     def _rebid(self, number: int, price: float) -> Answer:
         found = self._listed(number)

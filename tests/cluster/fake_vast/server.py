@@ -54,6 +54,7 @@ class FakeServer:
     def __init__(self, api: FakeApi, host: str = "127.0.0.1", port: int = 0, silence_s: float = SILENCE_S) -> None:
         self._server = _Server((host, port), _Handler)
         self._server.api, self._server.silence_s = api, silence_s
+        api.storage_url = self.url
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()
 
