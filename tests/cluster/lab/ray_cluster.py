@@ -198,7 +198,7 @@ class RayCluster:
         """The ends of the logs that explain a failure."""
         texts = []
         for container in list(self.lab.containers.values()):
-            for pattern in ("tmp/ray/session_latest/logs/monitor.*", "root/.bruno-ray/mesh/*.log", "tmp/onstart.log"):
+            for pattern in ("tmp/ray/session_2*/logs/monitor.*", "root/.bruno-ray/mesh/*.log", "tmp/onstart.log"):
                 for path in container.folder.glob(pattern):
                     texts.append(f"--- {container.name} {path.name}\n{path.read_text(errors='replace')[-2500:]}")
         return "\n".join(texts)
