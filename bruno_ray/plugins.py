@@ -1,7 +1,7 @@
 """Direction methods and scorers of other people: from an installed package, or from a file.
 
     [directions]
-    methods = ["difference_in_means", "geometric_median"]     # a name of the entry-point group, see GROUPS
+    methods = ["difference_in_means", "trimmed_difference"]     # a name of the entry-point group, see GROUPS
 
     [scoring]
     scorers = ["behaviour_rate", "kl_divergence", "length.py:Length"]    # FILE.py:NAME

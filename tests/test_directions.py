@@ -2,11 +2,16 @@
 
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 
 from bruno_ray.directions import METHODS, build_bank, mean, project_out, winsorize
 from bruno_ray.directions.basis import orthonormalise
+from bruno_ray.directions.contrastive_pca import contrastive_pca
 from bruno_ray.directions.difference_in_means import difference_in_means
+from bruno_ray.directions.geometric_median import median
+from bruno_ray.directions.probe_pca_ensemble import probe_pca_ensemble
 from bruno_ray.directions.subspace import subspace
+from bruno_ray.directions.supervised_probe import PENALTIES, fit, supervised_probe
 from bruno_ray.errors import ModelError, PromptError, SettingsError
 
 N, L, D = 60, 4, 48
@@ -55,8 +60,9 @@ def test_every_method_finds_a_planted_direction_and_obeys_the_contract(name):
         found = METHODS[name](target, baseline, rank)
         assert found.dtype == torch.float32
         assert found.shape[0] == L and found.shape[1] <= rank and found.shape[2] == D
-        torch.testing.assert_close(found @ found.mT, torch.eye(found.shape[1]).expand(L, -1, -1), atol=1e-5, rtol=0)
-        assert (found[:, 0] * direction_LD).sum(dim=-1).min() > 0.98  # towards the target, not away
+        there_LR = found.norm(dim=-1) > 0.5  # rows that are not zero
+        torch.testing.assert_close(found @ found.mT, torch.diag_embed(there_LR.float()), atol=1e-5, rtol=0)
+        assert (found[:, 0] * direction_LD).sum(dim=-1).min() > 0.95  # towards the target, not away
 
 
 def test_float64_means_keep_a_direction_under_a_large_common_component():
@@ -229,7 +235,7 @@ def test_orthonormalise_keeps_order_and_signs_and_drops_dependent_rows():
 def test_what_cannot_work_says_what_to_do():
     target, baseline, _ = planted()
     target, baseline = target[:, None], baseline[:, None]
-    with pytest.raises(SettingsError, match="choose from difference_in_means, subspace"):
+    with pytest.raises(SettingsError, match=r"choose from difference_in_means, subspace, .*, or give FILE"):
         build_bank(target, baseline, ["pca"])
     with pytest.raises(SettingsError, match=r"raise residuals\.answer_tokens"):
         build_bank(target, baseline, positions=[1])
@@ -240,3 +246,118 @@ def test_what_cannot_work_says_what_to_do():
     target[3, 0, 2, 1] = float("nan")
     with pytest.raises(ModelError, match="target prompts are not finite"):
         build_bank(target, baseline)
+
+
+def overlap(found_LRD: torch.Tensor, direction_LD: torch.Tensor) -> torch.Tensor:
+    """Of the first row with what was planted, (L,)."""
+    return (found_LRD[:, 0] * direction_LD).sum(dim=-1)
+
+
+@pytest.mark.parametrize("name", ["geometric_median", "coordinate_median"])
+def test_medians_do_not_follow_a_few_odd_prompts(name):
+    target, baseline, direction_LD = planted()
+    target[::6] += 60 * unit(seed=6)
+    baseline[::6] -= 60 * unit(seed=7)
+    assert overlap(difference_in_means(target, baseline), direction_LD).max() < 0.6
+    assert overlap(METHODS[name](target, baseline, 1), direction_LD).min() > 0.9
+
+
+def test_the_geometric_median_has_the_least_sum_of_distances():
+    points_NLD = noise(31, L, 5, seed=1) + 3 * noise(31, 1, 1, seed=2).relu()
+    found_LD = median(points_NLD)
+    least_L = (points_NLD - found_LD).norm(dim=-1).sum(dim=0)
+    for seed in range(20):
+        moved_LD = found_LD + 0.01 * noise(L, 5, seed=seed)
+        assert ((points_NLD - moved_LD).norm(dim=-1).sum(dim=0) > least_L).all()
+
+
+def planted_in_content(axes: bool) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Few prompts that vary far more along 6 directions (``axes``: 6 coordinates) of content than the sides differ."""
+    target, baseline, direction_LD = planted(shift=2.0)
+    content_LKD = torch.eye(D)[:6].expand(L, -1, -1) if axes else torch.linalg.qr(noise(L, D, 6, seed=11))[0].mT
+    inside_LD = torch.einsum("lkd,lk->ld", content_LKD, torch.einsum("lkd,ld->lk", content_LKD, direction_LD))
+    outside_LD = torch.nn.functional.normalize(direction_LD - inside_LD, dim=-1)
+    sides = []
+    for seed, side in ((12, target), (13, baseline)):
+        sides.append(side + torch.einsum("nlk,lkd->nld", 12 * noise(N, L, 6, seed=seed), content_LKD))
+    sides[0] = sides[0] + 2 * (outside_LD - direction_LD)
+    return sides[0], sides[1], outside_LD
+
+
+@pytest.mark.parametrize(
+    ("name", "axes"),
+    [
+        ("variance_normalised", True),
+        ("whitened_difference", True),
+        ("whitened_difference", False),
+        ("supervised_probe", False),
+    ],
+)
+def test_content_that_varies_more_than_the_behaviour_does_not_turn_the_direction(name, axes):
+    target, baseline, direction_LD = planted_in_content(axes)
+    mean_overlap_L = overlap(difference_in_means(target, baseline), direction_LD)
+    found_L = overlap(METHODS[name](target, baseline, 1), direction_LD)
+    assert mean_overlap_L.mean() < 0.75
+    assert (found_L > mean_overlap_L + 0.1).all() and found_L.min() > 0.85
+
+
+def test_a_probe_that_cannot_tell_the_sides_apart_gives_no_direction(caplog):
+    target, baseline, direction_LD = planted()
+    target[:, 1], baseline[:, 1] = noise(N, D, seed=21), noise(N, D, seed=22)
+    with caplog.at_level("WARNING"):
+        found = supervised_probe(target, baseline)
+    assert not found[1].any() and "no direction" in caplog.text and "[1]" in caplog.text
+    assert overlap(found, direction_LD)[[0, 2, 3]].min() > 0.98
+    accuracy_L = fit(target, baseline).accuracy_L
+    assert accuracy_L[[0, 2, 3]].min() > 0.99 and accuracy_L[1] < 0.65
+    with pytest.raises(PromptError, match="two prompts a side"):
+        supervised_probe(target[:1], baseline)
+
+
+def test_the_probe_is_the_logistic_regression_of_scikit_learn():
+    """Up to scale. scikit-learn's C counts the sum of losses, our penalty their mean over balanced sides."""
+    target, baseline = (side[:, :1] for side in planted_in_content(axes=False)[:2])
+    inputs, labels = torch.cat([target, baseline])[:, 0].double(), [1] * N + [0] * N
+    inputs = inputs - baseline[:, 0].double().mean(dim=0)
+    inputs = inputs / inputs.square().sum(dim=-1).mean().sqrt()
+    theirs = [
+        torch.from_numpy(LogisticRegression(C=1 / (penalty * 2 * N), max_iter=5000, tol=1e-8).fit(inputs, labels).coef_)
+        for penalty in PENALTIES
+    ]
+    ours = supervised_probe(target, baseline)[0, 0].double()
+    assert max(torch.nn.functional.cosine_similarity(ours, weights[0], dim=0) for weights in theirs) > 0.9999
+
+
+def test_contrastive_pca_keeps_the_shift_of_the_means_and_leaves_shared_content_out():
+    target, baseline, behaviour_L3D = planted_subspace(content=1.0)
+    found = contrastive_pca(target, baseline, 3)
+    assert captured(found, behaviour_L3D).min() > 0.85
+    assert captured(found[:, :1], behaviour_L3D)[:, 0].min() > 0.9, "the shift is the most pronounced"
+    torch.testing.assert_close(contrastive_pca(1e-4 * target, 1e-4 * baseline, 3), found, atol=1e-4, rtol=0)
+
+
+def test_probe_and_pca_agree_on_a_sign():
+    target, baseline, direction_LD = planted()
+    for swapped in (False, True):
+        sides = (baseline, target) if swapped else (target, baseline)
+        found, sign = probe_pca_ensemble(*sides), -1 if swapped else 1
+        assert (sign * overlap(found, direction_LD)).min() > 0.98
+
+
+@pytest.mark.parametrize("name", ["concept_cones", "self_organising_map"])
+def test_several_kinds_of_the_behaviour_are_all_found(name):
+    """Three kinds of targets: the difference in means is a mixture that leaves two thirds of each."""
+    kinds_L3D = torch.linalg.qr(noise(L, D, 3, seed=31))[0].mT
+    kind_N = torch.arange(90) % 3
+    target = 8 * kinds_L3D[:, kind_N].transpose(0, 1) + 0.3 * noise(90, L, D, seed=32)
+    baseline = 0.3 * noise(90, L, D, seed=33)
+    assert captured(METHODS[name](target, baseline, 3), kinds_L3D).min() > 0.95
+    assert captured(difference_in_means(target, baseline), kinds_L3D).max() < 0.5
+
+
+def test_two_methods_of_the_same_short_name_are_refused(tmp_path):
+    target, baseline, _ = planted()
+    own = tmp_path / "own.py"
+    own.write_text("def subspace(target, baseline, rank):\n    return target[:1, :, None].squeeze(0)\n")
+    with pytest.raises(SettingsError, match="two methods are called subspace"):
+        build_bank(target[:, None], baseline[:, None], ["subspace", f"{own}:subspace"])

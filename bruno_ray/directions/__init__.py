@@ -23,8 +23,17 @@ from torch import Tensor
 
 from bruno_ray import plugins
 from bruno_ray.directions.basis import orthonormalise
+from bruno_ray.directions.concept_cones import concept_cones
+from bruno_ray.directions.contrastive_pca import contrastive_pca
+from bruno_ray.directions.coordinate_median import coordinate_median
 from bruno_ray.directions.difference_in_means import difference_in_means
+from bruno_ray.directions.geometric_median import geometric_median
+from bruno_ray.directions.probe_pca_ensemble import probe_pca_ensemble
+from bruno_ray.directions.self_organising_map import self_organising_map
 from bruno_ray.directions.subspace import subspace
+from bruno_ray.directions.supervised_probe import supervised_probe
+from bruno_ray.directions.variance_normalised import variance_normalised
+from bruno_ray.directions.whitened_difference import whitened_difference
 from bruno_ray.errors import ModelError, PromptError, SettingsError
 
 logger = logging.getLogger(__name__)
@@ -34,6 +43,15 @@ Method = Callable[[Tensor, Tensor, int], Tensor]
 METHODS: dict[str, Method] = {
     "difference_in_means": difference_in_means,
     "subspace": subspace,
+    "geometric_median": geometric_median,
+    "coordinate_median": coordinate_median,
+    "variance_normalised": variance_normalised,
+    "whitened_difference": whitened_difference,
+    "supervised_probe": supervised_probe,
+    "contrastive_pca": contrastive_pca,
+    "probe_pca_ensemble": probe_pca_ensemble,
+    "concept_cones": concept_cones,
+    "self_organising_map": self_organising_map,
 }
 
 QUANTILE_LIMIT = 2**23  # elements; torch.quantile refuses more than 2**24
@@ -55,11 +73,16 @@ def build_bank(
     like ``difference_in_means@0+1+2``: a refusal may lie in one direction before the answer and in another within it.
 
     Raises:
-        SettingsError: a method is unknown or a position was not extracted.
+        SettingsError: a method is unknown, two have one name, or a position was not extracted.
         PromptError: a side has no prompts, or the two sides have the same residuals at every block.
         ModelError: residuals are not finite.
     """
-    found = {plugins.short(name): plugins.find(name, METHODS, "directions.methods") for name in methods}
+    found: dict[str, Method] = {}
+    for name in dict.fromkeys(methods):
+        short = plugins.short(name)
+        if short in found:
+            raise SettingsError(f"directions.methods: two methods are called {short}; rename yours")
+        found[short] = plugins.find(name, METHODS, "directions.methods")
     available = min(target_NPLD.shape[1], baseline_NPLD.shape[1])
     if max(positions, default=0) >= available:
         raise SettingsError(

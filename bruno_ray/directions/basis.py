@@ -4,6 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+INDISTINCT = 1e-9  # of the residuals' length: a smaller difference is rounding, not a difference
 NEGLIGIBLE = 1e-6  # of its own length: what Gram-Schmidt leaves of a row that depends on those before it
 
 
@@ -25,3 +26,47 @@ def orthonormalise(rows_LRD: Float[Tensor, "point rank d_model"]) -> Float[Tenso
         unit_LD = rest_LD / rest_L1.clamp(min=NEGLIGIBLE)
         basis.append(torch.where(rest_L1 > NEGLIGIBLE, unit_LD, torch.zeros_like(unit_LD)))
     return torch.stack(basis, dim=1)
+
+
+def unit_difference(
+    target_LD: Float[Tensor, "point d_model"], baseline_LD: Float[Tensor, "point d_model"]
+) -> Float[Tensor, "point 1 d_model"]:
+    """From a centre of the baseline residuals to one of the target's, float64; zero where they are the same."""
+    difference_LD = target_LD - baseline_LD
+    length_L1 = difference_LD.norm(dim=-1, keepdim=True)
+    scale_L1 = torch.maximum(target_LD.norm(dim=-1, keepdim=True), baseline_LD.norm(dim=-1, keepdim=True))
+    distinct_L1 = length_L1 > INDISTINCT * scale_L1
+    return torch.where(distinct_L1, difference_LD / length_L1.clamp(min=torch.finfo(torch.float64).tiny), 0.0)[:, None]
+
+
+def centred(
+    target_ND: Float[Tensor, "n_target d_model"], baseline_MD: Float[Tensor, "n_baseline d_model"]
+) -> tuple[Float[Tensor, "n_target d_model"], Float[Tensor, "n_baseline d_model"]]:
+    """Both about the baseline mean, in float64; zeros where all prompts have the same residual but for rounding."""
+    target_ND, baseline_MD = target_ND.double(), baseline_MD.double()
+    middle_D = baseline_MD.mean(dim=0)
+    about = target_ND - middle_D, baseline_MD - middle_D
+    rounding = INDISTINCT * middle_D.norm()
+    if max(side.norm(dim=-1).max() for side in about) <= rounding:
+        return torch.zeros_like(about[0]), torch.zeros_like(about[1])
+    return about
+
+
+def spanning(
+    vectors_KD: Float[Tensor, "vector d_model"], counts_K: Float[Tensor, " vector"], rank: int, least: float
+) -> Float[Tensor, "rank d_model"]:
+    """Orthonormal rows that span vectors, each of which stands for a number of prompts: in every step the vector of
+    which most is left, its length weighted by the root of its count. One of which a share of less than `least` of
+    its length is left adds nothing; rows after the last are zero."""
+    rows_RD = vectors_KD.new_zeros(rank, vectors_KD.shape[-1])
+    lengths_K = vectors_KD.norm(dim=-1)
+    rest_KD = vectors_KD
+    for row in range(rank):
+        left_K = rest_KD.norm(dim=-1)
+        weight_K = torch.where(left_K > least * lengths_K, left_K * counts_K.sqrt(), 0.0)
+        chosen = int(weight_K.argmax())
+        if weight_K[chosen] == 0:
+            break
+        rows_RD[row] = orthonormalise(torch.cat([rows_RD[:row], rest_KD[chosen][None]])[None])[0, -1]
+        rest_KD = rest_KD - (rest_KD @ rows_RD[row])[:, None] * rows_RD[row]
+    return rows_RD

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-INDISTINCT = 1e-9  # of the residuals' length: a smaller difference is rounding, not a difference
+from bruno_ray.directions.basis import unit_difference
 
 
 def difference_in_means(
@@ -19,9 +19,4 @@ def difference_in_means(
     """
     target_LD = target_NLD.mean(dim=0, dtype=torch.float64)
     baseline_LD = baseline_MLD.mean(dim=0, dtype=torch.float64)
-    difference_LD = target_LD - baseline_LD
-    length_L1 = difference_LD.norm(dim=-1, keepdim=True)
-    scale_L1 = torch.maximum(target_LD.norm(dim=-1, keepdim=True), baseline_LD.norm(dim=-1, keepdim=True))
-    distinct_L1 = length_L1 > INDISTINCT * scale_L1
-    unit_LD = torch.where(distinct_L1, difference_LD / length_L1.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
-    return unit_LD.float()[:, None]
+    return unit_difference(target_LD, baseline_LD).float()

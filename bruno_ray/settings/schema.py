@@ -158,8 +158,7 @@ class ResidualSettings(Section):
 
 class DirectionSettings(Section):
     methods: tuple[str, ...] = ("difference_in_means",)
-    """Names in `bruno_ray.directions.METHODS`, of installed packages, or FILE.py:NAME; several compete within one
-    study."""
+    """Names from docs/directions.md, of installed packages, or FILE.py:NAME; several compete within one study."""
 
     projected: bool = True
     """Keep only the part of each direction that is orthogonal to the baseline mean."""
