@@ -11,8 +11,6 @@ import logging
 
 import torch
 from jaxtyping import Float
-from sklearn.cluster import KMeans
-from sklearn.metrics import silhouette_score
 from torch import Tensor
 
 from bruno_ray.directions.basis import centred, spanning
@@ -50,6 +48,9 @@ def concept_cones(
 
 def _labels(target_ND: Float[Tensor, "n_target d_model"]) -> Tensor:
     """Cluster of each prompt; all 0 where no number of clusters is clear."""
+    from sklearn.cluster import KMeans  # takes as long to import as torch, in every process that knows the methods
+    from sklearn.metrics import silhouette_score
+
     alone_N = torch.zeros(len(target_ND), dtype=torch.long)
     lengths_N1 = target_ND.norm(dim=-1, keepdim=True)
     if len(target_ND) < 2 * SMALLEST_CLUSTER or (lengths_N1 == 0).any():

@@ -9,7 +9,6 @@ along those, and this is not.
 
 import torch
 from jaxtyping import Float
-from sklearn.covariance import ledoit_wolf_shrinkage
 from torch import Tensor
 
 from bruno_ray.directions.difference_in_means import difference_in_means
@@ -41,6 +40,8 @@ def _about_mean(residuals_ND: Float[Tensor, "prompt d_model"]) -> Float[Tensor, 
 def _whitened(
     difference_D: Float[Tensor, " d_model"], within_KD: Float[Tensor, "prompt d_model"]
 ) -> Float[Tensor, " d_model"]:
+    from sklearn.covariance import ledoit_wolf_shrinkage  # takes as long to import as torch
+
     _, widths_K, axes_KD = torch.linalg.svd(within_KD, full_matrices=False)
     variances_K = widths_K.square() / len(within_KD)
     if variances_K.sum() <= 0:  # nothing varies
