@@ -361,3 +361,40 @@ def test_two_methods_of_the_same_short_name_are_refused(tmp_path):
     own.write_text("def subspace(target, baseline, rank):\n    return target[:1, :, None].squeeze(0)\n")
     with pytest.raises(SettingsError, match="two methods are called subspace"):
         build_bank(target[:, None], baseline[:, None], ["subspace", f"{own}:subspace"])
+
+
+def test_contrastive_pca_finds_behaviours_that_cancel_in_the_mean():
+    target, baseline, direction_LD = planted(shift=0.0)
+    target += 4 * torch.tensor([1.0, -1.0]).repeat(N // 2)[:, None, None] * direction_LD
+    assert overlap(contrastive_pca(target, baseline, 1), direction_LD).abs().min() > 0.98
+    assert overlap(difference_in_means(target, baseline), direction_LD).abs().max() < 0.7
+
+
+def test_each_side_about_its_own_mean_loses_the_shift_that_contrastive_pca_keeps():
+    target, baseline, behaviour_L3D = planted_subspace(content=1.0)
+    own_LDD, other_LDD = (
+        torch.einsum("nld,nle->lde", side - side.mean(dim=0), side - side.mean(dim=0)) / len(side)
+        for side in (target, baseline)
+    )
+    first_LD = torch.linalg.eigh(own_LDD - other_LDD)[1][..., -1]
+    assert captured(first_LD[:, None], behaviour_L3D)[:, 0].max() < 0.1
+    assert captured(contrastive_pca(target, baseline, 1), behaviour_L3D)[:, 0].min() > 0.9
+
+
+def test_without_clear_clusters_there_is_one_cone():
+    target, baseline, _ = planted()
+    found = METHODS["concept_cones"](target, baseline, 3)
+    torch.testing.assert_close(found[:, :1], difference_in_means(target, baseline), atol=1e-5, rtol=0)
+    assert not found[:, 1:].any()
+
+
+@pytest.mark.parametrize("name", ["concept_cones", "self_organising_map"])
+def test_kinds_are_the_same_at_any_scale_and_clusters_span_no_more_than_there_are(name):
+    kinds_L3D = torch.linalg.qr(noise(L, D, 3, seed=31))[0].mT
+    target = 4 * kinds_L3D[:, torch.arange(90) % 3].transpose(0, 1) + 0.3 * noise(90, L, D, seed=32)
+    baseline = 0.3 * noise(90, L, D, seed=33)
+    found = METHODS[name](target, baseline, 6)
+    assert found[:, :3].norm(dim=-1).min() > 0.99
+    if name == "concept_cones":  # neurons of one kind differ from each other as well
+        assert not found[:, 3:].any()
+    torch.testing.assert_close(METHODS[name](1000 * target, 1000 * baseline, 6), found, atol=1e-4, rtol=0)

@@ -24,7 +24,10 @@ def self_organising_map(
     baseline_MLD: Float[Tensor, "n_baseline point d_model"],
     rank: int,
 ) -> Float[Tensor, "point rank d_model"]:
-    """Orthonormal rows that span the neurons, those of most prompts first; zero where there are no more."""
+    """Orthonormal rows that span the neurons, those of most prompts first; zero where there are no more.
+
+    With a rank above the number of kinds, the last rows are what neurons of one kind differ in, which may be chance.
+    """
     points = []
     for point in range(target_NLD.shape[1]):
         target_ND, _ = centred(target_NLD[:, point], baseline_MLD[:, point])
