@@ -76,6 +76,8 @@ class BatchEngine:
         self.tokens = 0
         """Tokens computed so far, padding and refused drafts not counted."""
         self.work = Work()
+        self.drafting = True
+        """Whether answers that were seen before are proposed. It changes no answer, only the time to it."""
         self.limit_row_tokens(row_tokens)
         self._drafts = Drafts()
         self._pad_id = self.tokenizer.pad_token_id or 0  # masked wherever it stands
@@ -83,6 +85,11 @@ class BatchEngine:
     @property
     def vocabulary_size(self) -> int:
         return self.model.config.get_text_config().vocab_size
+
+    @property
+    def answer_tokens(self) -> int:
+        """Tokens that one forward pass of answering may have by now, padding and room for the answer included."""
+        return self._answer_budget.tokens
 
     def limit_row_tokens(self, row_tokens: int) -> None:
         """Tokens of one forward pass, padding and room for the answer included; 0 finds it."""
@@ -271,7 +278,7 @@ class BatchEngine:
     ) -> Answers:
         """Greedy decoding of one batch."""
         logits_BJV, mask_BC, position_B1, cache = self._read(prompts, edits, edit_of_row, 1, max_new_tokens)
-        drafts = self._drafts.open(prompts, max_new_tokens) if self._is_masked(cache) else None
+        drafts = self._drafts.open(prompts, max_new_tokens) if self.drafting and self._is_masked(cache) else None
         answers = Answers(len(prompts), max_new_tokens, self.end_ids)
         active = np.arange(len(prompts))  # which of the prompts the rows of the batch still are
         draft_BJ = np.empty((len(prompts), 0), dtype=np.int64)

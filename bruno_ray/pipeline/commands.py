@@ -3,6 +3,7 @@
 What computes in this process is imported where it does: torch and transformers take ten seconds.
 """
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,8 @@ from rich.table import Table
 
 from bruno_ray import organism as organisms
 from bruno_ray.ablation.edit import Edit
-from bruno_ray.errors import OutputError
+from bruno_ray.errors import OutputError, SettingsError, first_line
+from bruno_ray.files import output_errors, write_json, write_text
 from bruno_ray.model.coverage_table import format_coverage
 from bruno_ray.pipeline.choosing import ask_for_trial, pick, pick_automatically, print_front, study_of, trials_of
 from bruno_ray.pipeline.finishing import finish
@@ -20,6 +22,7 @@ from bruno_ray.pipeline.steps import evaluation_context, find_model, find_respon
 from bruno_ray.prompts.sets import load_prompts
 from bruno_ray.publishing import report as reports
 from bruno_ray.publishing import wording
+from bruno_ray.publishing.bench_picture import bench_svg, compared
 from bruno_ray.publishing.hub import upload
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import RunRecord, ScoresRecord
@@ -124,6 +127,56 @@ def coverage(settings: Settings) -> None:
             f"{loaded.architecture.family} is in no table of architectures: this was found by probing, and its checks"
             " passed. Accept it for this model with --model.accept-probed true"
         )
+
+
+def bench(
+    settings: Settings, at_once: int, prompt_tokens: int, seconds: float, to: Path, compare: Path | None = None
+) -> None:
+    """Time trials of a model in this process; figures go to ``to``, a picture beside it.
+
+    Raises:
+        SettingsError: ``compare`` is no earlier bench, or one of another load.
+        ModelError: the model cannot be loaded, or not one trial fits.
+    """
+    load_fields = {
+        "prompts": settings.prompts.n_validation,
+        "prompt_tokens": prompt_tokens,
+        "response_tokens": settings.scoring.response_tokens,
+        "kl_tokens": settings.scoring.kl_tokens,
+    }
+    old = _earlier_bench(compare, load_fields) if compare is not None else None
+    with output_errors(to):
+        to.parent.mkdir(parents=True, exist_ok=True)
+    from bruno_ray.model.loading import load_model
+    from bruno_ray.pipeline import benching
+
+    loaded = load_model(find_model(settings).model)
+    load = benching.Load(**load_fields, most_trials=at_once, seconds=seconds)
+    result = benching.bench(loaded, load, lambda line: console().print(line, highlight=False))
+    with output_errors(to):
+        write_json(to, result)
+        write_text(to.with_suffix(".svg"), bench_svg(result))
+    if old is not None:
+        for line in compared(old, result):
+            console().print(line, highlight=False)
+
+
+def _earlier_bench(path: Path, load: dict[str, int]) -> dict[str, Any]:
+    try:
+        old = json.loads(path.read_text())
+        same = {name: old["load"][name] for name in load}
+        rows = [(row["trials"], row["trials_per_hour"]) for row in old["rows"]]
+        known = old["bench"] == 1 and rows and old["date"] and old["machine"] and old["model"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise SettingsError(
+            f"--compare: {path} is no file of bruno-ray bench ({first_line(error)}): give one"
+        ) from error
+    if not known:
+        raise SettingsError(f"--compare: {path} is of another version of bruno-ray bench: measure both again")
+    for name, value in load.items():
+        if same[name] != value:
+            raise SettingsError(f"--compare: {path} has {name} = {same[name]}, this is {value}: make them the same")
+    return old
 
 
 def chat(
