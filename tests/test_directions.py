@@ -16,6 +16,12 @@ from bruno_ray.errors import ModelError, PromptError, SettingsError
 
 N, L, D = 60, 4, 48
 
+LEAST_OVERLAP = {"self_organising_map": 0.97}
+"""With a planted direction, where not 0.98: the first neuron is the mean of a part of the prompts."""
+
+FEWER_ROWS = {"contrastive_pca", "concept_cones"}
+"""What gives only as many directions as there are; the rest of its rows is zero."""
+
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
@@ -62,7 +68,8 @@ def test_every_method_finds_a_planted_direction_and_obeys_the_contract(name):
         assert found.shape[0] == L and found.shape[1] <= rank and found.shape[2] == D
         there_LR = found.norm(dim=-1) > 0.5  # rows that are not zero
         torch.testing.assert_close(found @ found.mT, torch.diag_embed(there_LR.float()), atol=1e-5, rtol=0)
-        assert (found[:, 0] * direction_LD).sum(dim=-1).min() > 0.95  # towards the target, not away
+        assert name in FEWER_ROWS or there_LR.all()
+        assert (found[:, 0] * direction_LD).sum(dim=-1).min() > LEAST_OVERLAP.get(name, 0.98)  # towards the target
 
 
 def test_float64_means_keep_a_direction_under_a_large_common_component():

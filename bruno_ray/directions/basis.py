@@ -5,6 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 INDISTINCT = 1e-9  # of the residuals' length: a smaller difference is rounding, not a difference
+LEAST_LEFT = 0.2  # of a vector's length: with less left, the rows before it say it all
 NEGLIGIBLE = 1e-6  # of its own length: what Gram-Schmidt leaves of a row that depends on those before it
 
 
@@ -29,14 +30,21 @@ def orthonormalise(rows_LRD: Float[Tensor, "point rank d_model"]) -> Float[Tenso
 
 
 def unit_difference(
-    target_LD: Float[Tensor, "point d_model"], baseline_LD: Float[Tensor, "point d_model"]
+    target_LD: Float[Tensor, "point d_model"],
+    baseline_LD: Float[Tensor, "point d_model"],
+    spread_LD: Float[Tensor, "point d_model"] | None = None,
 ) -> Float[Tensor, "point 1 d_model"]:
-    """From a centre of the baseline residuals to one of the target's, float64; zero where they are the same."""
+    """From a centre of the baseline residuals to one of the target's, float64; zero where they are the same.
+
+    With a spread, each coordinate of the difference over it.
+    """
     difference_LD = target_LD - baseline_LD
-    length_L1 = difference_LD.norm(dim=-1, keepdim=True)
     scale_L1 = torch.maximum(target_LD.norm(dim=-1, keepdim=True), baseline_LD.norm(dim=-1, keepdim=True))
-    distinct_L1 = length_L1 > INDISTINCT * scale_L1
-    return torch.where(distinct_L1, difference_LD / length_L1.clamp(min=torch.finfo(torch.float64).tiny), 0.0)[:, None]
+    distinct_L1 = difference_LD.norm(dim=-1, keepdim=True) > INDISTINCT * scale_L1
+    if spread_LD is not None:
+        difference_LD = difference_LD / spread_LD
+    length_L1 = difference_LD.norm(dim=-1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
+    return torch.where(distinct_L1, difference_LD / length_L1, 0.0)[:, None]
 
 
 def centred(
@@ -53,17 +61,17 @@ def centred(
 
 
 def spanning(
-    vectors_KD: Float[Tensor, "vector d_model"], counts_K: Float[Tensor, " vector"], rank: int, least: float
+    vectors_KD: Float[Tensor, "vector d_model"], counts_K: Float[Tensor, " vector"], rank: int
 ) -> Float[Tensor, "rank d_model"]:
     """Orthonormal rows that span vectors, each of which stands for a number of prompts: in every step the vector of
-    which most is left, its length weighted by the root of its count. One of which a share of less than `least` of
-    its length is left adds nothing; rows after the last are zero."""
+    which most is left, its length weighted by the root of its count. One of which less than ``LEAST_LEFT`` is left
+    adds nothing; rows after the last are zero."""
     rows_RD = vectors_KD.new_zeros(rank, vectors_KD.shape[-1])
     lengths_K = vectors_KD.norm(dim=-1)
     rest_KD = vectors_KD
     for row in range(rank):
         left_K = rest_KD.norm(dim=-1)
-        weight_K = torch.where(left_K > least * lengths_K, left_K * counts_K.sqrt(), 0.0)
+        weight_K = torch.where(left_K > LEAST_LEFT * lengths_K, left_K * counts_K.sqrt(), 0.0)
         chosen = int(weight_K.argmax())
         if weight_K[chosen] == 0:
             break

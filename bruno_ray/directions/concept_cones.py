@@ -21,8 +21,6 @@ MOST_CLUSTERS = 5
 SMALLEST_CLUSTER = 10
 LEAST_SILHOUETTE = 0.1
 STARTS = 10
-LEAST_LEFT = 0.2
-"""Of a cluster's mean: with less left, what was taken before it says it all."""
 
 
 def concept_cones(
@@ -41,7 +39,7 @@ def concept_cones(
         clusters.append(int(labels_N.max()) + 1)
         members_KN = (labels_N == torch.arange(clusters[-1])[:, None]).double()
         means_KD = members_KN @ target_ND / members_KN.sum(dim=1, keepdim=True)
-        points.append(spanning(means_KD, members_KN.sum(dim=1), rank, LEAST_LEFT))
+        points.append(spanning(means_KD, members_KN.sum(dim=1), rank))
     logger.info("concept_cones: clusters at each stream point: %s", clusters)
     return torch.stack(points).float()
 

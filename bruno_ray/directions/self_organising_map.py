@@ -15,8 +15,6 @@ LARGEST_SIDE = 4
 PROMPTS_PER_NEURON = 10
 STEPS = 40
 LAST_WIDTH = 0.3
-LEAST_LEFT = 0.2
-"""Of a neuron's distance from the baseline mean: with less left, what was taken before it says it all."""
 
 
 def self_organising_map(
@@ -32,7 +30,7 @@ def self_organising_map(
     for point in range(target_NLD.shape[1]):
         target_ND, _ = centred(target_NLD[:, point], baseline_MLD[:, point])
         neurons_KD, counts_K = _map(target_ND)
-        points.append(spanning(neurons_KD, counts_K, rank, LEAST_LEFT))
+        points.append(spanning(neurons_KD, counts_K, rank))
     return torch.stack(points).float()
 
 

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bruno_ray.directions.basis import INDISTINCT
+from bruno_ray.directions.basis import unit_difference
 
 FLOOR = 1e-2
 """Least variance of a coordinate, of the mean over all: one that hardly varies would decide alone."""
@@ -21,14 +21,7 @@ def variance_normalised(
 ) -> Float[Tensor, "point 1 d_model"]:
     """Unit vectors; one per point whatever the `rank`. Zero where both sides have the same mean."""
     target_NLD, baseline_MLD = target_NLD.double(), baseline_MLD.double()
-    target_LD, baseline_LD = target_NLD.mean(dim=0), baseline_MLD.mean(dim=0)
-    difference_LD = target_LD - baseline_LD
     variance_LD = (target_NLD.var(dim=0, correction=0) + baseline_MLD.var(dim=0, correction=0)) / 2
-    tiny = torch.finfo(torch.float64).tiny
     variance_LD = variance_LD + FLOOR * variance_LD.mean(dim=-1, keepdim=True)
-    varies_L1 = variance_LD.amax(dim=-1, keepdim=True) > 0
-    scaled_LD = torch.where(varies_L1, difference_LD / variance_LD.clamp(min=tiny).sqrt(), difference_LD)
-    scale_L1 = torch.maximum(target_LD.norm(dim=-1, keepdim=True), baseline_LD.norm(dim=-1, keepdim=True))
-    distinct_L1 = difference_LD.norm(dim=-1, keepdim=True) > INDISTINCT * scale_L1
-    unit_LD = scaled_LD / scaled_LD.norm(dim=-1, keepdim=True).clamp(min=tiny)
-    return torch.where(distinct_L1, unit_LD, 0.0)[:, None].float()
+    spread_LD = torch.where(variance_LD > 0, variance_LD.sqrt(), 1.0)
+    return unit_difference(target_NLD.mean(dim=0), baseline_MLD.mean(dim=0), spread_LD).float()

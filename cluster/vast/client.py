@@ -97,8 +97,7 @@ class VastClient:
             timeout=TIMEOUT,
             transport=transport,
         )
-        # Logs come from a storage service by a signed URL, which must not be sent our key.
-        self._storage = httpx.Client(timeout=TIMEOUT, transport=transport)
+        self._transport = transport
         logging.getLogger("httpx").setLevel(logging.WARNING)  # one line per poll would drown Ray's logs
 
     def __enter__(self) -> "VastClient":
@@ -109,7 +108,6 @@ class VastClient:
 
     def close(self) -> None:
         self._http.close()
-        self._storage.close()
 
     def search_offers(self, query: dict[str, Any], deadline_s: float = SEARCH_DEADLINE_S) -> OfferPage:
         """Offers that match `query` (Vast.ai's own filter language, see `offers.search_query`)."""
@@ -203,16 +201,18 @@ class VastClient:
         url = answer.get("result_url")
         if not isinstance(url, str) or not url.startswith(("https://", "http://")):
             raise VastRefusedError(f"no logs of instance {instance_id}: {_short(answer)}", str(answer.get("error", "")))
-        while True:
-            try:
-                response = self._storage.get(url)
-                if response.status_code == 200:
-                    return response.text
-            except httpx.TransportError as error:
-                logger.debug("the logs of instance %d: %s", instance_id, error)
-            if self._clock.time() >= deadline:
-                raise VastUnavailableError(f"the logs of instance {instance_id} did not arrive; ask again later")
-            self._clock.sleep(LOGS_PAUSE_S)
+        # A storage service by a signed URL, which must not be sent our key.
+        with httpx.Client(timeout=TIMEOUT, transport=self._transport) as storage:
+            while True:
+                try:
+                    response = storage.get(url)
+                    if response.status_code == 200:
+                        return response.text
+                except httpx.TransportError as error:
+                    logger.debug("the logs of instance %d: %s", instance_id, error)
+                if self._clock.time() >= deadline:
+                    raise VastUnavailableError(f"the logs of instance {instance_id} did not arrive; ask again later")
+                self._clock.sleep(LOGS_PAUSE_S)
 
     def _pages(self, deadline: float) -> Iterator[Instance]:
         params = {"limit": str(PAGE_SIZE), "order_by": json.dumps([{"col": "id", "dir": "asc"}])}
