@@ -4,7 +4,7 @@ It starts the workers, replaces those that die, and hands each call to the next 
 run again elsewhere, once. Everything that asks for work to be done (the study's lane, the pipeline) talks to the
 broker, so workers may come and go. One worker's place:
 
-                       a call                 its actor dies              three times in a row
+                       a call             its actor is lost           too often without a call between
     starting ---> idle <-----> busy       (any) ------------> lost ------------------------------> failed
         |                                   ^                  |                                     ^
         |                                   +--- starting <----+                                     |
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayError, RayTaskError, TaskCancelledError
+from ray.exceptions import ActorUnavailableError, RayError, RayTaskError, TaskCancelledError
 
 from bruno_ray.ablation.edit import Edit
 from bruno_ray.ablation.plan import TrainingPlan
@@ -36,10 +36,32 @@ from bruno_ray.workers.worker_actor import BUSY, FAILED, IDLE, LOST, STARTING, W
 HEARTBEAT_S = 2.0
 """How often a worker is asked for its memory; also how soon the death of an idle worker is noticed."""
 
-LOSSES_IN_A_ROW = 3
-"""A worker that dies this many times without finishing a call in between is not started again."""
 
-ATTEMPTS = 2
+@dataclass
+class Losses:
+    """Workers that were lost in a row: by themselves, or with their machine.
+
+    A process that dies again and again has no memory for the model or runs into a defect. A rented machine that its
+    host takes back, or that cannot be reached for a minute, says nothing about the worker or its call.
+    """
+
+    crashes: int = 0
+    machines: int = 0
+
+    def add(self, error: RayError) -> None:
+        if is_loss_of_machine(error):
+            self.machines += 1
+        else:
+            self.crashes += 1
+
+    def reach(self, bound: "Losses") -> bool:
+        return self.crashes >= bound.crashes or self.machines >= bound.machines
+
+
+OF_A_SLOT = Losses(crashes=3, machines=12)
+"""A worker that is lost so often without finishing a call in between is not started again."""
+
+OF_A_CALL = Losses(crashes=2, machines=6)
 """How many workers a call may lose before it counts as failed."""
 
 STOPPED = "the run was stopped before this call came back: resume it to run the call again"
@@ -56,7 +78,7 @@ class NoWorkerLeft(WorkerError):
 class _WorkerDied:
     """How a call may end."""
 
-    reason: str
+    error: RayError
 
 
 class Slot:
@@ -64,10 +86,11 @@ class Slot:
 
     def __init__(self, name: str):
         self.state = WorkerState(name)
-        self.losses_in_a_row = 0
+        self.losses = Losses()
         self.actor: Any = None
         self.lost = asyncio.Event()
-        self.reason = ""
+        self.error: RayError | None = None
+        """What a call said when it noticed that the worker is gone."""
 
     @property
     def name(self) -> str:
@@ -168,9 +191,10 @@ class PoolBroker:
             self._calls.discard(call)
 
     async def _attempts(self, submit: Submit) -> CallReply:
-        losses: list[str] = []
-        while len(losses) < ATTEMPTS:
-            slot = await self._idle.get(urgent=bool(losses))
+        lost: list[str] = []
+        losses = Losses()
+        while not losses.reach(OF_A_CALL):
+            slot = await self._idle.get(urgent=bool(lost))
             slot.state.state = BUSY
             use = asyncio.create_task(self._use(slot, submit))
             self._in_use.add(use)
@@ -178,8 +202,9 @@ class PoolBroker:
             end = await asyncio.shield(use)  # a call that is cancelled stops waiting; its worker is busy all the same
             if isinstance(end, CallReply):
                 return end
-            losses.append(f"{slot.name} ({end.reason})")
-        raise WorkerError(f"it lost {' and then '.join(losses)}: look at the memory and logs of the workers")
+            losses.add(end.error)
+            lost.append(f"{slot.name} ({_reason(end.error)})")
+        raise WorkerError(f"it lost {' and then '.join(lost)}: look at the memory and logs of the workers")
 
     async def _use(self, slot: Slot, submit: Submit) -> CallReply | _WorkerDied:
         """Run a call on the slot's worker. However it ends, the slot is then idle again or about to be filled anew."""
@@ -189,15 +214,15 @@ class PoolBroker:
             # The method raised, or the call was cancelled: the caller will see it when it gets the result.
             with suppress(RayTaskError, TaskCancelledError):
                 await done
-            slot.losses_in_a_row = 0
+            slot.losses = Losses()
             slot.state.calls += 1
             return CallReply(slot.name, [result])
         except RayError as error:
             if slot.actor is actor:  # else the slot has been filled anew already
-                slot.reason = _reason(error)
+                slot.error = error
                 slot.state.state = LOST
                 slot.lost.set()
-            return _WorkerDied(_reason(error))
+            return _WorkerDied(error)
         finally:
             if slot.actor is actor and slot.state.state == BUSY:
                 slot.state.state = IDLE
@@ -209,6 +234,7 @@ class PoolBroker:
         """Keep a slot filled until the pool closes or the slot is given up."""
         while True:
             slot.lost.clear()
+            slot.error = None
             slot.state.state = STARTING
             slot.actor = WorkerActor.options(**self._options).remote()
             try:
@@ -216,32 +242,33 @@ class PoolBroker:
                 slot.state.state = IDLE
                 self._first.set()
                 self._idle.put(slot)
-                await self._watch(slot)
-                reason = slot.reason
+                loss = await self._watch(slot)
             except RayTaskError as error:  # its constructor raised, and would again
                 cause = error.cause
                 self._give_up(slot, cause if isinstance(cause, BrunoError) else WorkerError(_reason(error)))
                 return
             except RayError as error:
-                reason = _reason(error)
+                loss = error
             self._idle.discard(slot)
             slot.state.state = LOST
             slot.state.losses += 1
-            slot.losses_in_a_row += 1
+            slot.losses.add(loss)
             ray.kill(slot.actor)  # it may be unreachable rather than dead
-            if slot.losses_in_a_row >= LOSSES_IN_A_ROW:
-                self._give_up(slot, WorkerError(f"{slot.name} died {LOSSES_IN_A_ROW} times in a row ({reason})"))
+            if slot.losses.reach(OF_A_SLOT):
+                times = slot.losses.crashes + slot.losses.machines
+                self._give_up(slot, WorkerError(f"{slot.name} died {times} times in a row ({_reason(loss)})"))
                 return
-            self._say(f"{slot.name} is lost ({reason}); starting another in its place")
+            self._say(f"{slot.name} is lost ({_reason(loss)}); starting another in its place")
 
-    async def _watch(self, slot: Slot) -> None:
-        """Returns when a call has noticed that the worker is gone, raises RayError when this notices it first."""
-        while not slot.lost.is_set():
+    async def _watch(self, slot: Slot) -> RayError:
+        """Return what a call noticed of the worker's loss. Raises RayError when this notices it first."""
+        while slot.error is None:
             stat = await slot.actor.stat.remote()
             for name, value in stat.items():
                 setattr(slot.state, name, value)
             with suppress(asyncio.TimeoutError):
                 await asyncio.wait_for(slot.lost.wait(), HEARTBEAT_S)
+        return slot.error
 
     def _give_up(self, slot: Slot, error: BrunoError) -> None:
         slot.state.state = FAILED
@@ -253,6 +280,14 @@ class PoolBroker:
 
     def _say(self, event: str) -> None:
         self._events.append(f"{time.strftime('%H:%M:%S')} {event}")
+
+
+def is_loss_of_machine(error: RayError) -> bool:
+    """Whether a worker was lost with its machine, or cannot be reached there: not by itself.
+
+    Ray says "unavailable" as soon as the connection breaks, and "its node has died" once it has given the node up.
+    """
+    return isinstance(error, ActorUnavailableError) or "node has died" in str(error)
 
 
 def _reason(error: BaseException) -> str:

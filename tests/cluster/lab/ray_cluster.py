@@ -57,6 +57,12 @@ def merged(config: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+RAY_LOGS = "tmp/ray/session_2*/logs"
+LOGS = (f"{RAY_LOGS}/monitor.*", f"{RAY_LOGS}/job-driver-*.log", "root/.bruno-ray/mesh/*.log", "tmp/onstart.log")
+USUAL = "Dropping the empty legacy field"
+"""The autoscaler says this whenever it reads its configuration."""
+
+
 class RayCluster:
     """A context manager; everything that was rented is gone afterwards."""
 
@@ -198,9 +204,11 @@ class RayCluster:
         """The ends of the logs that explain a failure."""
         texts = []
         for container in list(self.lab.containers.values()):
-            for pattern in ("tmp/ray/session_2*/logs/monitor.*", "root/.bruno-ray/mesh/*.log", "tmp/onstart.log"):
+            for pattern in LOGS:
                 for path in container.folder.glob(pattern):
-                    texts.append(f"--- {container.name} {path.name}\n{path.read_text(errors='replace')[-2500:]}")
+                    lines = path.read_text(errors="replace").splitlines()
+                    said = "\n".join(line for line in lines if USUAL not in line)
+                    texts.append(f"--- {container.name} {path.name}\n{said[-4000:]}")
         return "\n".join(texts)
 
 
