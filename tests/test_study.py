@@ -12,6 +12,7 @@ from bruno_ray.errors import StudyError, WorkerError
 from bruno_ray.study.run import run_study
 from bruno_ray.study.selection import load_trials, pareto_front
 from bruno_ray.study.space import edit_from_params
+from bruno_ray.study.starts import literature_edit
 from bruno_ray.study.storage import load_study
 from bruno_ray.workers.pool import WorkerPool
 from tests.support.fakes import FakeInfo, FakeWorker, fake_scores
@@ -42,6 +43,8 @@ def test_every_trial_has_both_objectives_and_says_what_it_was(pool, tmp_path):
     assert len({tuple(trial.params.values()) for trial in trials}) == 10
     for stored, trial in zip(study.trials, trials):
         edit = edit_from_params(trial.params, settings().search, tuple(CONTEXT.bank))
+        if trial.number == 0:  # it is not sampled
+            edit = literature_edit(tuple(CONTEXT.bank), FakeInfo.n_layers, FakeInfo.components)
         assert trial.edit == edit.to_dict()
         assert trial.values == fake_scores(edit)
         assert stored.values == [trial.values[name] for name in OBJECTIVES]

@@ -17,7 +17,7 @@ from plotly.subplots import make_subplots
 from bruno_ray.publishing import wording
 from bruno_ray.study import selection
 from bruno_ray.study.selection import TrialRecord
-from bruno_ray.study.tables import describe_edit, metric_text
+from bruno_ray.study.tables import describe_trial, metric_text
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -99,7 +99,7 @@ def pareto_front(trials: Sequence[TrialRecord], objectives: Sequence[str], selec
 def _hover(trial: TrialRecord, objectives: Sequence[str]) -> str:
     lines = [f"<b>trial {trial.number}</b>"]
     lines += [f"{wording.label(name)}: {metric_text(trial, name)}" for name in objectives]
-    return "<br>".join([*lines, describe_edit(trial.edit)])
+    return "<br>".join([*lines, describe_trial(trial)])
 
 
 def history(trials: Sequence[TrialRecord], objectives: Sequence[str]) -> go.Figure | None:

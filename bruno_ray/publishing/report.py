@@ -4,6 +4,7 @@ It is made from the run directory and the study alone, so that `bruno-ray report
 """
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -22,7 +23,7 @@ from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import ReadAnswer, Readings, RunRecord, ScoresRecord
 from bruno_ray.study.selection import TrialRecord, load_trials, pareto_front
 from bruno_ray.study.space import bound_lines
-from bruno_ray.study.tables import describe_edit, metric_text, table_columns, with_selected
+from bruno_ray.study.tables import describe_trial, metric_text, table_columns, with_selected
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ def render_report(run: RunDirectory, study: optuna.Study) -> str:
     states = {state: sum(trial.state == state for trial in trials) for state in ("COMPLETE", "FAIL", "RUNNING")}
     geometry, test_prompts = run.load_geometry(), run.load_test_prompts()
     selected = record.selected
+    number = selected.number if selected else None
     scores, measured_on = wording.final_scores(record)
     return (
         environment()
@@ -92,22 +94,15 @@ def render_report(run: RunDirectory, study: optuna.Study) -> str:
             extra={name: wording.plain(value) for name, value in record.extra.items()},
             samples=run.load_samples()[:SAMPLES],
             disagreements=disagreements(record, run.load_readings()),
-            front=[
-                {
-                    "number": trial.number,
-                    "cells": [metric_text(trial, name) for name in columns],
-                    "edit": describe_edit(trial.edit),
-                    "selected": selected is not None and trial.number == selected.number,
-                }
-                for trial in with_selected(front, trials, selected.number if selected else None)
-            ],
+            front=trial_rows(with_selected(front, trials, number), columns, number),
+            given=trial_rows([trial for trial in trials if trial.origin and trial.values], columns, number),
             front_rows=FRONT_ROWS,
             front_columns=[wording.label(name) for name in columns],
             bounds=bound_lines(
                 next((trial.distributions for trial in study.get_trials(deepcopy=False) if trial.distributions), {}),
                 [trial.params for trial in front],
             ),
-            study_plots=study_plots(study, trials, objectives, selected.number if selected else None),
+            study_plots=study_plots(study, trials, objectives, number),
             detail_plots=detail_plots(study, objectives),
             geometry=geometry,
             geometry_plots=geometry_plots(geometry),
@@ -265,6 +260,18 @@ def finalists(record: RunRecord) -> dict[str, Any] | None:
         for number, scores in record.finalists.items()
     ]
     return {"columns": [wording.label(name) for name in metrics], "rows": rows}
+
+
+def trial_rows(trials: Sequence[TrialRecord], columns: Sequence[str], selected: int | None) -> list[dict[str, Any]]:
+    return [
+        {
+            "number": trial.number,
+            "cells": [metric_text(trial, name) for name in columns],
+            "edit": describe_trial(trial),
+            "selected": trial.number == selected,
+        }
+        for trial in trials
+    ]
 
 
 def geometry_rows(geometry: dict[str, Any] | None) -> list[list[str]]:

@@ -325,6 +325,10 @@ class StudySettings(Section):
     """Seeds the sampler: the same seed and the same schedule of batches give the same parameters in every trial.
     `ray.workers` and `study.trials_per_batch` make the schedule; with others, trials after the first batches differ."""
 
+    literature_first: bool = setting(True, resumable=True)
+    """Trial 0 is the literature's edit (Arditi et al. 2024): one difference-in-means direction removed with strength 1
+    at every layer, norm mode `none`. A study that has been begun keeps the trial it has."""
+
     trials_per_batch: PositiveInt | None = setting(None, resumable=True)
     """Trials evaluated in one forward pass by one worker; when not given, 8, or 1 where a single trial keeps a CPU busy
     (models from 50 million parameters)."""

@@ -32,6 +32,7 @@ from bruno_ray.study.schedule import Schedule
 from bruno_ray.study.searcher import BatchOptunaSearch
 from bruno_ray.study.selection import load_trials, pareto_front
 from bruno_ray.study.space import bound_lines, search_space, suggest
+from bruno_ray.study.starts import LITERATURE, Start, given_first, kept_starts, literature_edit, nearest_params
 from bruno_ray.study.storage import open_study
 from bruno_ray.study.trainings import Trainings
 from bruno_ray.study.tuner import run_tuner
@@ -103,6 +104,9 @@ def run_study(
     objectives = settings.scoring.objectives
     name = settings.study.name or run_dir.name
     run = RunDirectory(run_dir)
+    wanted = []
+    if settings.study.literature_first:
+        wanted.append(Start(literature_edit(direction_sets, info.n_layers, info.components), LITERATURE))
 
     def suggested(trial: optuna.Trial) -> Edit | TrainingPlan:
         if trainings.is_trained(trial.number):
@@ -115,11 +119,19 @@ def run_study(
         storage_errors(),
         open_study(name, settings.study.storage, run_dir, objectives, fingerprint, settings.study.take_over) as study,
     ):
+        starts = kept_starts(study, wanted)
+        sampler = NumberedTPESampler(
+            settings.study.n_startup_trials,
+            settings.study.seed,
+            space,
+            trainings,
+            [nearest_params(start.edit, space) for start in starts],
+        )
         usual = trials_per_batch(settings, info)
         batches = BatchStudy(
             study,
-            NumberedTPESampler(settings.study.n_startup_trials, settings.study.seed, space, trainings),
-            suggested,
+            sampler,
+            given_first(starts, sampler.is_start, suggested),
             objectives,
             keep=lambda trained: run.save_learned(trained.edit.direction_set, trained.directions),
         )

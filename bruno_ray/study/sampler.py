@@ -13,7 +13,7 @@ Over 24 seeds of 60 trials, 20 of them at startup, on the hard organism the mean
 """
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,11 +40,13 @@ class NumberedTPESampler(TPESampler):
         seed: int,
         space: Mapping[str, BaseDistribution],
         trainings: Trainings | None = None,
+        starts: Sequence[Mapping[str, Any]] = (),
     ):
         """
         Args:
             space: what searched trials are sampled from; the coordinates of the startup points, in this order.
             trainings: which trials are trained, and sampled from a space of their own.
+            starts: parameters of the first searched trials (``starts.py``); they take the place of sampled ones.
         """
         super().__init__(
             multivariate=True,
@@ -57,13 +59,14 @@ class NumberedTPESampler(TPESampler):
         self._startup_trials = n_startup_trials
         self._space = dict(space)
         self._trainings = trainings
+        self._starts = list(starts)
         self._point: tuple[tuple[bool, int], np.ndarray] | None = None
 
     def reseed_rng(self) -> None:
         """Optuna calls this in worker processes to tell streams apart; ours are told apart by trial number."""
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        if self._is_startup(trial) or self._is_trained(trial):
+        if self._is_startup(trial) or self._is_trained(trial) or self.is_start(trial.number):
             return {}
         # Optuna would take what all trials have in common: nothing, where some are trained.
         return {name: self._space[name] for name in sorted(self._space) if not self._space[name].single()}
@@ -81,11 +84,17 @@ class NumberedTPESampler(TPESampler):
             assert self._trainings is not None
             number, names = self._trainings.point(trial.number), list(self._trainings.space())
             return _place(param_distribution, self._sobol(True, number, len(names))[names.index(param_name)])
+        if self.is_start(trial.number):
+            return self._starts[trial.number][param_name]
         if self._is_startup(trial):
             names = list(self._space)
             return _place(param_distribution, self._sobol(False, trial.number, len(names))[names.index(param_name)])
         seed_sampler(self, [self._study_seed, trial.number, zlib.crc32(param_name.encode())])
         return super().sample_independent(study, trial, param_name, param_distribution)
+
+    def is_start(self, number: int) -> bool:
+        """Whether the parameters of this trial are given."""
+        return number < len(self._starts) and not (self._trainings is not None and self._trainings.is_trained(number))
 
     def _is_startup(self, trial: FrozenTrial) -> bool:
         """Whether there are too few trials for TPE whatever their states; it would look through them all every time."""

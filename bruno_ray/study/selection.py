@@ -12,7 +12,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from bruno_ray.errors import SettingsError, StudyError
-from bruno_ray.study.trial_result import PLAN, RESULT, TRAINING, TrialResult, is_whole
+from bruno_ray.study.trial_result import ORIGIN, PLAN, RESULT, TRAINING, TrialResult, is_whole
 
 BEHAVIOUR = "behaviour_rate"
 KL = "kl_divergence"
@@ -60,6 +60,9 @@ class TrialRecord:
     training: dict[str, Any] | None = None
     """Of a trained trial: its plan, and what `TrainedEdit.account` gives."""
 
+    origin: str = ""
+    """Of an edit that was given, not sampled (``starts.py``): where it is from."""
+
 
 def load_trials(study: optuna.Study) -> list[TrialRecord]:
     """All trials by number. The study may be running: in-flight trials come out as RUNNING."""
@@ -85,6 +88,7 @@ def record(trial: FrozenTrial) -> TrialRecord:
         training={"plan": trial.user_attrs[PLAN], **trial.user_attrs.get(TRAINING, {})}
         if PLAN in trial.user_attrs
         else None,
+        origin=trial.user_attrs.get(ORIGIN, ""),
     )
 
 

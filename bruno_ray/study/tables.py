@@ -21,6 +21,11 @@ def describe_edit(edit: dict[str, Any] | None) -> str:
     return f"{edit['direction_set']} {direction}; {kernels}"
 
 
+def describe_trial(trial: TrialRecord) -> str:
+    """The edit, and where it is from if it was given."""
+    return describe_edit(trial.edit) + (f" ({trial.origin})" if trial.origin else "")
+
+
 def _peak(given: dict[str, Any]) -> str:
     """Strength at the peak, and the layer where that is."""
     if "strengths" in given:
@@ -55,7 +60,7 @@ def front_table(
         table.add_row(
             _number(trial, selected),
             *(metric_text(trial, name) for name in columns),
-            describe_edit(trial.edit),
+            describe_trial(trial),
             style="bold" if trial.number == selected else None,
         )
     return table
@@ -66,7 +71,7 @@ def front_lines(trials: Sequence[TrialRecord], objectives: Sequence[str], select
     columns = table_columns(trials, objectives)
     rows = [["trial", *columns, "edit"]]
     rows += [
-        [_number(trial, selected), *(metric_text(trial, name) for name in columns), describe_edit(trial.edit)]
+        [_number(trial, selected), *(metric_text(trial, name) for name in columns), describe_trial(trial)]
         for trial in trials
     ]
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]) - 1)]

@@ -14,6 +14,9 @@ RESULT = "result"
 EDIT, PLAN, TRAINING, DIRECTIONS = "edit", "plan", "training", "directions"
 """Others: what is scored; what was asked for where that had to be trained, how the training went, and what it found."""
 
+ORIGIN = "origin"
+"""Of a trial whose edit was given, not sampled (``starts.py``): where it is from, in words."""
+
 
 def is_whole(attributes: Mapping[str, Any]) -> bool:
     """Whether the user attributes of a trial that was told hold what it was told from. Only a damaged journal, which

@@ -2,7 +2,7 @@
 
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
@@ -14,6 +14,7 @@ from bruno_ray.study.batches import BatchStudy
 from bruno_ray.study.sampler import NumberedTPESampler
 from bruno_ray.study.schedule import Schedule
 from bruno_ray.study.space import search_space, suggest
+from bruno_ray.study.starts import Start, given_first, kept_starts, nearest_params
 from bruno_ray.study.storage import open_study
 
 OBJECTIVES = ("behaviour_rate", "kl_divergence")
@@ -45,10 +46,15 @@ def make_schedule(
     target: int = 30,
     batch_size: int = 4,
     n_startup_trials: int = 8,
+    starts: Sequence[Start] = (),
 ) -> Schedule:
-    sampler = NumberedTPESampler(n_startup_trials, seed=3, space=search_space(*SPACE))
+    space, kept = search_space(*SPACE), kept_starts(study, starts)
+    sampler = NumberedTPESampler(
+        n_startup_trials, seed=3, space=space, starts=[nearest_params(start.edit, space) for start in kept]
+    )
+    suggested = given_first(kept, sampler.is_start, lambda trial: suggest(trial, *SPACE))
     return Schedule(
-        BatchStudy(study, sampler, lambda trial: suggest(trial, *SPACE), OBJECTIVES),
+        BatchStudy(study, sampler, suggested, OBJECTIVES),
         target=target,
         batch_size=lambda _: batch_size,
         window=window,
