@@ -172,6 +172,31 @@ def test_kernel_edges() -> None:
     assert AblationParameters(1.0, 3.0, 0.5, 0.0).strength(4) == 0.0
 
 
+def test_kernels_of_every_shape_by_hand() -> None:
+    """Peak 2 at layer 4, a quarter of it at the edge 4 layers away; layer 9 lies past the other edge."""
+    by_hand = {
+        "linear": [0.5, 0.875, 1.25, 1.625, 2.0, 0.0],
+        "flat": [2.0, 2.0, 2.0, 2.0, 2.0, 0.0],
+        "cosine": [0.5, 0.5 + 1.5 * 0.1464466, 1.25, 0.5 + 1.5 * 0.8535534, 2.0, 0.0],
+        # exp(-2 x^2) at x = 1, 3/4, 1/2, 1/4, 0 is 0.1353353, 0.3246525, 0.6065307, 0.8824969, 1
+        "gaussian": [0.5, 0.5 + 1.5 * 0.2189487, 0.5 + 1.5 * 0.5449457, 0.5 + 1.5 * 0.8641059, 2.0, 0.0],
+    }
+    for shape, expected in by_hand.items():
+        kernel = AblationParameters(2.0, 4.0, 0.25, 4.0, shape)
+        assert [kernel.strength(layer) for layer in (0, 1, 2, 3, 4, 9)] == pytest.approx(expected, abs=1e-6), shape
+        assert kernel.strength(2) == kernel.strength(6), "it is symmetric"
+
+
+def test_an_edit_of_a_version_without_shapes_is_linear() -> None:
+    kernel = AblationParameters(1.0, 3.0, 0.5, 2.0, "cosine")
+    stored = Edit({"mlp": kernel}, "x", None, "full").to_dict()
+    assert Edit.from_dict(stored).components["mlp"] == kernel
+    del stored["components"]["mlp"]["shape"]
+    assert Edit.from_dict(stored).components["mlp"].shape == "linear"
+    with pytest.raises(ValueError, match="a kernel is one of linear, flat, cosine, gaussian, not 'round'"):
+        AblationParameters(1.0, 3.0, 0.5, 2.0, "round")
+
+
 @pytest.mark.parametrize("index", [0.0, 1.0, 2.4, 4.999, 5.0])
 def test_global_direction_is_the_published_interpolation(index: float) -> None:
     bank = {"x": orthonormal(LAYERS + 1, 1, D)}

@@ -72,6 +72,19 @@ def test_a_choice_with_one_option_is_no_parameter():
     assert list(edit.components) == ["mlp"]
 
 
+def test_of_several_kernels_each_component_samples_its_own_and_one_is_no_parameter():
+    several = SearchSettings(kernels=("linear", "cosine", "gaussian"))
+    space = search_space(several, SETS, LAYERS, COMPONENTS)
+    assert set(space) - set(SPACE) == {"attention.shape", "mlp.shape"}
+    study = optuna.create_study(directions=["minimize"] * 2, sampler=NumberedTPESampler(16, 0, space))
+    edits = [suggest(study.ask(), several, SETS, LAYERS, COMPONENTS) for _ in range(16)]
+    pairs = {tuple(kernel.shape for kernel in edit.components.values()) for edit in edits}
+    assert {shape for pair in pairs for shape in pair} == set(several.kernels) and len(pairs) > 4
+    only = SearchSettings(kernels=("flat",))
+    edit = suggest(make_study().ask(), only, SETS, LAYERS, COMPONENTS)
+    assert {kernel.shape for kernel in edit.components.values()} == {"flat"}
+
+
 def test_a_model_of_one_layer_has_a_space():
     space = search_space(SearchSettings(), SETS, 1, COMPONENTS)
     assert space["mlp.min_weight_distance"].single()

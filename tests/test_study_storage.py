@@ -9,8 +9,10 @@ import psutil
 import pytest
 
 from bruno_ray.errors import StudyError
-from bruno_ray.study.fingerprint import first_difference, same_model
+from bruno_ray.settings import SearchSettings, Settings
+from bruno_ray.study.fingerprint import first_difference, same_model, study_fingerprint
 from bruno_ray.study.storage import load_study, open_study
+from tests.support.fakes import FakeInfo
 from tests.support.waiting import wait_for
 
 OBJECTIVES = ("behaviour_rate", "kl_divergence")
@@ -53,6 +55,15 @@ def test_what_else_differs_is_named(changed: dict, said: str, tmp_path: Path) ->
     with pytest.raises(StudyError, match=said):
         with open_study("test", None, tmp_path, OBJECTIVES, {**FINGERPRINT, **changed}):
             pass
+
+
+def test_a_study_of_a_version_without_kernels_goes_on_and_one_with_others_does_not() -> None:
+    def of(**search: tuple[str, ...]) -> dict:
+        return study_fingerprint(Settings(search=SearchSettings(**search)), FakeInfo(), "p")
+
+    assert "kernels" not in of()["settings"]["search"]  # as versions wrote it that had no kernels to choose from
+    found = first_difference(of(), of(kernels=("linear", "cosine")))
+    assert found == ("settings.search.kernels", None, ["linear", "cosine"])
 
 
 def test_two_drivers_at_once_are_refused(tmp_path: Path) -> None:

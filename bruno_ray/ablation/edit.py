@@ -3,31 +3,65 @@
 This module imports no torch: processes that only pass edits on are many, and start in a fraction of the time.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 NormMode = Literal["none", "pre", "full"]
+KernelShape = Literal["linear", "flat", "cosine", "gaussian"]
+
+GAUSSIAN_WIDTH = 0.5
+"""Standard deviation of the Gaussian kernel, as a share of the distance from peak to edge."""
 
 
 @dataclass(frozen=True)
 class AblationParameters:
-    """Ablation kernel of one component over layers; positions and distances are in layers."""
+    """Ablation kernel of one component over layers; positions and distances are in layers.
+
+    With x the share of the way from peak (0) to edge (1) and m = ``min_weight``, the strength is ``max_weight`` times
+
+        linear:    1 - (1 - m) x                        heretic's
+        cosine:    m + (1 - m) (1 + cos(pi x)) / 2
+        gaussian:  m + (1 - m) (g(x) - g(1)) / (g(0) - g(1)), g(x) = exp(-x^2 / (2 GAUSSIAN_WIDTH^2))
+        flat:      1, whatever m is
+
+    and 0 beyond the edge. All but `flat` are 1 at the peak and m at the edge.
+    """
 
     max_weight: float
     max_weight_position: float
     min_weight: float
     min_weight_distance: float
 
+    shape: KernelShape = "linear"
+    """Edits of older versions do not say: they are linear."""
+
+    def __post_init__(self) -> None:
+        if self.shape not in get_args(KernelShape):
+            raise ValueError(f"a kernel is one of {', '.join(get_args(KernelShape))}, not {self.shape!r}")
+
     def strength(self, layer: int) -> float:
-        """Falls linearly from ``max_weight`` at the peak to ``max_weight * min_weight`` at the edge, 0 beyond it."""
+        """Falls from ``max_weight`` at the peak to ``max_weight * min_weight`` at the edge, 0 beyond it."""
         peak = max(self.max_weight, 0.0)
         distance = abs(layer - self.max_weight_position)
         if distance > self.min_weight_distance:
             return 0.0
         if self.min_weight_distance == 0:
             return peak
-        return peak * (1 + (distance / self.min_weight_distance) * (self.min_weight - 1))
+        return peak * (1 + self._fallen(distance / self.min_weight_distance) * (self.min_weight - 1))
+
+    def _fallen(self, x: float) -> float:
+        """How much of the way down from peak to edge the strength has gone, at the share ``x`` of the distance."""
+        match self.shape:
+            case "linear":
+                return x
+            case "flat":
+                return 0.0
+            case "cosine":
+                return (1 - math.cos(math.pi * x)) / 2
+            case "gaussian":
+                return math.expm1(-(x**2) / (2 * GAUSSIAN_WIDTH**2)) / math.expm1(-1 / (2 * GAUSSIAN_WIDTH**2))
 
     def scaled(self, factor: float) -> "AblationParameters":
         return replace(self, max_weight=factor * self.max_weight)

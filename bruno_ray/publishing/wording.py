@@ -215,7 +215,7 @@ def direction_phrase(edit: dict[str, Any]) -> str:
     return f"{method.replace('_', ' ')}, read at {where}; {scope}"
 
 
-KERNEL_HEADER = ("Component", "Peak strength", "at layer", "Strength at the edge", "Layers from peak to edge")
+KERNEL_HEADER = ("Component", "Peak strength", "at layer", "Strength at the edge", "Layers from peak to edge", "Kernel")
 TABLE_HEADER = ("Component", "Largest strength", "at layer", "Mean strength", "Layers edited")
 
 
@@ -238,7 +238,9 @@ def strength_rows(edit: dict[str, Any]) -> list[tuple[str, ...]]:
         else:
             peak = max(given["max_weight"], 0.0)
             position, distance = given["max_weight_position"], given["min_weight_distance"]
-            row = (f"{peak:.3f}", f"{position:.2f}", f"{peak * given['min_weight']:.3f}", f"{distance:.2f}")
+            shape = given.get("shape", "linear")
+            edge = peak * (1.0 if shape == "flat" else given["min_weight"])
+            row = (f"{peak:.3f}", f"{position:.2f}", f"{edge:.3f}", f"{distance:.2f}", shape)
         rows.append((component, *row))
     return rows
 

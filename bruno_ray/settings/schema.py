@@ -205,6 +205,9 @@ class SearchSettings(Section):
     direction_index: DepthRange = (0.2, 1.0)
     """Layer that the global direction is read at, as a fraction of the last layer's index."""
 
+    kernels: Annotated[tuple[Literal["linear", "flat", "cosine", "gaussian"], ...], Field(min_length=1)] = ("linear",)
+    """How the strength falls from the peak to the edge of the kernel; of several, each component samples its own."""
+
     attention: ComponentRange = ComponentRange()
     mlp: ComponentRange = ComponentRange(max_weight=(-0.25, 1.5))
 

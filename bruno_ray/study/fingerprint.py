@@ -8,6 +8,9 @@ from bruno_ray.settings import Settings
 NOT_OF_THE_SEARCH = {"row_tokens", "report_tokens", "report_scorers", "judge"}
 """Settings of scoring that change no trial's scores."""
 
+LATER = {"kernels": ["linear"]}
+"""Settings of the search that are younger than studies which may be resumed, with what those had instead."""
+
 
 def study_fingerprint(settings: Settings, info: Any, prompts_fingerprint: str) -> dict[str, Any]:
     """As stored with a study, nested dicts of plain values.
@@ -31,11 +34,16 @@ def study_fingerprint(settings: Settings, info: Any, prompts_fingerprint: str) -
         "settings": {
             "residuals": {name: dump["residuals"][name] for name in ("max_tokens", "answer_tokens")},
             "directions": dump["directions"],
-            "search": dump["search"],
+            "search": _without_later(dump["search"]),
             "scoring": {name: value for name, value in dump["scoring"].items() if name not in NOT_OF_THE_SEARCH},
             "response_prefix": dump["prompts"]["response_prefix"],
         },
     }
+
+
+def _without_later(search: dict[str, Any]) -> dict[str, Any]:
+    """Settings that older versions did not have say nothing at the value that was theirs: such studies can go on."""
+    return {name: value for name, value in search.items() if LATER.get(name, ...) != value}
 
 
 def same_model(stored: str, mine: str) -> bool:

@@ -22,7 +22,7 @@ NEAR, OFTEN, FEWEST_AT_BOUND = 0.02, 0.3, 2
 WIDENED = ("max_weight", "min_weight_distance")
 """Parameters whose bounds are chosen, not given by what they mean."""
 
-KERNEL_PARAMETERS = ("max_weight", "max_weight_position", "min_weight", "min_weight_distance")
+KERNEL_PARAMETERS = ("max_weight", "max_weight_position", "min_weight", "min_weight_distance", "shape")
 
 
 def search_space(
@@ -48,6 +48,8 @@ def search_space(
         space[f"{component}.max_weight_position"] = _float(ranges.max_weight_position, last)
         space[f"{component}.min_weight"] = _float(ranges.min_weight)
         space[f"{component}.min_weight_distance"] = _float((max(low * last, 1.0), max(high * last, 1.0)))
+        if len(search.kernels) > 1:
+            space[f"{component}.shape"] = CategoricalDistribution(search.kernels)
     return space
 
 
@@ -111,8 +113,9 @@ def suggest(
 def edit_from_params(params: Mapping[str, Any], search: SearchSettings, direction_sets: Sequence[str]) -> Edit:
     """The edit that sampled parameters stand for; choices with one option are filled in from the settings."""
     components = dict.fromkeys(name.split(".")[0] for name in params if "." in name)
+    only = {f"{component}.shape": search.kernels[0] for component in components}
     kernels = {
-        component: AblationParameters(**{name: params[f"{component}.{name}"] for name in KERNEL_PARAMETERS})
+        component: AblationParameters(**{name: (only | params)[f"{component}.{name}"] for name in KERNEL_PARAMETERS})
         for component in components
     }
     scope = params.get(SCOPE, search.direction_scopes[0])

@@ -31,7 +31,9 @@ def _peak(given: dict[str, Any]) -> str:
     if "strengths" in given:
         strength = max(given["strengths"])
         return f"{strength:.2f}@{given['strengths'].index(strength)}"
-    return f"{max(given['max_weight'], 0.0):.2f}@{given['max_weight_position']:.1f}"
+    shape = given.get("shape", "linear")
+    named = "" if shape == "linear" else f" {shape}"
+    return f"{max(given['max_weight'], 0.0):.2f}@{given['max_weight_position']:.1f}{named}"
 
 
 def table_columns(trials: Sequence[TrialRecord], objectives: Sequence[str]) -> list[str]:
