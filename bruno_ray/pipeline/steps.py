@@ -40,6 +40,8 @@ from bruno_ray.workers.session import cpus_per_worker
 from bruno_ray.workers.shipping import Folders, absolute_if_folder
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from bruno_ray.ablation.closed_forms import DirectionBank
 
 logger = logging.getLogger(__name__)
@@ -130,7 +132,8 @@ def open_run(settings: Settings, path: Path, info: ModelInfo, prompts: Prompts) 
         prompts={
             side: {part: len(getattr(getattr(prompts, side), part)) for part in PARTS}
             for side in ("target", "baseline")
-        },
+        }
+        | ({"protect": {name: len(each) for name, each in prompts.protect.items()}} if prompts.protect else {}),
     )
     return run
 
@@ -223,6 +226,7 @@ def find_directions(
     import torch
 
     from bruno_ray.directions import build_bank
+    from bruno_ray.directions.protected import protect
 
     if run.directions_file.exists():
         return run.load_bank()
@@ -241,9 +245,39 @@ def find_directions(
         winsorize_quantile=chosen.winsorize_quantile,
         joined=chosen.joined,
     )
-    run.save_geometry(geometry_record(target_NPLD[:, 0], baseline_NPLD[:, 0]))
+    geometry = geometry_record(target_NPLD[:, 0], baseline_NPLD[:, 0])
+    if prompts.protect:
+        protected_NPLD = {
+            name: torch.from_numpy(np.array(read_residuals(record, info, each, pool)))
+            for name, each in prompts.protect.items()
+        }
+        bank, geometry["protected"] = protect(
+            bank,
+            {name: _winsorized(each, chosen.winsorize_quantile) for name, each in protected_NPLD.items()},
+            _winsorized(baseline_NPLD, chosen.winsorize_quantile),
+            strengths=chosen.protect_strengths,
+            rank=chosen.protect_rank,
+            ridge=chosen.protect_ridge,
+            projected=chosen.projected,
+        )
+        for name, found in geometry["protected"].items():
+            for directions, overlaps in found.items():
+                logger.info(
+                    "directions %s: %.0f %% of them (median over layers) lies in what prompts.protect.%s protects",
+                    *(directions, 100 * float(np.median(overlaps[1:])), name),
+                )
+    run.save_geometry(geometry)
     run.save_directions(bank)
     return bank
+
+
+def _winsorized(residuals_NPLD: "Tensor", quantile: float) -> "Tensor":
+    """As ``build_bank`` takes them, position by position."""
+    import torch
+
+    from bruno_ray.directions import winsorize
+
+    return torch.stack([winsorize(each_NLD, quantile) for each_NLD in residuals_NPLD.unbind(dim=1)], dim=1)
 
 
 def evaluation_context(

@@ -1,4 +1,5 @@
-"""Prompt sets: two sides (target, baseline), three parts each (train, validation, test), checked before use.
+"""Prompt sets: two sides (target, baseline), three parts each (train, validation, test), and what is protected, checked
+before use.
 
 `load_prompts` reads and checks them without a model; `render` turns prompts into token ids through the model's
 chat template. Neither imports torch.
@@ -8,8 +9,10 @@ import hashlib
 import json
 import logging
 import unicodedata
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
 from itertools import combinations
+from typing import Any
 
 from bruno_ray.errors import PromptError
 from bruno_ray.prompts.formats.table import excerpt
@@ -57,6 +60,9 @@ class Prompts:
     fingerprint: str
     """sha256 over every prompt of every part."""
 
+    protect: Mapping[str, tuple[Prompt, ...]] = field(default_factory=dict)
+    """By name of the set."""
+
 
 def load_prompts(settings: Settings) -> Prompts:
     """Both sides of `settings.prompts`, all parts non-empty, without duplicates and without overlap.
@@ -65,10 +71,23 @@ def load_prompts(settings: Settings) -> Prompts:
     """
     target = _load_side("target", settings.prompts.target, settings.prompts)
     baseline = _load_side("baseline", settings.prompts.baseline, settings.prompts)
-    prompts = Prompts(target, baseline, "")
+    protect = {name: _load_protected(name, given, settings.prompts) for name, given in settings.prompts.protect.items()}
+    prompts = Prompts(target, baseline, "", protect)
     _refuse_overlap(prompts)
-    content = json.dumps({"target": asdict(target), "baseline": asdict(baseline)}, sort_keys=True)
-    return Prompts(target, baseline, hashlib.sha256(content.encode()).hexdigest())
+    content: dict[str, Any] = {"target": asdict(target), "baseline": asdict(baseline)}
+    if protect:
+        content["protect"] = {name: [asdict(prompt) for prompt in each] for name, each in protect.items()}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return Prompts(target, baseline, digest, protect)
+
+
+def _load_protected(name: str, given: DatasetSettings, settings: PromptSettings) -> tuple[Prompt, ...]:
+    """The prompts of a protected set, `n_train` at most."""
+    key = f"prompts.protect.{name}"
+    prompts, notes = _load_part(key, given, settings, settings.n_train + settings.n_train // 2)
+    prompts = prompts[: settings.n_train]
+    _show(key, given.source, {"protected": prompts}, notes)
+    return tuple(prompts)
 
 
 def _load_side(side: str, given: PromptSet, settings: PromptSettings) -> PromptParts:
@@ -178,9 +197,13 @@ def _refuse_overlap(prompts: Prompts) -> None:
         for side in ("target", "baseline")
         for part in PARTS
     }
+    known |= {
+        f"prompts.protect.{name}": {_identity(prompt): prompt for prompt in each}
+        for name, each in prompts.protect.items()
+    }
     for (first, a), (second, b) in combinations(known.items(), 2):
         shared = [key for key in a if key in b]
-        if shared:
+        if shared and not first.startswith("prompts.protect."):  # protected sets may share prompts with each other
             example = a[shared[0]].user
             example = example if len(example) <= 80 else example[:77] + "..."
             raise PromptError(

@@ -144,7 +144,7 @@ def sources(settings: Settings) -> list[tuple[str, str, Any]]:
         for side in ("target", "baseline")
         for part in PromptSet.model_fields
         if getattr(getattr(settings.prompts, side), part) is not None
-    ]
+    ] + [("protect", name, source) for name, source in settings.prompts.protect.items()]
 
 
 def searched_in(record: RunRecord) -> str:
@@ -162,6 +162,14 @@ def direction_options(settings: Settings) -> str:
             f"residuals clamped at their quantile {directions.winsorize_quantile:g}"
             if directions.winsorize_quantile < 1
             else "residuals not clamped",
+            *(
+                [
+                    f"cleaned of what {', '.join(settings.prompts.protect)} protects (rank {directions.protect_rank},"
+                    f" ridge {directions.protect_ridge:g})"
+                ]
+                if settings.prompts.protect
+                else []
+            ),
         ]
     )
 

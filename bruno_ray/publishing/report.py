@@ -4,6 +4,7 @@ It is made from the run directory and the study alone, so that `bruno-ray report
 """
 
 import logging
+import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -107,6 +108,7 @@ def render_report(run: RunDirectory, study: optuna.Study) -> str:
             geometry=geometry,
             geometry_plots=geometry_plots(geometry),
             geometry_rows=geometry_rows(geometry),
+            protected=protected_rows(geometry),
             edit=selected.edit if selected else None,
             direction=wording.direction_phrase(selected.edit) if selected else "",
             direction_options=card.direction_options(settings),
@@ -279,6 +281,18 @@ def geometry_rows(geometry: dict[str, Any] | None) -> list[list[str]]:
         return []
     keys = ("target_norm", "baseline_norm", "difference_norm", "cosine", "effect_size", "auroc", "silhouette")
     return [[plots.point_name(row["point"]), *(wording.number(row[key]) for key in keys)] for row in geometry["points"]]
+
+
+def protected_rows(geometry: dict[str, Any] | None) -> list[tuple[str, str, str, str, str]]:
+    """Rows (protected set, direction set, overlap's median over layers, highest, at which stream point)."""
+    rows = []
+    for name, found in ((geometry or {}).get("protected") or {}).items():
+        for directions, overlaps in found.items():
+            layers = overlaps[1:]  # the embedding output is not edited
+            highest = max(range(len(layers)), key=layers.__getitem__)
+            shares = (wording.percent(statistics.median(layers)), wording.percent(layers[highest]))
+            rows.append((name, directions, *shares, plots.point_name(highest + 1)))
+    return rows
 
 
 # ----- pictures -----

@@ -207,12 +207,14 @@ def direction_phrase(edit: dict[str, Any]) -> str:
     """`difference_in_means@0`, read at ..., used ... in words; of a trained edit, that it was trained."""
     if edit["direction_set"].startswith(PREFIX):
         return "trained by gradient through the frozen model (`docs/learned.md`)"
-    method, _, position = edit["direction_set"].partition("@")
+    name, _, protected = edit["direction_set"].partition("|protect")
+    method, _, position = name.partition("@")
     places = ["the last prompt token" if i in ("", "0") else f"answer token {i}" for i in position.split("+")]
     where = f"{' and '.join(places)}{', joined' if len(places) > 1 else ''}"
     index = edit["direction_index"]
     scope = "each layer uses its own" if index is None else f"the one after layer {index:.2f} is used everywhere"
-    return f"{method.replace('_', ' ')}, read at {where}; {scope}"
+    cleaned = f", cleaned of what is protected with strength {protected}" if protected else ""
+    return f"{method.replace('_', ' ')}, read at {where}{cleaned}; {scope}"
 
 
 KERNEL_HEADER = ("Component", "Peak strength", "at layer", "Strength at the edge", "Layers from peak to edge", "Kernel")

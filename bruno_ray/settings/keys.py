@@ -20,7 +20,10 @@ ENV_PREFIX = "BRUNO_"
 
 
 def section_of(annotation: Any) -> type[BaseModel] | None:
-    """The model class behind an annotation such as `PromptSet` or `DatasetSettings | None`, or None for a leaf."""
+    """The model class behind an annotation such as `PromptSet` or `DatasetSettings | None`, or None for a leaf. A dict
+    of them is a leaf: its keys are the user's."""
+    if get_origin(annotation) is dict:
+        return None
     for candidate in (annotation, *get_args(annotation)):
         if isinstance(candidate, type) and issubclass(candidate, BaseModel):
             return candidate

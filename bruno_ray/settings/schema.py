@@ -6,10 +6,19 @@ read and merged is in ``sources.py``. An unknown key is an error at every depth.
 """
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, field_serializer, model_validator
+from pydantic import (
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
 
 from bruno_ray.settings.fields import DepthRange, DistanceRange, Range, Section, ShareRange, setting
 from bruno_ray.settings.learned import LearnedSettings
@@ -17,6 +26,8 @@ from bruno_ray.settings.passwords import without_password
 
 GUIDES = ("elicited_answers", "confidence")
 """Scorers that guide a search and are no figure for people. At a report's length they would cost two more trials."""
+
+Share = Annotated[float, Field(ge=0, le=1)]
 
 SMALLEST_STORE = 80 * 1024**2
 """Bytes; Ray refuses a smaller object store."""
@@ -121,8 +132,20 @@ class PromptSettings(Section):
     baseline: PromptSet = setting(PromptSet(), alias="--baseline", alias_of="train.source")
     """Prompts that do not; the model must stay as it is on these."""
 
+    protect: dict[str, DatasetSettings] = setting({}, alias="--protect")
+    """Sets of prompts, by names of your own, whose handling must stay: what they have in common is taken out of the
+    directions (`directions.protect_strengths`). As a flag NAME=FILE,NAME=FILE, in a file [prompts.protect.NAME]."""
+
     system_prompt: str | None = None
     """System message of every prompt; when not given, what the model's chat template does by itself."""
+
+    @field_validator("protect", mode="before")
+    @classmethod
+    def _sources_by_name(cls, given: Any) -> Any:
+        """A data set may be given by its source alone."""
+        if not isinstance(given, Mapping):
+            return given
+        return {name: {"source": each} if isinstance(each, str) else each for name, each in given.items()}
 
     n_train: PositiveInt = 400
     """At most this many prompts per side for directions."""
@@ -172,6 +195,17 @@ class DirectionSettings(Section):
     positions: tuple[NonNegativeInt, ...] = (0,)
     """Where directions are read: 0 is the last prompt token, i the i-th answer token (needs
     `residuals.answer_tokens` >= i). Several compete within one study."""
+
+    protect_strengths: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.5, 1.0)
+    """How much of what `prompts.protect` protects is taken out of each direction, 0 to 1; several compete within one
+    study, and 0 is the direction as it is. Without protected prompts it says nothing."""
+
+    protect_rank: PositiveInt = 8
+    """Principal components per protected set."""
+
+    protect_ridge: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """Spares directions of which the protected prompts say little: a component counts half whose squared singular value
+    is this share of the largest."""
 
     joined: bool = False
     """Let what all positions together span compete as well, as one subspace."""

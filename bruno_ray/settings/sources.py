@@ -135,7 +135,22 @@ def preset_values(behaviour: str, label: str = "behaviour") -> SourceValues:
         beside = path.parent / given.value if key.endswith(".source") and isinstance(given.value, str) else None
         if is_file and beside is not None and beside.exists():
             said[key] = given._replace(value=str(beside))
+    if is_file and isinstance(protect := said.get("prompts.protect"), Provenance):
+        said["prompts.protect"] = protect._replace(value=_beside(path.parent, protect.value))
     return said
+
+
+def _beside(folder: Path, sets: Any) -> Any:
+    """Named prompt sets, those found there whose sources lie in the folder of a preset file."""
+    if not isinstance(sets, Mapping):
+        return sets
+    named = {name: {"source": each} if isinstance(each, str) else each for name, each in sets.items()}
+    return {
+        name: {**each, "source": str(folder / each["source"])}
+        if isinstance(each, Mapping) and isinstance(each.get("source"), str) and (folder / each["source"]).exists()
+        else each
+        for name, each in named.items()
+    }
 
 
 # --------------------------------------------------------------------------------------------------------------

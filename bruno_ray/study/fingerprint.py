@@ -8,8 +8,9 @@ from bruno_ray.settings import Settings
 NOT_OF_THE_SEARCH = {"row_tokens", "report_tokens", "report_scorers", "judge"}
 """Settings of scoring that change no trial's scores."""
 
-LATER = {"kernels": ["linear"]}
-"""Settings of the search that are younger than studies which may be resumed, with what those had instead."""
+LATER = {"kernels": ["linear"], "protect_strengths": [0.5, 1.0], "protect_rank": 8, "protect_ridge": 0.01}
+"""Settings that are younger than studies which may be resumed, with what says the same as their absence. Protected
+prompts are in the fingerprint of all prompts."""
 
 
 def study_fingerprint(settings: Settings, info: Any, prompts_fingerprint: str) -> dict[str, Any]:
@@ -33,7 +34,7 @@ def study_fingerprint(settings: Settings, info: Any, prompts_fingerprint: str) -
         "prompts": prompts_fingerprint,
         "settings": {
             "residuals": {name: dump["residuals"][name] for name in ("max_tokens", "answer_tokens")},
-            "directions": dump["directions"],
+            "directions": _without_later(dump["directions"]),
             "search": _without_later(dump["search"]),
             "scoring": {name: value for name, value in dump["scoring"].items() if name not in NOT_OF_THE_SEARCH},
             "response_prefix": dump["prompts"]["response_prefix"],
@@ -41,9 +42,9 @@ def study_fingerprint(settings: Settings, info: Any, prompts_fingerprint: str) -
     }
 
 
-def _without_later(search: dict[str, Any]) -> dict[str, Any]:
+def _without_later(section: dict[str, Any]) -> dict[str, Any]:
     """Settings that older versions did not have say nothing at the value that was theirs: such studies can go on."""
-    return {name: value for name, value in search.items() if LATER.get(name, ...) != value}
+    return {name: value for name, value in section.items() if LATER.get(name, ...) != value}
 
 
 def same_model(stored: str, mine: str) -> bool:

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import SQLAlchemyError
 
 from bruno_ray.ablation.edit import Edit
-from bruno_ray.ablation.plan import TrainingPlan
+from bruno_ray.ablation.plan import TrainedEdit, TrainingPlan
 from bruno_ray.errors import StudyError, WorkerError, first_line
 from bruno_ray.ray_internals import stop_tuner
 from bruno_ray.runs.directory import RunDirectory
@@ -96,52 +97,21 @@ def run_study(
         WorkerError: no worker is left, or Tune's processes keep dying.
         StudyInterrupted: after Ctrl-C, when the target was not reached.
     """
-    direction_sets = tuple(context.bank)
-    space = search_space(settings.search, direction_sets, info.n_layers, info.components)
-    training = getattr(context, "training", None)
-    answered = training is not None and any(prompt.answer for prompt in training.target)
-    trainings = Trainings(settings, direction_sets, info.n_layers, answered)
     objectives = settings.scoring.objectives
     name = settings.study.name or run_dir.name
     run = RunDirectory(run_dir)
-    wanted = []
-    if settings.study.literature_first:
-        wanted.append(Start(literature_edit(direction_sets, info.n_layers, info.components), LITERATURE))
-
-    def suggested(trial: optuna.Trial) -> Edit | TrainingPlan:
-        if trainings.is_trained(trial.number):
-            return trainings.plan(trial)
-        return suggest(trial, settings.search, direction_sets, info.n_layers, info.components)
-
     pool.set_context(context)
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     with (
         storage_errors(),
         open_study(name, settings.study.storage, run_dir, objectives, fingerprint, settings.study.take_over) as study,
     ):
-        starts = kept_starts(study, wanted)
-        sampler = NumberedTPESampler(
-            settings.study.n_startup_trials,
-            settings.study.seed,
-            space,
-            trainings,
-            [nearest_params(start.edit, space) for start in starts],
-        )
-        usual = trials_per_batch(settings, info)
-        batches = BatchStudy(
+        schedule = make_schedule(
+            settings,
             study,
-            sampler,
-            given_first(starts, sampler.is_start, suggested),
-            objectives,
-            keep=lambda trained: run.save_learned(trained.edit.direction_set, trained.directions),
-        )
-        batches.restore()
-        schedule = Schedule(
-            batches,
-            target=settings.study.n_trials,
-            batch_size=lambda number: trainings.batch_size(number, usual),
-            window=window_for(settings.ray.workers),
-            workers=settings.ray.workers,
+            context,
+            info,
+            lambda trained: run.save_learned(trained.edit.direction_set, trained.directions),
         )
         search = BatchOptunaSearch(schedule)
         monitor = Monitor(schedule, pool)
@@ -152,7 +122,7 @@ def run_study(
                     run_tuner(search, pool)
                 schedule.settle()
     front = pareto_front(load_trials(study), objectives)
-    for line in bound_lines(space, [trial.params for trial in front]):
+    for line in bound_lines(space_of(settings, context, info), [trial.params for trial in front]):
         logger.warning("%s", line)
     if schedule.failure is not None:
         raise schedule.failure
@@ -161,6 +131,55 @@ def run_study(
             raise StudyInterrupted(study)
         raise WorkerError("the search ended early: look at the messages above, then resume the run")
     return study
+
+
+def space_of(settings: Settings, context: Any, info: Any) -> dict[str, BaseDistribution]:
+    """What searched trials are sampled from."""
+    return search_space(settings.search, tuple(context.bank), info.n_layers, info.components)
+
+
+def make_schedule(
+    settings: Settings,
+    study: optuna.Study,
+    context: Any,
+    info: Any,
+    keep: Callable[[TrainedEdit], None] = lambda trained: None,
+) -> Schedule:
+    """The schedule of an open study: sampler, starts and trainings as the settings say. Arguments as of `run_study`;
+    ``keep`` as of `BatchStudy`."""
+    direction_sets = tuple(context.bank)
+    space = space_of(settings, context, info)
+    training = getattr(context, "training", None)
+    answered = training is not None and any(prompt.answer for prompt in training.target)
+    trainings = Trainings(settings, direction_sets, info.n_layers, answered)
+    wanted = []
+    if settings.study.literature_first:
+        wanted.append(Start(literature_edit(direction_sets, info.n_layers, info.components), LITERATURE))
+    starts = kept_starts(study, wanted)
+    sampler = NumberedTPESampler(
+        settings.study.n_startup_trials,
+        settings.study.seed,
+        space,
+        trainings,
+        [nearest_params(start.edit, space) for start in starts],
+    )
+
+    def suggested(trial: optuna.Trial) -> Edit | TrainingPlan:
+        if trainings.is_trained(trial.number):
+            return trainings.plan(trial)
+        return suggest(trial, settings.search, direction_sets, info.n_layers, info.components)
+
+    suggest_all = given_first(starts, sampler.is_start, suggested)
+    batches = BatchStudy(study, sampler, suggest_all, settings.scoring.objectives, keep)
+    batches.restore()
+    usual = trials_per_batch(settings, info)
+    return Schedule(
+        batches,
+        target=settings.study.n_trials,
+        batch_size=lambda number: trainings.batch_size(number, usual),
+        window=window_for(settings.ray.workers),
+        workers=settings.ray.workers,
+    )
 
 
 @contextmanager

@@ -113,9 +113,10 @@ def suggest(
 def edit_from_params(params: Mapping[str, Any], search: SearchSettings, direction_sets: Sequence[str]) -> Edit:
     """The edit that sampled parameters stand for; choices with one option are filled in from the settings."""
     components = dict.fromkeys(name.split(".")[0] for name in params if "." in name)
-    only = {f"{component}.shape": search.kernels[0] for component in components}
+    given: dict[str, Any] = {f"{component}.shape": search.kernels[0] for component in components}
+    given |= params
     kernels = {
-        component: AblationParameters(**{name: (only | params)[f"{component}.{name}"] for name in KERNEL_PARAMETERS})
+        component: AblationParameters(**{name: given[f"{component}.{name}"] for name in KERNEL_PARAMETERS})
         for component in components
     }
     scope = params.get(SCOPE, search.direction_scopes[0])
