@@ -119,4 +119,4 @@ class Lab:
         )
 
     def evaluate(self, batch: Any) -> list[Any]:
-        return self.worker.evaluate(self.context, [batch.edits[number] for number in batch.missing])
+        return self.worker.evaluate(self.context, [batch.edits[number] for number in batch.missing], batch.rivals)

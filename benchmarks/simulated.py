@@ -23,6 +23,7 @@ class SimulatedOutcome:
     error: str | None = None
     seconds: float = 0.0
     samples: tuple[tuple[str, str], ...] = ()
+    pruned: bool = False
     trained: None = None
 
 
@@ -32,7 +33,7 @@ class SleepingWorker:
     def __init__(self, seconds: float):
         self.seconds = seconds
 
-    def evaluate(self, context: object, edits: list) -> list[SimulatedOutcome]:
+    def evaluate(self, context: object, edits: list, rivals: tuple = ()) -> list[SimulatedOutcome]:
         time.sleep(self.seconds)
         return [SimulatedOutcome(SimulatedScores(dict(zip(OBJECTIVES, (0.5, 0.1))))) for _ in edits]
 
@@ -44,7 +45,7 @@ class StampingWorker(SleepingWorker):
         super().__init__(seconds)
         self.stamp = stamp
 
-    def evaluate(self, context: object, edits: list) -> list[SimulatedOutcome]:
+    def evaluate(self, context: object, edits: list, rivals: tuple = ()) -> list[SimulatedOutcome]:
         if not self.stamp.exists():
             self.stamp.touch()
-        return super().evaluate(context, edits)
+        return super().evaluate(context, edits, rivals)

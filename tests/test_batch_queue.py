@@ -1,7 +1,7 @@
 """What is handed in is evaluated once, and its reply is handed out until it has arrived, whoever dies on the way."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 
 from bruno_ray.ablation.edit import Edit
 from bruno_ray.workers.batch_queue import BatchQueue
@@ -19,9 +19,8 @@ class Pool:
         self.begun: list[int] = []
         self._replies: dict[int, asyncio.Future[CallReply]] = {}
 
-    async def evaluate(self, edits: Sequence[Edit]) -> CallReply:
-        (edit,) = edits
-        batch_id = int(edit.direction_set)
+    async def evaluate(self, submission: Submission) -> CallReply:
+        batch_id = submission.batch_id
         self.begun.append(batch_id)
         return await self._replies.setdefault(batch_id, asyncio.get_running_loop().create_future())
 

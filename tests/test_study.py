@@ -112,7 +112,7 @@ def test_when_no_worker_is_left_trials_wait_for_the_next_run(pool, tmp_path):
 
 
 class AlwaysNaN(FakeWorker):
-    def evaluate(self, context, edits):
+    def evaluate(self, context, edits, rivals=()):
         outcomes = super().evaluate(context, edits)
         for outcome in outcomes:
             outcome.scores.values["kl_divergence"] = float("nan")
@@ -122,7 +122,7 @@ class AlwaysNaN(FakeWorker):
 class LaneKiller(FakeWorker):
     """Kills the lane during the third batch."""
 
-    def evaluate(self, context, edits):
+    def evaluate(self, context, edits, rivals=()):
         if self._count("batches", only_read=True) == 2:
             for process in psutil.Process().parent().children():
                 with suppress(psutil.NoSuchProcess):  # it has just ended
@@ -134,5 +134,5 @@ class LaneKiller(FakeWorker):
 
 
 class Suicidal(FakeWorker):
-    def evaluate(self, context, edits):
+    def evaluate(self, context, edits, rivals=()):
         os._exit(1)

@@ -39,9 +39,9 @@ def trials_of(path: Path, settings: Settings) -> list[TrialRecord]:
 
 
 def n_complete(path: Path, settings: Settings) -> int:
-    """Completed trials of a run; none if its search has not begun."""
+    """Trials of a run that count, pruned ones too; none if its search has not begun."""
     try:
-        return sum(trial.state == "COMPLETE" for trial in trials_of(path, settings))
+        return sum(trial.state in selection.COUNTED for trial in trials_of(path, settings))
     except NoStudyError:
         return 0
 
@@ -67,6 +67,8 @@ def print_front(run: RunDirectory, all_trials: bool = False) -> None:
     front = selection.pareto_front(complete, objectives)
     shown = complete if all_trials else with_selected(front, complete, number)
     title = f"{run.name}: {'all' if all_trials else 'Pareto front of'} {len(complete)} completed trials"
+    pruned = sum(trial.state == "PRUNED" for trial in trials)
+    title += f", {pruned} pruned" if pruned else ""
     title += f" (* trial {number} is selected)" if number is not None else ""
     console().print(front_table(shown, objectives, title=title, selected=number))
 

@@ -18,6 +18,7 @@ from bruno_ray.publishing.environment import environment
 from bruno_ray.publishing.training_account import source_lines
 from bruno_ray.runs.records import RunRecord
 from bruno_ray.settings import PromptSet, Settings
+from bruno_ray.study.selection import COUNTED
 
 # Settings that decide where and how fast a run goes, not what comes out.
 UNESSENTIAL = {"ray": True, "output": {"directory": True, "max_shard_size": True}}
@@ -57,7 +58,7 @@ def render_card(record: RunRecord, base_license: dict[str, str] | None = None, m
             trained_on=source_lines(selected),
             norm_mode=wording.NORM_MODES[selected.edit["norm_mode"]],
             number=selected.number,
-            n_trials=record.n_trials.get("COMPLETE", settings.study.n_trials),
+            n_trials=sum(record.n_trials.get(state, 0) for state in COUNTED) or settings.study.n_trials,
             study=settings.study.name or "unnamed",
             strength_header=wording.strength_header(selected.edit),
             strengths=wording.strength_rows(selected.edit),

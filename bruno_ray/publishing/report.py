@@ -60,7 +60,9 @@ def render_report(run: RunDirectory, study: optuna.Study) -> str:
     trials = load_trials(study)
     front = pareto_front(trials, objectives)
     columns = table_columns(front, objectives)
-    states = {state: sum(trial.state == state for trial in trials) for state in ("COMPLETE", "FAIL", "RUNNING")}
+    states = {
+        state: sum(trial.state == state for trial in trials) for state in ("COMPLETE", "PRUNED", "FAIL", "RUNNING")
+    }
     geometry, test_prompts = run.load_geometry(), run.load_test_prompts()
     selected = record.selected
     number = selected.number if selected else None

@@ -2,7 +2,7 @@
 
 import datetime
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import TYPE_CHECKING, ClassVar, Protocol
@@ -74,13 +74,13 @@ class Evaluation:
     def target_answers(self) -> list[list[Response]]:
         """[edit][target prompt]. A row stops once a marker is seen."""
         if not self._whole:
-            return self._answers(self.prompts.target_ids)
+            return self.answers_to(self.prompts.target_ids)
         return [self._cut_at_markers(answers) for answers in self.whole_answers]
 
     @cached_property
     def baseline_answers(self) -> list[list[Response]]:
         """[edit][baseline prompt]."""
-        return self._answers(self.prompts.baseline_ids)
+        return self.answers_to(self.prompts.baseline_ids)
 
     @cached_property
     def marked(self) -> list[list[bool]]:
@@ -134,8 +134,16 @@ class Evaluation:
                     answers[p] = answer
         return whole
 
-    def _answers(self, ids: Sequence[Sequence[int]]) -> list[list[Response]]:
-        return self.engine.generate(ids, self.edits, self.settings.response_tokens, self.markers.seen_in)
+    def take_answers(self, answers: list[list[Response]]) -> None:
+        """Use these as the target answers, [edit][target prompt], instead of making them."""
+        self.__dict__["target_answers"] = answers
+
+    def answers_to(
+        self, ids: Sequence[Sequence[int]], edits: Sequence[ResolvedEdit | None] | None = None
+    ) -> list[list[Response]]:
+        """[edit][prompt]; a row stops once a marker is seen. Of these edits, or of all."""
+        edits = self.edits if edits is None else edits
+        return self.engine.generate(ids, edits, self.settings.response_tokens, self.markers.seen_in)
 
 
 class Scorer(Protocol):
@@ -174,10 +182,14 @@ def score_edits(
 
 
 def score_evaluation(
-    evaluation: Evaluation, scorers: Sequence[Scorer], readings: bool = False
+    evaluation: Evaluation,
+    scorers: Sequence[Scorer],
+    readings: bool = False,
+    known: Mapping[str, list[Scores]] | None = None,
 ) -> list[Scores | TrialError]:
-    """As `score_edits`, of an evaluation that has some answers already."""
-    found = [scorer.score(evaluation) for scorer in scorers]
+    """As `score_edits`, of an evaluation that has some answers already, and ``known`` scores by scorer."""
+    known = known or {}
+    found = [known[scorer.name] if scorer.name in known else scorer.score(evaluation) for scorer in scorers]
     results: list[Scores | TrialError] = []
     for k in range(len(evaluation.edits)):
         scores = Scores.merged([of_scorer[k] for of_scorer in found])

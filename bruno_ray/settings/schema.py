@@ -362,6 +362,10 @@ class StudySettings(Section):
     """Seeds the sampler: the same seed and the same schedule of batches give the same parameters in every trial.
     `ray.workers` and `study.trials_per_batch` make the schedule; with others, trials after the first batches differ."""
 
+    prune: bool = setting(False, alias="--prune", resumable=True)
+    """Leave a trial half-way once a trial told before is known to dominate it (docs/search.md). Only with the
+    objectives behaviour_rate and kl_divergence; pruned trials count, and cannot be selected."""
+
     literature_first: bool = setting(True, resumable=True)
     """Trial 0 is the literature's edit (Arditi et al. 2024): one difference-in-means direction removed with strength 1
     at every layer, norm mode `none`. A study that has been begun keeps the trial it has."""

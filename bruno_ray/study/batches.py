@@ -19,6 +19,8 @@ from optuna.trial import FrozenTrial, TrialState
 from bruno_ray.ablation.edit import Edit
 from bruno_ray.ablation.plan import TrainedEdit, TrainingPlan, pack, unpack
 from bruno_ray.optuna_internals import set_trial_attribute, storage_of, unfinished_trial
+from bruno_ray.study.pruning import RIVALS, Rival, rivals
+from bruno_ray.study.selection import load_trials
 from bruno_ray.study.storage import batched
 from bruno_ray.study.trial_result import DIRECTIONS, EDIT, PLAN, RESULT, TRAINING, TrialResult, is_whole
 
@@ -43,6 +45,9 @@ class Batch:
 
     results: dict[int, TrialResult] = field(default_factory=dict)
     """By trial number; an adopted batch may have some of them."""
+
+    rivals: tuple[Rival, ...] = ()
+    """What may prune its trials, as it was when the batch was sampled."""
 
     state: BatchState = BatchState.QUEUED
     batch_id: int = -1
@@ -76,6 +81,7 @@ class BatchStudy:
         suggest: Callable[[optuna.Trial], Edit | TrainingPlan],
         objectives: Sequence[str],
         keep: Callable[[TrainedEdit], None] = lambda trained: None,
+        prune: bool = False,
     ):
         """
         Args:
@@ -83,17 +89,21 @@ class BatchStudy:
             suggest: samples one edit, or a plan to train one.
             keep: puts the directions of a trained edit where they last, before its trial says that it has them.
             objectives: metric names in the order of the study's directions; all minimised.
+            prune: whether trials that are dominated by told ones are left half-way (``pruning.can_prune``).
         """
         study.sampler = sampler
         self.study = study
         self.objectives = tuple(objectives)
         self._suggest = suggest
         self._keep = keep
+        self._prune = prune
 
     def ask(self, number: int, size: int) -> Batch:
         """A new batch of ``size`` trials."""
         with batched(storage_of(self.study)):
-            return Batch(number, dict(self._sample(self.study.ask(), number, size) for _ in range(size)))
+            batch = Batch(number, {}, rivals=self._rivals())
+            batch.edits.update(self._sample(self.study.ask(), number, size, batch.rivals) for _ in range(size))
+            return batch
 
     def store(self, batch: Batch, results: Mapping[int, TrialResult]) -> None:
         """Keep results of a batch by trial number, on disk as well, before they are told."""
@@ -166,21 +176,30 @@ class BatchStudy:
         return adopted, max(batches, default=-1) + 1
 
     def _adopted(self, number: int, running: Sequence[FrozenTrial], size: int, unasked: int) -> Batch:
-        batch = Batch(number, {})
+        # A driver that died before it noted the rivals had told as much as is told now.
+        noted = next((trial.user_attrs[RIVALS] for trial in running if RIVALS in trial.user_attrs), None)
+        batch = Batch(number, {}, rivals=self._rivals() if noted is None else tuple((a, b) for a, b in noted))
         for trial in running:
             if EDIT in trial.user_attrs or PLAN in trial.user_attrs:
                 batch.edits[trial.number] = _asked(trial.user_attrs)
                 if RESULT in trial.user_attrs:
                     batch.results[trial.number] = TrialResult.from_json(trial.user_attrs[RESULT])
             else:
-                batch.edits.update([self._sample(unfinished_trial(self.study, trial), number, size)])
-        batch.edits.update(self._sample(self.study.ask(), number, size) for _ in range(unasked))
+                batch.edits.update([self._sample(unfinished_trial(self.study, trial), number, size, batch.rivals)])
+        batch.edits.update(self._sample(self.study.ask(), number, size, batch.rivals) for _ in range(unasked))
         if not batch.missing:
             batch.state = BatchState.BACK
         return batch
 
-    def _sample(self, trial: optuna.Trial, batch_number: int, batch_size: int) -> tuple[int, Edit | TrainingPlan]:
+    def _rivals(self) -> tuple[Rival, ...]:
+        return rivals(load_trials(self.study)) if self._prune else ()
+
+    def _sample(
+        self, trial: optuna.Trial, batch_number: int, batch_size: int, batch_rivals: Sequence[Rival]
+    ) -> tuple[int, Edit | TrainingPlan]:
         trial.set_user_attr("batch", [batch_number, batch_size])
+        if batch_rivals:
+            trial.set_user_attr(RIVALS, [list(rival) for rival in batch_rivals])
         edit = self._suggest(trial)
         trial.set_user_attr(EDIT if isinstance(edit, Edit) else PLAN, edit.to_dict())
         return trial.number, edit

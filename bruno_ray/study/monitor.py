@@ -11,7 +11,7 @@ from bruno_ray.errors import WorkerError
 from bruno_ray.study.batches import Batch
 from bruno_ray.study.progress import Snapshot
 from bruno_ray.study.schedule import Schedule
-from bruno_ray.study.selection import TrialRecord, load_trials, pareto_front
+from bruno_ray.study.selection import COUNTED, TrialRecord, load_trials, pareto_front
 from bruno_ray.workers.pool import WorkerPool
 from bruno_ray.workers.worker_actor import WorkerState
 
@@ -30,7 +30,7 @@ class Monitor:
         self._pool = pool
         self._records = load_trials(schedule.study.study)
         self._started = time.monotonic()
-        self._at_start = sum(record.state == "COMPLETE" for record in self._records)
+        self._at_start = sum(record.state in COUNTED for record in self._records)
         self._driver = psutil.Process()
         self._workers: tuple[WorkerState, ...] = ()
         self._asked_at = 0.0
@@ -41,7 +41,7 @@ class Monitor:
         self._records = kept + [
             TrialRecord(
                 number=number,
-                state="COMPLETE" if result.error is None else "FAIL",
+                state="FAIL" if result.error is not None else "PRUNED" if result.pruned else "COMPLETE",
                 edit=edit.to_dict() if isinstance(edit := batch.edits[number], Edit) else None,
                 values=result.values,
                 counts=result.counts,
@@ -54,7 +54,7 @@ class Monitor:
 
     def snapshot(self) -> Snapshot:
         schedule, records = self._schedule, self._records
-        complete = sum(record.state == "COMPLETE" for record in records)
+        complete = sum(record.state in COUNTED for record in records)
         elapsed = time.monotonic() - self._started
         new = complete - self._at_start
         to_go = max(schedule.target - complete, 0)
@@ -65,6 +65,7 @@ class Monitor:
             complete=complete,
             running=schedule.running,
             failed=sum(record.state == "FAIL" for record in records),
+            pruned=sum(record.state == "PRUNED" for record in records),
             elapsed=elapsed,
             remaining=0.0 if not to_go else elapsed / new * to_go if new else None,
             memory=self._driver.memory_info().rss,

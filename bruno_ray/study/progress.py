@@ -51,6 +51,8 @@ class Snapshot:
     front: tuple[TrialRecord, ...] = ()
     workers: tuple[WorkerState, ...] = ()
     note: str = ""
+    pruned: int = 0
+    """Of the complete ones."""
 
 
 def counts_of_states(workers: Sequence[WorkerState]) -> str:
@@ -61,6 +63,8 @@ def counts_of_states(workers: Sequence[WorkerState]) -> str:
 def status_line(snapshot: Snapshot) -> str:
     """The study in one plain line, for logs."""
     parts = [f"trials {snapshot.complete}/{snapshot.target}"]
+    if snapshot.pruned:
+        parts.append(f"{snapshot.pruned} of them pruned")
     if snapshot.running:
         parts.append(f"{snapshot.running} running")
     if snapshot.failed:
@@ -86,7 +90,8 @@ def render(snapshot: Snapshot) -> RenderableType:
     head.add_row(
         Text(f"{snapshot.complete}/{snapshot.target} trials", style="bold"),
         ProgressBar(total=snapshot.target, completed=snapshot.complete, width=30),
-        f"{snapshot.running} running, {snapshot.failed} failed",
+        f"{snapshot.running} running, {snapshot.failed} failed"
+        + (f", {snapshot.pruned} pruned" if snapshot.pruned else ""),
         f"elapsed {duration(snapshot.elapsed)}",
         f"to go {duration(snapshot.remaining)}",
         f"driver {size_text(snapshot.memory)}",

@@ -28,6 +28,7 @@ from bruno_ray.settings.passwords import without_password
 from bruno_ray.study.batches import BatchStudy
 from bruno_ray.study.monitor import Monitor
 from bruno_ray.study.progress import Snapshot, make_view
+from bruno_ray.study.pruning import can_prune
 from bruno_ray.study.sampler import NumberedTPESampler
 from bruno_ray.study.schedule import Schedule
 from bruno_ray.study.searcher import BatchOptunaSearch
@@ -170,7 +171,7 @@ def make_schedule(
         return suggest(trial, settings.search, direction_sets, info.n_layers, info.components)
 
     suggest_all = given_first(starts, sampler.is_start, suggested)
-    batches = BatchStudy(study, sampler, suggest_all, settings.scoring.objectives, keep)
+    batches = BatchStudy(study, sampler, suggest_all, settings.scoring.objectives, keep, can_prune(settings))
     batches.restore()
     usual = trials_per_batch(settings, info)
     return Schedule(

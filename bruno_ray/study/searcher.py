@@ -53,7 +53,8 @@ class BatchOptunaSearch(OptunaSearch):
             return Searcher.FINISHED
         self._under_way = trial_id, batches
         submit = tuple(
-            Submission(batch.batch_id, tuple(batch.edits[number] for number in batch.missing)) for batch in batches
+            Submission(batch.batch_id, tuple(batch.edits[number] for number in batch.missing), batch.rivals)
+            for batch in batches
         )
         # A full swap comes back at once: there may be more to take along.
         return {SWAP: Swap(submit, self._received, block=len(batches) < BATCHES_PER_SWAP)}

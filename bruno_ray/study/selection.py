@@ -21,6 +21,9 @@ INCOHERENCE = "incoherence"
 MISMATCH = "elicited_mismatch"
 DOUBT = "doubt"
 
+COUNTED = ("COMPLETE", "PRUNED")
+"""States of trials that count towards `study.n_trials`."""
+
 SIMILAR_DOUBT = 0.1
 """Edits whose doubt differs by less are equally sure of their answers."""
 
@@ -34,7 +37,7 @@ class TrialRecord:
 
     number: int
     state: str
-    """COMPLETE, FAIL or RUNNING."""
+    """COMPLETE, PRUNED, FAIL or RUNNING. PRUNED trials are complete to Optuna (``pruning.py``)."""
 
     edit: dict[str, Any] | None
     """``Edit.to_dict()``; None when the driver died before it was stored."""
@@ -74,9 +77,11 @@ def record(trial: FrozenTrial) -> TrialRecord:
     complete = trial.state == TrialState.COMPLETE
     if damaged := complete and not is_whole(trial.user_attrs):
         complete, result = False, replace(result, error="a part of its record is lost from the study's journal")
+    pruned = complete and result.pruned
+    complete = complete and not pruned
     return TrialRecord(
         number=trial.number,
-        state="FAIL" if damaged else trial.state.name,
+        state="FAIL" if damaged else "PRUNED" if pruned else trial.state.name,
         edit=trial.user_attrs.get("edit"),
         values=result.values if complete else {},
         counts=result.counts if complete else {},

@@ -43,6 +43,10 @@ class TrialResult:
     worker: str | None = None
     error: str | None = None
 
+    pruned: bool = False
+    """Whether it was left half-way, dominated by a trial told before (``pruning.py``). Values are then those of what it
+    was asked, and its samples are missing."""
+
     trained: TrainedEdit | None = field(default=None, compare=False)
     """The edit that was scored, where the trial was a plan to train one; kept beside the result, not in it."""
 
@@ -56,7 +60,16 @@ class TrialResult:
         if error is not None:
             return cls(seconds=outcome.seconds, worker=worker, error=error)
         values = {name: float(value) for name, value in outcome.values.items() if math.isfinite(value)}
-        return cls(values, dict(outcome.counts), outcome.samples, outcome.seconds, worker, trained=outcome.trained)
+        return cls(
+            values,
+            dict(outcome.counts),
+            outcome.samples,
+            outcome.seconds,
+            worker,
+            None,
+            outcome.pruned,
+            outcome.trained,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Journals of older versions hold the same."""
@@ -69,6 +82,7 @@ class TrialResult:
             "samples": [list(pair) for pair in self.samples],
             **seconds,
             "worker": self.worker,
+            **({"pruned": True} if self.pruned else {}),
         }
 
     @classmethod
@@ -80,4 +94,5 @@ class TrialResult:
             seconds=stored.get("seconds"),
             worker=stored.get("worker"),
             error=stored.get("error"),
+            pruned=stored.get("pruned", False),
         )

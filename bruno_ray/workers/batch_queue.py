@@ -6,17 +6,15 @@ not have arrived here, and is given again what may not have arrived there.
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 
-from bruno_ray.ablation.edit import Edit
-from bruno_ray.ablation.plan import TrainingPlan
 from bruno_ray.workers.messages import CallReply, Reply, Submission, Swap
 
 
 class BatchQueue:
     """The batches of one study; all its methods run in one event loop."""
 
-    def __init__(self, evaluate: Callable[[Sequence[Edit | TrainingPlan]], Awaitable[CallReply]]):
+    def __init__(self, evaluate: Callable[[Submission], Awaitable[CallReply]]):
         self._evaluate = evaluate
         self._known: set[int] = set()
         self._running: dict[int, asyncio.Task[None]] = {}
@@ -40,7 +38,7 @@ class BatchQueue:
     async def _run(self, submission: Submission) -> None:
         reply: CallReply | Exception
         try:
-            reply = await self._evaluate(submission.edits)
+            reply = await self._evaluate(submission)
         except Exception as error:  # a reply as well: the lane knows what to make of it
             reply = error
         del self._running[submission.batch_id]

@@ -17,7 +17,7 @@ references to objects that they never open.
 
 import asyncio
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -25,12 +25,10 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, RayError, RayTaskError, TaskCancelledError
 
-from bruno_ray.ablation.edit import Edit
-from bruno_ray.ablation.plan import TrainingPlan
 from bruno_ray.errors import BrunoError, WorkerError
 from bruno_ray.workers.batch_queue import BatchQueue
 from bruno_ray.workers.idle_queue import IdleQueue
-from bruno_ray.workers.messages import CallReply, Reply, Swap
+from bruno_ray.workers.messages import CallReply, Reply, Submission, Swap
 from bruno_ray.workers.worker_actor import BUSY, FAILED, IDLE, LOST, STARTING, WorkerActor, WorkerState
 
 HEARTBEAT_S = 2.0
@@ -145,10 +143,13 @@ class PoolBroker:
         context = self._context if with_context else []
         return await self._call(lambda actor: actor.call.options(num_returns=2).remote(method, arguments, *context))
 
-    async def evaluate(self, edits: Sequence[Edit | TrainingPlan]) -> CallReply:
-        """``evaluate(context, edits)`` on the next idle worker, as ``run`` does; NoWorkerLeft when there is none."""
+    async def evaluate(self, batch: Submission) -> CallReply:
+        """``evaluate(context, edits, rivals)`` on the next idle worker, as ``run`` does; NoWorkerLeft when there is
+        none."""
         try:
-            return await self._call(lambda actor: actor.evaluate.options(num_returns=2).remote(self._context[0], edits))
+            return await self._call(
+                lambda actor: actor.evaluate.options(num_returns=2).remote(self._context[0], batch.edits, batch.rivals)
+            )
         except BrunoError as error:
             if error is self._failure:
                 raise NoWorkerLeft(f"no worker is left ({error}): see to that, then resume the run") from error

@@ -95,5 +95,9 @@ class TrialOutcome:
     samples: tuple[tuple[str, str], ...] = ()
     """(user's message, answer) of the first target prompts."""
 
+    pruned: bool = False
+    """Whether it was left when a rival was known to dominate it. The scores are then its KL, and the behaviour rate
+    among the prompts that it was asked."""
+
     trained: TrainedEdit | None = None
     """What training has come to, where a plan was handed in instead of an edit."""

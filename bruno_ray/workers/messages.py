@@ -32,6 +32,9 @@ class EditOutcome:
 
     error: str | None = None
 
+    pruned: bool = False
+    """Whether it was left half-way, dominated by a rival: values and counts are those of what it was asked."""
+
     trained: TrainedEdit | None = None
     """The edit, where a plan to train one was handed in."""
 
@@ -57,6 +60,8 @@ class TrialOutcome(Protocol):
     @property
     def samples(self) -> tuple[tuple[str, str], ...]: ...
     @property
+    def pruned(self) -> bool: ...
+    @property
     def trained(self) -> TrainedEdit | None: ...
 
 
@@ -65,7 +70,12 @@ def edit_outcome(outcome: TrialOutcome) -> EditOutcome:
     if outcome.error or outcome.scores is None:
         return EditOutcome(seconds=outcome.seconds, error=outcome.error or "no scores")
     return EditOutcome(
-        outcome.scores.values, outcome.scores.counts, outcome.samples, outcome.seconds, trained=outcome.trained
+        outcome.scores.values,
+        outcome.scores.counts,
+        outcome.samples,
+        outcome.seconds,
+        pruned=outcome.pruned,
+        trained=outcome.trained,
     )
 
 
@@ -86,6 +96,9 @@ class Submission:
     """Names this evaluation; it is run once, however often it is handed in."""
 
     edits: tuple[Edit | TrainingPlan, ...]
+
+    rivals: tuple[tuple[float, float], ...] = ()
+    """What may prune its edits (``study/pruning.py``): of told trials, share without a proper answer and KL."""
 
 
 @dataclass(frozen=True)

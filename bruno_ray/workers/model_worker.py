@@ -36,6 +36,7 @@ from bruno_ray.prompts.response_prefix import settle_response_prefix
 from bruno_ray.prompts.sets import Prompt
 from bruno_ray.residuals.extraction import extract_residuals
 from bruno_ray.scoring.base import Evaluation, Scorer, ScoringPrompts, score_edits, score_evaluation
+from bruno_ray.scoring.racing import race
 from bruno_ray.scoring.registry import make_scorers
 from bruno_ray.scoring.scores import Scores
 from bruno_ray.settings import ModelSettings, ResidualSettings, ScoringSettings
@@ -147,10 +148,17 @@ class ModelWorker:
         """The unedited model's own scores. Raises TrialError if they are not numbers."""
         return self._prepare(context).baseline
 
-    def evaluate(self, context: EvaluationContext, edits: Sequence[Edit | TrainingPlan]) -> list[TrialOutcome]:
+    def evaluate(
+        self,
+        context: EvaluationContext,
+        edits: Sequence[Edit | TrainingPlan],
+        rivals: Sequence[tuple[float, float]] = (),
+    ) -> list[TrialOutcome]:
         """Score all edits in one batch, those first trained that are only plans.
 
-        An edit that breaks the model has an error and leaves the others alone.
+        With ``rivals`` (see ``scoring/racing.py``), edits that one of them dominates are left half-way; those that
+        were trained here are not, since the training has cost more. An edit that breaks the model has an error and
+        leaves the others alone.
         """
         prepared = self._prepare(context)
         start, tokens = time.perf_counter(), self.engine.tokens
@@ -162,7 +170,23 @@ class ModelWorker:
         resolved = dict(zip(known, self.engine.editor.resolve_all(list(known.values()), bank)))
         sound = [k for k, edit in resolved.items() if _is_finite(edit)]
         samples: dict[int, tuple[tuple[str, str], ...]] = {}
-        if sound:
+        pruned: set[int] = set()
+        if sound and rivals:
+            spared = [i for i, k in enumerate(sound) if k in trained]
+            measured = race(
+                self.engine,
+                prepared.scorers,
+                prepared.prompts,
+                context.scoring,
+                [resolved[k] for k in sound],
+                rivals,
+                spared,
+            )
+            found |= {sound[i]: scores for i, scores in measured.scores(prepared.scorers, context.readings).items()}
+            found |= {sound[i]: scores for i, scores in measured.pruned.items()}
+            pruned = {sound[i] for i in measured.pruned}
+            samples = {sound[i]: _samples(measured.evaluation, j) for j, i in enumerate(measured.finished)}
+        elif sound:
             evaluation, results = score_edits(
                 self.engine,
                 prepared.scorers,
@@ -188,6 +212,7 @@ class ModelWorker:
                     seconds=seconds,
                     tokens=tokens,
                     samples=samples.get(k, ()),
+                    pruned=k in pruned,
                     trained=None if failed else trained.get(k),
                 )
             )

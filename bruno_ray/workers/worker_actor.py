@@ -51,9 +51,11 @@ class WorkerActor:
         """(None, result): with two returns the broker can await the first and pass the second on unopened."""
         return None, getattr(self._worker, method)(*context, *cloudpickle.loads(arguments))
 
-    def evaluate(self, context: Any, edits: Sequence[Edit | TrainingPlan]) -> tuple[None, tuple[EditOutcome, ...]]:
+    def evaluate(
+        self, context: Any, edits: Sequence[Edit | TrainingPlan], rivals: Sequence[tuple[float, float]] = ()
+    ) -> tuple[None, tuple[EditOutcome, ...]]:
         """Like ``call``, with outcomes that a process without torch can open."""
-        return None, tuple(edit_outcome(outcome) for outcome in self._worker.evaluate(context, list(edits)))
+        return None, tuple(edit_outcome(outcome) for outcome in self._worker.evaluate(context, list(edits), rivals))
 
     @ray.method(concurrency_group="control")
     def stat(self) -> dict[str, Any]:

@@ -43,7 +43,8 @@ def progress_view(shell: Shell, run: str | None, folder: Path) -> RenderableType
     told = os.environ.get(VARIABLE, "") + "\n"
     answer = json.loads(shell.run(f"{command} {shlex.quote(run) if run else ''}", input=told))
     states = answer["states"]
-    line = f"{answer['name']}: {states.get('COMPLETE', 0)}/{answer['target']} trials complete"
+    counted = states.get("COMPLETE", 0) + states.get("PRUNED", 0)
+    line = f"{answer['name']}: {counted}/{answer['target']} trials complete"
     line += "".join(f", {count} {state.lower()}" for state, count in states.items() if state != "COMPLETE")
     line += "" if answer["running"] else ", not running"
     note_study(folder, answer)
@@ -52,10 +53,10 @@ def progress_view(shell: Shell, run: str | None, folder: Path) -> RenderableType
         parts.append(Text(cost_line(answer)))
     for name, (cases, total) in answer["unedited"].items():
         parts.append(Text(f"unedited model: {name.replace('_', ' ')} {cases}/{total}"))
-    front = [
-        TrialRecord(**{**row, "counts": {name: tuple(pair) for name, pair in row["counts"].items()}})
-        for row in answer["front"]
+    rows: list[dict[str, Any]] = [
+        {**row, "counts": {name: tuple(pair) for name, pair in row["counts"].items()}} for row in answer["front"]
     ]
+    front = [TrialRecord(**row) for row in rows]
     if front:
         title = f"Pareto front ({min(len(front), FRONT_ROWS)} of {len(front)})"
         parts.append(front_table(front[:FRONT_ROWS], answer["objectives"], title, one_line=True))
@@ -64,7 +65,7 @@ def progress_view(shell: Shell, run: str | None, folder: Path) -> RenderableType
 
 def cost_line(answer: dict[str, Any]) -> str:
     """What the machines cost while the run was there: so far, for each completed trial, and for its result."""
-    trials = answer["states"].get("COMPLETE", 0)
+    trials = answer["states"].get("COMPLETE", 0) + answer["states"].get("PRUNED", 0)
     each = f", {answer['cost'] / trials:.4f} $ for each completed trial" if trials else ""
     if answer["running"] or answer.get("selected") is None:
         return f"cost of this run so far: {answer['cost']:.2f} ${each}"

@@ -113,7 +113,7 @@ def summary(run: RunDirectory) -> dict[str, Any]:
     return {
         "name": run.name,
         "running": is_running(run),
-        "complete": record.n_trials.get("COMPLETE", 0),
+        "complete": sum(record.n_trials.get(state, 0) for state in ("COMPLETE", "PRUNED")),
         "selected": record.selected.number if record.selected else None,
         "models": sorted(path.parent.name for path in run.path.glob("*/bruno.json")),
         "elsewhere": ", ".join(elsewhere) or None,

@@ -23,6 +23,7 @@ class FakeOutcome:
     error: str | None = None
     seconds: float = 0.0
     samples: tuple[tuple[str, str], ...] = ()
+    pruned: bool = False
     trained: None = None
 
 
@@ -73,7 +74,7 @@ class FakeWorker:
     def add(self, context: int, value: int) -> int:
         return context + value
 
-    def evaluate(self, context: object, edits: list[Edit]) -> list[FakeOutcome]:
+    def evaluate(self, context: object, edits: list[Edit], rivals: tuple = ()) -> list[FakeOutcome]:
         number = self._count("batches")
         if self.die_at and number == self.die_at:
             (self.folder / "doomed").write_text(repr(edits[0]))

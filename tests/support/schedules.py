@@ -47,6 +47,7 @@ def make_schedule(
     batch_size: int = 4,
     n_startup_trials: int = 8,
     starts: Sequence[Start] = (),
+    prune: bool = False,
 ) -> Schedule:
     space, kept = search_space(*SPACE), kept_starts(study, starts)
     sampler = NumberedTPESampler(
@@ -54,7 +55,7 @@ def make_schedule(
     )
     suggested = given_first(kept, sampler.is_start, lambda trial: suggest(trial, *SPACE))
     return Schedule(
-        BatchStudy(study, sampler, suggested, OBJECTIVES),
+        BatchStudy(study, sampler, suggested, OBJECTIVES, prune=prune),
         target=target,
         batch_size=lambda _: batch_size,
         window=window,
