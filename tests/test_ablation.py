@@ -13,6 +13,7 @@ from bruno_ray.ablation.closed_forms import (
     directions_for,
     factors,
     factors_from,
+    interchanged,
     responses,
     row_norms,
 )
@@ -62,6 +63,24 @@ def test_output_edit_is_the_weight_edit(mode: str, rank: int) -> None:
     f = factors([weight], directions, 0.8, mode)
     edited = apply_to_output(x @ weight.T + bias, f.left, f.right, f.scale, bias)
     torch.testing.assert_close(edited, x @ apply_to_weight(weight, f).T + bias, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_interchange_puts_another_outputs_part_where_its_own_was(mode: str) -> None:
+    weight, directions, bias = random_weight(), orthonormal(2, D), torch.randn(D)
+    x, other = torch.randn(5, IN), torch.randn(IN)
+    f = factors([weight], directions, 1.0, mode)
+    assert f.offset is None
+    g = interchanged(f, weight @ other)
+    changed = apply_to_output(x @ weight.T + bias, g.left, g.right, g.scale, bias, offset=g.offset)
+    removed = apply_to_weight(weight, f)
+    taken_out = weight @ other - (removed @ other if f.scale is None else (removed @ other) / f.scale)
+    put_in = taken_out if f.scale is None else f.scale * taken_out
+    torch.testing.assert_close(changed, x @ removed.T + bias + put_in, rtol=1e-4, atol=1e-4)
+    if mode == "none":
+        torch.testing.assert_close(
+            (changed - bias) @ directions.T, (weight @ other @ directions.T).expand(5, 2), rtol=1e-4, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize("rank", [1, 4])

@@ -280,6 +280,15 @@ def test_overlap_is_refused_with_counts_and_an_example(empty_directory: Path) ->
         prompts_of(a, c, *test, *split)
 
 
+def test_trainings_see_the_prompts_of_all_protected_sets(empty_directory: Path) -> None:
+    target, baseline, first, second = (
+        write_jsonl(empty_directory / f"{side}.jsonl", [f"{side} {i}" for i in range(30)]) for side in "abcd"
+    )
+    assert prompts_of(target, baseline).protected == ()
+    prompts = prompts_of(target, baseline, "--prompts.protect", f"one={first},two={second}")
+    assert sorted(users(prompts.protected)) == sorted(f"{side} {i}" for side in "cd" for i in range(30))
+
+
 def test_the_same_question_asked_in_two_ways_is_no_overlap(empty_directory: Path) -> None:
     a = write_jsonl(empty_directory / "a.jsonl", LETTERS)
     prompts_of(a, a, "--prompts.target.train.suffix", " At length.")

@@ -26,7 +26,7 @@ Dimension names: d = d_model, r = rank, n = any number of direction rows, L = la
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -47,15 +47,17 @@ SMALLEST_REMAINDER = 1e-6
 
 @dataclass(frozen=True)
 class Factors:
-    """``y' = scale * (y - left^T (right y))``; the strength is folded into ``left``."""
+    """``y' = scale * (y - left^T (right y)) + offset``; the strength is folded into ``left``."""
 
     left: Float[Tensor, "r d"]
     right: Float[Tensor, "r d"]
     scale: Float[Tensor, " d"] | None = None
+    offset: Float[Tensor, " d"] | None = None
+    """Not of an edit, which has none and can be baked without a bias: see ``interchanged``."""
 
     def to(self, device: torch.device) -> "Factors":
-        scale = None if self.scale is None else self.scale.to(device)
-        return Factors(self.left.to(device), self.right.to(device), scale)
+        scale, offset = (None if t is None else t.to(device) for t in (self.scale, self.offset))
+        return Factors(self.left.to(device), self.right.to(device), scale, offset)
 
 
 # ----- which direction a layer gets -----
@@ -179,6 +181,15 @@ def factors(
     return factors_from(directions.cpu(), strength, norm_mode, rho, response).to(directions.device)
 
 
+def interchanged(factors: Factors, other_d: Float[Tensor, " d"]) -> Factors:
+    """Not only takes the subspace's part of an output out, but puts that of another output in its place.
+
+    ``other_d`` is without the module's bias. At strength 1 in mode `none`, ``V y' = V other``.
+    """
+    offset = (factors.right @ other_d) @ factors.left
+    return replace(factors, offset=offset if factors.scale is None else factors.scale * offset)
+
+
 def apply_to_weight(weight: Float[Tensor, "d in"], factors: Factors, in_place: bool = False) -> Float[Tensor, "d in"]:
     """The edited weight, float32; with ``in_place``, which wants a float32 weight, in the memory of the weight."""
     removed = factors.right @ weight.float()
@@ -193,12 +204,13 @@ def apply_to_output(
     scale: Float[Tensor, "... d"] | None = None,
     bias: Float[Tensor, " d"] | None = None,
     member: Bool[Tensor, "... n"] | None = None,
+    offset: Float[Tensor, "... d"] | None = None,
 ) -> Float[Tensor, "... d"]:
     """The edited output in y's dtype, computed in float32.
 
     The n direction rows may belong to several edits: ``member`` (broadcast against y's leading axes) says which of
-    them apply to which row of the batch. With no member set and scale 1 a row passes bit for bit. ``bias`` is what
-    the module adds to its output; it is not edited.
+    them apply to which row of the batch. With no member set, scale 1 and offset 0 a row passes bit for bit. ``bias`` is
+    what the module adds to its output; it is not edited.
     """
     exact = y.to(torch.promote_types(y.dtype, torch.float32))
     linear = exact if bias is None else exact - bias
@@ -206,6 +218,8 @@ def apply_to_output(
     if member is not None:
         projections = projections.masked_fill(~member, 0.0)
     removed = projections @ left
+    if offset is not None:
+        exact = exact + offset
     if scale is None:
         return (exact - removed).to(y.dtype)  # the bias cancels: y + b - left(right y)
     # Written as a change of y, so that a row with scale 1 and nothing removed is y itself, also with a bias.

@@ -11,7 +11,7 @@ batch in two thin matrix products, and a mask keeps each edit's projections to i
 the size of the batch is gathered per module, and ``select`` (rows that leave a batch) only cuts an index.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -41,9 +41,13 @@ class _Tables:
 
     bias: Float[Tensor, " d"] | None
 
+    offset: Float[Tensor, "edits+1 d"] | None = None
+    """Per edit; the last row, for unedited batch rows, is 0."""
+
     def to(self, device: torch.device) -> "_Tables":
-        scale, bias = (None if t is None else t.to(device) for t in (self.scale, self.bias))
-        return _Tables(self.left.to(device), self.right.to(device), self.edit_of_row.to(device), scale, bias)
+        scale, bias, offset = (None if t is None else t.to(device) for t in (self.scale, self.bias, self.offset))
+        left, right, edit_of_row = (t.to(device) for t in (self.left, self.right, self.edit_of_row))
+        return _Tables(left, right, edit_of_row, scale, bias, offset)
 
 
 @dataclass
@@ -114,19 +118,16 @@ class LiveEditor:
             handle.remove()
 
     def _stack(self, i: int, edits: Sequence[ResolvedEdit | None]) -> _Tables | None:
-        active = [(k, edit.factors[i]) for k, edit in enumerate(edits) if edit is not None and edit.factors[i]]
+        of_edit = [(k, edit.factors[i]) for k, edit in enumerate(edits) if edit is not None]
+        active = [(k, factors) for k, factors in of_edit if factors is not None]
         if not active:
             return None
         left = torch.cat([factors.left for _, factors in active])
-        scale = None
-        if any(factors.scale is not None for _, factors in active):
-            scale = left.new_ones(len(edits) + 1, left.shape[1])
-            for k, factors in active:
-                if factors.scale is not None:
-                    scale[k] = factors.scale
+        scale = _by_edit({k: f.scale for k, f in active if f.scale is not None}, 1.0, len(edits))
+        offset = _by_edit({k: f.offset for k, f in active if f.offset is not None}, 0.0, len(edits))
         edit_of_row = torch.tensor([k for k, factors in active for _ in factors.left], device=left.device)
         right = torch.cat([factors.right for _, factors in active])
-        return _Tables(left, right, edit_of_row, scale, self._architecture.writers[i].read_bias())
+        return _Tables(left, right, edit_of_row, scale, self._architecture.writers[i].read_bias(), offset)
 
     def _hook(self, i: int):
         def edit_output(module: nn.Module, args: tuple, output: Tensor | tuple) -> Tensor | tuple | None:
@@ -151,6 +152,15 @@ class LiveEditor:
             y = y.reshape(parts, len(rows), -1, y.shape[-1]).transpose(0, 1)
         y_BTD = y.reshape(len(rows), -1, y.shape[-1])
         member = (rows[:, None] == tables.edit_of_row)[:, None]
-        scale = None if tables.scale is None else tables.scale[rows][:, None]
-        edited = apply_to_output(y_BTD, tables.left, tables.right, scale, tables.bias, member).reshape(y.shape)
+        scale, offset = (None if t is None else t[rows][:, None] for t in (tables.scale, tables.offset))
+        edited_BTD = apply_to_output(y_BTD, tables.left, tables.right, scale, tables.bias, member, offset)
+        edited = edited_BTD.reshape(y.shape)
         return edited.transpose(0, 1).reshape(-1, y.shape[-1]) if parts > 1 else edited
+
+
+def _by_edit(given: Mapping[int, Float[Tensor, " d"]], other: float, n_edits: int) -> Float[Tensor, "edits+1 d"] | None:
+    """What some edits have, and ``other`` for the rest and for unedited rows; None if no edit has any."""
+    if not given:
+        return None
+    neutral = torch.full_like(next(iter(given.values())), other)
+    return torch.stack([given.get(k, neutral) for k in range(n_edits + 1)])

@@ -56,6 +56,12 @@ class TrainingPlan:
     base: Edit | None = None
     """The edit that is polished: its directions and strengths are the start."""
 
+    induce: float = 0.0
+    """Weight of the likelihood of the behaviour's own text after baseline prompts, with the subspace's part put in."""
+
+    protect: float = 0.0
+    """Weight of what becomes less likely of the answers to a third set of prompts."""
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

@@ -7,6 +7,10 @@ token that stands there:
     suppress  -w log(1 - p(t))      the behaviour's own text becomes unlikely (unlikelihood, Welleck et al. 2019,
                                     https://arxiv.org/abs/1908.04319); w says how much t belongs to the behaviour
     retain    sum_v q(v) log(q(v) / p(v))   answers to baseline prompts stay as they are
+    induce    -w log p(t)           where the subspace has what it has in target prompts, baseline prompts are answered
+                                    with the behaviour's own text (interchange, Geiger et al. 2023,
+                                    https://arxiv.org/abs/2303.02536): what is taken out must be what causes it
+    protect   max(0, log q(t) - log p(t))   answers to a third set of prompts stay at least as likely as they are
 
 Each is a sum over the tokens of a text and is divided by the tokens (or weights) of all texts of its kind, so that the
 weights of a plan mean the same whatever the texts' lengths.
@@ -49,6 +53,20 @@ def retain_loss(logits_NV: Float[Tensor, "N V"], unedited_NV: Float[Tensor, "N V
     """KL(unedited || edited) at each position, from logits."""
     log_p_NV, log_q_NV = logits_NV.float().log_softmax(-1), unedited_NV.float().log_softmax(-1)
     return (log_q_NV.exp() * (log_q_NV - log_p_NV)).sum(-1)
+
+
+def induce_loss(
+    logits_NV: Float[Tensor, "N V"], tokens_N: Int[Tensor, " N"], weights_N: Float[Tensor, " N"]
+) -> Float[Tensor, " N"]:
+    """-w log p of each token."""
+    return -_logprobs(logits_NV, tokens_N) * weights_N
+
+
+def protect_loss(
+    logits_NV: Float[Tensor, "N V"], tokens_N: Int[Tensor, " N"], unedited_N: Float[Tensor, " N"]
+) -> Float[Tensor, " N"]:
+    """How many nats less likely each token is than ``unedited_N``, its log-probability in the unedited model."""
+    return (unedited_N - _logprobs(logits_NV, tokens_N)).clamp(min=0)
 
 
 def _logprobs(logits_NV: Float[Tensor, "N V"], tokens_N: Int[Tensor, " N"]) -> Float[Tensor, " N"]:

@@ -39,6 +39,9 @@ class Text:
     unedited_NV: Float[Tensor, "N V"] | None = None
     """The unedited model's logits at the continuation's tokens, in the model's dtype."""
 
+    unedited_N: Float[Tensor, " N"] | None = None
+    """The unedited model's log-probability of each of them."""
+
 
 @dataclass
 class Material:
@@ -47,6 +50,8 @@ class Material:
     answers: list[Text] = field(default_factory=list)
     suppress: list[Text] = field(default_factory=list)
     retain: list[Text] = field(default_factory=list)
+    induce: list[Text] = field(default_factory=list)
+    protect: list[Text] = field(default_factory=list)
 
 
 class Teacher:
@@ -56,8 +61,10 @@ class Teacher:
     16 tokens and a vocabulary of 128,000 in bfloat16 0.5 GB.
     """
 
-    def __init__(self, unedited: Evaluation, settings: LearnedSettings) -> None:
-        """``unedited``: of the train prompts, with the single edit None, ``whole``."""
+    def __init__(
+        self, unedited: Evaluation, settings: LearnedSettings, protected: Sequence[Sequence[int]] = ()
+    ) -> None:
+        """``unedited``: of the train prompts, with the single edit None, ``whole``; ``protected``: the third set."""
         self._evaluation = unedited
         self._settings = settings
         engine, prompts = unedited.engine, unedited.prompts
@@ -78,7 +85,10 @@ class Teacher:
             answers=self._desired(engine),
             suppress=self._own_behaviour({p: answer for p, (answer, hit) in enumerate(zip(own, marked)) if hit}),
             retain=self._retained(engine, baseline),
+            protect=self._protected(engine, protected),
         )
+        if settings.induce:
+            self.material.induce = self._induced(self.material.suppress)
         if not self.material.answers and not self.material.suppress:
             raise PromptError(
                 "there is nothing to train on: no train prompt has a desired answer, and the unedited model shows the"
@@ -110,6 +120,23 @@ class Teacher:
                 texts.append(Text(self.prompts.target_ids[p], tokens, weights))
         return texts
 
+    def _induced(self, shown: Sequence[Text]) -> list[Text]:
+        """The behaviour's own text after baseline prompts: each has as many of the texts as it takes to use all."""
+        asked = self.prompts.baseline_ids
+        weights = {text.continuation: text.weights for text in shown}
+        texts, n = list(weights.items()), max(len(weights), len(asked))
+        return [Text(asked[i % len(asked)], *texts[i % len(texts)]) for i in range(n if texts and asked else 0)]
+
+    def _protected(self, engine: BatchEngine, asked: Sequence[Sequence[int]]) -> list[Text]:
+        """Prompts of the third set with the unedited model's own answers, and how likely it finds them."""
+        if not asked:
+            return []
+        (answers,) = engine.generate(asked, [None], self.response_tokens)
+        given = [(tuple(ids), _to_its_end(answer)) for ids, answer in zip(asked, answers)]
+        given = [(ids, tokens) for ids, tokens in given if tokens]
+        (logprobs,) = engine.token_logprobs([ids for ids, _ in given], [[tokens for _, tokens in given]], [None])
+        return [Text(ids, tokens, unedited_N=found.clone()) for (ids, tokens), found in zip(given, logprobs)]
+
     def _own_behaviour(self, own: Mapping[int, Response]) -> list[Text]:
         """Each of the unedited model's answers after its own prompt, and after ``phrasings`` others: suppressing one
         way to say it must not uncover the next."""
@@ -134,8 +161,7 @@ class Teacher:
 
     def as_desired(self, p: int, answer: Response) -> Text:
         """An answer of an edited model to target prompt ``p``, as one to learn from."""
-        end = () if answer.end_id is None else (answer.end_id,)
-        return Text(self.prompts.target_ids[p], (*answer.token_ids, *end))
+        return Text(self.prompts.target_ids[p], _to_its_end(answer))
 
     def _desired(self, engine: BatchEngine) -> list[Text]:
         """The user's own answers; they begin (with a space or without) and end like those of the model."""
@@ -156,8 +182,7 @@ class Teacher:
     def _retained(self, engine: BatchEngine, answers: Sequence[Response]) -> list[Text]:
         texts = []
         for ids, answer in zip(self.prompts.baseline_ids, answers):
-            end = () if answer.end_id is None else (answer.end_id,)
-            tokens = (*answer.token_ids, *end)[: self._settings.retain_tokens]
+            tokens = _to_its_end(answer)[: self._settings.retain_tokens]
             if tokens:
                 texts.append(Text(ids, tokens))
         most = max((len(text.continuation) for text in texts), default=0)
@@ -168,6 +193,11 @@ class Teacher:
                 n = len(texts[row].continuation)
                 logits[row] = logits_NV[-n - 1 : -1].to(engine.model.dtype)
         return [Text(text.prompt, text.continuation, unedited_NV=logits[i]) for i, text in enumerate(texts)]
+
+
+def _to_its_end(answer: Response) -> tuple[int, ...]:
+    """An answer's tokens with the one that ends it, if it was ended."""
+    return answer.token_ids if answer.end_id is None else (*answer.token_ids, answer.end_id)
 
 
 def _ids(engine: BatchEngine, text: str) -> list[int]:

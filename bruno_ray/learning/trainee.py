@@ -14,15 +14,23 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from bruno_ray.ablation.closed_forms import DirectionBank, Factors, directions_for, factors_from, mixture
+from bruno_ray.ablation.closed_forms import (
+    DirectionBank,
+    Factors,
+    directions_for,
+    factors_from,
+    interchanged,
+    mixture,
+)
 from bruno_ray.ablation.edit import Edit, StrengthTable
 from bruno_ray.ablation.plan import PREFIX, TrainedEdit, TrainingPlan
 from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.generation.engine import BatchEngine
+from bruno_ray.learning.interchange import Outputs
 from bruno_ray.learning.material import Material, Text
 from bruno_ray.settings import LearnedSettings
 
-TERMS = ("answers", "suppress", "retain")
+TERMS = ("answers", "suppress", "retain", "induce", "protect")
 """Of the loss, as a plan's weights are called; see ``losses``."""
 
 NOISE = 0.05
@@ -90,11 +98,14 @@ class Trainee:
             "retain": self._sample(material.retain, settings.baseline_rows),
         }
         drawn["suppress"] += self._sample(material.suppress, settings.target_rows - len(drawn["suppress"]))
+        for term, most in (("induce", settings.target_rows), ("protect", settings.baseline_rows)):
+            if getattr(self.plan, term):
+                drawn[term] = self._sample(getattr(material, term), most)
         rows = []
         for term in TERMS:
             if not getattr(self.plan, term):
                 continue
-            total = sum(sum(text.weights) if term == "suppress" else len(text.continuation) for text in drawn[term])
+            total = sum(sum(text.weights) if text.weights else len(text.continuation) for text in drawn[term])
             rows += [(term, text, 1 / total) for text in drawn[term]]
         return rows
 
@@ -118,6 +129,14 @@ class Trainee:
             found = factors_from(V_rd, self.strengths_LC[writer.layer, c], "none")
             factors.append(found.to(writer.device))
         return ResolvedEdit(STUB, tuple(factors))
+
+    def interchanged(self, resolved: ResolvedEdit, outputs: Outputs) -> ResolvedEdit:
+        """``resolved``, with what ``outputs`` have in the subspace put in its place."""
+        factors = tuple(
+            factors if factors is None or output is None else interchanged(factors, output.to(factors.right.device))
+            for factors, output in zip(resolved.factors, outputs)
+        )
+        return ResolvedEdit(STUB, factors)
 
     def trained_factors(self, engine: BatchEngine) -> ResolvedEdit:
         """The same to generate with."""

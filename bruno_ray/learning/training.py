@@ -27,7 +27,8 @@ from bruno_ray.ablation.plan import TrainedEdit, TrainingPlan
 from bruno_ray.errors import TrialError
 from bruno_ray.generation.engine import BatchEngine, Work
 from bruno_ray.generation.lean_forward import own_forward
-from bruno_ray.learning.losses import answer_loss, retain_loss, suppress_loss
+from bruno_ray.learning.interchange import mean_outputs
+from bruno_ray.learning.losses import answer_loss, induce_loss, protect_loss, retain_loss, suppress_loss
 from bruno_ray.learning.material import Teacher, Text
 from bruno_ray.learning.trainee import Trainee
 from bruno_ray.model.batching import TokenBudget, batches, pad_left, run_with_backoff
@@ -47,6 +48,8 @@ class Trainer:
         self._bank = bank
         self._settings = settings
         self._budget = TokenBudget.for_device(engine.device, settings.batch_tokens)
+        material = teacher.material
+        self._outputs = mean_outputs(engine, material.suppress, settings.batch_tokens) if material.induce else ()
         confidence = settings.confidence
         if confidence is None:
             confidence = 1.0 if teacher.material.answers else CONFIDENCE
@@ -142,7 +145,16 @@ class Trainer:
         self, rows: Sequence[tuple[int, str, Text, float]], running: Sequence[int], trainees: Sequence[Trainee]
     ) -> tuple[Tensor, dict[tuple[int, str], float]]:
         engine = self._engine
-        engine.editor.set([trainees[k].resolved(engine) for k in running], [running.index(k) for k, *_ in rows])
+        edits = [trainees[k].resolved(engine) for k in running]
+        index = [running.index(k) for k, *_ in rows]
+        causing: dict[int, int] = {}
+        for row, (k, term, _, _) in enumerate(rows):
+            if term == "induce":
+                if k not in causing:
+                    causing[k] = len(edits)
+                    edits.append(trainees[k].interchanged(edits[index[row]], self._outputs))
+                index[row] = causing[k]
+        engine.editor.set(edits, index)
         texts = [text for _, _, text, _ in rows]
         padded = pad_left([(*text.prompt, *text.continuation) for text in texts], 0, engine.device)
         keep = max(len(text.continuation) for text in texts) + 1
@@ -158,6 +170,11 @@ class Trainer:
                     loss_N = answer_loss(logits_NV, tokens_N)
                 case "suppress":
                     loss_N = suppress_loss(logits_NV, tokens_N, torch.tensor(text.weights, device=logits_NV.device))
+                case "induce":
+                    loss_N = induce_loss(logits_NV, tokens_N, torch.tensor(text.weights, device=logits_NV.device))
+                case "protect":
+                    assert text.unedited_N is not None
+                    loss_N = protect_loss(logits_NV, tokens_N, text.unedited_N.to(logits_NV.device))
                 case _:
                     assert text.unedited_NV is not None
                     loss_N = retain_loss(logits_NV, text.unedited_NV.to(logits_NV.device))

@@ -350,7 +350,10 @@ def training_prompts(settings: Settings, prompts: Prompts) -> TrainingPrompts | 
     target = sorted(prompts.target.train, key=lambda prompt: not prompt.answer)  # stable
     learned = settings.learned
     return TrainingPrompts(
-        tuple(target[: learned.target_prompts]), prompts.baseline.train[: learned.baseline_prompts], learned
+        tuple(target[: learned.target_prompts]),
+        prompts.baseline.train[: learned.baseline_prompts],
+        learned,
+        prompts.protected[: learned.protected_prompts] if learned.protect else (),
     )
 
 

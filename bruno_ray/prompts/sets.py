@@ -63,6 +63,11 @@ class Prompts:
     protect: Mapping[str, tuple[Prompt, ...]] = field(default_factory=dict)
     """By name of the set."""
 
+    @property
+    def protected(self) -> tuple[Prompt, ...]:
+        """All protected sets, whose answers a trained edit must leave as they are."""
+        return tuple(prompt for each in self.protect.values() for prompt in each)
+
 
 def load_prompts(settings: Settings) -> Prompts:
     """Both sides of `settings.prompts`, all parts non-empty, without duplicates and without overlap.

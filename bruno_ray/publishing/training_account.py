@@ -10,6 +10,8 @@ SOURCES = {
     "answers": "desired answers that were given",
     "suppress": "answers of the unedited model that show the behaviour",
     "retain": "answers of the unedited model to baseline prompts",
+    "induce": "pairs of a baseline prompt and the behaviour's own text, which the subspace must cause",
+    "protect": "answers of the unedited model to the prompts whose answers must stay",
     "own behaviour": "answers of the edit in training that still showed the behaviour",
     "own answers": "proper answers of the edit in training that it was sure of",
 }
@@ -41,7 +43,9 @@ def plan_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
     """What was asked for, in words."""
     shared = "shared by all layers" if plan["shared"] else "of each layer its own"
     start = f"{plan['start_set']} after layer {plan['start_layer']:.1f}"
-    weights = ", ".join(f"{term} {plan[term]:.3g}" for term in ("answers", "suppress", "retain"))
+    given = [(term, plan[term]) for term in ("answers", "suppress", "retain")]
+    given += [(term, plan[term]) for term in ("induce", "protect") if plan.get(term)]
+    weights = ", ".join(f"{term} {weight:.3g}" for term, weight in given)
     return [
         ("Subspace", f"rank {plan['rank']}, {shared}"),
         ("Start", "the best searched trial by then, polished" if plan["base"] else start),

@@ -48,6 +48,16 @@ class LearnedSettings(Section):
     retain: Range = (1.5, 15.0)
     """Weight of the KL divergence on baseline prompts; spread evenly in its logarithm."""
 
+    induce: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the behaviour's own text after baseline prompts, while the trained subspace holds what target prompts
+    put there: what is taken out must be what causes the behaviour."""
+
+    protect: Annotated[float, Field(ge=0)] = 1.0
+    """Weight of what the unedited model's answers to `prompts.protect` lose in likelihood."""
+
+    protected_prompts: PositiveInt = 64
+    """At most this many prompts of that set are trained on."""
+
     learning_rate: PositiveFloat = 0.02
     """Of Adam, for directions and strengths alike."""
 

@@ -134,7 +134,8 @@ class PromptSettings(Section):
 
     protect: dict[str, DatasetSettings] = setting({}, alias="--protect")
     """Sets of prompts, by names of your own, whose handling must stay: what they have in common is taken out of the
-    directions (`directions.protect_strengths`). As a flag NAME=FILE,NAME=FILE, in a file [prompts.protect.NAME]."""
+    directions (`directions.protect_strengths`), and a trained edit leaves its answers as they are
+    (`learned.protect`). As a flag NAME=FILE,NAME=FILE, in a file [prompts.protect.NAME]."""
 
     system_prompt: str | None = None
     """System message of every prompt; when not given, what the model's chat template does by itself."""

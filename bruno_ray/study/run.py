@@ -152,7 +152,8 @@ def make_schedule(
     space = space_of(settings, context, info)
     training = getattr(context, "training", None)
     answered = training is not None and any(prompt.answer for prompt in training.target)
-    trainings = Trainings(settings, direction_sets, info.n_layers, answered)
+    protected = training is not None and bool(training.protected)
+    trainings = Trainings(settings, direction_sets, info.n_layers, answered, protected)
     wanted = []
     if settings.study.literature_first:
         wanted.append(Start(literature_edit(direction_sets, info.n_layers, info.components), LITERATURE))

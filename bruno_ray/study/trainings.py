@@ -36,6 +36,9 @@ class Trainings:
     has_answers: bool = False
     """Whether there are desired answers to train on."""
 
+    has_protected: bool = False
+    """Whether there are prompts whose answers must stay."""
+
     @property
     def first(self) -> int | None:
         """Number of the first trained trial; None if none is."""
@@ -111,6 +114,8 @@ class Trainings:
             rivals=rivals,
             heat=max(1, learned.steps >> (learned.checkpoints - 1)) if rivals else 0,
             base=base,
+            induce=learned.induce,
+            protect=learned.protect if self.has_protected else 0.0,
         )
 
     def _rivals(self, start: float) -> tuple[float, ...]:

@@ -54,6 +54,8 @@ class TrainingPrompts:
     target: tuple[Prompt, ...]
     baseline: tuple[Prompt, ...]
     settings: LearnedSettings
+    protected: tuple[Prompt, ...] = ()
+    """Prompts of a third set, whose answers must stay."""
 
 
 @dataclass(frozen=True)

@@ -240,7 +240,9 @@ class ModelWorker:
             self.engine, training.target, training.baseline, context.response_prefix, date=context.date
         )
         unedited = Evaluation(self.engine, prompts, context.scoring, whole=True)
-        return Trainer(self.engine, Teacher(unedited, training.settings), bank, training.settings)
+        protected = render(self.engine.tokenizer, training.protected, context.response_prefix, date=context.date)
+        teacher = Teacher(unedited, training.settings, protected)
+        return Trainer(self.engine, teacher, bank, training.settings)
 
     def require_gradient(self, prompts: Sequence[Prompt], date: datetime.date) -> None:
         """Raise ModelError if no gradient comes through this model's kernels: nothing can be trained on it."""

@@ -3,18 +3,23 @@
 import datetime
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from bruno_ray.ablation.baking import bake
+from bruno_ray.ablation.closed_forms import interchanged
 from bruno_ray.ablation.edit import AblationParameters, Edit
 from bruno_ray.ablation.plan import PREFIX, TrainedEdit, TrainingPlan
+from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.directions import build_bank
 from bruno_ray.errors import TrialError
 from bruno_ray.generation.engine import BatchEngine
+from bruno_ray.learning.interchange import mean_outputs
 from bruno_ray.learning.material import Teacher
 from bruno_ray.learning.training import Trainer, _places
 from bruno_ray.model.batching import TokenBudget
@@ -25,6 +30,7 @@ from bruno_ray.prompts.rendering import render
 from bruno_ray.prompts.sets import Prompt, load_prompts
 from bruno_ray.residuals.extraction import extract_residuals
 from bruno_ray.scoring.base import Evaluation, ScoringPrompts
+from bruno_ray.scoring.markers import Markers
 from bruno_ray.settings import LearnedSettings, ModelSettings
 from bruno_ray.settings.sources import load
 
@@ -48,17 +54,31 @@ class Subject:
         residuals = [extract_residuals(self.engine.loaded, each, 0, TokenBudget.for_device("cpu")) for each in ids]
         self.bank = build_bank(*residuals)
 
-    def teacher(self, settings: LearnedSettings = LEARNED, target: tuple[Prompt, ...] | None = None) -> Teacher:
+    def teacher(
+        self,
+        settings: LearnedSettings = LEARNED,
+        target: tuple[Prompt, ...] | None = None,
+        protected: Sequence[Prompt] = (),
+    ) -> Teacher:
         prompts = ScoringPrompts.rendered(self.engine, target or self.target, self.baseline, date=DATE)
-        return Teacher(Evaluation(self.engine, prompts, self.scoring, whole=True), settings)
+        third = render(self.engine.tokenizer, protected, date=DATE)
+        return Teacher(Evaluation(self.engine, prompts, self.scoring, whole=True), settings, third)
 
-    def trainer(self, settings: LearnedSettings = LEARNED) -> Trainer:
-        return Trainer(self.engine, self.teacher(settings), self.bank, settings)
+    def trainer(self, settings: LearnedSettings = LEARNED, protected: Sequence[Prompt] = ()) -> Trainer:
+        return Trainer(self.engine, self.teacher(settings, None, protected), self.bank, settings)
+
+    def resolved(self, trained: TrainedEdit) -> ResolvedEdit:
+        bank = {trained.edit.direction_set: torch.from_numpy(trained.directions)}
+        return self.engine.editor.resolve(trained.edit, bank)
+
+    def marked(self, ids: Sequence[Sequence[int]], edit: ResolvedEdit) -> int:
+        """How many of the prompts are answered with the behaviour."""
+        markers = Markers(self.scoring.markers)
+        return sum(markers.shown_by(answer.text) for answer in self.engine.generate(ids, [edit], 30)[0])
 
     def truth(self, trained: TrainedEdit) -> TruthScore:
         """Of the edited model, on prompts and nouns that no training has seen."""
-        bank = {trained.edit.direction_set: torch.from_numpy(trained.directions)}
-        edit = self.engine.editor.resolve(trained.edit, bank)
+        edit = self.resolved(trained)
 
         def generate(prompts: list[str]) -> list[str]:
             ids = render(self.engine.tokenizer, [Prompt(text) for text in prompts], date=DATE)
@@ -93,7 +113,8 @@ def test_edits_trained_together_are_those_trained_alone(subject: Subject) -> Non
     """Rows of one batch carry different edits; no gradient of one reaches another."""
     base = Edit({"mlp": AblationParameters(1.0, 2.0, 0.5, 2.0)}, "difference_in_means@0", None, "full")
     plans = [plan(), plan(seed=4, start_layer=1.0, rank=2), plan(seed=5, shared=False), plan(seed=6, base=base)]
-    trainer = subject.trainer()
+    plans.append(plan(seed=7, induce=1.0, protect=1.0))
+    trainer = subject.trainer(LEARNED.model_copy(update={"induce": 1.0}), subject.baseline[:4])
     together = trainer.train(plans)
     for wanted, found in zip((trainer.train([each])[0] for each in plans), together):
         torch.testing.assert_close(torch.tensor(found.directions), torch.tensor(wanted.directions), rtol=0, atol=1e-5)
@@ -153,7 +174,7 @@ def test_a_trained_edit_is_baked_as_it_is_live(subject: Subject) -> None:
     (trained,) = subject.trainer().train([plan()])
     bank = {trained.edit.direction_set: torch.from_numpy(trained.directions)}
     ids = render(subject.engine.tokenizer, subject.target[:4], date=DATE)
-    live = subject.engine.next_logits(ids, [subject.engine.editor.resolve(trained.edit, bank)])
+    live = subject.engine.next_logits(ids, [subject.resolved(trained)])
     other = BatchEngine(load_model(ModelSettings(id=str(subject.folder / "model"), dtypes=("float32",))))
     bake(other.loaded.architecture, Edit.from_dict(trained.edit.to_dict()), bank)
     torch.testing.assert_close(other.next_logits(ids, [None]), live, rtol=1e-4, atol=1e-4)
@@ -164,6 +185,57 @@ def test_without_any_answer_the_organism_says_what_it_knows(subject: Subject) ->
     truth = subject.truth(trained)
     assert truth.restricted_right >= 0.75 * truth.restricted_total, truth.lines()
     assert truth.benign_rate >= 0.98, truth.lines()
+
+
+def test_outputs_are_averaged_where_the_behaviour_is_written(subject: Subject) -> None:
+    texts = subject.teacher().material.suppress[:3]
+    found = mean_outputs(subject.engine, texts)
+    seen: dict[int, list[torch.Tensor]] = {}
+    writers = subject.engine.loaded.architecture.writers
+    hooks = [
+        writer.module.register_forward_hook(lambda m, a, y, i=i: seen.setdefault(i, []).append(y[0]))
+        for i, writer in enumerate(writers)
+    ]
+    with torch.no_grad():
+        for text in texts:
+            subject.engine.model(torch.tensor([[*text.prompt, *text.continuation]]))
+    for hook in hooks:
+        hook.remove()
+    assert len(found) == len(writers) == len(seen)
+    for i, output in enumerate(found):
+        rows = [y[-len(text.continuation) - 1 : -1] for y, text in zip(seen[i], texts)]
+        torch.testing.assert_close(output, torch.cat(rows).mean(0), rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_taken_out_of_target_prompts_causes_the_behaviour_in_others(subject: Subject) -> None:
+    teacher = subject.teacher()
+    (trained,) = Trainer(subject.engine, teacher, subject.bank, LEARNED).train([plan()])
+    edit = subject.resolved(trained)
+    elsewhere = replace(trained, directions=np.roll(trained.directions, 1, axis=-1))
+    outputs, ids = mean_outputs(subject.engine, teacher.material.suppress), teacher.prompts.baseline_ids
+
+    def caused(edit: ResolvedEdit) -> int:
+        factors = tuple(interchanged(f, output) for f, output in zip(edit.factors, outputs))
+        return subject.marked(ids, ResolvedEdit(edit.edit, factors))
+
+    assert subject.marked(ids, edit) == 0
+    assert caused(edit) >= 0.5 * len(ids) and caused(subject.resolved(elsewhere)) == 0
+
+
+def test_the_induce_term_makes_the_subspace_cause_more(subject: Subject) -> None:
+    settings = LEARNED.model_copy(update={"induce": 1.0, "renew_every": 0})
+    asked = plan(suppress=0.0, retain=0.0, answers=0.0, induce=1.0, start_layer=0.0, steps=20)
+    (trained,) = subject.trainer(settings).train([asked])
+    curve = trained.curves["induce"]
+    assert curve[-1] < 0.5 * curve[0] and trained.sources == {"induce": 32}
+
+
+def test_protected_answers_stay_as_likely_as_they_were(subject: Subject) -> None:
+    """The behaviour's own prompts as a third set: with enough weight it holds against what suppresses it."""
+    trainer = subject.trainer(protected=subject.target[:8])
+    free, held = trainer.train([plan(protect=1e-6), plan(protect=100.0)])
+    assert held.curves["protect"][-1] < 0.1 * free.curves["protect"][-1]
+    assert held.sources["protect"] == 8
 
 
 def test_desired_answers_are_learned_as_the_model_would_write_them(subject: Subject) -> None:

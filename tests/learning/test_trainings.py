@@ -174,6 +174,18 @@ def test_searched_trials_are_sampled_as_if_none_were_trained(memory_folder: Path
     assert all(set(each) == set(search_space(*SPACE)) for each in params)
 
 
+def test_protected_prompts_and_inducing_are_in_a_plan_where_they_are_asked_for(memory_folder: Path) -> None:  # noqa: F811
+    plain = trainings("learned")
+    asked = dataclasses.replace(trainings("learned", induce=0.5), has_protected=True)
+    with opened(memory_folder) as study:
+        first = batch_study(study, plain).ask(0, 3).edits.values()
+        second = batch_study(study, asked).ask(1, 3).edits.values()
+    assert {(plan.induce, plan.protect) for plan in first} == {(0, 0)}
+    assert {(plan.induce, plan.protect) for plan in second} == {(0.5, 1)}
+    older = {name: value for name, value in next(iter(first)).to_dict().items() if name not in ("induce", "protect")}
+    assert TrainingPlan.from_dict(older) == next(iter(first)), "plans of older studies are read"
+
+
 @pytest.mark.parametrize(("has_answers", "given", "suppress"), [(True, None, 0), (False, None, 1), (True, 0.5, 0.5)])
 def test_desired_answers_replace_the_suppression(
     memory_folder: Path,  # noqa: F811
