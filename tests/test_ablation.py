@@ -66,6 +66,25 @@ def test_output_edit_is_the_weight_edit(mode: str, rank: int) -> None:
 
 
 @pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("rank", [1, 3])
+def test_gradients_flow_through_the_restored_norms(mode: str, rank: int) -> None:
+    """As through the definition, for directions and strength; two weights are one map."""
+    weights, wanted = [random_weight(1), random_weight(2)], torch.randn(D, 2 * IN)
+
+    def gradients(dtype: torch.dtype) -> list[torch.Tensor]:
+        v, strength = orthonormal(rank, D).to(dtype).requires_grad_(), torch.tensor(0.8, dtype=dtype).requires_grad_()
+        if dtype == torch.float64:
+            edited = directly(torch.cat(weights, dim=1), v, strength, mode)
+        else:
+            f = factors(weights, v, strength, mode)
+            edited = torch.cat([apply_to_output(w.T, f.left, f.right, f.scale).T for w in weights], dim=1)
+        return torch.autograd.grad((edited * wanted).sum(), [v, strength])
+
+    for found, expected in zip(gradients(torch.float32), gradients(torch.float64)):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_an_interchange_puts_another_outputs_part_where_its_own_was(mode: str) -> None:
     weight, directions, bias = random_weight(), orthonormal(2, D), torch.randn(D)
     x, other = torch.randn(5, IN), torch.randn(IN)

@@ -27,6 +27,7 @@ Dimension names: d = d_model, r = rank, n = any number of direction rows, L = la
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -133,12 +134,31 @@ def row_norms(weights: Iterable[Float[Tensor, "d in"]]) -> Float[Tensor, " d"]:
 def responses(
     weights: Iterable[Float[Tensor, "d in"]], rho: Float[Tensor, " d"], directions: Float[Tensor, "n d"]
 ) -> Float[Tensor, "n d"]:
-    """H^T = V What What^T for many direction rows at once, so that one reading of the weights serves them all."""
-    total = torch.zeros_like(directions)
-    inverse = _inverse(rho).to(directions.device)
-    for weight in weights:
-        total += ((directions * inverse) @ weight) @ weight.T * inverse
-    return total
+    """H^T = V What What^T for many direction rows at once, so that one reading of the weights serves them all.
+
+    It has a gradient, for which the weights are read once more: none of them is kept.
+    """
+    return _Responses.apply(directions, weights, rho)
+
+
+class _Responses(torch.autograd.Function):
+    """What What^T is symmetric, so a gradient goes back through the same map. Left to itself, autograd would keep every
+    weight in float32."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, directions: Float[Tensor, "n d"], weights: Iterable[Tensor], rho: Float[Tensor, " d"]
+    ) -> Float[Tensor, "n d"]:
+        ctx.given = weights, rho
+        total = torch.zeros_like(directions)
+        inverse = _inverse(rho).to(directions.device)
+        for weight in weights:
+            total += ((directions * inverse) @ weight) @ weight.T * inverse
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Float[Tensor, "n d"]) -> tuple[Float[Tensor, "n d"], None, None]:
+        return _Responses.apply(*gradients, *ctx.given), None, None
 
 
 def factors_from(

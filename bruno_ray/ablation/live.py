@@ -18,11 +18,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from bruno_ray.ablation.closed_forms import (
-    DirectionBank,
-    apply_to_output,
-)
-from bruno_ray.ablation.edit import Edit
+from bruno_ray.ablation.closed_forms import DirectionBank, Factors, apply_to_output
+from bruno_ray.ablation.edit import Edit, NormMode
 from bruno_ray.ablation.resolving import ResolvedEdit, Resolver
 from bruno_ray.model.architectures import Architecture
 
@@ -82,6 +79,10 @@ class LiveEditor:
     def resolve_all(self, edits: Sequence[Edit], bank: DirectionBank) -> list[ResolvedEdit]:
         """Several edits at once read each weight once. See ``Resolver``."""
         return self._resolver.resolve_all(edits, bank)
+
+    def factors(self, i: int, directions: Float[Tensor, "r d"], strength: Tensor, norm_mode: NormMode) -> Factors:
+        """Of writer i, with gradients. See ``Resolver``."""
+        return self._resolver.factors(i, directions, strength, norm_mode)
 
     def set(self, edits: Sequence[ResolvedEdit | None], rows: Sequence[int] | Tensor) -> None:
         """From now on row b of every batch carries ``edits[rows[b]]``; None is the unedited model.

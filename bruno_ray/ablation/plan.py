@@ -6,7 +6,7 @@ import base64
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from bruno_ray.ablation.edit import Edit
+from bruno_ray.ablation.edit import Edit, NormMode
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,6 +61,8 @@ class TrainingPlan:
 
     protect: float = 0.0
     """Weight of what becomes less likely of the answers to a third set of prompts."""
+
+    norm_mode: NormMode = "none"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -15,7 +15,7 @@ from bruno_ray.ablation.closed_forms import (
     responses,
     row_norms,
 )
-from bruno_ray.ablation.edit import Edit
+from bruno_ray.ablation.edit import Edit, NormMode
 from bruno_ray.model.architectures import Architecture
 from bruno_ray.model.writers import Writer
 
@@ -67,13 +67,29 @@ class Resolver:
                 factors[k].append(found.to(writer.device))
         return [ResolvedEdit(edit, tuple(of_edit)) for edit, of_edit in zip(edits, factors)]
 
+    def factors(self, i: int, directions: Float[Tensor, "r d"], strength: Tensor, norm_mode: NormMode) -> Factors:
+        """Of writer i, from directions and a strength (on the CPU) that gradients may flow back to. `full` reads the
+        weight each time. Raises ModelError if it cannot be read."""
+        writer = self._writers[i]
+        rho = None if norm_mode == "none" else self._row_norms(i)
+        response = None
+        if norm_mode == "full" and rho is not None:
+            response = responses(writer.weights(), rho, directions.to(writer.device)).cpu()
+        return factors_from(directions, strength, norm_mode, rho, response).to(writer.device)
+
+    @torch.no_grad()
+    def _row_norms(self, i: int) -> Float[Tensor, " d"]:
+        if i not in self._rho:
+            self._rho[i] = row_norms(self._writers[i].weights())
+        return self._rho[i]
+
     @torch.no_grad()
     def _read_weights(
         self, i: int, writer: Writer, edits: Sequence[Edit], points_of_edit: Sequence[tuple[int, ...]]
     ) -> None:
         """Fill what these edits need of writer i: rho for `pre`, H at their bank points as well for `full`."""
-        if i not in self._rho and any(edit.norm_mode != "none" for edit in edits):
-            self._rho[i] = row_norms(writer.weights())
+        if any(edit.norm_mode != "none" for edit in edits):
+            self._row_norms(i)
         wanted = {
             (edit.direction_set, point, i)
             for edit, points in zip(edits, points_of_edit)

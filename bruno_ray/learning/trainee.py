@@ -18,7 +18,6 @@ from bruno_ray.ablation.closed_forms import (
     DirectionBank,
     Factors,
     directions_for,
-    factors_from,
     interchanged,
     mixture,
 )
@@ -120,14 +119,13 @@ class Trainee:
         """With factors that gradients flow through."""
         directions_Grd = self.directions_Grd()
         factors: list[Factors | None] = []
-        for writer in engine.loaded.architecture.writers:
+        for i, writer in enumerate(engine.loaded.architecture.writers):
             c = self._components.index(writer.component)
             if not self._mask[writer.layer, c]:
                 factors.append(None)
                 continue
             V_rd = directions_Grd[writer.layer if len(directions_Grd) > 1 else 0]
-            found = factors_from(V_rd, self.strengths_LC[writer.layer, c], "none")
-            factors.append(found.to(writer.device))
+            factors.append(engine.editor.factors(i, V_rd, self.strengths_LC[writer.layer, c], self.plan.norm_mode))
         return ResolvedEdit(STUB, tuple(factors))
 
     def interchanged(self, resolved: ResolvedEdit, outputs: Outputs) -> ResolvedEdit:
@@ -187,7 +185,7 @@ class Trainee:
         tables = {
             component: StrengthTable(tuple(strengths[:, c].tolist())) for c, component in enumerate(self._components)
         }
-        return TrainedEdit(Edit(tables, name, None, "none"), array, self._recent(), self.sources())
+        return TrainedEdit(Edit(tables, name, None, self.plan.norm_mode), array, self._recent(), self.sources())
 
 
 def _start(plan: TrainingPlan, bank: DirectionBank, n_layers: int) -> Float[Tensor, "G r d"]:

@@ -13,6 +13,7 @@ Dimension names: N tokens of a continuation, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 import time
@@ -27,12 +28,25 @@ from bruno_ray.ablation.plan import TrainedEdit, TrainingPlan
 from bruno_ray.errors import TrialError
 from bruno_ray.generation.engine import BatchEngine, Work
 from bruno_ray.generation.lean_forward import own_forward
+from bruno_ray.learning.checkpointing import checkpointed
 from bruno_ray.learning.interchange import mean_outputs
 from bruno_ray.learning.losses import answer_loss, induce_loss, protect_loss, retain_loss, suppress_loss
 from bruno_ray.learning.material import Teacher, Text
 from bruno_ray.learning.trainee import Trainee
-from bruno_ray.model.batching import TokenBudget, batches, pad_left, run_with_backoff
+from bruno_ray.model.batching import (
+    TokenBudget,
+    batches,
+    is_out_of_memory,
+    pad_left,
+    release_memory,
+    run_with_backoff,
+)
 from bruno_ray.settings import LearnedSettings
+
+logger = logging.getLogger(__name__)
+
+FEW_TOKENS = 512
+"""A batch of so many leaves a device half idle: rather than halve it, activations are recomputed."""
 
 CONFIDENCE = 0.5
 """Probability of each token from which on an edit's own answer is learned, where there are no desired ones."""
@@ -47,6 +61,7 @@ class Trainer:
         self._teacher = teacher
         self._bank = bank
         self._settings = settings
+        self._checkpoints = settings.checkpointing == "on"
         self._budget = TokenBudget.for_device(engine.device, settings.batch_tokens)
         material = teacher.material
         self._outputs = mean_outputs(engine, material.suppress, settings.batch_tokens) if material.induce else ()
@@ -117,14 +132,32 @@ class Trainer:
         lengths = [len(text.prompt) + len(text.continuation) for _, _, text, _ in rows]
 
         def gradients(batch: list[int]) -> tuple[Sequence[Tensor | None], dict[tuple[int, str], float]]:
+            layers = self._engine.loaded.architecture.layers if self._checkpoints else ()
             try:
-                loss, terms = self._loss([rows[i] for i in batch], running, trainees)
-                return torch.autograd.grad(loss, parameters, allow_unused=True), terms
+                with checkpointed(layers):
+                    loss, terms = self._loss([rows[i] for i in batch], running, trainees)
+                    return torch.autograd.grad(loss, parameters, allow_unused=True), terms
             finally:
                 self._engine.editor.clear()
 
+        def fitting(batch: list[int]) -> tuple[Sequence[Tensor | None], dict[tuple[int, str], float]]:
+            if self._checkpoints or self._settings.checkpointing == "off":
+                return gradients(batch)
+            try:
+                return gradients(batch)
+            except RuntimeError as error:
+                if not is_out_of_memory(error) or len(batch) * max(lengths[i] for i in batch) > FEW_TOKENS:
+                    raise
+            # Outside the handler: the exception's traceback would keep the failed pass's tensors alive.
+            self._checkpoints = True
+            release_memory()
+            logger.warning(
+                "memory does not suffice for training %d rows at once: activations are recomputed", len(batch)
+            )
+            return gradients(batch)
+
         for batch in batches(lengths, self._budget):
-            for _, (found, terms) in run_with_backoff(gradients, batch, lengths, self._budget):
+            for _, (found, terms) in run_with_backoff(fitting, batch, lengths, self._budget):
                 for total, gradient in zip(totals, found):
                     if gradient is not None:
                         total += gradient

@@ -140,7 +140,7 @@ def run_with_backoff(
             yield rows, result
         else:
             budget.shrink(tokens)
-            _release_memory()
+            release_memory()
             logger.warning("out of memory with %d rows (%d tokens): the batch is halved", len(rows), tokens)
             half = len(rows) // 2
             pending += [rows[half:], rows[:half]]
@@ -174,7 +174,8 @@ def input_device(embedding: nn.Module) -> torch.device:
     return torch.device("cpu") if weight.device.type == "meta" else weight.device
 
 
-def _release_memory() -> None:
+def release_memory() -> None:
+    """Give back what failed allocations have left in caches."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,5 +1,6 @@
 """Weights that write to the residual stream, however they are stored: plain, transposed, fused, quantised."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -132,6 +133,9 @@ class Weights:
 
     def __len__(self) -> int:
         return len(self._matrices)
+
+    def __iter__(self) -> Iterator[Float[Tensor, "d_model in"]]:
+        return (matrix.read() for matrix in self._matrices)
 
     def __getitem__(self, i: int) -> Float[Tensor, "d_model in"]:
         return self._matrices[i].read()

@@ -323,7 +323,7 @@ def require_trainable(settings: Settings, record: RunRecord, prompts: Prompts, p
 
     Raises:
         SettingsError: a desired answer shows the behaviour, or there is only one.
-        ModelError: the model's kernels give no gradient.
+        ModelError: the model's kernels give no gradient, or a weight that the norm mode asks for cannot be read.
     """
     if settings.study.method == "searched":
         return
@@ -340,7 +340,7 @@ def require_trainable(settings: Settings, record: RunRecord, prompts: Prompts, p
             f"only {len(answered)} prompt of prompts.target.train has a desired answer: give 4 or more of them, or"
             " leave answer_column out"
         )
-    pool.call("require_gradient", prompts.target.train[:1], record.date)
+    pool.call("require_gradient", prompts.target.train[:1], record.date, settings.learned.norm_mode)
 
 
 def training_prompts(settings: Settings, prompts: Prompts) -> TrainingPrompts | None:

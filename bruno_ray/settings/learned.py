@@ -1,6 +1,6 @@
 """Settings of edits that are trained by gradient."""
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -34,6 +34,10 @@ class LearnedSettings(Section):
 
     first_layer: DepthRange = (0.0, 0.0)
     """Layers below it are not edited."""
+
+    norm_mode: Literal["none", "pre", "full"] = "none"
+    """As `search.norm_mode`. none needs no weight and is exact as an adapter; full reads the edited weights twice a
+    step."""
 
     polish: bool = True
     """Every other training starts from the best trial there is by then."""
@@ -95,6 +99,10 @@ class LearnedSettings(Section):
     confidence: Annotated[float, Field(ge=0, le=1)] | None = None
     """Probability that each token of such an answer must have, 1 for none of them. When not given, 0.5; where there are
     desired answers none, since one's own lead away from them."""
+
+    checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Whether layers compute their activations again on the way back instead of keeping them, for a third more time.
+    auto: once memory does not suffice for a batch of 512 tokens."""
 
     batch_tokens: NonNegativeInt = 0
     """Tokens that go forward and back at a time; 0 finds it from memory."""

@@ -116,6 +116,7 @@ class Trainings:
             base=base,
             induce=learned.induce,
             protect=learned.protect if self.has_protected else 0.0,
+            norm_mode=learned.norm_mode,
         )
 
     def _rivals(self, start: float) -> tuple[float, ...]:

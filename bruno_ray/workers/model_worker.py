@@ -16,8 +16,7 @@ import numpy as np
 import psutil
 import torch
 
-from bruno_ray.ablation.closed_forms import Factors
-from bruno_ray.ablation.edit import Edit
+from bruno_ray.ablation.edit import Edit, NormMode
 from bruno_ray.ablation.plan import TrainedEdit, TrainingPlan
 from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.errors import ModelError, TrialError, first_line
@@ -244,16 +243,17 @@ class ModelWorker:
         teacher = Teacher(unedited, training.settings, protected)
         return Trainer(self.engine, teacher, bank, training.settings)
 
-    def require_gradient(self, prompts: Sequence[Prompt], date: datetime.date) -> None:
-        """Raise ModelError if no gradient comes through this model's kernels: nothing can be trained on it."""
+    def require_gradient(self, prompts: Sequence[Prompt], date: datetime.date, norm_mode: NormMode = "none") -> None:
+        """Raise ModelError if no gradient comes through this model's kernels, or ``norm_mode`` asks for a weight that
+        cannot be read: nothing can be trained on it."""
         ids = render(self.loaded.tokenizer, prompts[:1], date=date)[0]
         d_model = self.loaded.architecture.d_model
         with torch.enable_grad():
             rows = torch.eye(1, d_model, requires_grad=True)
-            factors = [
-                Factors(rows.to(writer.device), rows.to(writer.device)) for writer in self.loaded.architecture.writers
-            ]
-            self.engine.editor.set([ResolvedEdit(Edit({}, "", None, "none"), tuple(factors))], [0])
+            one = torch.ones(())
+            n_writers = len(self.loaded.architecture.writers)
+            factors = tuple(self.engine.editor.factors(i, rows, one, norm_mode) for i in range(n_writers))
+            self.engine.editor.set([ResolvedEdit(Edit({}, "", None, norm_mode), factors)], [0])
             try:
                 padded = pad_left([ids], 0, self.engine.device)
                 arguments = padded.input_ids, padded.attention_mask, padded.position_ids

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from bruno_ray.ablation.baking import bake
 from bruno_ray.ablation.closed_forms import interchanged
@@ -21,7 +22,7 @@ from bruno_ray.errors import TrialError
 from bruno_ray.generation.engine import BatchEngine
 from bruno_ray.learning.interchange import mean_outputs
 from bruno_ray.learning.material import Teacher
-from bruno_ray.learning.training import Trainer, _places
+from bruno_ray.learning.training import FEW_TOKENS, Trainer, _places
 from bruno_ray.model.batching import TokenBudget
 from bruno_ray.model.loading import load_model
 from bruno_ray.organism import truth_score
@@ -113,7 +114,7 @@ def test_edits_trained_together_are_those_trained_alone(subject: Subject) -> Non
     """Rows of one batch carry different edits; no gradient of one reaches another."""
     base = Edit({"mlp": AblationParameters(1.0, 2.0, 0.5, 2.0)}, "difference_in_means@0", None, "full")
     plans = [plan(), plan(seed=4, start_layer=1.0, rank=2), plan(seed=5, shared=False), plan(seed=6, base=base)]
-    plans.append(plan(seed=7, induce=1.0, protect=1.0))
+    plans += [plan(seed=7, induce=1.0, protect=1.0), plan(seed=8, norm_mode="full")]
     trainer = subject.trainer(LEARNED.model_copy(update={"induce": 1.0}), subject.baseline[:4])
     together = trainer.train(plans)
     for wanted, found in zip((trainer.train([each])[0] for each in plans), together):
@@ -170,14 +171,51 @@ def test_directions_are_orthonormal_strengths_bounded_and_layers_left_alone(subj
     assert {"suppress", "retain"} <= set(trained.curves) and trained.tokens > 0
 
 
-def test_a_trained_edit_is_baked_as_it_is_live(subject: Subject) -> None:
-    (trained,) = subject.trainer().train([plan()])
+@pytest.mark.parametrize("norm_mode", ["none", "pre", "full"])
+def test_a_trained_edit_is_baked_as_it_is_live(subject: Subject, norm_mode: str) -> None:
+    """And its loss falls, whichever way norms are kept."""
+    (trained,) = subject.trainer().train([plan(norm_mode=norm_mode)])
+    assert trained.edit.norm_mode == norm_mode
+    assert trained.curves["suppress"][-1] < 0.9 * trained.curves["suppress"][0]
     bank = {trained.edit.direction_set: torch.from_numpy(trained.directions)}
     ids = render(subject.engine.tokenizer, subject.target[:4], date=DATE)
     live = subject.engine.next_logits(ids, [subject.resolved(trained)])
     other = BatchEngine(load_model(ModelSettings(id=str(subject.folder / "model"), dtypes=("float32",))))
     bake(other.loaded.architecture, Edit.from_dict(trained.edit.to_dict()), bank)
     torch.testing.assert_close(other.next_logits(ids, [None]), live, rtol=1e-4, atol=1e-4)
+
+
+def test_checkpointed_layers_give_the_same_edit(subject: Subject) -> None:
+    """With hooks that are run again on the way back; the model is as it was afterwards."""
+    asked = [plan(norm_mode="full"), plan(seed=4, rank=2)]
+    plain, checkpointed = (
+        subject.trainer(LEARNED.model_copy(update={"checkpointing": switch})).train(asked) for switch in ("off", "on")
+    )
+    assert not any("forward" in vars(layer) for layer in subject.engine.loaded.architecture.layers)
+    for one, other in zip(plain, checkpointed):
+        torch.testing.assert_close(torch.tensor(one.directions), torch.tensor(other.directions), rtol=0, atol=1e-6)
+        assert one.curves == pytest.approx(other.curves)
+
+
+def test_activations_are_recomputed_once_memory_runs_out(subject: Subject) -> None:
+    """Whatever keeps the activations of all layers runs out: a stand-in for a device with less memory."""
+    layers = subject.engine.loaded.architecture.layers
+    kept: list[int] = []
+
+    def run_out(module: nn.Module, args: tuple, output: object) -> None:
+        kept.append(len(args[0]))
+        if "forward" not in vars(module) and torch.is_grad_enabled():
+            raise torch.OutOfMemoryError
+
+    trainer = subject.trainer(LEARNED.model_copy(update={"batch_tokens": FEW_TOKENS}))
+    hook = layers[-1].register_forward_hook(run_out)
+    try:
+        (found,) = trainer.train([plan()])
+    finally:
+        hook.remove()
+    (wanted,) = subject.trainer().train([plan()])
+    assert len(kept) > 8
+    torch.testing.assert_close(torch.tensor(found.directions), torch.tensor(wanted.directions), rtol=0, atol=1e-5)
 
 
 def test_without_any_answer_the_organism_says_what_it_knows(subject: Subject) -> None:
