@@ -6,7 +6,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from bruno_ray.ablation.plan import TrainedEdit, TrainingPlan
 from bruno_ray.directions import build_bank
