@@ -12,6 +12,7 @@ import psutil
 from bruno_ray import organism
 from bruno_ray.ablation.edit import Edit
 from bruno_ray.errors import TrialError
+from bruno_ray.files import write_json
 from bruno_ray.pipeline.choosing import study_of
 from bruno_ray.pipeline.judging import judge_run, read_answers, with_judge
 from bruno_ray.pipeline.steps import evaluation_context, score_unedited, timed, worker_pool
@@ -20,6 +21,8 @@ from bruno_ray.prompts.rendering import render
 from bruno_ray.prompts.sets import Prompt, Prompts
 from bruno_ray.publishing.comparing import comparison_lines
 from bruno_ray.publishing.report import write_report
+from bruno_ray.publishing.reproduction import describe
+from bruno_ray.runs import reproduction
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import Readings, RunRecord, Sample, ScoresRecord, SelectedRecord, TestPrompt
 from bruno_ray.scoring.markers import Markers
@@ -93,6 +96,7 @@ def score_selected(
         )
         answers = {"unedited": read_answers(unedited), "edited": read_answers(outcome.scores)}
         run.save_readings(Readings(trial=selected.number, **answers))
+        write_reproduction(run, run.read(), prompts, run.path, public=False)
         samples = sample_answers(edit, context, pool, (unedited, outcome.scores))
         run.save_samples(samples)
         for line in sample_lines([sample for sample in samples if sample.side == "target"][:SHOWN]):
@@ -100,6 +104,14 @@ def score_selected(
     for line in comparison_lines(run.read().model_copy(update={"selected": selected})):
         logger.info("%s", line)
     return selected
+
+
+def write_reproduction(run: RunDirectory, record: RunRecord, prompts: Prompts, folder: Path, public: bool) -> None:
+    """reproduce.json of the selected trial of ``record``, if it has been tested. One that is ``public`` travels."""
+    if record.selected is None or record.selected.test is None or "test" not in record.baseline:
+        return
+    described = describe(record, prompts, run.load_directions(), public)
+    write_json(folder / reproduction.FILE, described.model_dump(mode="json"))
 
 
 def sample_answers(
@@ -226,6 +238,12 @@ def write_model(
 
     with timed(run, "save") if other is None else nullcontext():
         saved, scores = save_selected(run, measure, folder, other)
+    after = run.read()
+    if other is not None:
+        after = after.model_copy(update={"selected": other.model_copy(update={"saved": scores})})
+    else:
+        write_reproduction(run, after, prompts, run.path, public=False)
+    write_reproduction(run, after, prompts, saved.folder, public=True)
     shown, total = scores.counts["behaviour_rate"]
     low, high = scores.intervals["behaviour_rate"]
     logger.info(

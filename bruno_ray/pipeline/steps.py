@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float
@@ -222,17 +222,24 @@ def read_residuals(
 def find_directions(
     run: RunDirectory, record: RunRecord, info: ModelInfo, prompts: Prompts, pool: WorkerPool
 ) -> "DirectionBank":
-    """The direction bank of the run: residuals of the train prompts, every method at every position."""
-    import torch
+    """The direction bank of the run, kept there once it is found."""
+    if run.directions_file.exists():
+        return run.load_bank()
+    bank, geometry = read_bank(record, info, prompts, pool)
+    run.save_geometry(geometry)
+    run.save_directions(bank)
+    return bank
 
+
+def read_bank(
+    record: RunRecord, info: ModelInfo, prompts: Prompts, pool: WorkerPool
+) -> "tuple[DirectionBank, dict[str, Any]]":
+    """Every method at every position of the train prompts' residuals, and what the report shows of these."""
     from bruno_ray.directions import build_bank
     from bruno_ray.directions.protected import protect
 
-    if run.directions_file.exists():
-        return run.load_bank()
     target_NPLD, baseline_NPLD = (
-        torch.from_numpy(np.array(read_residuals(record, info, side.train, pool)))
-        for side in (prompts.target, prompts.baseline)
+        _residuals(record, info, side.train, pool) for side in (prompts.target, prompts.baseline)
     )
     chosen = record.settings.directions
     bank = build_bank(
@@ -247,10 +254,7 @@ def find_directions(
     )
     geometry = geometry_record(target_NPLD[:, 0], baseline_NPLD[:, 0])
     if prompts.protect:
-        protected_NPLD = {
-            name: torch.from_numpy(np.array(read_residuals(record, info, each, pool)))
-            for name, each in prompts.protect.items()
-        }
+        protected_NPLD = {name: _residuals(record, info, each, pool) for name, each in prompts.protect.items()}
         bank, geometry["protected"] = protect(
             bank,
             {name: _winsorized(each, chosen.winsorize_quantile) for name, each in protected_NPLD.items()},
@@ -266,9 +270,14 @@ def find_directions(
                     "directions %s: %.0f %% of them (median over layers) lies in what prompts.protect.%s protects",
                     *(directions, 100 * float(np.median(overlaps[1:])), name),
                 )
-    run.save_geometry(geometry)
-    run.save_directions(bank)
-    return bank
+    return bank, geometry
+
+
+def _residuals(record: RunRecord, info: ModelInfo, prompts: Sequence[Prompt], pool: WorkerPool) -> "Tensor":
+    """(prompt, position, point, d_model)."""
+    import torch
+
+    return torch.from_numpy(np.array(read_residuals(record, info, prompts, pool)))
 
 
 def _winsorized(residuals_NPLD: "Tensor", quantile: float) -> "Tensor":

@@ -9,14 +9,14 @@ import hashlib
 import json
 import logging
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import combinations
 from typing import Any
 
 from bruno_ray.errors import PromptError
 from bruno_ray.prompts.formats.table import excerpt
-from bruno_ray.prompts.sources import read
+from bruno_ray.prompts.sources import Row, read
 from bruno_ray.settings import DatasetSettings, PromptSet, PromptSettings, Settings
 
 logger = logging.getLogger(__name__)
@@ -95,6 +95,19 @@ def _load_protected(name: str, given: DatasetSettings, settings: PromptSettings)
     return tuple(prompts)
 
 
+def hash_of(prompts: Sequence[Prompt]) -> str:
+    """sha256 over everything in these prompts, in their order."""
+    return hashlib.sha256(json.dumps([asdict(prompt) for prompt in prompts], sort_keys=True).encode()).hexdigest()
+
+
+def load_rows(dataset: DatasetSettings, system_prompt: str | None, limit: int) -> tuple[Prompt, ...]:
+    """Every prompt of a data set as it stands, repetitions too; `limit` bounds a stream without an end of its own.
+
+    Raises PromptError as `sources.read`.
+    """
+    return tuple(_prompt(dataset, row, system_prompt) for row in read(dataset, limit).rows)
+
+
 def _load_side(side: str, given: PromptSet, settings: PromptSettings) -> PromptParts:
     wanted = {part: getattr(settings, f"n_{part}") for part in PARTS}
     wanted["finalists"] = min(wanted["finalists"], wanted["test"] // 2)
@@ -142,21 +155,25 @@ def _load_part(
     unique: dict[str, Prompt] = {}
     rows, notes = read(dataset, limit)
     for row in rows:
-        system = row.system or settings.system_prompt
-        prompt = Prompt(
-            dataset.prefix + row.text + dataset.suffix,
-            system if dataset.system_prompt is None else dataset.system_prompt,
-            row.answer,
-            tuple((row.words or "").split()),
-            row.category,
-            kept_end=len(dataset.suffix),
-        )
+        prompt = _prompt(dataset, row, settings.system_prompt)
         unique.setdefault(_identity(prompt), prompt)
     if not unique:
         raise PromptError(f"{name} is empty: {dataset.source} has no prompts in {dataset.split!r}; widen the split")
     if len(unique) < len(rows):
         notes = (*notes, f"{len(rows) - len(unique)} duplicates left out")
     return list(unique.values()), notes
+
+
+def _prompt(dataset: DatasetSettings, row: Row, system_prompt: str | None) -> Prompt:
+    system = row.system or system_prompt
+    return Prompt(
+        dataset.prefix + row.text + dataset.suffix,
+        system if dataset.system_prompt is None else dataset.system_prompt,
+        row.answer,
+        tuple((row.words or "").split()),
+        row.category,
+        kept_end=len(dataset.suffix),
+    )
 
 
 def _cut(name: str, prompts: list[Prompt], shares: dict[str, int], dataset: DatasetSettings) -> dict[str, list[Prompt]]:

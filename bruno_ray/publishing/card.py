@@ -72,6 +72,7 @@ def render_card(record: RunRecord, base_license: dict[str, str] | None = None, m
             meanings=wording.meanings(scores.values if scores else ()),
             extra={name.replace("_", " "): wording.plain(value) for name, value in record.extra.items()},
             prompts=prompt_rows(record),
+            measured_again=selected.test is not None and selected.saved is not None,
             command=public_command(record.command),
             config=reproduction_config(settings),
             seeds=", ".join(f"{name} {seed}" for name, seed in record.seeds.items()) or f"study {settings.study.seed}",

@@ -9,6 +9,7 @@
       samples.json             answers before and after, for the report and the card
       test_prompts.json        the test prompts, in the order of the scores' rows
       readings.json            all whole answers to target prompts, and who takes which for the behaviour
+      reproduce.json           what it takes to measure the selected trial again
       report.html              the report
       model/                   the saved model, once a trial has been saved
 
