@@ -15,6 +15,7 @@ from bruno_ray.prompts.sets import Prompt, Prompts, load_prompts
 from bruno_ray.runs.records import RunRecord
 from bruno_ray.scoring.chat_server import ChatServer
 from bruno_ray.scoring.markers import Markers
+from bruno_ray.scoring.scores import Answer
 from bruno_ray.settings import Settings
 from bruno_ray.terminal import ask_text
 from bruno_ray.workers.session import ray_session
@@ -75,7 +76,12 @@ def spread(candidates: Sequence[int], n: int) -> list[int]:
 
 def ask_server(server: ChatServer, prompts: Sequence[Prompt], max_tokens: int) -> list[str | None]:
     """What another model answers; None where it was cut off. Raises ServerError if it cannot be asked."""
-    found: dict[int, str | None] = {}
+    return [text if ended else None for text, ended in ask_for_answers(server, prompts, max_tokens)]
+
+
+def ask_for_answers(server: ChatServer, prompts: Sequence[Prompt], max_tokens: int) -> list[Answer]:
+    """Greedy answers of another model, cut off ones too. Raises ServerError if it cannot be asked."""
+    found: dict[int, Answer] = {}
 
     def body(i: int) -> dict[str, object]:
         prompt = prompts[i]
@@ -87,7 +93,7 @@ def ask_server(server: ChatServer, prompts: Sequence[Prompt], max_tokens: int) -
         message = choice.get("message")
         if not isinstance(message, dict):
             raise server.is_none()
-        found[i] = message.get("content") if choice.get("finish_reason") != "length" else None
+        found[i] = (message.get("content") or "", choice.get("finish_reason") != "length")
 
     server.ask_all(range(len(prompts)), body, keep)
     return [found[i] for i in range(len(prompts))]

@@ -39,14 +39,15 @@ def comparisons(record: RunRecord) -> list[Comparison]:
     found = []
     unedited = record.baseline.get("test")
     if unedited is not None:
-        found += _compared(selected.test, unedited, "the unedited model", RATES)
+        found += compared(selected.test, unedited, "the unedited model", RATES)
     if selected.runner_up is not None and selected.runner_up.test is not None:
         name = f"trial {selected.runner_up.number}, the runner-up"
-        found += _compared(selected.test, selected.runner_up.test, name, (*RATES, *MEANS))
+        found += compared(selected.test, selected.runner_up.test, name, (*RATES, *MEANS))
     return found
 
 
-def _compared(selected: ScoresRecord, other: ScoresRecord, name: str, metrics: Sequence[str]) -> list[Comparison]:
+def compared(selected: ScoresRecord, other: ScoresRecord, name: str, metrics: Sequence[str]) -> list[Comparison]:
+    """One comparison for each metric that both know prompt by prompt; ``name`` is what the other one is called."""
     found = []
     for metric in metrics:
         mine, theirs = selected.rows.get(metric), other.rows.get(metric)

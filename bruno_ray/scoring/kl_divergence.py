@@ -34,6 +34,7 @@ class KLDivergence:
         self._positions = settings.kl_tokens
 
     def prepare(self, unedited: Evaluation) -> None:
+        """``unedited`` may also be of one edit, to compare others with."""
         self._prepared_on = weakref.ref(unedited)
         engine, prompts = unedited.engine, unedited.prompts.baseline_ids
         self._ids = [list(ids) for ids in prompts]
@@ -48,7 +49,7 @@ class KLDivergence:
         """Column of each prompt's first answer token; the columns before it are empty."""
         # (P, N, V), the last columns of each prompt; on the model's device, in the dtype that the model computes in.
         self._unedited_PNV = torch.empty(0)
-        for _, prompt_B, logits_BNV in engine.last_logits(self._ids, [None], self._positions):
+        for _, prompt_B, logits_BNV in engine.last_logits(self._ids, unedited.edits, self._positions):
             if not len(self._unedited_PNV):
                 shape = (len(self._ids), self._positions, logits_BNV.shape[-1])
                 self._unedited_PNV = torch.zeros(shape, dtype=engine.model.dtype, device=logits_BNV.device)
@@ -58,7 +59,7 @@ class KLDivergence:
         """The unedited model's answers to baseline prompts, at least as far as the positions go: the evaluation's own
         where they will do."""
         if not unedited.settings.markers or unedited.settings.response_tokens < self._positions:
-            return unedited.engine.generate(unedited.prompts.baseline_ids, [None], self._positions)[0]
+            return unedited.engine.generate(unedited.prompts.baseline_ids, unedited.edits, self._positions)[0]
         return unedited.whole_baseline_answers[0]
 
     def score(self, edited: Evaluation) -> list[Scores]:

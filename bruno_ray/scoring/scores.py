@@ -39,3 +39,18 @@ class Scores:
             for name in ("values", "counts", "rows", "verdicts"):
                 getattr(merged, name).update(getattr(scores, name))
         return merged
+
+
+@dataclass(frozen=True)
+class ComparedScores:
+    """Scores with the answers that they are of, to lay beside those of others."""
+
+    scores: Scores
+    target: tuple[str, ...]
+    """Whole answers, prompt by prompt."""
+
+    baseline: tuple[str, ...]
+
+
+Answer = tuple[str, bool]
+"""Text of an answer, and whether it came to its end."""

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bruno_ray.ablation.edit import Edit
 from bruno_ray.ablation.plan import TrainedEdit
 from bruno_ray.model.coverage_table import CoverageRow
 from bruno_ray.prompts.sets import Prompt
 from bruno_ray.scoring.scores import Scores
-from bruno_ray.settings import LearnedSettings, ScoringSettings
+from bruno_ray.settings import LearnedSettings, ModelSettings, ScoringSettings
 
 if TYPE_CHECKING:
     from bruno_ray.workers.model_worker import ModelWorker
@@ -103,3 +104,15 @@ class TrialOutcome:
 
     trained: TrainedEdit | None = None
     """What training has come to, where a plan was handed in instead of an edit."""
+
+
+@dataclass(frozen=True)
+class ComparedEdits:
+    """Edits of one model that are compared with those of others."""
+
+    model: ModelSettings
+    edits: tuple[Edit | None, ...]
+    """None: the model as it is."""
+
+    bank: dict[str, np.ndarray]
+    """The direction sets that the edits name."""

@@ -15,6 +15,7 @@ from typing import Protocol
 import numpy as np
 import psutil
 import torch
+from transformers import PreTrainedConfig
 
 from bruno_ray.ablation.edit import Edit, NormMode
 from bruno_ray.ablation.plan import TrainedEdit, TrainingPlan
@@ -27,7 +28,7 @@ from bruno_ray.learning.training import Trainer
 from bruno_ray.model.batching import TokenBudget, pad_left
 from bruno_ray.model.classes import hub_task
 from bruno_ray.model.coverage import coverage
-from bruno_ray.model.loading import load_model
+from bruno_ray.model.loading import LoadedModel, load_model
 from bruno_ray.progress import duration
 from bruno_ray.prompts.dates import prints_date
 from bruno_ray.prompts.rendering import render, render_texts
@@ -35,11 +36,13 @@ from bruno_ray.prompts.response_prefix import settle_response_prefix
 from bruno_ray.prompts.sets import Prompt
 from bruno_ray.residuals.extraction import extract_residuals
 from bruno_ray.scoring.base import Evaluation, Scorer, ScoringPrompts, score_edits, score_evaluation
+from bruno_ray.scoring.kl_divergence import KLDivergence
 from bruno_ray.scoring.racing import race
-from bruno_ray.scoring.registry import make_scorers
-from bruno_ray.scoring.scores import Scores
+from bruno_ray.scoring.registry import SCORERS, make_scorers
+from bruno_ray.scoring.scores import Answer, ComparedScores, Scores
+from bruno_ray.scoring.side_by_side import LOGIT_SCORERS, score_edits_side_by_side, score_given_answers
 from bruno_ray.settings import ModelSettings, ResidualSettings, ScoringSettings
-from bruno_ray.workers.exchanged import EvaluationContext, ModelInfo, TrainingPrompts, TrialOutcome
+from bruno_ray.workers.exchanged import ComparedEdits, EvaluationContext, ModelInfo, TrainingPrompts, TrialOutcome
 
 logger = logging.getLogger(__name__)
 
@@ -277,6 +280,13 @@ class ModelWorker:
         """
         prepared = self._prepare(context)
         scorers = [scorer for scorer in prepared.scorers if not scorer.needs_unedited]
+        self._load_instead(model, context.scoring)
+        _, (scores,) = score_edits(self.engine, scorers, prepared.prompts, context.scoring, [None], context.readings)
+        if isinstance(scores, TrialError):
+            raise scores
+        return scores
+
+    def _load_instead(self, model: ModelSettings, scoring: ScoringSettings) -> None:
         self._contexts.clear()
         self._doing = f"loading {model.id}"
         self.engine.editor.close()
@@ -284,13 +294,58 @@ class ModelWorker:
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        self.engine = BatchEngine(load_model(self._here(model)))
-        self.engine.limit_row_tokens(context.scoring.row_tokens)
+        self.loaded = load_model(self._here(model))
+        self.engine = BatchEngine(self.loaded)
+        self.engine.limit_row_tokens(scoring.row_tokens)
         self._doing = f"scoring {model.id}"
-        _, (scores,) = score_edits(self.engine, scorers, prepared.prompts, context.scoring, [None], context.readings)
-        if isinstance(scores, TrialError):
-            raise scores
-        return scores
+
+    def compare(
+        self,
+        context: EvaluationContext,
+        edits: Sequence[Edit | None],
+        others: Sequence[ComparedEdits],
+        given: Sequence[tuple[Sequence[Answer], Sequence[Answer]]],
+    ) -> tuple[list[ComparedScores], list[list[ComparedScores]], list[ComparedScores]]:
+        """Scores and answers of edits of this worker's model (None: as it is), of other models with edits of their own,
+        and of (target, baseline) answers that a server gave.
+
+        KL divergences are from the first of ``edits``; a model with another tokenizer has none, and reads the prompts
+        through its own chat template. Afterwards this worker is of no further use if there were others. Raises as
+        `measure_other`.
+        """
+        prepared = self._prepare(context)
+        scorers: list[Scorer] = [scorer for scorer in prepared.scorers if not scorer.needs_unedited]
+        settings, prompts = context.scoring, prepared.prompts
+        resolved = iter(self.engine.editor.resolve_all([edit for edit in edits if edit is not None], prepared.bank))
+        mine = [None if edit is None else next(resolved) for edit in edits]
+        if mine[0] is not None:
+            self._doing = "preparing the comparison with the first"
+            reference = Evaluation(self.engine, prompts, settings, [mine[0]])
+            kl = SCORERS[KLDivergence.name](settings)
+            kl.prepare(reference)
+            scorers = [kl if scorer.name == kl.name else scorer for scorer in scorers]
+        self._doing = f"scoring {len(mine)} edit{'s' if len(mine) > 1 else ''}"
+        own = score_edits_side_by_side(self.engine, scorers, prompts, settings, mine)
+        texts = [score_given_answers(self.engine, scorers, prompts, settings, *sides) for sides in given]
+        width = logit_width(self.loaded)
+        found = []
+        for other in others:
+            self._load_instead(other.model, settings)
+            theirs, their_scorers = prompts, scorers
+            alike = ScoringPrompts.rendered(
+                self.engine, context.target, context.baseline, context.response_prefix, date=context.date
+            )
+            if alike != prompts or logit_width(self.loaded) != width:
+                their_scorers = [scorer for scorer in scorers if scorer.name not in LOGIT_SCORERS]
+                prefix = self.response_prefix([*context.target, *context.baseline], context.date)
+                theirs = ScoringPrompts.rendered(
+                    self.engine, context.target, context.baseline, prefix, date=context.date
+                )
+            bank = {name: torch.from_numpy(directions) for name, directions in other.bank.items()}
+            resolved = iter(self.engine.editor.resolve_all([edit for edit in other.edits if edit is not None], bank))
+            ours = [None if edit is None else next(resolved) for edit in other.edits]
+            found.append(score_edits_side_by_side(self.engine, their_scorers, theirs, settings, ours))
+        return own, found, texts
 
     def answers(
         self,
@@ -363,6 +418,12 @@ class ModelWorker:
 def _reads_whole(scoring: ScoringSettings) -> bool:
     """Whether a scorer learns from the unedited model's answers as a whole."""
     return bool({"to_the_point", "elicited_answers", "detector"} & set(scoring.scorers))
+
+
+def logit_width(loaded: LoadedModel) -> int:
+    """Tokens that the model has logits for, which may be more than its tokenizer knows."""
+    config: PreTrainedConfig = loaded.model.config  # ty: ignore[invalid-assignment] - torch calls any attribute a module
+    return int(config.get_text_config().vocab_size)
 
 
 def _is_finite(edit: ResolvedEdit) -> bool:

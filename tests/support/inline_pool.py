@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bruno_ray.pipeline import commands, finishing, judging, reproducing
+from bruno_ray.pipeline import commands, finishing, judging, reproducing, side_by_side
 from bruno_ray.settings import Settings
 from bruno_ray.workers.model_worker import ModelWorker
 from bruno_ray.workers.shipping import absolute_if_folder
@@ -67,7 +67,7 @@ def use_inline_pools(monkeypatch: pytest.MonkeyPatch, folder: Path | None = None
         made.append(InlinePool(settings, folder))
         return made[-1]
 
-    for module in (commands, finishing, judging, reproducing):
+    for module in (commands, finishing, judging, reproducing, side_by_side):
         monkeypatch.setattr(module, "worker_pool", worker_pool)
         monkeypatch.setattr(module, "ray_session", lambda settings: nullcontext())
     return made
