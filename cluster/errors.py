@@ -8,6 +8,7 @@ BrunoError
     |-- NodeError            a node cannot be created, found or reached
     |-- JobError             a job cannot be submitted, found or followed
     |-- FetchError           a run cannot be brought home as it is on the head
+    |-- NotifyError          a notice could not be handed to the command or webhook of cluster.yaml
     |-- RefusedError         nothing was done, because nobody agreed to it
     `-- VastError            Vast.ai's API refused or did not answer (cluster/vast/errors.py)
 """
@@ -41,6 +42,10 @@ class JobError(ClusterError):
 
 class FetchError(ClusterError):
     """Raised instead of putting an incomplete run in place, or overwriting one that was changed here."""
+
+
+class NotifyError(ClusterError):
+    """Raised when a command or webhook did not take a notice; says nothing of a webhook's address but its host."""
 
 
 class RefusedError(ClusterError):

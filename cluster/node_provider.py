@@ -34,8 +34,11 @@ from cluster.network.addresses import NodeAddress
 from cluster.network.keys import ensure_key_pair, public_key
 from cluster.network.mesh import Node
 from cluster.network.ssh_master import Endpoint
+from cluster.notices.notices import Notices
 from cluster.renting.budget import Limit, end_of_time
 from cluster.renting.cost import ClusterCost
+from cluster.renting.drought import Drought
+from cluster.renting.head_watch import HeadWatch
 from cluster.renting.launch import Launcher, LaunchOrder
 from cluster.renting.ledger import Ledger
 from cluster.renting.listing import NodeList
@@ -45,7 +48,7 @@ from cluster.renting.tags import ClusterNode, Label
 from cluster.settings import ClusterSettings, NodeSettings, checked_cluster_name
 from cluster.setup.bootstrap import bootstrapped, one_line_errors
 from cluster.setup.command_runner import VastCommandRunner
-from cluster.setup.mounts import without_head_files
+from cluster.setup.mounts import head_provider, without_head_files
 from cluster.vast.client import VastClient
 from cluster.vast.errors import VastAuthError, VastCreditError, VastQuotaError, VastRefusedError
 from cluster.vast.models import State
@@ -96,9 +99,13 @@ class VastNodeProvider(NodeProvider):
         self._nodes = NodeList(self._client, instances, cluster_name, self._clock, self.settings.refresh_s)
         self._ledger = Ledger(self.folder, self._clock)
         self._launcher = Launcher(self._client, self._nodes, self._ledger, self._clock, self.settings.budget)
+        self.notices = Notices(self.folder, cluster_name, self.settings, self._clock)
         self._registry = NodeRegistry(
-            self._client, self._nodes, self._ledger, self.settings, self._clock, stop_jobs or stop_all_jobs
+            *(self._client, self._nodes, self._ledger, self.settings, self._clock),
+            *(stop_jobs or stop_all_jobs, self.notices),
         )
+        self._drought = Drought(self._clock, self.notices)
+        self._head_watch = HeadWatch(self.folder, self._clock, self.notices)
         self._launching = threading.RLock()
         self._refusals: dict[str, _Refusal] = {}
         """By node type; those of `ANY_TYPE` are about the account."""
@@ -133,6 +140,10 @@ class VastNodeProvider(NodeProvider):
     def cluster_nodes(self, *, force: bool = False) -> list[ClusterNode]:
         """All nodes with everything that the API says about them, for status displays."""
         return list(self._nodes.nodes(force=force).values())
+
+    def losses(self) -> list[str]:
+        """What this computer did not do and somebody should know: that the head is gone, stopped or silent."""
+        return self._head_watch.look(self._nodes.nodes().values())
 
     def offers(self, node_config: dict[str, Any]) -> Ranking:
         """What could be rented now for a node type, and why the rest could not. Raises `VastError`."""
@@ -212,10 +223,12 @@ class VastNodeProvider(NodeProvider):
             settings = NodeSettings.from_config(node_config)
             for _ in range(count):
                 node = self._launch_locked(settings, tags)
+                self._drought.over()
                 created[node.id] = {}
         except ClusterError as error:
             if is_head:
                 raise
+            self._drought.refused(error, any(not node.is_head for node in self._registry.current().values()))
             category = type(error).__name__.removesuffix("Error")
             reason = str(error).replace("{", "(").replace("}", ")")  # autoscaler v1 takes it for a format string
             raise NodeLaunchException(category, f"{len(created)} of {count} rented: {reason}", None) from error
@@ -241,6 +254,8 @@ class VastNodeProvider(NodeProvider):
                 f"instance {node_id} could not be destroyed and costs {node.instance.dph_total:.3f} dollars per hour; "
                 "repeat the command, or destroy it in Vast.ai's console"
             )
+        if self._tearing_down and node.is_head:
+            self._head_watch.forget()
         if self._tearing_down and not self._registry.current():
             self._ledger.forget_costs()
         return None
@@ -282,6 +297,7 @@ class VastNodeProvider(NodeProvider):
         provider = config["provider"]
         provider.pop("_config_cache_path", None)
         provider.update(role="head", vast_url=self.settings.vast_url, public_key=self._public_key())
+        provider.update(head_provider(provider))
         return config
 
     def get_command_runner(
@@ -336,6 +352,8 @@ class VastNodeProvider(NodeProvider):
             raise
         except (VastQuotaError, VastCreditError, VastAuthError) as error:
             self._remember_refusal(ANY_TYPE, error)
+            if isinstance(error, VastCreditError):
+                self.notices.tell("credit-low", str(error))
             raise
         self._refusals.pop(node_type, None)
         self._refusals.pop(ANY_TYPE, None)

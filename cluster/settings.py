@@ -5,6 +5,7 @@ unknown key is an error. Prices are in US dollars, sizes in GB (10^9 bytes), wai
 otherwise.
 """
 
+import json
 import os
 import re
 from pathlib import Path
@@ -19,6 +20,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    SecretStr,
     ValidationError,
     model_validator,
 )
@@ -80,6 +82,27 @@ class BudgetSettings(Section):
     credit_must_cover: bool = True
     """Whether `bruno-ray cluster up` refuses a plan that the account's credit does not cover; false where Vast.ai
     charges a card when the credit is low."""
+
+
+def _web_address(url: SecretStr) -> SecretStr:
+    if not re.fullmatch(r"https?://[^/\s]+(/\S*)?", url.get_secret_value()):
+        raise ValueError("a webhook is an address that begins with https:// or http://")
+    return url
+
+
+class NotifySettings(Section):
+    """Who is told of what happens while nobody looks (docs/cluster.md lists the events)."""
+
+    command: str = ""
+    """Run by a shell on the machine that noticed it, the head as a rule; the text comes on standard input."""
+
+    webhook: Annotated[SecretStr, AfterValidator(_web_address)] | None = None
+    """Address that gets a POST with JSON, such as an incoming webhook of Slack or Discord. It is a password: `ray up`
+    keeps it and the command out of the configuration that Ray logs, in a file of the head."""
+
+    @property
+    def is_set(self) -> bool:
+        return bool(self.command or self.webhook)
 
 
 class Requirements(Section):
@@ -190,6 +213,10 @@ class ClusterSettings(Section):
     """Holds a folder per cluster with its key pair, known hosts and ledger."""
 
     budget: BudgetSettings = BudgetSettings()
+    notify: NotifySettings = NotifySettings()
+    notify_file: UserPath | None = None
+    """Where `notify` is instead; filled in by `ray up`."""
+
     mesh: Literal["star", "direct"] = "star"
     """star: all traffic crosses the head. direct: workers also dial each other (cluster/network/peers.py)."""
 
@@ -239,6 +266,18 @@ class ClusterSettings(Section):
     def folder(self, cluster_name: str) -> Path:
         """The folder of one cluster, made on demand by whoever writes to it."""
         return self.state_folder / checked_cluster_name(cluster_name)
+
+    def who_to_notify(self) -> NotifySettings:
+        """From `notify_file` where there is one. Raises `ClusterSettingsError` where it cannot be read."""
+        if self.notify_file is None:
+            return self.notify
+        try:
+            content = json.loads(self.notify_file.read_text())
+        except (OSError, ValueError) as error:
+            raise ClusterSettingsError(
+                f"{self.notify_file} cannot be read ({type(error).__name__}): nobody is told; run `ray up` again"
+            ) from error
+        return _validated(NotifySettings, content, "provider.notify")
 
     def api_key(self) -> str:
         """From the environment variable VAST_API_KEY or the key file; never logged, never an argument of a command.

@@ -31,6 +31,7 @@ from bruno_ray.files import write_json
 from cluster.errors import ClusterError, NodeError
 from cluster.network.mesh import Mesh, Node
 from cluster.network.ssh_master import Endpoint, SshIdentity
+from cluster.notices.runs import RUNS, RunWatch
 
 logger = logging.getLogger(__name__)
 
@@ -46,17 +47,21 @@ START_TIMEOUT_S = 60.0
 ABSENCES = 2
 """Successive answers that must lack a machine before its tunnel is closed."""
 
+RUNS_S = 10.0
+"""Between two looks at the runs."""
+
 Source = Callable[[], Sequence[Node]]
 """Which nodes exist, the head among them. Raises `ClusterError` when that could not be asked."""
 
 
 class Supervisor:
-    """Asks ``source``, keeps ``mesh`` accordingly and writes ``folder/status.json``."""
+    """Asks ``source``, keeps ``mesh`` accordingly and writes ``folder/status.json``; looks at ``runs`` besides."""
 
-    def __init__(self, folder: Path, mesh: Mesh, source: Source) -> None:
+    def __init__(self, folder: Path, mesh: Mesh, source: Source, runs: RunWatch | None = None) -> None:
         self.folder = folder
         self.mesh = mesh
         self.source = source
+        self.runs = runs
         self._nodes: dict[str, Node] = {}
         self._absences: dict[str, int] = {}
         self._asked: float | None = None
@@ -67,6 +72,7 @@ class Supervisor:
         """Work until cancelled, or until ``parent`` is no longer the parent process."""
         await self._remember()
         asking = asyncio.create_task(self._ask_for_ever())
+        looking = asyncio.create_task(self._look_at_runs())
         try:
             while parent is None or os.getppid() == parent:
                 if asking.done():
@@ -77,6 +83,7 @@ class Supervisor:
                 await asyncio.sleep(STATUS_S)
         finally:
             asking.cancel()
+            looking.cancel()
             await self.mesh.detach()
 
     async def _ask_for_ever(self) -> None:
@@ -91,6 +98,15 @@ class Supervisor:
             else:
                 await self._take(nodes)
             await asyncio.sleep(ASK_S)
+
+    async def _look_at_runs(self) -> None:
+        """What goes wrong here must not hold up the tunnels: it is logged, and looking ends."""
+        try:
+            while self.runs is not None:
+                await asyncio.to_thread(self.runs.look)
+                await asyncio.sleep(RUNS_S)
+        except Exception:
+            logger.exception("the runs are no longer looked at")
 
     async def _take(self, nodes: Sequence[Node]) -> None:
         """Believe an answer, if it knows of this machine."""
@@ -147,7 +163,7 @@ def configured(config_file: Path) -> Supervisor:
     key = Path(config["auth"]["ssh_private_key"]).expanduser()
     identity = SshIdentity(key, FOLDER / "known_hosts")
     mesh = Mesh(FOLDER, identity, provider.settings.max_cpus, direct=provider.settings.mesh == "direct")
-    return Supervisor(FOLDER, mesh, provider.nodes_for_mesh)
+    return Supervisor(FOLDER, mesh, provider.nodes_for_mesh, RunWatch(RUNS, provider.notices))
 
 
 def keep(command: Sequence[str], folder: Path) -> None:

@@ -99,6 +99,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub.add_argument("runs", nargs="*", metavar="RUN", help="[all]")
     sub.add_argument("--to", type=Path, default=RUNS, metavar="FOLDER", help="[runs]")
 
+    sub = command("notify", "notifying:notify", "try whether the command or webhook of provider.notify works")
+    sub.add_argument("text", nargs="?", default="this is a test", metavar="TEXT", help="[this is a test]")
+
     sub = command("stop", "machines:stop", "stop the jobs, fetch everything, give everything back", yes=True)
     _add_keeping(sub)
     sub = command("down", "machines:down", "fetch what is not home yet, give everything back", yes=True)

@@ -24,7 +24,7 @@ from cluster.errors import ClusterError, ClusterSettingsError, FetchError, NodeE
 from cluster.jobs import fetching, submitting
 from cluster.jobs.session import Session
 from cluster.renting.budget import DESTRUCTION_S, Phase
-from cluster.renting.cost import ClusterCost
+from cluster.renting.cost import LOW_CREDIT_H, ClusterCost, hours_left, tell_credit
 from cluster.renting.tags import ClusterNode
 from cluster.setup.bootstrap import MAX_HOURS_VARIABLE
 from cluster.vast.errors import VastError
@@ -42,8 +42,10 @@ TUNNELS_COMMAND = "cat ~/.bruno-ray/mesh/status.json 2> /dev/null || true"
 STILL_BILLED_S = 60.0
 """How long the list of instances may go on showing what has been destroyed, beside the time that each of them takes."""
 
-LOW_CREDIT_H = 2.0
 SOON_S = 86400.0
+
+FLUSH_S = 20.0
+"""How long a command waits for what it has to tell somebody."""
 
 
 def list_offers(arguments: argparse.Namespace) -> int:
@@ -138,14 +140,15 @@ def ray_command(session: Session, *words: str) -> int:
 def status(arguments: argparse.Namespace) -> int:
     session = Session.open(arguments.cluster_config)
     terminal.console().print(status_view(session))
+    session.provider.notices.flush(FLUSH_S)
     return 0
 
 
 def status_view(session: Session) -> RenderableType:
     """Nodes with price, tunnel and GPU use; cost per hour and so far."""
-    nodes = session.nodes()
+    nodes, losses = session.nodes(), [Text(loss, style="bold red") for loss in session.provider.losses()]
     if not nodes:
-        return Text(f"cluster {session.name}: no machines, nothing is billed")
+        return Group(Text(f"cluster {session.name}: no machines, nothing is billed"), *losses)
     tunnels, gpus, notes = machine_facts(session, nodes)
     cost = session.provider.cost()
     so_far = {item.node_id: item.so_far for item in cost.nodes}
@@ -165,7 +168,7 @@ def status_view(session: Session) -> RenderableType:
             gpus.get(node.id, "-"),
         )
     notes += ending_notes(nodes)
-    lines = [Text(cost_line(session, cost)), credit_text(session, cost)]
+    lines = [*losses, Text(cost_line(session, cost)), credit_text(session, cost)]
     stand = session.provider.limit()
     if stand.phase is not Phase.OPEN:
         said = f"{stand.reason}: workers are destroyed, the head goes on costing until `bruno-ray cluster down`"
@@ -191,7 +194,8 @@ def credit_text(session: Session, cost: ClusterCost) -> Text:
         return Text(f"credit: could not be asked ({error})", style="yellow")
     if credit is None:
         return Text("credit: not told to this API key (it lacks user_read)", style="dim")
-    hours = credit / cost.per_hour if cost.per_hour else math.inf
+    hours = hours_left(credit, cost)
+    tell_credit(session.provider.notices, credit, cost)
     lasts = f", {hours:.1f} h at this price" if cost.per_hour else ""
     return Text(f"credit: {credit:.2f} ${lasts}", style="bold red" if hours < LOW_CREDIT_H else "")
 

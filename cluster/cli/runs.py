@@ -14,7 +14,7 @@ from rich.text import Text
 
 from bruno_ray import terminal
 from bruno_ray.settings.passwords import VARIABLE
-from cluster.cli.machines import status_view
+from cluster.cli.machines import FLUSH_S, status_view
 from cluster.cli.planning import note_study
 from cluster.errors import ClusterError, ClusterSettingsError
 from cluster.jobs import fetching
@@ -94,6 +94,7 @@ def watch(arguments: argparse.Namespace) -> int:
     session, console = Session.open(arguments.cluster_config), terminal.console()
     if not console.is_terminal:
         console.print(watch_view(session))
+        session.provider.notices.flush(FLUSH_S)
         return 0
     with Live(Text("asking ..."), console=console, auto_refresh=False, screen=False) as live:
         while True:

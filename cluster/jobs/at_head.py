@@ -6,7 +6,6 @@ Prints one JSON value. Runs are the folders below ~/runs, where jobs of `bruno-r
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -25,6 +24,7 @@ from bruno_ray.files import write_json
 from bruno_ray.runs.directory import RunDirectory
 from cluster.clock import SystemClock
 from cluster.network.addresses import DASHBOARD_PORT
+from cluster.notices.runs import DRIVER_LOCK, RUNS, is_running
 from cluster.settings import ClusterSettings
 
 if TYPE_CHECKING:
@@ -33,30 +33,17 @@ if TYPE_CHECKING:
 CLUSTER_CONFIG = Path("~/ray_bootstrap_config.yaml").expanduser()
 """Where `ray up` puts the cluster's configuration on the head."""
 
-RUNS = Path("~/runs").expanduser()
 TOKEN = Path("~/.ray/auth_token").expanduser()
 KNOWN_SUMS = Path("~/.bruno-ray/checksums.json").expanduser()
 """Checksums of files that have not changed since, so that a model is read once and not at every question."""
 
 HASH_CHUNK = 4 * 1024**2
-PASSING = (".lock", ".driver.lock")
+PASSING = (".lock", DRIVER_LOCK)
 """Names that mean something only on the machine where the run is."""
 
 
 def runs() -> list[RunDirectory]:
     return [RunDirectory(file.parent) for file in sorted(RUNS.glob("*/run.json"))]
-
-
-def is_running(run: RunDirectory) -> bool:
-    """Whether a living driver holds the study."""
-    try:
-        with open(run.path / ".driver.lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        return False
-    except BlockingIOError:
-        return True
-    return False
 
 
 def files_of(run: RunDirectory) -> dict[str, Path]:

@@ -1,9 +1,14 @@
 """What the cluster costs, from the API's data and the ledger's memory of what is gone."""
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from cluster.notices.notices import Notices
 from cluster.renting.tags import ClusterNode
+
+LOW_CREDIT_H = 2.0
+"""Credit that lasts for less, at the price of all machines, is low."""
 
 
 @dataclass(frozen=True)
@@ -55,3 +60,18 @@ def cluster_cost(nodes: Iterable[ClusterNode], now: float, gone: float) -> Clust
             )
         )
     return ClusterCost(tuple(costs), gone)
+
+
+def hours_left(credit: float, cost: ClusterCost) -> float:
+    """How long `credit` dollars last."""
+    return credit / cost.per_hour if cost.per_hour else math.inf
+
+
+def tell_credit(notices: Notices, credit: float, cost: ClusterCost) -> None:
+    """Tell of credit that is low, and again when it is low another time."""
+    hours = hours_left(credit, cost)
+    if hours < LOW_CREDIT_H:
+        said = f"the account has {credit:.2f} dollars left, {hours:.1f} h at {cost.per_hour:.3f} dollars per hour"
+        notices.tell("credit-low", f"{said}; without credit Vast.ai stops machines and deletes what is on them")
+    else:
+        notices.arm("credit-low")

@@ -37,8 +37,9 @@ from ray.autoscaler.tags import STATUS_UNINITIALIZED, TAG_RAY_NODE_STATUS
 from cluster.clock import Clock
 from cluster.errors import BudgetError, NodeError
 from cluster.network.addresses import max_nodes
+from cluster.notices.notices import Notices
 from cluster.renting.budget import Limit, Phase, limit
-from cluster.renting.cost import ClusterCost, cluster_cost
+from cluster.renting.cost import ClusterCost, cluster_cost, tell_credit
 from cluster.renting.ledger import Ledger
 from cluster.renting.listing import NodeList
 from cluster.renting.tags import HASH_TAGS, LASTING_STATUSES, ClusterNode, Label
@@ -55,6 +56,12 @@ TELL_AGAIN_S = 60.0
 REMIND_S = 600.0
 SPENT_STEP = 0.05
 """Dollars by which the head's account may differ from its label."""
+
+SPENT_SHARE = 0.8
+"""Of max_total_cost, when somebody is told."""
+
+CREDIT_S, CREDIT_DEADLINE_S = 600.0, 5.0
+"""How often the head asks for the account's credit, and how long it waits for the answer."""
 
 
 @dataclass
@@ -77,6 +84,7 @@ class NodeRegistry:
         settings: ClusterSettings,
         clock: Clock,
         stop_jobs: Callable[[], None],
+        notices: Notices,
     ) -> None:
         """`stop_jobs` tells all jobs of the cluster to end, and returns at once."""
         self.own_head: str | None = None
@@ -101,6 +109,9 @@ class NodeRegistry:
         """What the ledger was last told."""
         self._ended_cost = 0.0
         self._stop_jobs = stop_jobs
+        self._notices = notices
+        self._credit_at: float | None = -math.inf
+        """When the account's credit was last asked for; None where this key is not told."""
         self._told_jobs = self._reminded = -math.inf
 
     def current(self, *, force: bool = False) -> dict[str, ClusterNode]:
@@ -135,6 +146,7 @@ class NodeRegistry:
             self._write_label(nodes[name])
         if self._settings.role == "head":
             self._keep_limit(nodes)
+            self._look_at_money(nodes)
             self._destroy_unfit_workers(nodes)
             self._write_account([node for node in nodes.values() if node.is_head])
         else:
@@ -206,6 +218,9 @@ class NodeRegistry:
             logger.error("%s: jobs are told to stop, nothing more is rented", stand.reason)
             self._told_jobs = now
             self._stop_jobs()
+            kept = "workers end within minutes, the head stays and goes on costing until `bruno-ray cluster down`"
+            limits = f"{self._settings.budget.max_total_cost:g} {self._settings.budget.max_hours}"
+            self._notices.tell("limit", f"{stand.reason}: jobs are told to stop, {kept}", limits)
         if stand.phase is not Phase.OVER:
             return
         for node in nodes.values():
@@ -221,6 +236,28 @@ class NodeRegistry:
                 stand.reason,
                 per_hour,
             )
+
+    def _look_at_money(self, nodes: dict[str, ClusterNode]) -> None:
+        """Tell of a budget that is nearly spent, and of credit that is."""
+        if not self._notices.wanted:
+            return
+        cost, total = self.cost(nodes.values()), self._settings.budget.max_total_cost
+        if cost.so_far >= SPENT_SHARE * total:
+            said = f"{cost.so_far:.2f} of max_total_cost {total:.2f} dollars are spent ({cost.so_far / total:.0%})"
+            self._notices.tell("budget", f"{said}; it costs {cost.per_hour:.3f} dollars per hour now", f"{total:g}")
+        now = self._clock.time()
+        if self._credit_at is None or now < self._credit_at + CREDIT_S:
+            return
+        self._credit_at = now
+        try:
+            credit = self._client.credit(CREDIT_DEADLINE_S)
+        except VastError as error:
+            logger.debug("the credit could not be asked for: %s", error)
+            return
+        if credit is None:
+            self._credit_at = None
+        else:
+            tell_credit(self._notices, credit, cost)
 
     def _write_account(self, heads: list[ClusterNode]) -> None:
         """What is gone has cost money, which the head's label says, so that it outlives the ledger."""

@@ -11,7 +11,7 @@ from cluster.errors import ClusterSettingsError
 from cluster.network.addresses import max_nodes
 from cluster.network.keys import ensure_key_pair
 from cluster.settings import ClusterSettings, NodeSettings, checked_cluster_name
-from cluster.setup.mounts import add_mounts
+from cluster.setup.mounts import add_mounts, add_notify
 from cluster.vast.disk import ModelSize, disk_for, head_disk_for, head_ram_for, model_size
 from cluster.vast.onstart import Switch, onstart
 
@@ -72,6 +72,7 @@ def bootstrapped(config: dict[str, Any]) -> dict[str, Any]:
     auth.setdefault("ssh_user", "root")
     key_mount = config["provider"].get("api_key_file", ClusterSettings.model_fields["api_key_file"].default)
     add_mounts(config, settings.folder(name), str(key_mount), settings.head_api_key_file)
+    add_notify(config, settings.folder(name), settings.notify)
     return config
 
 
