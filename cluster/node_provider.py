@@ -59,9 +59,13 @@ logger = logging.getLogger(__name__)
 
 FIRST_REFUSAL_S, LONGEST_REFUSAL_S = 30.0, 600.0
 """The autoscaler asks for the same node every few seconds. A refusal stands for a while without asking the market,
-longer each time: the account's searches of a day are limited too."""
+longer each time: the account's searches of a day are limited too. It falls at once when its reason may have gone."""
+
+FORGOTTEN_S = 120.0
+"""After so long without a question the next refusal is not the same one going on."""
 
 ANY_TYPE = ""
+ROUNDING = 1e-6
 
 CREDIT_S = 60.0
 """How long one answer about the account's credit stands."""
@@ -76,6 +80,11 @@ class _Refusal:
     error: ClusterError
     until: float
     seconds: float
+    room: float
+    """Dollars per hour that the budget left at the time."""
+
+    nodes: frozenset[str]
+    """What existed at the time."""
 
 
 class VastNodeProvider(NodeProvider):
@@ -332,7 +341,7 @@ class VastNodeProvider(NodeProvider):
         is_head = tags[TAG_RAY_NODE_KIND] == NODE_KIND_HEAD
         node_type = tags.get(TAG_RAY_USER_NODE_TYPE, "")
         for refusal in (self._refusals.get(node_type), self._refusals.get(ANY_TYPE)):
-            if refusal is not None and self._clock.time() < refusal.until:
+            if refusal is not None and self._stands(refusal):
                 raise refusal.error
         self._registry.check_launch(is_head)
         label = Label(self.cluster_name, tags[TAG_RAY_NODE_KIND], 0 if is_head else self._registry.free_index())
@@ -361,14 +370,27 @@ class VastNodeProvider(NodeProvider):
             self._registry.own_head = node.id
         return node
 
+    def _stands(self, refusal: _Refusal) -> bool:
+        return self._clock.time() < refusal.until and self._has_same_reason(refusal)
+
+    def _has_same_reason(self, refusal: _Refusal) -> bool:
+        """What the account refuses is as it was. A machine that was lost or given back leaves room in the budget, and
+        must be replaced, which one search is worth, however often others were refused before."""
+        if isinstance(refusal.error, VastQuotaError | VastCreditError | VastAuthError):
+            return True
+        more_room = self._launcher.room(self.cost()) > refusal.room + ROUNDING
+        return refusal.nodes <= self._registry.current().keys() and not more_room
+
     def _remember_refusal(self, node_type: str, error: ClusterError) -> None:
         """Longer each time, and a used-up quota until it is renewed."""
-        before = self._refusals.get(node_type)
-        seconds = FIRST_REFUSAL_S if before is None else min(2 * before.seconds, LONGEST_REFUSAL_S)
-        until = self._clock.time() + seconds
+        before, now = self._refusals.get(node_type), self._clock.time()
+        goes_on = before is not None and self._has_same_reason(before) and now < before.until + FORGOTTEN_S
+        seconds = min(2 * before.seconds, LONGEST_REFUSAL_S) if before is not None and goes_on else FIRST_REFUSAL_S
+        until = now + seconds
         if isinstance(error, VastQuotaError):
             until = max(until, error.until)
-        self._refusals[node_type] = _Refusal(error, until, seconds)
+        nodes = frozenset(self._registry.current())
+        self._refusals[node_type] = _Refusal(error, until, seconds, self._launcher.room(self.cost()), nodes)
         kind = f"of type {node_type}" if node_type else "of any type"
         logger.error("no machine for a node %s, asked again in %.0f s: %s", kind, until - self._clock.time(), error)
 

@@ -107,6 +107,10 @@ class Launcher:
         self._markets.clear()
         raise NoOfferError("the best offers were taken by others; Ray tries again")
 
+    def room(self, cost: ClusterCost) -> float:
+        """Dollars per hour that the budget leaves for another machine; below 0 where it is passed."""
+        return self._budget.max_price_per_hour - cost.per_hour - self._reserved()
+
     def _market(self, node: NodeSettings) -> _Market:
         """Offers that will do, of which there is at least one. Raises `NoOfferError` or `VastError`."""
         kind, now, avoided = node.model_dump_json(), self._clock.time(), self._ledger.avoided()

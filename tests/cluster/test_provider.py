@@ -19,6 +19,7 @@ from ray.autoscaler.tags import (
 )
 
 from cluster.errors import ClusterError, NodeError
+from cluster.node_provider import VastNodeProvider
 from cluster.renting.tags import Label, creation_env, node_of
 from cluster.settings import ClusterSettings
 from cluster.vast.models import Instance
@@ -341,6 +342,53 @@ def test_a_refusal_stands_longer_each_time(world: ImitatedCluster) -> None:
         world.clock.sleep(5)
     waits = [round(later - earlier, -1) for earlier, later in itertools.pairwise(asked)]
     assert waits[:5] == pytest.approx([30, 60, 120, 240, 480], abs=10) and max(waits) <= 610
+
+
+def ask_in_vain(world: ImitatedCluster, provider: VastNodeProvider, seconds: float) -> None:
+    """The autoscaler asks for one more machine, every ten seconds."""
+    end = world.clock.time() + seconds
+    while world.clock.time() < end:
+        with pytest.raises(NodeLaunchException):
+            create_worker(provider)
+        later(world, 10, provider, step=10)
+
+
+@pytest.mark.parametrize("how", ["its host deletes it", "it is given back"])
+@pytest.mark.parametrize("reason", ["budget", "market"])
+def test_a_machine_that_is_gone_is_replaced_however_long_more_were_refused(
+    world: ImitatedCluster, how: str, reason: str
+) -> None:
+    """A job that asks for more than there is was refused for ten minutes at a time; its losses were, too."""
+    head = world.autoscaler(budget={"max_price_per_hour": 0.8 if reason == "budget" else 5.0})
+    workers = [create_worker(head) for _ in range(2)]
+    for worker in workers:
+        head.set_node_tags(worker, READY)
+    if reason == "market":
+        for offer in world.vast.free_offers():
+            offer.hidden = True
+    ask_in_vain(world, head, 1500)
+    if how == "it is given back":
+        head.terminate_node(workers[0])
+    else:
+        world.vast.host_deletes(int(workers[0]))
+    later(world, 20, head)
+    create_worker(head)
+    assert len(billed(world)) == 2
+    searches = len(world.api.searches)
+    ask_in_vain(world, head, 600)
+    assert len(world.api.searches) <= searches + 10, "and what is too much is refused for longer each time, as before"
+
+
+def test_what_was_refused_an_hour_ago_makes_no_refusal_longer(world: ImitatedCluster) -> None:
+    head = world.autoscaler()
+    for offer in world.vast.free_offers():
+        offer.hidden = True
+    ask_in_vain(world, head, 1500)
+    later(world, 3600, head, step=60)
+    ask_in_vain(world, head, 10)
+    world.vast.add_offers(1)
+    later(world, 30, head)
+    create_worker(head)
 
 
 def test_a_used_up_quota_stands_for_all_types_until_midnight(world: ImitatedCluster) -> None:
