@@ -11,7 +11,7 @@ import logging
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -42,6 +42,7 @@ from cluster.renting.head_watch import HeadWatch
 from cluster.renting.launch import Launcher, LaunchOrder
 from cluster.renting.ledger import Ledger
 from cluster.renting.listing import NodeList
+from cluster.renting.pausing import Pausing
 from cluster.renting.polling import InstanceList
 from cluster.renting.registry import NodeRegistry, began
 from cluster.renting.tags import ClusterNode, Label
@@ -113,6 +114,7 @@ class VastNodeProvider(NodeProvider):
             *(self._client, self._nodes, self._ledger, self.settings, self._clock),
             *(stop_jobs or stop_all_jobs, self.notices),
         )
+        self._pausing = Pausing(self._client, self._nodes, self._clock)
         self._drought = Drought(self._clock, self.notices)
         self._head_watch = HeadWatch(self.folder, self._clock, self.notices)
         self._launching = threading.RLock()
@@ -281,6 +283,28 @@ class VastNodeProvider(NodeProvider):
             raise failed
         return None
 
+    def pause(self) -> list[str]:
+        """Stop the head's machine, which keeps its disk, and destroy the workers; Ray has been stopped on it before.
+
+        Returns the workers that could not be destroyed yet. Raises `NodeError` without a head, `VastError` where it
+        could not be stopped, and then nothing is destroyed.
+        """
+        nodes = self._nodes.nodes(force=True).values()
+        self._pausing.stop(self._one_head(nodes))
+        workers = [node for node in nodes if not node.is_head]
+        return [node.id for node in workers if not self._registry.terminate(node)]
+
+    def resume(self) -> None:
+        """Start the head's machine again. Raises `NodeError` where it does not run, and then it stays stopped."""
+        self._pausing.start(self._one_head(self._nodes.nodes(force=True).values()))
+        self._nodes.nodes(force=True)
+
+    def _one_head(self, nodes: Iterable[ClusterNode]) -> ClusterNode:
+        heads = [node for node in nodes if node.is_head]
+        if not heads:
+            raise NodeError(f"cluster {self.cluster_name} has no head")
+        return heads[0]
+
     def safe_to_scale(self) -> bool:
         """Autoscaler v1 does nothing while the API cannot be asked."""
         return not self._nodes.is_stale
@@ -352,7 +376,7 @@ class VastNodeProvider(NodeProvider):
             self._public_key(),
             self.settings.vast_url,
             self.settings.dead_mans_switch_s,
-            end_of_time(self.settings.budget, began(self._registry.current().values())),
+            end_of_time(self.settings.budget, began(self._registry.current().values(), self._clock.time())),
         )
         try:
             node = self._launcher.launch(order, self.cost())

@@ -102,6 +102,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub = command("notify", "notifying:notify", "try whether the command or webhook of provider.notify works")
     sub.add_argument("text", nargs="?", default="this is a test", metavar="TEXT", help="[this is a test]")
 
+    command("pause", "pausing:pause", "stop the jobs and the head, which keeps its disk; `up` goes on", yes=True)
+
     sub = command("stop", "machines:stop", "stop the jobs, fetch everything, give everything back", yes=True)
     _add_keeping(sub)
     sub = command("down", "machines:down", "fetch what is not home yet, give everything back", yes=True)

@@ -104,8 +104,12 @@ def up(arguments: argparse.Namespace) -> int:
     out = terminal.console()
     for line in plan(session, heads, asked_study(session, arguments.trials, arguments.trial_seconds)):
         out.print(line, highlight=False)
-    restart = [] if arguments.restart or not heads else ["--no-restart"]
+    is_stopped = any(head.instance.state is State.STOPPED for head in heads)
+    restart = [] if arguments.restart or not heads or is_stopped else ["--no-restart"]
     agree("Go on?", arguments.yes)
+    if is_stopped:
+        out.print(f"starting head {heads[0].id} again ...")
+        session.provider.resume()
     code = ray_command(session, "up", "-y", "--no-config-cache", *restart)
     if code:
         out.print(f"ray up ended with {code}", style="red")
@@ -151,6 +155,7 @@ def status_view(session: Session) -> RenderableType:
         return Group(Text(f"cluster {session.name}: no machines, nothing is billed"), *losses)
     tunnels, gpus, notes = machine_facts(session, nodes)
     cost = session.provider.cost()
+    per_hour = {item.node_id: item.per_hour for item in cost.nodes}
     so_far = {item.node_id: item.so_far for item in cost.nodes}
     table = Table(title=f"cluster {session.name}", title_justify="left")
     for column in ("node", "instance", "state", "machine", "$/h", "$ so far", "tunnel", "GPU use"):
@@ -160,9 +165,9 @@ def status_view(session: Session) -> RenderableType:
         table.add_row(
             f"{'head' if node.is_head else 'worker'} {node.label.index}",
             node.id,
-            f"{instance.state.value}, {node.label.status}",
+            f"{'paused' if node.is_paused else instance.state.value}, {node.label.status}",
             f"{instance.num_gpus or 0} x {instance.gpu_name or '-'}, {instance.geolocation or '?'}",
-            f"{instance.dph_total:.3f}",
+            f"{per_hour.get(node.id, 0.0):.3f}",
             f"{so_far.get(node.id, 0.0):.2f}",
             "-" if node.is_head else tunnels.get(node.id, "-"),
             gpus.get(node.id, "-"),
@@ -290,7 +295,7 @@ def keep_what_is_worth_it(session: Session, arguments: argparse.Namespace, stop_
     """Say what runs and what has not come home, and fetch it unless the user discards it. Raises `RefusedError`."""
     try:
         shell = session.head_shell()
-        working = [str(job.submission_id) for job in submitting.jobs(session) if not job.status.is_terminal()]
+        working = submitting.working(session)
         if working and stop_jobs:
             out.print(f"running jobs: {', '.join(working)}")
             agree("Stop them? Their runs can be resumed.", arguments.yes)

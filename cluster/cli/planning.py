@@ -11,6 +11,7 @@ from cluster.errors import ClusterSettingsError, RefusedError
 from cluster.jobs.session import Session
 from cluster.renting.estimate import Machine, Study, estimate
 from cluster.renting.tags import ClusterNode
+from cluster.vast.models import State
 from cluster.vast.offers import PLANNED_HOURS, RankedOffer
 
 logger = logging.getLogger(__name__)
@@ -27,7 +28,9 @@ def plan(session: Session, heads: Sequence[ClusterNode], study: Study | None) ->
     offered: list[Machine] = []
     if heads:
         what = ", ".join(f"{node.id} at {node.instance.dph_total:.3f} $/h" for node in heads)
-        lines.append(f"head: instance {what} is there already and is brought up to date; nothing is rented for it")
+        stopped = any(node.instance.state is State.STOPPED for node in heads)
+        state = "is stopped and is started again" if stopped else "is there already and is brought up to date"
+        lines.append(f"head: instance {what} {state}; nothing is rented for it")
         head = Machine(sum(node.instance.dph_total for node in heads))
     else:
         best = session.provider.offers(config["available_node_types"][head_type]["node_config"]).best()[0]

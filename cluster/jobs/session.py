@@ -17,6 +17,7 @@ from cluster.node_provider import VastNodeProvider
 from cluster.renting.tags import ClusterNode
 from cluster.settings import ClusterSettings
 from cluster.setup.bootstrap import bootstrapped
+from cluster.vast.models import State
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,8 @@ class Session:
         heads = [node for node in self.nodes() if node.is_head]
         if not heads:
             raise NodeError(f"cluster {self.name} is not up: start it with `bruno-ray cluster up`")
+        if heads[0].instance.state is State.STOPPED:
+            raise NodeError(f"head {heads[0].id} is stopped: `bruno-ray cluster up` starts it again")
         if heads[0].label.status != STATUS_UP_TO_DATE:
             raise NodeError(
                 f"head {heads[0].id} is {heads[0].label.status}: wait for `bruno-ray cluster up`, or run it again"

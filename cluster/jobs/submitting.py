@@ -76,6 +76,11 @@ def jobs(session: Session) -> list[JobDetails]:
         return sorted((job for job in client.list_jobs() if job.submission_id), key=lambda job: job.start_time or 0)
 
 
+def working(session: Session) -> list[str]:
+    """Ids of the jobs that have not ended."""
+    return [str(job.submission_id) for job in jobs(session) if job is not None and not job.status.is_terminal()]
+
+
 def find_job(session: Session, job_id: str | None) -> str:
     """The id as given, or of the newest job. Raises `JobError` when there is none."""
     known = [str(job.submission_id) for job in jobs(session)]

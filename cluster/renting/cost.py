@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from cluster.notices.notices import Notices
 from cluster.renting.tags import ClusterNode
+from cluster.vast.models import Instance
 
 LOW_CREDIT_H = 2.0
 """Credit that lasts for less, at the price of all machines, is low."""
@@ -45,21 +46,22 @@ class ClusterCost:
 
 def cluster_cost(nodes: Iterable[ClusterNode], now: float, gone: float) -> ClusterCost:
     """The cost of `nodes` at Unix time `now`, and of what is gone."""
-    costs = []
-    for node in sorted(nodes, key=lambda node: (node.label.index, node.id)):
-        instance = node.instance
-        hours = max(now - (instance.start_date or now), 0.0) / 3600
-        costs.append(
-            NodeCost(
-                node.id,
-                node.label.index,
-                instance.gpu_name,
-                instance.num_gpus or 0,
-                instance.dph_total,
-                instance.dph_total * hours + node.traffic,
-            )
-        )
-    return ClusterCost(tuple(costs), gone)
+    ordered = sorted(nodes, key=lambda node: (node.label.index, node.id))
+    return ClusterCost(tuple(node_cost(node, now) for node in ordered), gone)
+
+
+def node_cost(node: ClusterNode, now: float) -> NodeCost:
+    """What one machine costs at Unix time `now`: while it is paused its disk, otherwise its whole price."""
+    instance, pause = node.instance, node.label.pause
+    per_hour = storage_price(instance) if node.is_paused else instance.dph_total
+    before, begin = (pause.spent, pause.since) if pause else (0.0, instance.start_date or now)
+    so_far = before + per_hour * max(now - begin, 0.0) / 3600 + node.traffic
+    return NodeCost(node.id, node.label.index, instance.gpu_name, instance.num_gpus or 0, per_hour, so_far)
+
+
+def storage_price(instance: Instance) -> float:
+    """Dollars per hour for its disk; the whole price where the API does not say it."""
+    return instance.dph_total if instance.storage_total_cost is None else instance.storage_total_cost
 
 
 def hours_left(credit: float, cost: ClusterCost) -> float:

@@ -33,7 +33,8 @@ class HeadWatch:
         heads = {node.id: node for node in nodes if node.is_head}
         seen = self._read()
         for head in heads.values():
-            if head.label.status == STATUS_UP_TO_DATE and head.instance.state is State.RUNNING:
+            at_work = head.label.status == STATUS_UP_TO_DATE and head.instance.state is State.RUNNING
+            if at_work or head.is_paused:
                 self._notices.arm("head-lost", head.id)
                 self._write({"id": head.id})
                 return []

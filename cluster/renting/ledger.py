@@ -17,6 +17,7 @@ from filelock import FileLock
 
 from bruno_ray.files import write_json
 from cluster.clock import Clock
+from cluster.renting.cost import storage_price
 from cluster.renting.tags import ClusterNode
 
 logger = logging.getLogger(__name__)
@@ -31,10 +32,29 @@ class Contract:
     ended: float | None = None
     traffic: float = 0.0
     """Dollars, once."""
+    pauses: list[list[float]] = field(default_factory=list)
+    """Begin and end of each time for which it was paused, at `paused_price`."""
+    paused_price: float = 0.0
 
     def cost(self, now: float) -> float:
-        hours = max((now if self.ended is None else self.ended) - self.begin, 0.0) / 3600
-        return self.price * hours + self.traffic
+        return self.cost_between(self.begin, now if self.ended is None else self.ended) + self.traffic
+
+    def cost_between(self, begin: float, end: float) -> float:
+        """Dollars per hour and time, within its life; without the traffic."""
+        begin = max(begin, self.begin)
+        paused_s = sum(max(min(to, end) - max(since, begin), 0.0) for since, to in self.pauses)
+        return (self.price * max(end - begin, 0.0) - (self.price - self.paused_price) * paused_s) / 3600
+
+    def note_pauses(self, seconds: float, price: float, now: float) -> None:
+        """It has been paused for so long in all: what is new of that lies right before now."""
+        new = seconds - sum(to - since for since, to in self.pauses)
+        if new < 1:
+            return
+        self.paused_price = max(price, self.paused_price)
+        if self.pauses and now - new <= self.pauses[-1][1] + 1:
+            self.pauses[-1][1] = now
+        else:
+            self.pauses.append([now - new, now])
 
 
 @dataclass
@@ -69,8 +89,9 @@ class Entries:
     def to_json(self) -> dict[str, Any]:
         content = asdict(self)
         for values in content["contracts"].values():
-            if not values["traffic"]:  # code from before it was counted knows no such key
-                del values["traffic"]
+            for later in ("traffic", "pauses", "paused_price"):  # code from before they were counted knows none of them
+                if not values[later]:
+                    del values[later]
         content["intents"] = content.pop("pending")
         return content
 
@@ -102,6 +123,8 @@ class Ledger:
                     contract_id, Contract(instance.dph_total, begin, traffic=node.traffic)
                 )
                 contract.price, contract.ended = max(contract.price, instance.dph_total), None
+                if node.label.pause is not None:
+                    contract.note_pauses(node.label.pause.total(now), storage_price(instance), now)
             for contract_id, contract in entries.contracts.items():
                 if contract_id not in existing and contract_id not in unknown and contract.ended is None:
                     contract.ended = now
@@ -125,7 +148,7 @@ class Ledger:
         now, cost = self._clock.time(), 0.0
         for contract in self._read().contracts.values():
             ended = now if contract.ended is None else contract.ended
-            cost += contract.price * max(min(ended, end) - max(contract.begin, begin), 0.0) / 3600
+            cost += contract.cost_between(begin, min(ended, end))
             cost += contract.traffic if begin <= contract.begin < end else 0.0
         return cost
 

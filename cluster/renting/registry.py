@@ -174,10 +174,8 @@ class NodeRegistry:
                 if head.instance.machine_id and not foreign_ports(head, self._settings):
                     self._ledger.avoid(head.instance.machine_id, self._settings.avoid_machine_s)
                 self._nodes.mark_for_destruction(head.id, head.instance.dph_total)
-            elif head.instance.state is State.STOPPED:
-                logger.error(
-                    "head %s is stopped; start it in Vast.ai's console, or destroy it with `ray down`", head.id
-                )
+            elif head.instance.state is State.STOPPED and not head.is_paused:
+                logger.error("head %s is stopped; `bruno-ray cluster up` starts it, `ray down` destroys it", head.id)
 
     def _useless(self, head: ClusterNode) -> str:
         """Why a head that has never been set up will not be; empty for one that may hold something."""
@@ -207,7 +205,8 @@ class NodeRegistry:
     def limit(self, nodes: Iterable[ClusterNode]) -> Limit:
         """How far the cluster is from the end of its money and its time."""
         nodes = list(nodes)
-        return limit(self._settings.budget, self.cost(nodes), began(nodes), self._clock.time())
+        now = self._clock.time()
+        return limit(self._settings.budget, self.cost(nodes), began(nodes, now), now)
 
     def _keep_limit(self, nodes: dict[str, ClusterNode]) -> None:
         """Stop the jobs shortly before money or time are over, and destroy the workers when they are."""
@@ -273,7 +272,10 @@ class NodeRegistry:
                 f"{stand.reason}, nothing more is rented; raise it in cluster.yaml, or take the cluster down"
             )
         self._check_image()
-        has_head = any(node.is_head for node in self.current(force=is_head).values())
+        heads = [node for node in self.current(force=is_head).values() if node.is_head]
+        if is_head and any(head.instance.state is State.STOPPED for head in heads):
+            raise NodeError(f"head {heads[0].id} is stopped, not gone: `bruno-ray cluster up` starts it again")
+        has_head = bool(heads)
         if is_head and has_head:
             raise NodeError("the cluster has a head already, which another `ray up` has just rented; run it again")
         if is_head and 0 in self._ledger.unavailable_indices():
@@ -351,6 +353,10 @@ class NodeRegistry:
             self._client.set_label(instance_id, label.text(with_hashes=False), LABEL_DEADLINE_S)
 
 
-def began(nodes: Iterable[ClusterNode]) -> float | None:
-    """When the cluster's head was rented, Unix seconds; None where it is not known."""
-    return min((node.instance.start_date for node in nodes if node.is_head and node.instance.start_date), default=None)
+def began(nodes: Iterable[ClusterNode], now: float) -> float | None:
+    """When the cluster's head was rented, Unix seconds, later by the time for which it was paused; None if unknown."""
+    heads = [node for node in nodes if node.is_head and node.instance.start_date]
+    return min(
+        (node.instance.start_date + (node.label.pause.total(now) if node.label.pause else 0.0) for node in heads),
+        default=None,
+    )

@@ -5,6 +5,8 @@ change. What changes is the label:
 
     bruno-ray:CLUSTER:w3:up-to-date                      worker 3, set up
     bruno-ray:CLUSTER:h0:up-to-date:12.34:HASH:HASH      the head, 12.34 dollars spent on machines that are gone
+    bruno-ray:CLUSTER:h0:up-to-date::::1.20@T+60p        a head that has cost 1.20 dollars until Unix time T, since when
+                                                         it is paused, after other pauses of 60 s; without the p it runs
 
 The label alone decides whose an instance is. Hashes of Ray's runtime and file mounts come last and are left out where
 the API refuses the label; they only save Ray from setting a node up again. Vast.ai documents 256 characters for a label
@@ -53,6 +55,37 @@ _LABEL = re.compile(rf"{PREFIX}:(?P<cluster>[a-z0-9-]+):(?P<kind>[hw])(?P<index>
 _KINDS = {"h": NODE_KIND_HEAD, "w": NODE_KIND_WORKER}
 
 
+_PAUSE = re.compile(r"(\d+\.\d+)@(\d+)\+(\d+)(p?)")
+
+
+@dataclass(frozen=True)
+class Pause:
+    """What a machine that has been stopped, and perhaps started again, has cost before, apart from its downloads."""
+
+    spent: float
+    """Dollars until `since`."""
+
+    since: float
+    """Unix seconds of the last stop or start."""
+
+    seconds: float
+    """Length of all pauses that are over."""
+
+    paused: bool
+
+    def text(self) -> str:
+        return f"{self.spent:.4f}@{self.since:.0f}+{self.seconds:.0f}{'p' if self.paused else ''}"
+
+    @classmethod
+    def parse(cls, text: str) -> "Pause | None":
+        found = _PAUSE.fullmatch(text)
+        return None if found is None else cls(float(found[1]), float(found[2]), float(found[3]), bool(found[4]))
+
+    def total(self, now: float) -> float:
+        """Seconds of all pauses until Unix time `now`."""
+        return self.seconds + (max(now - self.since, 0.0) if self.paused else 0.0)
+
+
 @dataclass(frozen=True)
 class Label:
     """What a node's label says."""
@@ -65,6 +98,8 @@ class Label:
     """Dollars for machines of the cluster that are gone; only the head's label carries it."""
     hashes: tuple[str, ...] = field(default=("", ""))
     """Values of `HASH_TAGS`, hexadecimal."""
+    pause: Pause | None = None
+    """None for a machine that has always run."""
 
     @property
     def tags(self) -> dict[str, str]:
@@ -76,12 +111,11 @@ class Label:
         }
 
     def text(self, *, with_hashes: bool = True) -> str:
-        parts = [PREFIX, self.cluster, f"{self.kind[0]}{self.index}", self.status]
-        if self.spent or (with_hashes and any(self.hashes)):
-            parts.append(f"{self.spent:.2f}" if self.spent else "")
-        if with_hashes and any(self.hashes):
-            parts += [_packed(value) for value in self.hashes]
-        return ":".join(parts)
+        hashes = [_packed(value) if with_hashes else "" for value in self.hashes]
+        more = [f"{self.spent:.2f}" if self.spent else "", *hashes, self.pause.text() if self.pause else ""]
+        while more and not more[-1]:
+            more.pop()
+        return ":".join([PREFIX, self.cluster, f"{self.kind[0]}{self.index}", self.status, *more])
 
     @classmethod
     def parse(cls, text: str) -> "Label | None":
@@ -89,7 +123,7 @@ class Label:
         match = _LABEL.fullmatch(text)
         if match is None:
             return None
-        status, spent, *hashes = [*(match["rest"] or "").split(":"), "", "", "", ""][:4]
+        status, spent, *hashes, pause = [*(match["rest"] or "").split(":"), "", "", "", "", ""][:5]
         return cls(
             match["cluster"],
             _KINDS[match["kind"]],
@@ -97,6 +131,7 @@ class Label:
             status or STATUS_UNINITIALIZED,
             float(spent) if re.fullmatch(r"\d+\.\d\d", spent) else 0.0,
             tuple(_unpacked(value) for value in hashes),
+            Pause.parse(pause),
         )
 
 
@@ -123,6 +158,11 @@ class ClusterNode:
     @property
     def is_up(self) -> bool:
         return self.instance.state is State.RUNNING and bool(self.instance.ssh_endpoints)
+
+    @property
+    def is_paused(self) -> bool:
+        """Stopped on purpose, to be started again."""
+        return self.label.pause is not None and self.label.pause.paused
 
     @property
     def tags(self) -> dict[str, str]:

@@ -70,7 +70,7 @@ class VastCommandRunner(ssh_command_runner()):
         if self.provider.is_terminated(self.node_id):
             raise NodeError(f"instance {self.node_id} is gone, its log says why; another is rented when you try again")
         if self.provider.is_stopped(self.node_id):
-            raise NodeError(f"instance {self.node_id} is stopped; start it in Vast.ai's console or destroy it")
+            raise NodeError(f"instance {self.node_id} is stopped: `bruno-ray cluster up` starts it again")
         for endpoint in self.provider.ssh_endpoints(self.node_id):
             if runs_commands(endpoint, self._identity, host_key_alias(self.node_id)):
                 self.ssh_options.arg_dict["Port"] = endpoint.port

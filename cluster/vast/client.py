@@ -12,7 +12,7 @@ import logging
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import httpx
 from pydantic import ValidationError
@@ -177,6 +177,10 @@ class VastClient:
 
     def set_label(self, instance_id: int, label: str, deadline_s: float = DEADLINE_S) -> None:
         self._ask(Endpoint.CHANGE, "PUT", f"/api/v0/instances/{instance_id}/", {"label": label}, deadline_s)
+
+    def set_state(self, instance_id: int, state: Literal["stopped", "running"], deadline_s: float = DEADLINE_S) -> None:
+        """Order a machine to stop, which keeps its disk, or to start again. That it is accepted says no more."""
+        self._ask(Endpoint.CHANGE, "PUT", f"/api/v0/instances/{instance_id}/", {"state": state}, deadline_s)
 
     def attach_ssh_key(self, instance_id: int, public_key: str, deadline_s: float = DEADLINE_S) -> None:
         """Let this key into one instance, without adding it to the account."""

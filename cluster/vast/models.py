@@ -158,6 +158,9 @@ class Instance(WireModel):
     ssh_host: Text = ""
     ssh_port: int | None = None
     dph_total: Number = 0.0
+    """With its disk; of a stopped machine perhaps of its disk alone."""
+    storage_total_cost: float | None = None
+    """Dollars per hour for its disk, whatever it does."""
     start_date: Number = 0.0
     disk_space: Number = 0.0
     gpu_name: Text = ""

@@ -6,6 +6,7 @@ In this process, since every new one takes seconds to import Ray; one test is of
 import argparse
 import contextlib
 import io
+import itertools
 import json
 import os
 import re
@@ -235,6 +236,40 @@ def test_status_shows_credit_and_what_ends(laptop: Laptop) -> None:
     laptop.vast.credit = 0.05
     done = laptop.run("status")
     assert "credit: 0.05 $, 0." in done.stdout and "ends in 2.0 h" in done.stdout, done.stdout
+
+
+def test_a_paused_cluster_says_what_it_costs_and_what_goes_on_with_it(laptop: Laptop) -> None:
+    offer = laptop.vast.free_offers()[0]
+    head = laptop.vast.rent(offer.id, {"image": "x", "disk": 100, "label": "bruno-ray:bruno:h0:up-to-date", "env": {}})
+    assert head is not None
+    head.label += f"::::0.5000@{laptop.vast.clock.time():.0f}+0p"
+    laptop.vast.stop(head)
+    per_day = f"{24 * head.storage_price:.2f} $ a day"
+    status = laptop.run("status").stdout
+    assert "paused, up-to-date" in status and f"cost: {head.storage_price:.3f} of 3.00 $/h, 0.50 of" in status
+    again = laptop.run("pause")
+    assert again.returncode == 0 and "is stopped already" in again.stdout and per_day in again.stdout
+    for words in (["progress"], ["fetch"], ["down", "--yes"], ["stop", "--yes"]):
+        done = laptop.run(*words)
+        assert done.returncode == 2 and "`bruno-ray cluster up` starts it again" in done.stderr, done.stdout
+    assert laptop.vast.billed() == [head]
+    up = laptop.run("up")
+    assert up.returncode == 2 and f"instance {head.id} at" in up.stdout and "is started again; nothing" in up.stdout
+    laptop.vast.place_is_taken(head.id, True)
+    laptop.api._shapes = itertools.repeat(1)  # Vast.ai refuses at once
+    refused = laptop.run("up", "--yes")
+    assert refused.returncode == 2 and "cannot be started now" in refused.stderr, refused.stderr
+    assert laptop.created() == [] and laptop.vast.status(head) == "stopped"
+
+
+def test_pause_without_a_cluster_or_a_way_to_the_head_does_nothing(laptop: Laptop) -> None:
+    assert "is not up" in laptop.run("pause", "--yes").stderr
+    offer = laptop.vast.free_offers()[0].id
+    head = laptop.vast.rent(offer, {"image": "x", "disk": 10, "label": "bruno-ray:bruno:h0:up-to-date", "env": {}})
+    assert head is not None
+    done = laptop.run("pause", "--yes")
+    assert done.returncode == 2 and "does not answer" in done.stderr
+    assert laptop.vast.status(head) != "stopped"
 
 
 def test_logs_of_an_instance_are_fetched_without_our_key_and_cannot_steer_the_terminal(laptop: Laptop) -> None:

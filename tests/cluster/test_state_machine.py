@@ -6,6 +6,7 @@ they like, the API fails in every way it knows, processes die and start again. T
 * the machines of the cluster together never cost more per hour than the budget allows;
 * no worker goes on when the total is spent, but for one look at the cost;
 * no instance of somebody else is ever destroyed;
+* a head that is paused is billed for its disk, and one that could not be started again does not start by itself;
 * nothing is asked sooner than Vast.ai's documented rate limits allow.
 
 And once the faults have passed and some time has gone by, the API's instances with our label are exactly those that the
@@ -117,6 +118,7 @@ class ClusterHistory(RuleBasedStateMachine):
         foreign=st.sampled_from([1, 3, 28]),
         workers=st.sampled_from([None, 1, 3]),
         total=st.sampled_from([1000.0, 1000.0, 0.3]),
+        stopped_is_cheap=st.booleans(),
     )
     def begin(
         self,
@@ -126,6 +128,7 @@ class ClusterHistory(RuleBasedStateMachine):
         foreign: int,
         workers: int | None,
         total: float = 1000.0,
+        stopped_is_cheap: bool = False,
     ) -> None:
         """28 foreign instances put ours on the second page of the list; most histories begin with a cluster."""
         self.total = total
@@ -136,6 +139,7 @@ class ClusterHistory(RuleBasedStateMachine):
             listing_lag_s=listing_lag_s,
             destroying_lag_s=destroying_lag_s,
         )
+        self.world.vast.stopped_is_cheap = stopped_is_cheap
         for number in range(foreign):
             label, odd = FOREIGN_LABELS[number % len(FOREIGN_LABELS)], ODD_ROWS[number % len(ODD_ROWS)]
             self.foreign_ids.add(self.world.foreign_instance(label, odd))
@@ -168,6 +172,8 @@ class ClusterHistory(RuleBasedStateMachine):
             self.laptop.set_node_tags(heads[0], {TAG_RAY_NODE_STATUS: STATUS_UP_TO_DATE})
         except LAPTOP_ERRORS:
             return
+        if self.head is None and heads == [str(stopped.id) for stopped in self._stopped_heads()]:
+            return  # Ray finds nobody there
         self._a_new_head_starts()
 
     @precondition(lambda self: self.head is None and not self._ours())
@@ -210,6 +216,44 @@ class ClusterHistory(RuleBasedStateMachine):
         with contextlib.suppress(*LAPTOP_ERRORS):
             self.laptop.terminate_nodes(self.laptop.nodes_for_teardown({}))
         self._head_process_lives_with_its_machine()
+
+    @precondition(lambda self: self.head is not None)
+    @rule(then=st.sampled_from(["nothing", "goes on", "its place is taken", "its place is taken for a while"]))
+    def pause(self, then: str) -> None:
+        """Ray and the tunnels end first; what cannot be destroyed now ends itself, since nobody looks after it."""
+        self._start_laptop_process()
+        self.head = None
+        self.given_back.clear()
+        with contextlib.suppress(*LAPTOP_ERRORS):
+            self.laptop.pause()
+        self._wait(600, step=200.0)
+        for taken in {"goes on": [False], "its place is taken": [True], "nothing": []}.get(then, [True, False]):
+            self.somebody_rents_the_place_of_a_stopped_head(taken)
+            if self._stopped_heads():
+                self.resume()
+
+    @precondition(lambda self: bool(self._stopped_heads()))
+    @rule()
+    def resume(self) -> None:
+        self._start_laptop_process()
+        [head, *_] = self._stopped_heads()
+        is_calm = not self.world.api.outage and not self.world.api.faults
+        try:
+            self.laptop.resume()
+        except LAPTOP_ERRORS:
+            assert not is_calm or not head.waits, "it would start, and cost, whenever there is room"
+            return
+        if self.head is None:
+            self._start_head_process()  # with what is on its disk
+
+    @precondition(lambda self: bool(self._stopped_heads()))
+    @rule(taken=st.booleans())
+    def somebody_rents_the_place_of_a_stopped_head(self, taken: bool) -> None:
+        for head in self._stopped_heads():
+            self.world.vast.place_is_taken(head.id, taken)
+
+    def _stopped_heads(self) -> list[FakeInstance]:
+        return [found for found in self._ours() if ":h0" in found.label and found.forced == "stopped"]
 
     # The head.
 

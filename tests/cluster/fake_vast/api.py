@@ -236,9 +236,11 @@ class FakeApi:
             found.label = content["label"]
         if content.get("state") in ("stopped", "running"):
             if content["state"] == "stopped":
-                self.vast.outbid(number)
+                self.vast.stop(found)
+            elif found.gpu_taken and next(self._shapes) % 2:
+                return Answer.refusal("resources_unavailable", "Required resources are currently unavailable.")
             else:
-                self.vast.resume(found)
+                self.vast.start(found)
         return Answer.json({"success": True})
 
     def _attach(self, number: int, key: str) -> Answer:

@@ -80,6 +80,10 @@ class FakeInstance:
     """Ports that its image publishes beside ssh's."""
     odd: dict[str, Any] = field(default_factory=dict)
     """Fields of its row in the list that are not as they should be."""
+    gpu_taken: bool = False
+    """While it was stopped somebody else has rented its place."""
+    waits: bool = False
+    """It was told to run and begins when there is room."""
     idle: list[tuple[float, float | None]] = field(default_factory=list)
     """When it was stopped and went on again: meanwhile only its disk is billed."""
     heartbeat_at: float = 0.0
@@ -148,6 +152,9 @@ class FakeVast:
         self.credit = 1000.0
         """Dollars before anything was rented."""
         self.max_label: int | None = None
+        self.stopped_is_cheap = False
+        """A stopped instance's row says what it costs now, its disk, and not what it costs when it runs."""
+        self.tells_storage = True
         self.lock = threading.RLock()
         self._make_machine = make_machine
         self._ids = itertools.count(30_000_001)
@@ -269,8 +276,9 @@ class FakeVast:
             "id": instance.id,
             "machine_id": instance.offer.machine_id,
             "actual_status": status,
-            "intended_status": "stopped" if instance.forced == "stopped" else "running",
+            "intended_status": "stopped" if instance.forced == "stopped" and not instance.waits else "running",
             "cur_state": "stopped" if instance.forced == "stopped" else "running",
+            "storage_total_cost": instance.storage_price if self.tells_storage else None,
             "label": instance.label or None,
             "extra_env": [[name, value] for name, value in instance.env.items()],
             "onstart": instance.onstart,
@@ -281,7 +289,9 @@ class FakeVast:
             else None,
             "ssh_host": "ssh5.vast.invalid",
             "ssh_port": 10000 + instance.id % 50000,
-            "dph_total": instance.price,
+            "dph_total": instance.storage_price
+            if instance.forced == "stopped" and self.stopped_is_cheap
+            else instance.price,
             "start_date": instance.created_at,
             "disk_space": instance.disk,
             "gpu_name": instance.offer.gpu_name,
@@ -320,9 +330,29 @@ class FakeVast:
         if status != "loading":
             self._pause(instance, status)
 
+    def start(self, instance: FakeInstance) -> bool:
+        """By its renter; it waits where its place is taken (False)."""
+        with self.lock:
+            instance.waits = instance.gpu_taken
+        if not instance.waits:
+            self.resume(instance)
+        return not instance.waits
+
+    def stop(self, instance: FakeInstance) -> None:
+        """By its renter."""
+        instance.waits = False
+        self._pause(instance, "stopped")
+
+    def place_is_taken(self, instance_id: int, taken: bool) -> None:
+        """Of a stopped instance, by somebody else; when it is free again what waits begins."""
+        instance = self.instances[instance_id]
+        instance.gpu_taken = taken and instance.forced == "stopped"
+        if instance.waits and not taken:
+            self.resume(instance)
+
     def resume(self, instance: FakeInstance) -> None:
         with self.lock:
-            instance.forced = ""
+            instance.forced, instance.waits, instance.gpu_taken = "", False, False
             instance.idle = [(since, self.clock.time() if to is None else to) for since, to in instance.idle]
 
     def let_dead_mans_switches_act(self, reached: set[int]) -> None:
