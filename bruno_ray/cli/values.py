@@ -33,3 +33,10 @@ def positive(text: str) -> float:
 
 def share(text: str) -> float:
     return _number(text, float, lambda x: 0 < x <= 1, "a number above 0 and up to 1")
+
+
+def points(text: str) -> float:
+    """ "2pp" as 0.02."""
+    if not text.endswith("pp"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not in percentage points, such as 2pp")
+    return _number(text.removesuffix("pp"), float, lambda x: 0 <= x <= 100, "a number of percentage points") / 100

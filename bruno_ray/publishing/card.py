@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 
 from bruno_ray.errors import OutputError
 from bruno_ray.model.named_models import find_named
-from bruno_ray.publishing import comparing, wording
+from bruno_ray.publishing import comparing, task_table, wording
 from bruno_ray.publishing.environment import environment
 from bruno_ray.publishing.training_account import source_lines
 from bruno_ray.runs.records import RunRecord
@@ -21,7 +21,7 @@ from bruno_ray.settings import PromptSet, Settings
 from bruno_ray.study.selection import COUNTED
 
 # Settings that decide where and how fast a run goes, not what comes out.
-UNESSENTIAL = {"ray": True, "output": {"directory": True, "max_shard_size": True}}
+UNESSENTIAL = {"ray": True, "evaluation": True, "output": {"directory": True, "max_shard_size": True}}
 
 
 def render_card(record: RunRecord, base_license: dict[str, str] | None = None, mtp: str = "") -> str:
@@ -70,6 +70,8 @@ def render_card(record: RunRecord, base_license: dict[str, str] | None = None, m
             else f" over the first {settings.scoring.kl_tokens} answer tokens",
             results=wording.before_and_after(record.baseline.get(part), scores),
             meanings=wording.meanings(scores.values if scores else ()),
+            tasks=task_table.task_rows(task_table.of_selected(record)),
+            task_header=task_table.HEADER,
             extra={name.replace("_", " "): wording.plain(value) for name, value in record.extra.items()},
             prompts=prompt_rows(record),
             measured_again=selected.test is not None and selected.saved is not None,

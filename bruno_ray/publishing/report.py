@@ -17,7 +17,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from bruno_ray.files import write_text
-from bruno_ray.publishing import card, comparing, plots, wording
+from bruno_ray.publishing import card, comparing, plots, task_table, wording
 from bruno_ray.publishing.environment import environment
 from bruno_ray.publishing.training_account import training_account
 from bruno_ray.runs.directory import RunDirectory
@@ -94,6 +94,8 @@ def render_report(run: RunDirectory, study: optuna.Study) -> str:
             categories=comparing.by_category(record, test_prompts),
             flips=comparing.flips(record, test_prompts),
             flip_rows=FLIP_ROWS,
+            tasks=task_table.task_rows(task_table.of_selected(record)),
+            task_header=task_table.HEADER,
             extra={name: wording.plain(value) for name, value in record.extra.items()},
             samples=run.load_samples()[:SAMPLES],
             disagreements=disagreements(record, run.load_readings()),

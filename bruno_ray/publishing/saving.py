@@ -5,6 +5,7 @@ in float32 and cast back to the dtype they are stored in, everything else is cop
 weights as the model class has them, the model is loaded, baked and written by transformers (``whole_model.py``).
 """
 
+import json
 import logging
 import shutil
 from collections.abc import Callable
@@ -165,6 +166,7 @@ def _finish(
                 "fingerprint": f"{fingerprint(base.source, base.settings.revision, base.tokenizer)}:none:{saved.dtype}",
             },
             "edit": papers.edit.to_dict(),
+            **({"mtp": saved.mtp} if saved.mtp else {}),
             **facts,
             **papers.origin,
         },
@@ -215,3 +217,17 @@ def save_selected(
         record = record.model_copy(update={"selected": selected})
     write_text(folder / "README.md", render_card(record, base_license, saved.mtp))
     return saved, scores
+
+
+def renew_card(run: RunDirectory) -> None:
+    """Write the card of the run's own saved model again, from what run.json says now. Nothing where none is saved."""
+    record = run.read()
+    selected = record.selected
+    if selected is None or selected.saved is None or selected.saved_path is None:
+        return
+    folder = Path(selected.saved_path)
+    try:
+        mtp = json.loads((folder / "bruno.json").read_text(encoding="utf-8")).get("mtp", "")
+    except OSError:  # it has been moved or removed
+        return
+    write_text(folder / "README.md", render_card(record, license_of(folder), mtp))

@@ -34,3 +34,11 @@ def is_path(reference: str) -> bool:
 def output_directory() -> Path:
     """Where runs are looked for by name, as the settings say."""
     return sources.load().settings.output.directory
+
+
+def run_named(reference: str) -> tuple[RunDirectory, int | None] | None:
+    """As `find_trial`, or None where no run has that name or place, so that it is a model's."""
+    name, colon, number = reference.rpartition(":")
+    place = name if colon and number.isdigit() and not Path(reference).exists() else reference
+    folders = [expanded(place)] if is_path(place) else [Path(place), output_directory() / place]
+    return find_trial(reference) if any((folder / "run.json").is_file() for folder in folders) else None

@@ -124,6 +124,51 @@ class Readings(Record):
     saved: list[ReadAnswer] = []
 
 
+class TaskFigure(Record):
+    """Of one model on one task, with its standard error where there is one."""
+
+    value: float
+    stderr: float | None = None
+
+
+class TaskRecord(Record):
+    """An edit and its base model on one task of lm-eval."""
+
+    suite: str
+    task: str
+    metric: str
+    filter: str = "none"
+    """Of lm-eval: how an answer is taken out of what was generated."""
+
+    higher_is_better: bool = True
+    trial: int | None = None
+    """None where the edited model is of no run."""
+
+    base: TaskFigure
+    edited: TaskFigure
+    difference: float
+    """Edited minus base."""
+
+    interval: tuple[float, float] | None = None
+    """95 %, of the difference, by a bootstrap over questions. None where they cannot be paired."""
+
+    questions: int | None = None
+    only_base: int | None = None
+    """Questions that only the base model has right, where answers are right or wrong."""
+
+    only_edited: int | None = None
+    p: float | None = None
+    """Of McNemar's exact test."""
+
+    lm_eval: str = "unknown"
+    """Its version."""
+
+    @property
+    def loss(self) -> float:
+        """What the edit costs: above 0 where it is worse than the base."""
+        return -self.difference if self.higher_is_better else self.difference
+
+
 class RunRecord(Record):
     """What run.json holds. Fields are filled as the run gets there."""
 
@@ -168,6 +213,9 @@ class RunRecord(Record):
     selected: SelectedRecord | None = None
     saved_elsewhere: dict[str, int] = {}
     """Folders outside of the run that a trial was saved to, whichever is selected: folder -> number of the trial."""
+
+    evaluations: list[TaskRecord] = []
+    """Of `bruno-ray evaluate --suite`: the latest of each suite, task and trial."""
 
     extra: dict[str, Any] = {}
     """Figures only some runs have, such as the organism's truth score."""

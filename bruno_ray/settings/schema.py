@@ -433,6 +433,11 @@ class OutputSettings(Section):
     runs: `leave` them as they are, or `edit` them as the last layer."""
 
 
+class EvaluationSettings(Section):
+    lm_eval: Path | None = setting(None, alias="--lm-eval", resumable=True)
+    """Program of lm-eval, for `bruno-ray evaluate --suite`; when not given, the one beside this Python or on PATH."""
+
+
 class Settings(Section):
     """The whole tree. Build it with `sources.load`, which knows the precedence."""
 
@@ -451,6 +456,7 @@ class Settings(Section):
     ray: RaySettings = setting(RaySettings(), resumable=True)
     selection: SelectionSettings = setting(SelectionSettings(), resumable=True)
     output: OutputSettings = OutputSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
 
     @model_validator(mode="after")
     def _agree(self) -> "Settings":
