@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # Ray starts a dozen Python processes: without cached bytecode each compiles its imports anew, half a minute a run.
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: demo demo-organism check types test test-fast test-nightly setup clean
+.PHONY: demo demo-organism check types docs test test-fast test-nightly setup clean
 
 # Modules are compiled when they are first imported, not all of them here. Set-up runs again when the pins or the
 # package's own metadata change.
@@ -28,6 +28,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed
 	touch $@
 
 setup: $(VENV)/.installed-dev
+
+$(VENV)/.installed-docs: $(VENV)/.installed-dev
+	$(INSTALL) -e .[docs]
+	touch $@
 
 # A small real model unlearns its disclaimers, on fewer prompts than the preset has: minutes on two cores.
 DEMO := --study.n-startup-trials 5 --prompts.n-validation 40 --prompts.n-test 20 --prompts.n-finalists 10 \
@@ -57,6 +61,10 @@ check: setup
 types: setup
 	$(BIN)/python .ci/typecheck.py --rewrite
 
+# The site, in build/site; a warning is an error.
+docs: $(VENV)/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
 
 # Everything but what needs a GPU and the long forms; about 25 minutes on two cores.
@@ -68,7 +76,7 @@ test-fast: setup
 	$(PYTEST) -m "not gpu and not nightly and not ray and not cluster and not browser and not slow" $(PYTEST_ARGS)
 
 # The long forms: a thousand histories of the cluster, full load, long faults, clients in environments of their own.
-test-nightly: setup
+test-nightly: setup $(VENV)/.installed-docs
 	BRUNO_HISTORIES=$${BRUNO_HISTORIES:-1000} $(PYTEST) -m nightly $(PYTEST_ARGS)
 
 clean:
