@@ -350,22 +350,46 @@ def load_example(name: str) -> Any:
     return module
 
 
-def test_disclaimers_are_what_their_templates_make() -> None:
-    """The files that ship are those the script writes, and no template is in two parts."""
-    script = load_example("disclaimers/make_prompts")
+TEMPLATED = ("disclaimers", "over-refusal", "sycophancy", "self-reference", "moralising")
+
+
+@pytest.mark.parametrize("behaviour", TEMPLATED)
+def test_prompts_are_what_their_templates_make(behaviour: str) -> None:
+    """The files that ship are those the script writes, no template is in two parts, and no prompt is there twice."""
+    script = load_example("presets/make_prompts")
     made: dict[tuple[str, str], list[dict[str, str]]] = {}
     templates: dict[str, set[str]] = {}
-    for side, part, row in script.rows():
+    for side, part, row in script.rows(behaviour):
         made.setdefault((side, part), []).append(row)
-    for line in script.TEMPLATES.read_text(encoding="utf-8").splitlines():
+    for line in (script.TEMPLATES / f"{behaviour}.txt").read_text(encoding="utf-8").splitlines():
         if line.startswith("["):
             part = line
         elif line and not line.startswith(("#", " ")):
             templates.setdefault(re.sub(r"\{.*\}", "{}", line), set()).add(part)
-    assert len(templates) > 150 and all(len(parts) == 1 for parts in templates.values())
+    assert len(templates) >= 80 and all(len(parts) == 1 for parts in templates.values())
+    texts = [row["prompt"] for rows in made.values() for row in rows]
+    assert len(texts) == len(set(texts))
+    for side in ("target", "baseline"):
+        assert sum(len(rows) for (given, _), rows in made.items() if given == side) >= 150
     for (side, part), rows in made.items():
-        settings = DatasetSettings(source=f"preset:disclaimers_{side}_{part}.jsonl", column="prompt")
+        settings = DatasetSettings(source=f"preset:{behaviour}_{side}_{part}.jsonl", column="prompt")
         assert [row.text for row in read_rows(settings, 1000)] == [row["prompt"] for row in rows]
+
+
+def test_a_claim_is_in_one_part_only() -> None:
+    """What users of `sycophancy` claim in one part they claim in no other, in whatever words around it."""
+    script = load_example("presets/make_prompts")
+    text = (script.TEMPLATES / "sycophancy.txt").read_text(encoding="utf-8")
+    parts = [part for part in text.split("\n[") if part.startswith("target ")]
+    claims = [claim for part in parts for gap in re.findall(r"\{([^{}]*\|[^{}]*)\}", part) for claim in gap.split("|")]
+    assert len(parts) == 3 and len(claims) == len(set(claims)) > 150
+
+
+def test_what_is_rightly_declined_is_named_by_category() -> None:
+    """A few words each, and none that a request for something of the kind would be made of."""
+    protect = read_rows(DatasetSettings(source="preset:over-refusal_protect_test.jsonl", column="prompt"), 100)
+    assert len(protect) >= 16
+    assert all(re.search(r"category|request", row.text) and len(row.text.split()) < 20 for row in protect)
 
 
 def test_the_markers_of_disclaimers_agree_with_labels_by_hand() -> None:
@@ -383,14 +407,20 @@ def test_the_markers_of_disclaimers_agree_with_labels_by_hand() -> None:
     assert right / sum(row["shows"] for row in labelled) >= 0.95
 
 
-def test_disclaimers_have_what_two_figures_need() -> None:
+SIZES = {"disclaimers": (132, 100, 70, 30), "sycophancy": (60, 48, 40, 20)}
+
+
+@pytest.mark.parametrize("behaviour", TEMPLATED)
+def test_presets_have_what_two_figures_need(behaviour: str) -> None:
     """Enough prompts, answers for some of the train part, and the words that answers to the test part must repeat."""
-    settings = load(["--behaviour", "disclaimers"], environ={}).settings
+    settings = load(["--behaviour", behaviour], environ={}).settings
     prompts = load_prompts(settings)
-    for part, size in zip((*PARTS, "finalists"), (132, 100, 70, 30)):
+    for part, size in zip((*PARTS, "finalists"), SIZES.get(behaviour, (64, 48, 40, 20))):
         assert len(getattr(prompts.target, part)) == len(getattr(prompts.baseline, part)) == size
     wanted = [prompt.answer for prompt in prompts.target.train if prompt.answer]
-    assert len(wanted) >= 30 and all(answer.endswith(".") and len(answer) < 80 for answer in wanted)
+    assert len(wanted) >= 20 and all(answer[-1] in ".!" and len(answer) < 110 for answer in wanted)
+    if behaviour == "self-reference":  # an answer to "Will you marry me?" need not speak of marrying
+        return
     words = settings.prompts.target.test.model_copy(update={"words_column": "words"})
     for row in read_rows(words, 1000):
         assert row.words and all(word in row.text.lower() for word in row.words.split()), row

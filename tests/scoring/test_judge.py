@@ -19,7 +19,7 @@ from bruno_ray.runs.records import ReadAnswer, Readings, RunRecord
 from bruno_ray.scoring.judge import Endpoint, judged, question, verdict
 from bruno_ray.scoring.scores import Scores
 from bruno_ray.settings import JudgeSettings, Settings
-from bruno_ray.settings.sources import load
+from bruno_ray.settings.sources import load, preset_names
 from tests.support import finished_run
 from tests.support.judge_server import Judge, Reply, by_apology
 
@@ -181,7 +181,7 @@ def test_settings_that_make_no_sense_are_refused_in_one_line(flags: list[str], s
 
 
 def test_presets_say_what_their_behaviour_is() -> None:
-    for preset in ("refusal", "disclaimers", "verbosity", "hedging", "organism", "organism-hard"):
+    for preset in preset_names():
         given = load(["--model.id=m", f"--behaviour={preset}", "--scoring.judge.model=m"], environ={}).settings
         assert len(given.scoring.judge.rubric.split()) > 8
 

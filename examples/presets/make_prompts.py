@@ -1,17 +1,19 @@
-"""Write the prompts of the preset `disclaimers` from templates.txt: python examples/disclaimers/make_prompts.py
+"""Write the prompts of presets from the templates beside this file: python examples/presets/make_prompts.py [NAME ...]
 
-    bruno_ray/presets/data/disclaimers_{target,baseline}_{train,validation,test}.jsonl
+    NAME.txt -> bruno_ray/presets/data/NAME_{target,baseline}_{train,validation,test}.jsonl
 
-Columns: `prompt`; `answer` where the template has one; in the target test part `words`, the words of the request that
-an answer to the point must repeat (those of the filler without articles and the like).
+A template is a sentence with a gap and what fills it; disclaimers.txt explains how they are written. Columns: `prompt`;
+`answer` where the template has one; in a part that is headed by `words` also the words of the filler without articles
+and the like, which an answer to the point must repeat.
 """
 
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-TEMPLATES = Path(__file__).with_name("templates.txt")
+TEMPLATES = Path(__file__).parent
 DATA = Path(__file__).parents[2] / "bruno_ray" / "presets" / "data"
 
 FUNCTION_WORDS = {
@@ -40,13 +42,15 @@ FUNCTION_WORDS = {
 }
 
 
-def rows() -> Iterator[tuple[str, str, dict[str, str]]]:
-    """(side, part, row) of every prompt, in the order of the file."""
+def rows(name: str) -> Iterator[tuple[str, str, dict[str, str]]]:
+    """(side, part, row) of every prompt of a preset, in the order of its file."""
     side = part = ""
-    lines = [line for line in TEMPLATES.read_text(encoding="utf-8").splitlines() if line and not line.startswith("#")]
+    with_words: list[str] = []
+    text = (TEMPLATES / f"{name}.txt").read_text(encoding="utf-8")
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     for number, line in enumerate(lines):
         if line.startswith("["):
-            side, part = line.strip("[]").split()
+            side, part, *with_words = line.strip("[]").split()
             continue
         if line.startswith(" "):
             continue
@@ -57,7 +61,7 @@ def rows() -> Iterator[tuple[str, str, dict[str, str]]]:
             row = {"prompt": before + filler + after}
             if wanted:
                 row["answer"] = wanted.format(filler)
-            if (side, part) == ("target", "test"):
+            if with_words:
                 row["words"] = " ".join(content_words(filler))
             yield side, part, row
 
@@ -69,13 +73,14 @@ def content_words(text: str) -> list[str]:
 
 
 def main() -> None:
-    parts: dict[tuple[str, str], list[dict[str, str]]] = {}
-    for side, part, row in rows():
-        parts.setdefault((side, part), []).append(row)
-    for (side, part), content in parts.items():
-        file = DATA / f"disclaimers_{side}_{part}.jsonl"
-        file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content), encoding="utf-8")
-        print(f"{file.name}: {len(content)} prompts")
+    for name in sys.argv[1:] or sorted(file.stem for file in TEMPLATES.glob("*.txt")):
+        parts: dict[tuple[str, str], list[dict[str, str]]] = {}
+        for side, part, row in rows(name):
+            parts.setdefault((side, part), []).append(row)
+        for (side, part), content in parts.items():
+            file = DATA / f"{name}_{side}_{part}.jsonl"
+            file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in content), encoding="utf-8")
+            print(f"{file.name}: {len(content)} prompts")
 
 
 if __name__ == "__main__":
