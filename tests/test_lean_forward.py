@@ -1,12 +1,14 @@
 """The lean forward pass gives what transformers' own gives, and is left aside for models it does not know."""
 
+import copy
 from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 
-from bruno_ray.generation.lean_forward import FAMILIES, LeanForward, lean_forward
+from bruno_ray.generation.lean_forward import FAMILIES, LeanForward, lean_forward, own_forward
 from bruno_ray.model.loading import load_model
 from bruno_ray.pipeline.steps import with_name
 from bruno_ray.settings import ModelSettings, Settings
@@ -31,6 +33,30 @@ def test_logits_are_those_of_the_model_itself(family: str) -> None:
     assert lean is not None
     with torch.inference_mode():
         assert lean.difference_from_model() < 1e-5
+
+
+@pytest.mark.parametrize("heads", [1, 2, 4])
+@pytest.mark.parametrize("family", KNOWN)
+def test_in_bfloat16_logits_are_as_near_to_float32_as_the_models_own(family: str, heads: int) -> None:
+    """Read at once, and with a cache one token and several at a time; with 4, 2 and 1 query heads per pair of keys and
+    values."""
+    exact = tiny_models.build(family, num_key_value_heads=heads)
+    rounded = copy.deepcopy(exact).bfloat16()
+    lean = lean_forward(rounded)
+    assert lean is not None
+    ids = torch.arange(27).view(3, 9) * 7 % 256
+    mask = torch.ones_like(ids)
+    mask[1, :4] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    with torch.inference_mode():
+        wanted = own_forward(exact, ids, mask, positions, None, 4)
+        own = own_forward(rounded, ids, mask, positions, None, 4)
+        cache = DynamicCache(config=rounded.config)
+        pieces = [
+            lean(ids[:, a:b], mask[:, :b], positions[:, a:b], cache, b - max(a, 5)) for a, b in ((0, 6), (6, 7), (7, 9))
+        ]
+        for found in (lean(ids, mask, positions, None, 4), torch.cat(pieces, dim=1)):
+            assert (found - wanted).square().mean() < 2 * (own - wanted).square().mean()
 
 
 def test_windows_that_would_show_are_left_to_the_model() -> None:
@@ -64,7 +90,7 @@ def test_hooks_on_what_is_not_called_as_a_module_are_respected() -> None:
 
 def test_other_kinds_and_other_weights_are_left_to_themselves() -> None:
     assert lean_forward(tiny_models.build("gpt2")) is None
-    assert lean_forward(tiny_models.build("llama").bfloat16()) is None
+    assert lean_forward(tiny_models.build("llama").half()) is None
     model = tiny_models.build("llama")
     attention = model.model.layers[0].self_attn
     attention.q_proj = type("Quantised", (nn.Linear,), {})(32, 32, bias=False)

@@ -242,7 +242,9 @@ def apply_to_output(
         exact = exact + offset
     if scale is None:
         return (exact - removed).to(y.dtype)  # the bias cancels: y + b - left(right y)
-    # Written as a change of y, so that a row with scale 1 and nothing removed is y itself, also with a bias.
+    if bias is None:
+        return ((exact - removed) * scale).to(y.dtype)
+    # Written as a change of y, so that with a bias, too, a row with scale 1 and nothing removed is y itself.
     return torch.addcmul(exact, scale - 1, linear).addcmul_(scale, removed, value=-1).to(y.dtype)
 
 

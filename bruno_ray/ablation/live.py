@@ -52,6 +52,9 @@ class _Batch:
     """Which edit each row of the batch carries, on every device it was asked for."""
 
     edit_of_batch_row: Int[Tensor, " b"]
+    only: int | None = None
+    """The edit of all rows, where no other edit is set: its tables need no mask then, and nothing per row."""
+
     on_device: dict[torch.device, Int[Tensor, " b"]] = field(default_factory=dict)
 
     def rows(self, device: torch.device) -> Int[Tensor, " b"]:
@@ -99,14 +102,13 @@ class LiveEditor:
             self._tables = [self._stack(i, edits) for i in range(len(self._tables))]
         bare = torch.tensor([edit is None for edit in edits])
         # Unedited rows get an index of their own past the edits: no direction row belongs to it, its scale is 1.
-        self._batch = None if bool(bare[rows].all()) else _Batch(torch.where(bare[rows], len(edits), rows))
+        self._batch = self._batch_of(torch.where(bare[rows], len(edits), rows))
 
     def select(self, keep: Tensor) -> None:
         """The batch now consists of these rows of it (a mask, or indices in the new order)."""
         if self._batch is None:
             return
-        rows = self._batch.edit_of_batch_row[keep.cpu()]
-        self._batch = _Batch(rows) if bool((rows < len(self._edits)).any()) else None
+        self._batch = self._batch_of(self._batch.edit_of_batch_row[keep.cpu()])
 
     def clear(self) -> None:
         """Back to the unedited model; the hooks stay."""
@@ -117,6 +119,13 @@ class LiveEditor:
         self.clear()
         for handle in self._handles:
             handle.remove()
+
+    def _batch_of(self, rows: Int[Tensor, " b"]) -> _Batch | None:
+        """None if no row is edited."""
+        used, n_set = rows.unique().tolist(), sum(edit is not None for edit in self._edits)
+        if used in ([], [len(self._edits)]):
+            return None
+        return _Batch(rows, used[0] if len(used) == n_set == 1 else None)
 
     def _stack(self, i: int, edits: Sequence[ResolvedEdit | None]) -> _Tables | None:
         of_edit = [(k, edit.factors[i]) for k, edit in enumerate(edits) if edit is not None]
@@ -152,8 +161,12 @@ class LiveEditor:
         if parts > 1:  # (parts, B, T, d): rows of one edit lie apart, and are brought together
             y = y.reshape(parts, len(rows), -1, y.shape[-1]).transpose(0, 1)
         y_BTD = y.reshape(len(rows), -1, y.shape[-1])
-        member = (rows[:, None] == tables.edit_of_row)[:, None]
-        scale, offset = (None if t is None else t[rows][:, None] for t in (tables.scale, tables.offset))
+        if batch.only is None:
+            member = (rows[:, None] == tables.edit_of_row)[:, None]
+            scale, offset = (None if t is None else t[rows][:, None] for t in (tables.scale, tables.offset))
+        else:
+            member = None
+            scale, offset = (None if t is None else t[batch.only] for t in (tables.scale, tables.offset))
         edited_BTD = apply_to_output(y_BTD, tables.left, tables.right, scale, tables.bias, member, offset)
         edited = edited_BTD.reshape(y.shape)
         return edited.transpose(0, 1).reshape(-1, y.shape[-1]) if parts > 1 else edited

@@ -118,10 +118,11 @@ class BatchEngine:
     def last_logits(
         self, ids: Sequence[TokenIds], edits: Edits, positions: int = 1
     ) -> Iterator[tuple[Int[Tensor, " B"], Int[Tensor, " B"], Float[Tensor, "B N V"]]]:
-        """Batches of (edit, prompt, logits): the indices of each row (CPU) and its float32 logits at the last N tokens.
+        """Batches of (edit, prompt, logits): the indices of each row (CPU) and its logits at the last N tokens.
 
-        The logits stay on the model's device. N is ``positions``, or less if no prompt of the batch is that long; at
-        positions before a row's first token they mean nothing.
+        The logits stay on the model's device, in its dtype: in float32 those of a batch would be as large again. N is
+        ``positions``, or less if no prompt of the batch is that long; at positions before a row's first token they mean
+        nothing.
         """
         rows = [(k, p) for p in range(len(ids)) for k in range(len(edits))]
         self.work.begin("prompts", len(rows))
@@ -129,7 +130,7 @@ class BatchEngine:
         for batch, logits_BNV in map_batches(forward, [len(ids[p]) for _, p in rows], self._prompt_budget):
             self.work.done += len(batch)
             index = torch.tensor([rows[row] for row in batch])
-            yield index[:, 0], index[:, 1], logits_BNV.float()
+            yield index[:, 0], index[:, 1], logits_BNV
 
     @torch.inference_mode()
     def token_logprobs(

@@ -191,7 +191,7 @@ class Teacher:
         for _, index_B, logits_BNV in engine.last_logits(sequences, [None], most + 1):
             for row, logits_NV in zip(index_B.tolist(), logits_BNV):
                 n = len(texts[row].continuation)
-                logits[row] = logits_NV[-n - 1 : -1].to(engine.model.dtype)
+                logits[row] = logits_NV[-n - 1 : -1].clone()  # a view would keep the whole batch's
         return [Text(text.prompt, text.continuation, unedited_NV=logits[i]) for i, text in enumerate(texts)]
 
 

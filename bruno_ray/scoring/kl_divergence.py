@@ -52,8 +52,8 @@ class KLDivergence:
         for _, prompt_B, logits_BNV in engine.last_logits(self._ids, unedited.edits, self._positions):
             if not len(self._unedited_PNV):
                 shape = (len(self._ids), self._positions, logits_BNV.shape[-1])
-                self._unedited_PNV = torch.zeros(shape, dtype=engine.model.dtype, device=logits_BNV.device)
-            self._unedited_PNV[prompt_B, -logits_BNV.shape[1] :] = logits_BNV.to(engine.model.dtype)
+                self._unedited_PNV = torch.zeros(shape, dtype=logits_BNV.dtype, device=logits_BNV.device)
+            self._unedited_PNV[prompt_B, -logits_BNV.shape[1] :] = logits_BNV
 
     def _answers(self, unedited: Evaluation) -> list[Response]:
         """The unedited model's answers to baseline prompts, at least as far as the positions go: the evaluation's own
