@@ -5,20 +5,22 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
 from optuna.trial import TrialState
 
-from bruno_ray.ablation.edit import Edit
+from bruno_ray.ablation.edit import AblationParameters, Edit
 from bruno_ray.errors import StudyError, WorkerError
 from bruno_ray.study.schedule import BATCHES_PER_SWAP
 from bruno_ray.study.selection import load_trials, pareto_front
+from bruno_ray.study.space import suggest
 from bruno_ray.study.storage import load_study
 from bruno_ray.study.trial_result import TrialResult
 from bruno_ray.workers.messages import EditOutcome, Failed, Lost, NoWorkers, Scored
 from tests.support.fakes import fake_scores
-from tests.support.schedules import OBJECTIVES, in_memory, make_schedule, memory_folder, opened, params
+from tests.support.schedules import OBJECTIVES, SPACE, in_memory, make_schedule, memory_folder, opened, params
 
 __all__ = ["memory_folder"]
 
@@ -26,13 +28,14 @@ __all__ = ["memory_folder"]
 class Driver:
     """What the searcher and the pool do with a schedule, one step at a time; dropping it is a kill."""
 
-    def __init__(self, folder: Path, url: str | None = None, **options: int):
+    def __init__(self, folder: Path, url: str | None = None, **options: Any):
         self._opened = opened(folder, url)
         self.schedule = make_schedule(self._opened.__enter__(), **options)
         self.taken: list[int] = []
         """Batches per swap."""
 
         self.flying: list[tuple[int, list[Edit]]] = []
+        self.evaluated: list[Edit] = []
 
     def fill(self) -> None:
         while due := self.schedule.take_due():
@@ -41,6 +44,7 @@ class Driver:
 
     def finish(self, index: int = 0) -> None:
         batch_id, edits = self.flying.pop(index)
+        self.evaluated += edits
         self.schedule.bring(batch_id, scored(edits))
 
     def run(self, batches: int = 1000, order: Callable[[int], int] = lambda flying: 0) -> None:
@@ -298,3 +302,78 @@ def test_results_of_older_versions_are_read_as_they_are() -> None:
     for stored in (scores, {"error": "kl_divergence is nan", "seconds": 0.5, "worker": "worker 1"}):
         assert TrialResult.from_json(stored).to_json() == stored
         assert json.loads(json.dumps(TrialResult.from_json(stored).to_json())) == stored
+
+
+# ----- trials that repeat others -----
+
+
+def few(trial: optuna.Trial) -> Edit:
+    """One of ten edits. Where the MLP is left alone, how is said in different ways."""
+    sampled = suggest(trial, *SPACE)
+    kernel = AblationParameters(1.0, 3.0, 0.5, 2.0)
+    nothing = AblationParameters(-1.0, float(trial.number), 0.5, 2.0)
+    mlp = kernel if sampled.components["mlp"].max_weight >= 0.5 else nothing
+    return Edit({"attention": kernel, "mlp": mlp}, "a", float(round(trial.params["direction_index"])), "full")
+
+
+def values(study: optuna.Study) -> list[list[float] | None]:
+    return [trial.values for trial in study.get_trials(deepcopy=False)]
+
+
+@pytest.fixture(scope="module")
+def with_repeats() -> tuple[list[dict], list[list[float] | None], int]:
+    with in_memory() as folder:
+        driver = Driver(folder, suggested=few)
+        driver.run()
+        study = driver.leave()
+        identities = [edit.identity for edit in driver.evaluated]
+        assert len(set(identities)) == len(identities) < 20
+        assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 30
+        for trial in load_trials(study):
+            assert trial.edit is not None
+            assert {name: trial.values[name] for name in OBJECTIVES} == fake_scores(Edit.from_dict(trial.edit))
+        return params(study), values(study), len(identities)
+
+
+@pytest.mark.parametrize("batches", [0, 1, 2, 4])
+def test_an_edit_is_evaluated_once_also_when_killed_and_resumed(
+    batches: int, with_repeats: tuple[list[dict], list[list[float] | None], int], memory_folder: Path
+) -> None:
+    driver = Driver(memory_folder, suggested=few)
+    driver.run(batches)
+    driver.leave()
+    again = Driver(memory_folder, suggested=few)
+    again.run()
+    study = again.leave()
+    assert (params(study), values(study)) == with_repeats[:2]
+    assert len(driver.evaluated) + len(again.evaluated) == with_repeats[2]
+
+
+def test_repeats_wait_for_batches_that_come_back_later(memory_folder: Path) -> None:
+    """The newest batch comes back first, time and again, beside three workers."""
+    options = {"window": 6, "workers": 3, "batch_size": 2, "n_startup_trials": 30, "suggested": few}
+    driver = Driver(memory_folder, **options)
+    driver.run(order=lambda flying: flying - 1)
+    identities = [edit.identity for edit in driver.evaluated]
+    assert len(set(identities)) == len(identities)
+    assert driver.schedule.running == 0
+    study = driver.leave()
+    assert [trial.state for trial in study.trials] == [TrialState.COMPLETE] * 30
+    with in_memory() as folder:
+        in_order = Driver(folder, **options)
+        in_order.run()
+        assert values(in_order.leave()) == values(study)
+
+
+def test_what_repeats_a_failed_trial_is_evaluated_after_all(memory_folder: Path) -> None:
+    """Its worker may have been to blame."""
+    driver = Driver(memory_folder, suggested=lambda trial: Edit({}, "a", None, "none"), target=5, batch_size=2)
+    driver.fill()
+    ((batch_id, edits),) = driver.flying
+    assert len(edits) == 1
+    driver.flying.clear()
+    driver.schedule.bring(batch_id, Failed("no", None))
+    driver.run()
+    assert len(driver.evaluated) == 1
+    states = [trial.state for trial in driver.leave().trials]
+    assert states == [TrialState.FAIL] + [TrialState.COMPLETE] * 5

@@ -4,7 +4,7 @@ This module imports no torch: processes that only pass edits on are many, and st
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -63,6 +63,11 @@ class AblationParameters:
             case "gaussian":
                 return math.expm1(-(x**2) / (2 * GAUSSIAN_WIDTH**2)) / math.expm1(-1 / (2 * GAUSSIAN_WIDTH**2))
 
+    @property
+    def is_nothing(self) -> bool:
+        """Whether it is 0 at every layer."""
+        return self.max_weight <= 0
+
     def scaled(self, factor: float) -> "AblationParameters":
         return replace(self, max_weight=factor * self.max_weight)
 
@@ -75,6 +80,11 @@ class StrengthTable:
 
     def strength(self, layer: int) -> float:
         return self.strengths[layer]
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether it is 0 at every layer."""
+        return not any(self.strengths)
 
     def scaled(self, factor: float) -> "StrengthTable":
         return StrengthTable(tuple(factor * strength for strength in self.strengths))
@@ -105,6 +115,12 @@ class Edit:
     def strength(self, component: str, layer: int) -> float:
         kernel = self.components.get(component)
         return kernel.strength(layer) if kernel else 0.0
+
+    @property
+    def identity(self) -> Hashable:
+        """Equal for edits that change a model alike: a component of strength 0 counts as one that is missing."""
+        components = frozenset((name, given) for name, given in self.components.items() if not given.is_nothing)
+        return components, self.direction_set, self.direction_index, self.norm_mode
 
     def scaled(self, factor: float) -> "Edit":
         """The same edit with every strength multiplied by ``factor``, which is not negative."""

@@ -4,11 +4,14 @@ A trial's user attributes say all that is needed for that: ``batch`` (number and
 (``Edit.to_dict()``) or ``plan`` (of a training, whose edit follows) and, once it is evaluated, ``result``. Trials that
 a dead driver left RUNNING are adopted: those with results are only told, the others are evaluated under their own
 numbers and parameters.
+
+A trial with the edit of an earlier one is not evaluated: it is told from that one's values. Should that one fail, which
+may be its worker's fault, it is evaluated after all.
 """
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from enum import Enum, auto
 from typing import Any
 
@@ -32,6 +35,7 @@ class BatchState(Enum):
 
     QUEUED = auto()
     OUT = auto()
+    WAITING = auto()
     BACK = auto()
 
 
@@ -49,6 +53,9 @@ class Batch:
     rivals: tuple[Rival, ...] = ()
     """What may prune its trials, as it was when the batch was sampled."""
 
+    repeats: dict[int, int] = field(default_factory=dict)
+    """Trial -> the earlier trial, of this batch or another, whose edit it has."""
+
     state: BatchState = BatchState.QUEUED
     batch_id: int = -1
     """Names this evaluation of it in the pool."""
@@ -58,8 +65,13 @@ class Batch:
 
     @property
     def missing(self) -> list[int]:
-        """Numbers of the trials that have no result."""
-        return [number for number in self.edits if number not in self.results]
+        """Numbers of the trials that have to be evaluated."""
+        return [number for number in self.edits if number not in self.results and number not in self.repeats]
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every trial has its result."""
+        return len(self.results) == len(self.edits)
 
 
 @dataclass(frozen=True)
@@ -97,13 +109,20 @@ class BatchStudy:
         self._suggest = suggest
         self._keep = keep
         self._prune = prune
+        self._first: dict[Hashable, int] = {}  # identity of an edit -> the first trial that has it
+        for trial in study.get_trials(deepcopy=False):
+            attributes = trial.user_attrs
+            given = "error" not in attributes[RESULT] if RESULT in attributes else trial.state == TrialState.RUNNING
+            if given and EDIT in attributes and PLAN not in attributes:
+                self._first.setdefault(Edit.from_dict(attributes[EDIT]).identity, trial.number)
 
     def ask(self, number: int, size: int) -> Batch:
         """A new batch of ``size`` trials."""
         with batched(storage_of(self.study)):
             batch = Batch(number, {}, rivals=self._rivals())
             batch.edits.update(self._sample(self.study.ask(), number, size, batch.rivals) for _ in range(size))
-            return batch
+        self._find_repeats(batch)
+        return batch
 
     def store(self, batch: Batch, results: Mapping[int, TrialResult]) -> None:
         """Keep results of a batch by trial number, on disk as well, before they are told."""
@@ -119,6 +138,20 @@ class BatchStudy:
                     set_trial_attribute(self.study, number, TRAINING, result.trained.account())
                     set_trial_attribute(self.study, number, DIRECTIONS, pack(result.trained.directions))
                 set_trial_attribute(self.study, number, RESULT, result.to_json())
+
+    def repeat(self, batch: Batch) -> None:
+        """Give trials that repeat others the results of those that have one by now, unless that is an error."""
+        found: dict[int, TrialResult] = {}
+        for number, first in list(batch.repeats.items()):
+            if number in batch.results or (result := self._result(batch, first)) is None:
+                continue
+            if result.error is None:
+                logger.info("trial %d has the edit of trial %d and its values", number, first)
+                found[number] = replace(result, seconds=0.0, trained=None)
+            else:
+                self._find_first(batch, number)
+        if found:
+            self.store(batch, found)
 
     def tell(self, batch: Batch) -> Told:
         """Tell all results of a batch, in the order of the trials' numbers."""
@@ -175,6 +208,35 @@ class BatchStudy:
             logger.info("adopting %d trials that were under way", sum(len(batch.edits) for batch in adopted))
         return adopted, max(batches, default=-1) + 1
 
+    def _find_repeats(self, batch: Batch) -> None:
+        for number in sorted(batch.edits):
+            if isinstance(batch.edits[number], Edit) and number not in batch.results:
+                self._find_first(batch, number)
+
+    def _find_first(self, batch: Batch, number: int) -> None:
+        """Note which trial this one repeats, if any; it is the first itself where the one before has failed."""
+        edit = batch.edits[number]
+        assert isinstance(edit, Edit)
+        first = self._first.setdefault(edit.identity, number)
+        if self._has_failed(first):
+            first = self._first[edit.identity] = number
+        batch.repeats.pop(number, None)
+        if first < number:
+            batch.repeats[number] = first
+
+    def _trial(self, number: int) -> FrozenTrial:
+        return next(trial for trial in self.study.get_trials(deepcopy=False) if trial.number == number)
+
+    def _has_failed(self, number: int) -> bool:
+        return "error" in self._trial(number).user_attrs.get(RESULT, {})
+
+    def _result(self, batch: Batch, number: int) -> TrialResult | None:
+        """Of a trial of this batch or of another."""
+        if number in batch.edits:
+            return batch.results.get(number)
+        attributes = self._trial(number).user_attrs
+        return TrialResult.from_json(attributes[RESULT]) if RESULT in attributes else None
+
     def _adopted(self, number: int, running: Sequence[FrozenTrial], size: int, unasked: int) -> Batch:
         # A driver that died before it noted the rivals had told as much as is told now.
         noted = next((trial.user_attrs[RIVALS] for trial in running if RIVALS in trial.user_attrs), None)
@@ -187,7 +249,8 @@ class BatchStudy:
             else:
                 batch.edits.update([self._sample(unfinished_trial(self.study, trial), number, size, batch.rivals)])
         batch.edits.update(self._sample(self.study.ask(), number, size, batch.rivals) for _ in range(unasked))
-        if not batch.missing:
+        self._find_repeats(batch)
+        if batch.is_whole:
             batch.state = BatchState.BACK
         return batch
 

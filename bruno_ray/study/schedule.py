@@ -8,6 +8,7 @@
                   +------------------+
     the lane that took it is lost: it goes out under the same id, which the pool evaluates only once;
     or its outcomes are lost with a machine: it is evaluated once more, under a new id
+    trials of it repeat edits of batches that are still out: it waits for those before it counts as back
 
 Three rules make a resumed study the one that would have been.
 
@@ -115,7 +116,7 @@ class Schedule:
         """Something has come back from the pool. What comes twice counts once."""
         self._something_came = True
         batch = next((batch for batch in self._open.values() if batch.batch_id == batch_id), None)
-        if batch is None or batch.state is BatchState.BACK:
+        if batch is None or batch.state in (BatchState.BACK, BatchState.WAITING):
             return
         match result:
             case Scored(worker, outcomes):
@@ -157,42 +158,59 @@ class Schedule:
         if self.stopping or self.failure is not None:
             self.settle()
             return None
-        queued = self._in(BatchState.QUEUED)
-        if not queued:
-            self._ask_if_due()
-            queued = self._in(BatchState.QUEUED)
+        while not (queued := self._in(BatchState.QUEUED)) and self._ask_if_due():
+            pass  # once more: of what was asked every trial may repeat another
         return queued[0] if queued and len(self._in(BatchState.OUT)) < self.window else None
 
     def _wanted(self) -> int:
         """Trials still to be asked if all that are under way succeed."""
         return self.target - self.complete - sum(len(batch.edits) for batch in self._open.values())
 
-    def _ask_if_due(self) -> None:
+    def _ask_if_due(self) -> bool:
+        """Whether a batch was asked."""
         if self._wanted() <= 0:
             self.settle()  # no more sampling depends on the order, unless failures make room again
         if self._wanted() <= 0 or self.failure is not None or len(self._in(BatchState.OUT)) >= self.window:
-            return
+            return False
         while len(self._open) >= self.window and (oldest := next(iter(self._open.values()))).state is BatchState.BACK:
             self._tell(oldest)
         if len(self._open) >= self.window:
             if len(self._open) - len(self._in(BatchState.BACK)) >= self.workers:
-                return
+                return False
             self.settle()  # out of order, for a worker that stands idle
-        if self._wanted() > 0 and self.failure is None:
-            size = self.batch_size(self.study.n_trials())
-            self._add(self.study.ask(self._next_number, min(size, self._wanted())))
-            self._next_number += 1
+        if self._wanted() <= 0 or self.failure is not None:
+            return False
+        size = self.batch_size(self.study.n_trials())
+        self._add(self.study.ask(self._next_number, min(size, self._wanted())))
+        self._next_number += 1
+        return True
 
     def _add(self, batch: Batch) -> None:
         batch.batch_id = next(self._ids)
         self._open[batch.number] = batch
-        self.running += len(batch.missing)
+        if batch.state is BatchState.QUEUED and not batch.missing:
+            self._advance(batch)
+        self._count_running()
 
     def _store(self, batch: Batch, results: Sequence[TrialResult]) -> None:
-        self.running -= len(batch.missing)
         self.study.store(batch, dict(zip(batch.missing, results, strict=True)))
-        batch.state = BatchState.BACK
-        self.on_batch(batch)
+        for each in [batch, *self._in(BatchState.WAITING)]:
+            self._advance(each)
+        self._count_running()
+
+    def _advance(self, batch: Batch) -> None:
+        """What becomes of a batch of which nothing is to be evaluated, as far as is known."""
+        self.study.repeat(batch)
+        if batch.missing:  # what they repeat has failed
+            batch.batch_id, batch.state = next(self._ids), BatchState.QUEUED
+        elif batch.is_whole:
+            batch.state = BatchState.BACK
+            self.on_batch(batch)
+        else:
+            batch.state = BatchState.WAITING
+
+    def _count_running(self) -> None:
+        self.running = sum(len(batch.missing) for batch in self._open.values())
 
     def _tell(self, batch: Batch) -> None:
         del self._open[batch.number]

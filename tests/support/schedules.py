@@ -2,13 +2,14 @@
 
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import optuna
 import pytest
 
+from bruno_ray.ablation.edit import Edit
 from bruno_ray.settings import SearchSettings
 from bruno_ray.study.batches import BatchStudy
 from bruno_ray.study.sampler import NumberedTPESampler
@@ -48,14 +49,15 @@ def make_schedule(
     n_startup_trials: int = 8,
     starts: Sequence[Start] = (),
     prune: bool = False,
+    suggested: Callable[[optuna.Trial], Edit] = lambda trial: suggest(trial, *SPACE),
 ) -> Schedule:
     space, kept = search_space(*SPACE), kept_starts(study, starts)
     sampler = NumberedTPESampler(
         n_startup_trials, seed=3, space=space, starts=[nearest_params(start.edit, space) for start in kept]
     )
-    suggested = given_first(kept, sampler.is_start, lambda trial: suggest(trial, *SPACE))
+    first_given = given_first(kept, sampler.is_start, suggested)
     return Schedule(
-        BatchStudy(study, sampler, suggested, OBJECTIVES, prune=prune),
+        BatchStudy(study, sampler, first_given, OBJECTIVES, prune=prune),
         target=target,
         batch_size=lambda _: batch_size,
         window=window,
