@@ -66,6 +66,16 @@ def seed_sampler(sampler: "TPESampler", key: Sequence[int]) -> None:
     sampler._random_sampler._rng.rng.seed(state)
 
 
+def kept_gp_params(trial: "FrozenTrial") -> dict[str, Any]:
+    """The parameters that a ``GPSampler`` has noted with a trial it sampled; empty if it has not.
+
+    It notes them so that other processes count the trial among those under way. A public reader would replace this.
+    """
+    from optuna.samplers._gp.sampler import _get_params
+
+    return {name: value for name, value in _get_params(trial).items() if name not in trial.params}
+
+
 def study_id_of(study: "FrozenStudy") -> int:
     """The id of a ``FrozenStudy``, which ``BaseStorage.get_all_studies`` returns, by which storages find a study.
 

@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -84,6 +85,18 @@ def test_a_seeded_sampler_draws_the_same_again(n_startup_trials: int) -> None:
         return [trial.suggest_float("x", 0.0, 1.0), trial.suggest_float("y", 0.0, 1.0)]
 
     assert drawn([1, 2]) == drawn([1, 2]) != drawn([1, 3])
+
+
+@pytest.mark.filterwarnings("ignore::optuna.exceptions.ExperimentalWarning")
+def test_a_gaussian_process_notes_the_parameters_it_has_sampled_with_their_trial() -> None:
+    study = optuna.create_study()
+    space: dict[str, Any] = {name: optuna.distributions.FloatDistribution(0.0, 1.0) for name in "xy"}
+    study.tell(study.ask(space), 0.5)
+    trial = study.ask()
+    assert optuna_internals.kept_gp_params(study.get_trials()[trial.number]) == {}
+    sampler = optuna.samplers.GPSampler(seed=0, n_startup_trials=1)
+    sampled = sampler.sample_relative(study, study.get_trials()[trial.number], space)
+    assert set(sampled) == {"x", "y"} and optuna_internals.kept_gp_params(study.get_trials()[trial.number]) == sampled
 
 
 def test_the_id_of_a_stored_study_is_the_one_storages_find_it_by() -> None:

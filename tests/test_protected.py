@@ -130,6 +130,8 @@ def test_protected_prompts_are_read_and_are_part_of_what_a_study_depends_on(tmp_
 def test_a_prompt_cannot_be_protected_and_be_a_target(tmp_path: Path):
     with pytest.raises(PromptError, match=r"prompts\.target\.train and prompts\.protect\.mine share"):
         load_prompts(settings_with(tmp_path, f"mine={tmp_path / 'target.txt'}"))
+    baseline = f"mine={tmp_path / 'baseline.txt'},same={tmp_path / 'baseline.txt'}"
+    assert len(load_prompts(settings_with(tmp_path, baseline)).protect) == 2, "baseline prompts may be"
 
 
 def test_a_protected_set_that_is_written_wrong_is_one_line(tmp_path: Path):

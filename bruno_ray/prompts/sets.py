@@ -225,7 +225,8 @@ def _refuse_overlap(prompts: Prompts) -> None:
     }
     for (first, a), (second, b) in combinations(known.items(), 2):
         shared = [key for key in a if key in b]
-        if shared and not first.startswith("prompts.protect."):  # protected sets may share prompts with each other
+        # What is protected is no target; it may well be among the baseline prompts, or in two protected sets.
+        if shared and (first.startswith("prompts.target.") or not second.startswith("prompts.protect.")):
             example = a[shared[0]].user
             example = example if len(example) <= 80 else example[:77] + "..."
             raise PromptError(

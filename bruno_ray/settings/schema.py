@@ -27,6 +27,8 @@ from bruno_ray.settings.passwords import without_password
 GUIDES = ("elicited_answers", "confidence")
 """Scorers that guide a search and are no figure for people. At a report's length they would cost two more trials."""
 
+SamplerName = Literal["tpe", "gp", "nsga2", "cmaes"]
+
 Share = Annotated[float, Field(ge=0, le=1)]
 
 SMALLEST_STORE = 80 * 1024**2
@@ -363,6 +365,10 @@ class StudySettings(Section):
     """Seeds the sampler: the same seed and the same schedule of batches give the same parameters in every trial.
     `ray.workers` and `study.trials_per_batch` make the schedule; with others, trials after the first batches differ."""
 
+    sampler: SamplerName = setting("tpe", alias="--sampler")
+    """What proposes edits after the startup trials (docs/search.md): tpe; gp, a Gaussian process; nsga2; cmaes, for one
+    objective. All but tpe are for searches without trained trials."""
+
     prune: bool = setting(False, alias="--prune", resumable=True)
     """Leave a trial half-way once a trial told before is known to dominate it (docs/search.md). Only with the
     objectives behaviour_rate and kl_divergence; pruned trials count, and cannot be selected."""
@@ -465,6 +471,16 @@ class Settings(Section):
             raise ValueError(
                 f"scoring.report_tokens is {report} but the search reads {search} tokens (scoring.response_tokens);"
                 f" raise scoring.report_tokens to {search} or more"
+            )
+        if self.study.sampler == "cmaes" and len(self.scoring.objectives) > 1:
+            raise ValueError(
+                f"study.sampler cmaes minimises one objective, scoring.objectives has {len(self.scoring.objectives)};"
+                " keep one of them, or choose tpe, gp or nsga2"
+            )
+        if self.study.sampler != "tpe" and self.study.method != "searched":
+            raise ValueError(
+                f"study.sampler {self.study.sampler} cannot learn beside trained trials; use tpe with study.method"
+                f" {self.study.method}"
             )
         position = max(self.directions.positions, default=0)
         if position > self.residuals.answer_tokens:

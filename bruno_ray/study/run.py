@@ -29,7 +29,7 @@ from bruno_ray.study.batches import BatchStudy
 from bruno_ray.study.monitor import Monitor
 from bruno_ray.study.progress import Snapshot, make_view
 from bruno_ray.study.pruning import can_prune
-from bruno_ray.study.sampler import NumberedTPESampler
+from bruno_ray.study.samplers import make_sampler
 from bruno_ray.study.schedule import Schedule
 from bruno_ray.study.searcher import BatchOptunaSearch
 from bruno_ray.study.selection import load_trials, pareto_front
@@ -158,7 +158,8 @@ def make_schedule(
     if settings.study.literature_first:
         wanted.append(Start(literature_edit(direction_sets, info.n_layers, info.components), LITERATURE))
     starts = kept_starts(study, wanted)
-    sampler = NumberedTPESampler(
+    sampler = make_sampler(
+        settings.study.sampler,
         settings.study.n_startup_trials,
         settings.study.seed,
         space,

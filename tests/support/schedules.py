@@ -11,8 +11,9 @@ import pytest
 
 from bruno_ray.ablation.edit import Edit
 from bruno_ray.settings import SearchSettings
+from bruno_ray.settings.schema import SamplerName
 from bruno_ray.study.batches import BatchStudy
-from bruno_ray.study.sampler import NumberedTPESampler
+from bruno_ray.study.samplers import make_sampler
 from bruno_ray.study.schedule import Schedule
 from bruno_ray.study.space import search_space, suggest
 from bruno_ray.study.starts import Start, given_first, kept_starts, nearest_params
@@ -50,14 +51,15 @@ def make_schedule(
     starts: Sequence[Start] = (),
     prune: bool = False,
     suggested: Callable[[optuna.Trial], Edit] = lambda trial: suggest(trial, *SPACE),
+    sampler: SamplerName = "tpe",
 ) -> Schedule:
     space, kept = search_space(*SPACE), kept_starts(study, starts)
-    sampler = NumberedTPESampler(
-        n_startup_trials, seed=3, space=space, starts=[nearest_params(start.edit, space) for start in kept]
+    made = make_sampler(
+        sampler, n_startup_trials, seed=3, space=space, starts=[nearest_params(start.edit, space) for start in kept]
     )
-    first_given = given_first(kept, sampler.is_start, suggested)
+    first_given = given_first(kept, made.is_start, suggested)
     return Schedule(
-        BatchStudy(study, sampler, first_given, OBJECTIVES, prune=prune),
+        BatchStudy(study, made, first_given, OBJECTIVES, prune=prune),
         target=target,
         batch_size=lambda _: batch_size,
         window=window,
