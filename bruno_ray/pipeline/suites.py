@@ -126,6 +126,7 @@ def _plan_of_run(run: RunDirectory, trial: int | None) -> Plan:
     else:
         raise SettingsError(f"no trial of {run.name} is selected: name one, such as `{run.name}:0`")
     assert edit is not None  # a completed trial has one
+    selected = record.selected is not None and trial == record.selected.number
     base = {"model": record.hashes.get("model", record.settings.model.id)}
     directions = _digest(run.file_of_directions(Edit.from_dict(edit).direction_set))
     return Plan(
@@ -134,7 +135,7 @@ def _plan_of_run(run: RunDirectory, trial: int | None) -> Plan:
             Asked("base", base, record.settings.model),
             Asked("edited", {**base, "edit": edit, "directions": directions}, record.settings.model),
         ],
-        ids=[None, f"{run.name}:trial-{trial}"],
+        ids=[None, run.name if selected else f"{run.name}:trial-{trial}"],
         folder=run.path / "evaluations",
         run=run,
         trial=trial,
