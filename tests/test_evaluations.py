@@ -137,6 +137,16 @@ def test_a_program_that_fails_is_one_line_with_its_own_reason() -> None:
     assert running.progress == "3/6" and "Traceback" in said[0]
 
 
+def test_data_may_come_through_a_proxy_and_the_server_is_asked_directly(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy:3128")
+    monkeypatch.setenv("NO_PROXY", "intranet")
+    script = "import os; print(*(os.environ[name] for name in ('HTTPS_PROXY', 'NO_PROXY', 'OPENAI_API_KEY')))"
+    running = harness.Harness([sys.executable, "-c", script], None, "none")
+    said: list[str] = []
+    running.wait("a", said.append)
+    assert said == ["http://proxy:3128 intranet,127.0.0.1,localhost none"]
+
+
 def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
     with (
         pytest.raises(ServerError, match=r"could not be started: .*nothing-here"),
