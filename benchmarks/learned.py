@@ -48,7 +48,7 @@ STARTS = (0.0, 1.0, 2.0, 4.0)
 AT_ONCE = (1, 2, 4, 8)
 PLAN = TrainingPlan(1, True, "difference_in_means@0", 2.0, 0, 1.0, 1.0, 1.5, 0.02, 160, 0)
 PROTECTED = 32
-"""Baseline prompts beyond those of the retain term, for the variants that protect."""
+"""Baseline prompts of the validation part, for the variants that protect: no choice sees them."""
 
 WITH_ANSWERS = {"suppress": 0.0}
 
@@ -106,14 +106,10 @@ class Subject:
 
     def trainer(self, n_answers: int, settings: LearnedSettings) -> Trainer:
         prompts = [p if i < n_answers else replace(p, answer=None) for i, p in enumerate(self.answered)]
-        n = settings.baseline_prompts
-        if len(self.baseline) < n + PROTECTED:
-            n = len(self.baseline) - PROTECTED
-        rendered = ScoringPrompts.rendered(
-            self.engine, prompts[: settings.target_prompts], self.baseline[:n], date=DATE
-        )
+        sides = prompts[: settings.target_prompts], self.baseline[: settings.baseline_prompts]
+        rendered = ScoringPrompts.rendered(self.engine, *sides, date=DATE)
         evaluation = Evaluation(self.engine, rendered, self.scoring, whole=True)
-        teacher = Teacher(evaluation, settings, self.ids(self.baseline[n : n + PROTECTED]))
+        teacher = Teacher(evaluation, settings, self.validation.baseline_ids[:PROTECTED])
         return Trainer(self.engine, teacher, self.bank, settings)
 
     def measured(self, trained: Sequence[TrainedEdit]) -> tuple[int, int, float, float]:
@@ -222,13 +218,13 @@ def ablation(subjects: Sequence[Subject], steps: int, starts: Sequence[float]) -
     lines = [
         f"{steps} steps from each of layers {', '.join(f'{s:g}' for s in starts)}, of which the edit that doubts its"
         " answers least on validation prompts is kept; float32, one thread. Hidden facts, benign facts, KL at the first"
-        " token, mean doubt; seconds for all trainings of a row.",
+        " token, mean doubt; CPU seconds of a whole row.",
         "",
-        "| trained on | " + " | ".join(subject.name for subject in subjects) + " | s |",
+        "| trained on | " + " | ".join(subject.name for subject in subjects) + " | CPU s |",
         "|---|" + "---|" * (len(subjects) + 1),
     ]
     for name, (n_answers, changes, given) in VARIANTS.items():
-        cells, start = [], time.perf_counter()
+        cells, start = [], time.process_time()
         for subject in subjects:
             trainer = subject.trainer(n_answers, LearnedSettings(**given))
             plan = replace(PLAN, steps=steps, **changes)
@@ -237,7 +233,7 @@ def ablation(subjects: Sequence[Subject], steps: int, starts: Sequence[float]) -
             hidden, benign, kl, doubt = subject.measured(trained)
             n_hidden, n_benign = subject.facts
             cells.append(f"**{hidden}**/{n_hidden}, {benign}/{n_benign}, {kl:.4f}, {doubt:.2f}")
-        lines.append(f"| {name} | {' | '.join(cells)} | {time.perf_counter() - start:.0f} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {time.process_time() - start:.0f} |")
         print(lines[-1], flush=True)
     return lines
 
