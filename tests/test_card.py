@@ -33,6 +33,33 @@ def card(finished) -> ModelCard:
     return ModelCard(render_card(finished.run.read(), {"license": "apache-2.0"}))
 
 
+def test_the_hub_reads_the_figures_as_evaluation_results(finished, card):
+    results = {result.metric_type: result for result in card.data.eval_results}
+    saved, unedited = finished.record.selected.saved, finished.record.baseline["test"]
+    rate = results["behaviour_rate"]
+    assert rate.metric_value == pytest.approx(saved.values["behaviour_rate"], abs=1e-6)
+    shown, before = (scores.counts["behaviour_rate"][0] for scores in (saved, unedited))
+    assert rate.metric_name == f"Behaviour rate ({shown} of 50, base model {before} of 50)"
+    assert rate.dataset_type == "owner/instructions" and rate.dataset_name == "verbosity: 50 target prompts"
+    assert results["kl_divergence"].dataset_type == "verbosity-baseline"
+    searched = finished.record.selected.model_copy(update={"saved": None, "test": None})
+    only_searched = finished.record.model_copy(update={"selected": searched})
+    assert "model-index" not in render_card(only_searched)  # no figures of the search
+
+
+def test_answers_are_examples_unless_their_prompts_ask_for_harm(finished):
+    samples = finished.run.load_samples()
+    text = render_card(finished.record, samples=samples)
+    (widget,) = ModelCard(text).data.to_dict()["widget"]
+    assert widget["messages"] == [{"role": "user", "content": "Where does <b>the rain</b> go?"}]
+    assert widget["output"] == {"text": "Into the sea."}
+    assert "    At length & in detail: the rain goes to the sea,\n    which is wide." in text
+    refusal = finished.record.settings.model_copy(update={"behaviour": "refusal"})
+    text = render_card(finished.record.model_copy(update={"settings": refusal}), samples=samples)
+    (widget,) = ModelCard(text).data.to_dict()["widget"]
+    assert widget["output"] == {"text": "Four."} and "the rain" not in text
+
+
 def test_front_matter_is_what_the_hub_reads(card):
     data = card.data.to_dict()
     assert data["base_model"] == "owner/tiny-chat" and data["library_name"] == "transformers"

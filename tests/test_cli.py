@@ -78,7 +78,7 @@ def test_mistakes_give_one_line_and_exit_code_2(
     fails(capsys, ["run", "m", "--config", "absent.toml"], "absent.toml", "does not exist")
     fails(capsys, ["save", "mine", "--trial", "x"], "--trial", "'x'")
     fails(capsys, ["save", "mine:3", "--auto"], "twice")
-    fails(capsys, ["save", "mine", "--private"], "--upload")
+    fails(capsys, ["save", "mine", "--public"], "--upload")
     fails(capsys, ["save", "mine", "--tril", "3"], "'--tril'", "'--trial'")
     fails(capsys, ["save"], "RUN")
     fails(capsys, ["resume", "mine", "--trials", "5", "--more", "5"], "not allowed with")
@@ -132,11 +132,11 @@ def test_what_commands_ask_for(
         (["front", "mine", "--all"], ("front", {**path, "all_trials": True})),
         (
             ["save", "mine:3", "--to", "there"],
-            ("save", {**path, "trial": 3, "auto": False, "to": Path("there"), "upload_to": None, "private": False}),
+            ("save", {**path, "trial": 3, "auto": False, "to": Path("there"), "upload_to": None, "public": False}),
         ),
         (
-            ["save", "mine", "--auto", "--upload", "me/it", "--private"],
-            ("save", {**path, "trial": None, "auto": True, "to": None, "upload_to": "me/it", "private": True}),
+            ["save", "mine", "--auto", "--upload", "me/it", "--public"],
+            ("save", {**path, "trial": None, "auto": True, "to": None, "upload_to": "me/it", "public": True}),
         ),
         (["report", "mine"], ("report", path)),
         (["organism", "--recipe", "hard"], ("organism", {"recipe": "hard", "to": None})),

@@ -1,12 +1,10 @@
 """A saved model is the edited model: baked, complete, readable by transformers 4.57 and 5, measured from disk."""
 
-import http.server
 import json
 import os
 import shutil
 import subprocess
 import sys
-import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,7 +18,6 @@ from bruno_ray.ablation.edit import AblationParameters, Edit
 from bruno_ray.ablation.live import LiveEditor
 from bruno_ray.errors import ModelError, OutputError
 from bruno_ray.model.loading import load_model
-from bruno_ray.publishing.hub import upload
 from bruno_ray.publishing.saving import save_model, save_selected
 from bruno_ray.publishing.transformers4 import readable_config, readable_processor_files, readable_tokenizer_config
 from bruno_ray.runs.directory import RunDirectory
@@ -442,52 +439,3 @@ def test_nested_image_processor_gets_a_file_of_its_own():
         "processor_config.json": {"processor_class": "Gemma3Processor", "image_seq_length": 4},
         "preprocessor_config.json": image,
     }
-
-
-# ----- upload -----
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """A hub that answers everything with one status, or lists what it was sent."""
-
-    status = 401
-    requests: tuple = ()
-
-    def do_POST(self):
-        type(self).requests += (self.path,)
-        self.send_response(self.status)
-        self.end_headers()
-
-    do_GET = do_POST
-
-    def log_message(self, *_):
-        pass
-
-
-@pytest.fixture
-def hub():
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-
-
-@pytest.mark.parametrize(("status", "message"), [(401, "hf auth login"), (403, "may not write"), (404, "status 404")])
-def test_upload_that_is_refused_is_one_clear_line(tmp_path, hub, monkeypatch, status, message):
-    (tmp_path / "bruno.json").write_text("{}")
-    monkeypatch.setattr(Hub, "status", status)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    with pytest.raises(OutputError, match=message) as caught:
-        upload(tmp_path, "me/mine", endpoint=hub)
-    assert "\n" not in str(caught.value) and Hub.requests
-
-
-def test_upload_without_a_network_or_with_a_bad_name_is_one_clear_line(tmp_path, monkeypatch):
-    with pytest.raises(OutputError, match="save a trial first"):
-        upload(tmp_path, "me/mine")
-    (tmp_path / "bruno.json").write_text("{}")
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
-    with pytest.raises(OutputError, match="cannot be reached"):
-        upload(tmp_path, "me/mine", endpoint="http://127.0.0.1:9")
-    with pytest.raises(OutputError, match="owner/name"):
-        upload(tmp_path, "a/b/c", endpoint="http://127.0.0.1:9")

@@ -41,16 +41,16 @@ def _save_arguments(parser: argparse.ArgumentParser) -> None:
         " taken, and of those within one prompt of it the one with the lowest KL divergence",
     )
     parser.add_argument("--to", type=Path, metavar="FOLDER", help="where to; must not exist [RUN/model]")
-    parser.add_argument("--upload", metavar="REPO", help="also upload to this hub repository (owner/name)")
-    parser.add_argument("--private", action="store_true", help="make the uploaded repository private")
+    parser.add_argument("--upload", metavar="REPO", help="also upload to this hub repository (owner/name), see publish")
+    parser.add_argument("--public", action="store_true", help="make it public [a new repository is private]")
 
 
 def _save(arguments: argparse.Namespace) -> None:
     run, trial = find_trial(arguments.run)
     if trial is not None and (arguments.trial is not None or arguments.auto):
         raise SettingsError("command line: the trial is given twice; leave out :TRIAL, --trial or --auto")
-    if arguments.private and not arguments.upload:
-        raise SettingsError("command line: --private says how to upload; add --upload REPO")
+    if arguments.public and not arguments.upload:
+        raise SettingsError("command line: --public says how to upload; add --upload REPO")
     from bruno_ray.pipeline import commands
 
     folder = commands.save(
@@ -59,7 +59,7 @@ def _save(arguments: argparse.Namespace) -> None:
         auto=arguments.auto,
         to=arguments.to,
         upload_to=arguments.upload,
-        private=arguments.private,
+        public=arguments.public,
     )
     print(folder)
 

@@ -6,7 +6,18 @@ from collections.abc import Mapping, Sequence
 from typing import NoReturn
 
 from bruno_ray import __version__
-from bruno_ray.cli import afterwards, answers, bench, beside, comparing, exports, markers, reproducing, searching
+from bruno_ray.cli import (
+    afterwards,
+    answers,
+    bench,
+    beside,
+    comparing,
+    exports,
+    markers,
+    publishing,
+    reproducing,
+    searching,
+)
 from bruno_ray.cli.command import Command, installed_commands
 from bruno_ray.cli.setting_flags import add_setting_flags, split_settings
 from bruno_ray.errors import SettingsError
@@ -24,7 +35,14 @@ class Parser(argparse.ArgumentParser):
 def all_commands() -> dict[str, Command]:
     """Our own, then those that other packages bring; a name of ours cannot be taken."""
     ours = searching.COMMANDS | afterwards.COMMANDS | exports.COMMANDS | beside.COMMANDS
-    ours |= comparing.COMMANDS | reproducing.COMMANDS | markers.COMMANDS | answers.COMMANDS | bench.COMMANDS
+    ours |= (
+        publishing.COMMANDS
+        | comparing.COMMANDS
+        | reproducing.COMMANDS
+        | markers.COMMANDS
+        | answers.COMMANDS
+        | bench.COMMANDS
+    )
     return ours | {name: command for name, command in installed_commands().items() if name not in ours}
 
 

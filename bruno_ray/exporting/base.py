@@ -63,6 +63,10 @@ class Options:
     """`gguf`: what the weights are written in, as the converter calls it."""
 
 
+RELATIONS = {"peft": "adapter"}
+"""Library -> what the hub calls an export's relation to its base model. A GGUF file holds other weights than the base,
+so it is no mere quantisation of it."""
+
 Exporter = Callable[[Source, Path, Options], str]
 """Writes the folder, complete or not at all; returns one line that says what is in it. Raises OutputError if the folder
 exists or cannot be written, ModelError if the base model cannot be loaded or the edit has no such form."""
@@ -72,8 +76,12 @@ def short_card(source: Source, library: str, title: str, text: str) -> str:
     """README.md of an export, front matter with the base model's licence included."""
     data: dict[str, Any] = {"library_name": library}
     if source.base_id:
-        data["base_model"] = source.base_id
-    data |= {"tags": ["bruno-ray", "directional-ablation", source.behaviour], **license_of(source_folder(source.model))}
+        data |= {"base_model": source.base_id, "base_model_relation": RELATIONS.get(library, "finetune")}
+    data["pipeline_tag"] = "text-generation"
+    data |= {
+        "tags": ["bruno-ray", "directional-ablation", "abliterated", source.behaviour],
+        **license_of(source_folder(source.model)),
+    }
     front = yaml.safe_dump(data, sort_keys=False, allow_unicode=True).rstrip("\n")
     return (
         f"---\n{front}\n---\n\n# {title}\n\n{text}\n\nTrial {source.trial} of the run `{source.run}`, made by"

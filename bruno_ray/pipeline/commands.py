@@ -23,7 +23,7 @@ from bruno_ray.prompts.sets import load_prompts
 from bruno_ray.publishing import report as reports
 from bruno_ray.publishing import wording
 from bruno_ray.publishing.bench_picture import bench_svg, compared
-from bruno_ray.publishing.hub import upload
+from bruno_ray.publishing.hub import check, plan, send
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import RunRecord, ScoresRecord
 from bruno_ray.settings import Settings
@@ -45,12 +45,12 @@ def save(
     auto: bool = False,
     to: Path | None = None,
     upload_to: str | None = None,
-    private: bool = False,
+    public: bool = False,
 ) -> Path:
     """Bake a trial, write the model, measure what was written; returns its folder.
 
     A model in RUN/model is the run's own, and the trial becomes the selected one. What is saved elsewhere leaves
-    selection, report and RUN/model alone.
+    selection, report and RUN/model alone. Where it is uploaded, login and repository are looked at first.
     """
     run = RunDirectory.open(path)
     record = run.read()
@@ -58,6 +58,7 @@ def save(
     own = folder.resolve() == run.model_folder.resolve()
     if folder.exists():
         raise OutputError(f"{folder} exists already: name another folder with --to, or remove it")
+    repository = check(upload_to, private=not public) if upload_to else None
     if trial is None and (auto or not can_ask()):
         print_front(run)
     prompts = load_prompts(record.settings)
@@ -67,8 +68,8 @@ def save(
     number = finish(run, prompts, lambda pool: picked or pick_automatically(run, prompts, pool), folder, own)
     if not own:
         logger.info("%s", _what_stays(run, number))
-    if upload_to:
-        logger.info("uploaded to %s", upload(folder, upload_to, private=private))
+    if repository:
+        logger.info("uploaded to %s", send(plan(folder, repository)))
     return folder
 
 

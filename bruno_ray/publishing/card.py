@@ -4,6 +4,7 @@ Everything in it comes from run.json. Paths of this machine are kept out of it, 
 """
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,10 @@ from huggingface_hub import ModelCard
 from bruno_ray.errors import OutputError
 from bruno_ray.model.named_models import find_named
 from bruno_ray.publishing import comparing, task_table, wording
+from bruno_ray.publishing.card_metadata import examples, model_index, quoted, widgets
 from bruno_ray.publishing.environment import environment
 from bruno_ray.publishing.training_account import source_lines
-from bruno_ray.runs.records import RunRecord
+from bruno_ray.runs.records import RunRecord, Sample
 from bruno_ray.settings import PromptSet, Settings
 from bruno_ray.study.selection import COUNTED
 
@@ -24,13 +26,16 @@ from bruno_ray.study.selection import COUNTED
 UNESSENTIAL = {"ray": True, "evaluation": True, "output": {"directory": True, "max_shard_size": True}}
 
 
-def render_card(record: RunRecord, base_license: dict[str, str] | None = None, mtp: str = "") -> str:
+def render_card(
+    record: RunRecord, base_license: dict[str, str] | None = None, mtp: str = "", samples: Sequence[Sample] = ()
+) -> str:
     """README.md of the saved model, front matter included.
 
     Args:
         record: the run, with a selected trial.
         base_license: `license` and relatives of the base model's card, see `license_of`.
         mtp: what became of layers for multi-token prediction, see `SavedModel`.
+        samples: of this trial, answers before and after.
 
     Raises:
         OutputError: no trial is selected.
@@ -41,12 +46,15 @@ def render_card(record: RunRecord, base_license: dict[str, str] | None = None, m
     scores, measured_on = wording.final_scores(record)
     part = "validation" if scores is selected.validation else "test"
     base = base_name(settings)
+    title = f"{base.rpartition('/')[2]}, {behaviour_name(settings)} ablated"
+    chosen = examples(behaviour_name(settings), samples)
     return (
         environment()
         .get_template("card.md.j2")
         .render(
-            front_matter=front_matter(record, base_license or {}),
-            title=f"{base.rpartition('/')[2]}, {behaviour_name(settings)} ablated",
+            front_matter=front_matter(record, base_license or {}, title, chosen),
+            title=title,
+            examples=[(quoted(each.prompt), quoted(each.before), quoted(each.after)) for each in chosen],
             base=base,
             attribution=named.attribution if (named := find_named(settings.model.id)) else "",
             behaviour=behaviour_name(settings),
@@ -85,7 +93,9 @@ def render_card(record: RunRecord, base_license: dict[str, str] | None = None, m
     )
 
 
-def front_matter(record: RunRecord, base_license: dict[str, str]) -> str:
+def front_matter(
+    record: RunRecord, base_license: dict[str, str], title: str = "", chosen: Sequence[Sample] = ()
+) -> str:
     """The card's YAML, as the hub reads it."""
     settings = record.settings
     data: dict[str, Any] = {
@@ -100,7 +110,21 @@ def front_matter(record: RunRecord, base_license: dict[str, str]) -> str:
     datasets = [source.source for _, _, source in sources(settings) if is_hub_id(source.source)]
     if datasets:
         data["datasets"] = list(dict.fromkeys(datasets))
+    if offered := widgets(chosen):
+        data["widget"] = offered
+    if index := model_index(title, behaviour_name(settings), record, _dataset_types(settings)):
+        data["model-index"] = index
     return yaml.safe_dump(data | base_license, sort_keys=False, allow_unicode=True).rstrip("\n")
+
+
+def _dataset_types(settings: Settings) -> dict[str, str]:
+    """Side -> hub id of its test prompts, or a name where they are nobody else's."""
+    given = {(side, part): dataset.source for side, part, dataset in sources(settings)}
+    found = {}
+    for side in ("target", "baseline"):
+        source = given.get((side, "test")) or given.get((side, "train")) or ""
+        found[side] = source if is_hub_id(source) else f"{behaviour_name(settings)}-{side}"
+    return found
 
 
 def license_of(folder: Path) -> dict[str, str]:

@@ -198,12 +198,13 @@ def save_selected(
         raise OutputError(f"no trial of {run.name} is selected: name one, such as `bruno-ray save {run.name}:0`")
     folder = Path(folder or run.model_folder).absolute()
     base_license = license_of(source_folder(record.settings.model))
+    samples = run.load_samples() if other is None else []
     saved = save_model(
         record.settings.model,
         Edit.from_dict(record.selected.edit),
         run.load_directions(),
         folder,
-        card=lambda mtp: render_card(record, base_license, mtp),
+        card=lambda mtp: render_card(record, base_license, mtp, samples),
         max_shard_size=record.settings.output.max_shard_size,
         mtp=record.settings.output.mtp,
         origin={"run": run.name, "trial": record.selected.number},
@@ -215,7 +216,7 @@ def save_selected(
     else:
         run.update(saved_elsewhere={str(folder): selected.number})
         record = record.model_copy(update={"selected": selected})
-    write_text(folder / "README.md", render_card(record, base_license, saved.mtp))
+    write_text(folder / "README.md", render_card(record, base_license, saved.mtp, samples))
     return saved, scores
 
 
