@@ -12,7 +12,7 @@ from bruno_ray.errors import StudyError
 from bruno_ray.settings import SearchSettings
 from bruno_ray.study.selection import load_trials
 from bruno_ray.study.space import edit_from_params, search_space
-from bruno_ray.study.starts import LITERATURE, Start, kept_starts, literature_edit, nearest_params
+from bruno_ray.study.starts import LITERATURE, Start, each_once, kept_starts, literature_edit, nearest_params
 from bruno_ray.study.tables import front_lines
 from tests.support.fakes import fake_scores
 from tests.support.schedules import OBJECTIVES, SPACE, memory_folder, opened, params
@@ -110,6 +110,12 @@ def test_a_study_of_an_older_version_gets_no_start(memory_folder: Path):
         study.ask()
     with opened(memory_folder) as study:
         assert kept_starts(study, [LITERATURES]) == []
+
+
+def test_an_edit_that_is_given_twice_is_tried_once():
+    again = Start(LITERATURES.edit, "RUN:0")
+    other = Start(Edit({}, "a", None, "none"), "RUN:1")
+    assert each_once([LITERATURES, again, other]) == [LITERATURES, other]
 
 
 def test_a_trained_edit_is_no_start():

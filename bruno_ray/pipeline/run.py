@@ -14,6 +14,7 @@ from typing import Any
 from bruno_ray.pipeline.choosing import n_complete, pick, pick_automatically, study_of
 from bruno_ray.pipeline.finishing import finish, free_model_folder, has_room, score_selected, write_model
 from bruno_ray.pipeline.judging import judge_run
+from bruno_ray.pipeline.starting import starts_of
 from bruno_ray.pipeline.steps import (
     describe_model,
     evaluation_context,
@@ -70,6 +71,7 @@ def search(settings: Settings, path: Path) -> Path:
     auto = settings.selection.auto
     settings = with_plugins(settings)
     plugin_hashes(settings)  # a file that is not there is said before anything is loaded
+    starts = starts_of(settings, path)
     prompts = load_prompts(settings)
     with ray_session(settings.ray):
         with worker_pool(settings) as pool:
@@ -86,7 +88,8 @@ def search(settings: Settings, path: Path) -> Path:
                 score_unedited(run, "validation", validation, pool)
             with timed(run, "study"):
                 asked = f"{prompts.fingerprint} of {record.date}" if info.prints_date else prompts.fingerprint
-                run_study(settings, pool, validation, info, path, study_fingerprint(settings, info, asked))
+                fingerprint = study_fingerprint(settings, info, asked)
+                run_study(settings, pool, validation, info, path, fingerprint, starts=starts)
             picked = pick_automatically(run, prompts, pool) if auto else None
             if picked is not None:
                 with timed(run, "test", pool):

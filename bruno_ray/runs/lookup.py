@@ -11,19 +11,20 @@ from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.settings import sources
 
 
-def find_run(reference: str) -> RunDirectory:
-    """The run at a path or of a name. Raises OutputError if there is none, SettingsError as `sources.load`."""
+def find_run(reference: str, directory: Path | None = None) -> RunDirectory:
+    """The run at a path or of a name, in ``directory`` or where the settings say. Raises OutputError if there is none,
+    SettingsError as `sources.load`."""
     if is_path(reference):
         return RunDirectory.open(expanded(reference))
-    return RunDirectory.find(reference, output_directory())
+    return RunDirectory.find(reference, directory or output_directory())
 
 
-def find_trial(reference: str) -> tuple[RunDirectory, int | None]:
+def find_trial(reference: str, directory: Path | None = None) -> tuple[RunDirectory, int | None]:
     """The run and the trial of ``RUN`` or ``RUN:TRIAL``. Raises as `find_run`."""
     name, colon, number = reference.rpartition(":")
     if colon and number.isdigit() and not Path(reference).exists():
-        return find_run(name), int(number)
-    return find_run(reference), None
+        return find_run(name, directory), int(number)
+    return find_run(reference, directory), None
 
 
 def is_path(reference: str) -> bool:

@@ -373,6 +373,10 @@ class StudySettings(Section):
     """Leave a trial half-way once a trial told before is known to dominate it (docs/search.md). Only with the
     objectives behaviour_rate and kl_divergence; pruned trials count, and cannot be selected."""
 
+    start_from: tuple[str, ...] = setting((), alias="--start-from")
+    """Edits to try before any is sampled: RUN (its Pareto front), RUN:TRIAL, a saved model's folder or bruno.json,
+    heretic's reproduce.json or model card (docs/search.md)."""
+
     literature_first: bool = setting(True, resumable=True)
     """Trial 0 is the literature's edit (Arditi et al. 2024): one difference-in-means direction removed with strength 1
     at every layer, norm mode `none`. A study that has been begun keeps the trial it has."""

@@ -8,7 +8,7 @@ was under way is evaluated by the next run.
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,16 @@ from bruno_ray.study.schedule import Schedule
 from bruno_ray.study.searcher import BatchOptunaSearch
 from bruno_ray.study.selection import load_trials, pareto_front
 from bruno_ray.study.space import bound_lines, search_space, suggest
-from bruno_ray.study.starts import LITERATURE, Start, given_first, kept_starts, literature_edit, nearest_params
+from bruno_ray.study.starts import (
+    LITERATURE,
+    Start,
+    each_once,
+    fitted,
+    given_first,
+    kept_starts,
+    literature_edit,
+    nearest_params,
+)
 from bruno_ray.study.storage import open_study
 from bruno_ray.study.trainings import Trainings
 from bruno_ray.study.tuner import run_tuner
@@ -84,6 +93,7 @@ def run_study(
     run_dir: Path,
     fingerprint: dict[str, Any],
     view: Callable[[Callable[[], Snapshot]], Any] = make_view,
+    starts: Sequence[Start] = (),
 ) -> optuna.Study:
     """Run trials until ``study.n_trials`` are COMPLETE.
 
@@ -92,6 +102,7 @@ def run_study(
         info: ``ModelInfo`` (n_layers and components span the search space).
         fingerprint: from ``study_fingerprint``.
         view: makes the progress view from a source of snapshots.
+        starts: edits to try first, in a study that is begun.
 
     Raises:
         StudyError: the study cannot be opened or continued, or too many trials failed.
@@ -112,7 +123,8 @@ def run_study(
             study,
             context,
             info,
-            lambda trained: run.save_learned(trained.edit.direction_set, trained.directions),
+            keep=lambda trained: run.save_learned(trained.edit.direction_set, trained.directions),
+            starts=starts,
         )
         search = BatchOptunaSearch(schedule)
         monitor = Monitor(schedule, pool)
@@ -145,6 +157,7 @@ def make_schedule(
     context: Any,
     info: Any,
     keep: Callable[[TrainedEdit], None] = lambda trained: None,
+    starts: Sequence[Start] = (),
 ) -> Schedule:
     """The schedule of an open study: sampler, starts and trainings as the settings say. Arguments as of `run_study`;
     ``keep`` as of `BatchStudy`."""
@@ -157,7 +170,8 @@ def make_schedule(
     wanted = []
     if settings.study.literature_first:
         wanted.append(Start(literature_edit(direction_sets, info.n_layers, info.components), LITERATURE))
-    starts = kept_starts(study, wanted)
+    wanted += [fitted(start, direction_sets, info.n_layers, info.components) for start in starts]
+    starts = kept_starts(study, each_once(wanted))
     sampler = make_sampler(
         settings.study.sampler,
         settings.study.n_startup_trials,

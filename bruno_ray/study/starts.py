@@ -6,7 +6,7 @@ the place of startup points and move none. The starts are kept with the study, s
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import optuna
@@ -34,6 +34,8 @@ class Start:
 
     edit: Edit
     origin: str
+    n_layers: int | None = None
+    """Of the model that it was found on, where that is known."""
 
 
 def literature_edit(direction_sets: Sequence[str], n_layers: int, components: Sequence[str]) -> Edit:
@@ -53,15 +55,50 @@ def literature_edit(direction_sets: Sequence[str], n_layers: int, components: Se
     )
 
 
+def refuse_trained(starts: Sequence[Start]) -> None:
+    """Raise StudyError for a start whose edit was trained: its directions are not in the bank."""
+    for start in starts:
+        if any(not isinstance(given, AblationParameters) for given in start.edit.components.values()):
+            raise StudyError(f"{start.origin} was trained and is no point of the search: start from a searched trial")
+
+
+def fitted(start: Start, direction_sets: Sequence[str], n_layers: int, components: Sequence[str]) -> Start:
+    """An edit of another study as one of this: its layers at the same share of the depth, a direction set that there is
+    (the same or else the first), and no components that this model does not have."""
+    scale = (n_layers - 1) / max(1, (start.n_layers or n_layers) - 1)
+    kernels = {
+        name: replace(
+            kernel,
+            max_weight_position=scale * kernel.max_weight_position,
+            min_weight_distance=scale * kernel.min_weight_distance,
+        )
+        if isinstance(kernel, AblationParameters)
+        else kernel
+        for name, kernel in start.edit.components.items()
+        if name in components
+    }
+    index, known = start.edit.direction_index, start.edit.direction_set in direction_sets
+    edit = replace(
+        start.edit,
+        components=kernels,
+        direction_set=start.edit.direction_set if known else direction_sets[0],
+        direction_index=None if index is None else scale * index,
+    )
+    return replace(start, edit=edit)
+
+
+def each_once(starts: Sequence[Start]) -> list[Start]:
+    """Without those whose edit an earlier one has."""
+    return [start for i, start in enumerate(starts) if all(start.edit != other.edit for other in starts[:i])]
+
+
 def kept_starts(study: optuna.Study, wanted: Sequence[Start]) -> list[Start]:
     """The starts of a study: ``wanted`` when it has no trials yet, afterwards those that it was begun with.
 
-    Raises StudyError for a start whose edit was trained: its directions are not in the bank.
+    Raises as `refuse_trained`.
     """
     if STARTS not in study.user_attrs:
-        trained = [start.origin for start in wanted if _is_trained(start.edit)]
-        if trained:
-            raise StudyError(f"{trained[0]} was trained and is no point of the search: start from a searched trial")
+        refuse_trained(wanted)
         new = [] if study.get_trials(deepcopy=False) else list(wanted)
         study.set_user_attr(STARTS, [{"edit": start.edit.to_dict(), "origin": start.origin} for start in new])
         return new
@@ -108,7 +145,3 @@ def _nearest(name: str, value: Any, distribution: BaseDistribution) -> Any:
     if value is None:
         value = distribution.low if name.endswith(".max_weight") else (distribution.low + distribution.high) / 2
     return min(max(float(value), distribution.low), distribution.high)
-
-
-def _is_trained(edit: Edit) -> bool:
-    return any(not isinstance(given, AblationParameters) for given in edit.components.values())
