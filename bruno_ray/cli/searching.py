@@ -12,8 +12,24 @@ from bruno_ray.settings.keys import FLAGS
 from bruno_ray.settings.source_values import nest
 
 
+def _run_arguments(parser: argparse.ArgumentParser) -> None:
+    takes_settings(parser)
+    parser.add_argument(
+        "--repeats",
+        type=values.count,
+        metavar="N",
+        help="make N runs, with seeds from study.seed on, and print how far apart they end; needs --auto-select",
+    )
+
+
 def _run(arguments: argparse.Namespace) -> None:
     loaded = load_settings(arguments)
+    if arguments.repeats is not None:
+        from bruno_ray.pipeline.repeating import repeat
+
+        for path in repeat(loaded.settings, arguments.repeats):
+            print(path)
+        return
     from bruno_ray.pipeline.run import run
 
     print(run(loaded.settings))
@@ -39,7 +55,7 @@ def _resume(arguments: argparse.Namespace) -> None:
 
 COMMANDS = {
     "run": Command(
-        "search for an edit, from the prompt sets to a saved model and a report", _run, takes_settings, FLAGS
+        "search for an edit, from the prompt sets to a saved model and a report", _run, _run_arguments, FLAGS
     ),
     "resume": Command(
         "continue a run that was stopped, or add trials to a finished one",
