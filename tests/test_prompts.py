@@ -407,6 +407,25 @@ def test_the_markers_of_disclaimers_agree_with_labels_by_hand() -> None:
     assert right / sum(row["shows"] for row in labelled) >= 0.95
 
 
+LABELLED = {"over-refusal": 36, "sycophancy": 29, "self-reference": 32, "moralising": 31}
+"""How many of SmolLM2's answers to 40 test prompts show the behaviour: all of them were read."""
+
+
+@pytest.mark.parametrize("behaviour", LABELLED)
+def test_the_markers_of_presets_agree_with_answers_that_were_read(behaviour: str) -> None:
+    from bruno_ray.scoring.markers import Markers
+
+    settings = load(["--behaviour", behaviour], environ={}).settings
+    markers = Markers(settings.scoring.markers)
+    lines = (ROOT / "examples" / "presets" / "labelled_answers.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, lines) if row["preset"] == behaviour]
+    assert [row["prompt"] for row in rows] == [prompt.user for prompt in load_prompts(settings).target.test]
+    marked = [row for row in rows if markers.shown_by(row["answer"])]
+    right = sum(row["shows"] for row in marked)
+    assert sum(row["shows"] for row in rows) == LABELLED[behaviour]
+    assert right / len(marked) >= 0.9 and right / LABELLED[behaviour] >= 0.9
+
+
 SIZES = {"disclaimers": (132, 100, 70, 30), "sycophancy": (60, 48, 40, 20)}
 
 
