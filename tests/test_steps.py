@@ -7,7 +7,7 @@ import pytest
 
 from bruno_ray.cli.main import main
 from bruno_ray.errors import StudyError
-from bruno_ray.pipeline.steps import open_run
+from bruno_ray.pipeline.steps import open_run, shortage
 from bruno_ray.prompts.sets import Prompt, PromptParts, Prompts
 from bruno_ray.settings import ModelSettings, ScoringSettings, Settings
 from bruno_ray.settings.keys import is_resumable
@@ -71,3 +71,9 @@ def test_the_place_of_the_model_may_be_given_to_resume(capsys: pytest.CaptureFix
     with pytest.raises(SystemExit):
         main(["resume", "--help"])
     assert "--model.id" in capsys.readouterr().out
+
+
+def test_a_model_that_shows_the_behaviour_seldom_is_said_to() -> None:
+    assert "nothing to remove" in shortage(0, 40)
+    assert "19 of 40" in shortage(19, 40) and "\n" not in shortage(19, 40)
+    assert shortage(20, 40) == shortage(40, 40) == ""

@@ -46,6 +46,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+OFTEN = 0.5
+"""Share of the target prompts that should show the behaviour before anything is edited."""
+
 PREFIX_PROMPTS = 32
 """Prompts a side whose answers are compared for a common beginning."""
 
@@ -374,9 +377,21 @@ def score_unedited(run: RunDirectory, part: str, context: EvaluationContext, poo
     shown, total = scores.counts.get("behaviour_rate", (0, 0))
     if total:
         logger.info("unedited model: %d/%d %s prompts show the behaviour", shown, total, part)
-        if shown == 0:
-            logger.warning("nothing to remove: no answer has a marker; check prompts.target and scoring.markers")
+        if warning := shortage(shown, total):
+            logger.warning(warning)
     return scores
+
+
+def shortage(shown: int, total: int) -> str:
+    """What to say of a model that shows the behaviour on ``shown`` of ``total`` prompts; nothing where it is often."""
+    if shown == 0:
+        return "nothing to remove: no answer has a marker; check prompts.target and scoring.markers"
+    if shown < OFTEN * total:
+        return (
+            f"this model shows the behaviour on {shown} of {total} target prompts only: an edit has little to go by,"
+            " and a rate says little. Read answers (`bruno-ray markers` proposes markers), or give other target prompts"
+        )
+    return ""
 
 
 def _with_known_verdicts(new: ScoresRecord, known: ScoresRecord | None) -> ScoresRecord:
