@@ -28,6 +28,7 @@ from typing import IO
 import yaml
 
 from bruno_ray.files import write_json
+from cluster.clock import SystemClock
 from cluster.errors import ClusterError, NodeError
 from cluster.network.mesh import Mesh, Node
 from cluster.network.ssh_master import Endpoint, SshIdentity
@@ -55,13 +56,13 @@ Source = Callable[[], Sequence[Node]]
 
 
 class Supervisor:
-    """Asks ``source``, keeps ``mesh`` accordingly and writes ``folder/status.json``; looks at ``runs`` besides."""
+    """Asks ``source``, keeps ``mesh`` accordingly and writes ``folder/status.json``; besides calls ``looks``."""
 
-    def __init__(self, folder: Path, mesh: Mesh, source: Source, runs: RunWatch | None = None) -> None:
+    def __init__(self, folder: Path, mesh: Mesh, source: Source, looks: Sequence[Callable[[], None]] = ()) -> None:
         self.folder = folder
         self.mesh = mesh
         self.source = source
-        self.runs = runs
+        self.looks = looks
         self._nodes: dict[str, Node] = {}
         self._absences: dict[str, int] = {}
         self._asked: float | None = None
@@ -102,8 +103,9 @@ class Supervisor:
     async def _look_at_runs(self) -> None:
         """What goes wrong here must not hold up the tunnels: it is logged, and looking ends."""
         try:
-            while self.runs is not None:
-                await asyncio.to_thread(self.runs.look)
+            while self.looks:
+                for look in self.looks:
+                    await asyncio.to_thread(look)
                 await asyncio.sleep(RUNS_S)
         except Exception:
             logger.exception("the runs are no longer looked at")
@@ -157,13 +159,17 @@ class Supervisor:
 def configured(config_file: Path) -> Supervisor:
     """The supervisor that asks the API as the provider does, from the configuration that `ray up` left on the head."""
     from cluster.node_provider import VastNodeProvider
+    from cluster.renting.ledger import Ledger
+    from cluster.renting.run_cost import CostWriter
 
     config = yaml.safe_load(config_file.read_text())
     provider = VastNodeProvider(config["provider"], config["cluster_name"])
     key = Path(config["auth"]["ssh_private_key"]).expanduser()
     identity = SshIdentity(key, FOLDER / "known_hosts")
     mesh = Mesh(FOLDER, identity, provider.settings.max_cpus, direct=provider.settings.mesh == "direct")
-    return Supervisor(FOLDER, mesh, provider.nodes_for_mesh, RunWatch(RUNS, provider.notices))
+    costs = CostWriter(RUNS, Ledger(provider.folder, SystemClock()), SystemClock())
+    looks = (costs.look, RunWatch(RUNS, provider.notices).look)
+    return Supervisor(FOLDER, mesh, provider.nodes_for_mesh, looks)
 
 
 def keep(command: Sequence[str], folder: Path) -> None:

@@ -11,7 +11,7 @@ from plotly.offline import get_plotlyjs
 from bruno_ray.errors import OutputError
 from bruno_ray.publishing import plots
 from bruno_ray.publishing.report import render_report, write_report
-from bruno_ray.runs.records import ReadAnswer, Readings
+from bruno_ray.runs.records import CostRecord, ReadAnswer, Readings
 from tests.support import finished_run
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -57,6 +57,22 @@ def finished(tmp_path_factory):
 @pytest.fixture(scope="module")
 def page(finished) -> Page:
     return Page(render_report(finished.run, finished.study))
+
+
+def test_what_a_cluster_has_cost_is_said_where_an_account_was_kept(finished, page):
+    def said() -> str:
+        return " ".join(Page(render_report(finished.run, finished.study)).text)
+
+    assert "cost of" not in " ".join(page.text)
+    trials, number = finished.run.read().n_trials["COMPLETE"], finished.run.read().selected.number
+    try:
+        finished.run.save_cost(CostRecord(dollars=4.0, until=0.0, ended=True))
+        assert f"The cost of its result (trial {number}): 4.00 $, {4 / trials:.4f} $ for each" in said()
+        finished.run.cost_file.write_text("{}")
+        with pytest.raises(OutputError, match=r"cost\.json is damaged"):
+            said()
+    finally:
+        finished.run.cost_file.unlink()
 
 
 def test_report_is_well_formed_and_loads_nothing(finished, page):

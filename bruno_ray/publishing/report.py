@@ -67,6 +67,7 @@ def render_report(run: RunDirectory, study: optuna.Study) -> str:
     selected = record.selected
     number = selected.number if selected else None
     scores, measured_on = wording.final_scores(record)
+    cost = run.load_cost()
     return (
         environment()
         .get_template("report.html.j2")
@@ -78,6 +79,9 @@ def render_report(run: RunDirectory, study: optuna.Study) -> str:
             model=record.model,
             states=states,
             seconds=sum(record.timings.values()),
+            cost=""
+            if cost is None
+            else cost.text(states["COMPLETE"] + states["PRUNED"], selected.number if selected else None),
             selected=selected,
             measured_on=measured_on,
             tiles=tiles(record, scores),

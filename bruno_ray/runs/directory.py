@@ -10,6 +10,7 @@
       test_prompts.json        the test prompts, in the order of the scores' rows
       readings.json            all whole answers to target prompts, and who takes which for the behaviour
       reproduce.json           what it takes to measure the selected trial again
+      cost.json                what rented machines have cost for it so far; on a cluster only
       report.html              the report
       model/                   the saved model, once a trial has been saved
 
@@ -31,7 +32,7 @@ from safetensors import SafetensorError
 from bruno_ray.ablation.plan import PREFIX
 from bruno_ray.errors import OutputError
 from bruno_ray.files import REASONS, atomic_file, locked, output_errors, require_free_space, write_json
-from bruno_ray.runs.records import SCHEMA_VERSION, Readings, RunRecord, Sample, TestPrompt
+from bruno_ray.runs.records import SCHEMA_VERSION, CostRecord, Readings, RunRecord, Sample, TestPrompt
 
 if TYPE_CHECKING:
     import numpy as np
@@ -69,6 +70,7 @@ class RunDirectory:
         self.samples_file = path / "samples.json"
         self.test_prompts_file = path / "test_prompts.json"
         self.readings_file = path / "readings.json"
+        self.cost_file = path / "cost.json"
         self.report_file = path / "report.html"
         self.model_folder = path / "model"
 
@@ -248,6 +250,17 @@ class RunDirectory:
     def save_geometry(self, geometry: dict[str, Any]) -> None:
         """What `plots.geometry_record` makes."""
         write_json(self.geometry_file, geometry)
+
+    def save_cost(self, cost: CostRecord) -> None:
+        write_json(self.cost_file, cost.model_dump(mode="json"))
+
+    def load_cost(self) -> CostRecord | None:
+        """None where no account was kept. Raises OutputError if it is damaged."""
+        content = self._read_json(self.cost_file)
+        try:
+            return None if content is None else CostRecord.model_validate(content)
+        except ValidationError as error:
+            raise OutputError(f"{self.cost_file} is damaged: remove it, the run does not need it") from error
 
     def load_geometry(self) -> dict[str, Any] | None:
         """None where none was saved."""

@@ -50,6 +50,24 @@ class ScoresRecord(Record):
         )
 
 
+class CostRecord(Record):
+    """What rented machines have cost while the run was there, from its first file to its last."""
+
+    dollars: float
+    until: float
+    """Unix seconds."""
+
+    ended: bool
+    """Whether the run had ended by then."""
+
+    def text(self, trials: int, selected: int | None) -> str:
+        """In one line, for each of the completed `trials` too; of the result where a trial is `selected`."""
+        each = f", {self.dollars / trials:.4f} $ for each completed trial" if trials else ""
+        if selected is None or not self.ended:
+            return f"cost of this run so far: {self.dollars:.2f} ${each}"
+        return f"cost of its result (trial {selected}): {self.dollars:.2f} ${each}"
+
+
 class RunnerUpRecord(Record):
     """The trial that the rule would have taken next, to compare with."""
 

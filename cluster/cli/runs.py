@@ -13,6 +13,8 @@ from rich.live import Live
 from rich.text import Text
 
 from bruno_ray import terminal
+from bruno_ray.runs.directory import RunDirectory
+from bruno_ray.runs.records import CostRecord
 from bruno_ray.settings.passwords import VARIABLE
 from cluster.cli.machines import FLUSH_S, status_view
 from cluster.cli.planning import note_study
@@ -66,10 +68,8 @@ def progress_view(shell: Shell, run: str | None, folder: Path) -> RenderableType
 def cost_line(answer: dict[str, Any]) -> str:
     """What the machines cost while the run was there: so far, for each completed trial, and for its result."""
     trials = answer["states"].get("COMPLETE", 0) + answer["states"].get("PRUNED", 0)
-    each = f", {answer['cost'] / trials:.4f} $ for each completed trial" if trials else ""
-    if answer["running"] or answer.get("selected") is None:
-        return f"cost of this run so far: {answer['cost']:.2f} ${each}"
-    return f"cost of its result (trial {answer['selected']}): {answer['cost']:.2f} ${each}"
+    cost = CostRecord(dollars=answer["cost"], until=time.time(), ended=not answer["running"])
+    return cost.text(trials, answer.get("selected"))
 
 
 def fetch(arguments: argparse.Namespace) -> int:
@@ -85,7 +85,10 @@ def fetch(arguments: argparse.Namespace) -> int:
     if not there:
         print("there are no runs on the head")
     for name in arguments.runs or there:
-        print(fetching.fetch(shell, name, arguments.to), flush=True)
+        path = fetching.fetch(shell, name, arguments.to)
+        print(path, flush=True)
+        if (cost := RunDirectory(path).load_cost()) is not None:
+            print(f"  {cost.text(there[name].complete, there[name].selected)}", flush=True)
     return 0
 
 

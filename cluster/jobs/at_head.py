@@ -41,6 +41,9 @@ HASH_CHUNK = 4 * 1024**2
 PASSING = (".lock", DRIVER_LOCK)
 """Names that mean something only on the machine where the run is."""
 
+COST = "cost.json"
+"""Changes all the time, and is brought home apart from what is compared by sums."""
+
 
 def runs() -> list[RunDirectory]:
     return [RunDirectory(file.parent) for file in sorted(RUNS.glob("*/run.json"))]
@@ -52,7 +55,7 @@ def files_of(run: RunDirectory) -> dict[str, Path]:
     for folder, folders, names in os.walk(run.path):
         folders[:] = sorted(name for name in folders if ".partial-" not in name)
         for name in sorted(names):
-            if ".partial-" not in name and not name.endswith(PASSING):
+            if ".partial-" not in name and not name.endswith(PASSING) and name != COST:
                 path = Path(folder) / name
                 found[path.relative_to(run.path).as_posix()] = path
     return found
@@ -145,12 +148,11 @@ def cost(run: RunDirectory) -> float | None:
     if not CLUSTER_CONFIG.is_file():
         return None
     from cluster.renting.ledger import Ledger  # imports Ray, and is needed by this question only
+    from cluster.renting.run_cost import run_cost
 
     config = yaml.safe_load(CLUSTER_CONFIG.read_text())
     folder = ClusterSettings.from_provider(config["provider"]).folder(config["cluster_name"])
-    times = [path.stat().st_mtime for path in run.path.rglob("*") if path.is_file()]
-    end = time.time() if is_running(run) else max(times)
-    return Ledger(folder, SystemClock()).cost_between(min(times), end)
+    return run_cost(run, Ledger(folder, SystemClock()), is_running(run), time.time()).dollars
 
 
 def stop_jobs() -> list[str]:

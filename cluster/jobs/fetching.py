@@ -17,10 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from pydantic import ValidationError
+
 from bruno_ray.files import output_errors, require_free_space, write_json
 from bruno_ray.runs.directory import RunDirectory
+from bruno_ray.runs.records import CostRecord
 from cluster.errors import FetchError
-from cluster.jobs.at_head import files_of, sha256
+from cluster.jobs.at_head import COST, files_of, sha256
 from cluster.jobs.shell import Shell
 
 logger = logging.getLogger(__name__)
@@ -83,6 +86,7 @@ def fetch(shell: Shell, name: str, runs: Path) -> Path:
     if target.exists():
         _refuse_changes(target)
         if is_fetched(target, manifest):
+            _bring_cost(shell, RunDirectory(target))
             return target
     aside = runs / f".{name}.fetching"
     with output_errors(aside):
@@ -91,7 +95,18 @@ def fetch(shell: Shell, name: str, runs: Path) -> Path:
         manifest = _fill(aside, shell, name, target, manifest)
         write_json(aside / MARK, manifest)
         _put_in_place(aside, target)
+    _bring_cost(shell, RunDirectory(target))
     return target
+
+
+def _bring_cost(shell: Shell, run: RunDirectory) -> None:
+    """What the head says it has cost; nothing where it keeps no account."""
+    text = shell.run(f"cat ~/runs/{shlex.quote(run.name)}/{COST} 2> /dev/null || true").strip()
+    try:
+        if text:
+            run.save_cost(CostRecord.model_validate_json(text))
+    except ValidationError as error:
+        logger.warning("the cost of run %s on the head cannot be read: %s", run.name, error.errors()[0]["msg"])
 
 
 @contextmanager

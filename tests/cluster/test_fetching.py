@@ -18,6 +18,8 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
+from bruno_ray.runs.directory import RunDirectory
+from bruno_ray.runs.records import CostRecord
 from cluster.errors import FetchError
 from cluster.jobs import at_head, fetching
 from cluster.jobs.shell import Shell
@@ -125,6 +127,22 @@ def test_a_run_comes_home_whole_and_a_second_fetch_copies_only_what_is_new(
     assert same(run, home)
     assert (home / "model" / "model.safetensors").stat().st_ino == inode
     assert [path.name for path in runs.iterdir()] == ["tiny"]
+
+
+def test_what_a_run_has_cost_comes_along_and_makes_it_no_other_run(
+    head: HeadShell, run: Path, runs: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    on_head = RunDirectory(run)
+    on_head.save_cost(CostRecord(dollars=1.5, until=1.0, ended=False))
+    home = RunDirectory(fetching.fetch(head, "tiny", runs))
+    assert home.load_cost() == on_head.load_cost()
+    on_head.save_cost(CostRecord(dollars=2.5, until=2.0, ended=True))
+    assert fetching.is_fetched(home.path, fetching.manifest_of(head, "tiny")), "nothing of the run itself is newer"
+    fetching.fetch(head, "tiny", runs)
+    assert home.load_cost() == CostRecord(dollars=2.5, until=2.0, ended=True)
+    on_head.cost_file.write_text('{"dollars": "a lot"}')
+    fetching.fetch(head, "tiny", runs)
+    assert home.load_cost() == CostRecord(dollars=2.5, until=2.0, ended=True) and "cannot be read" in caplog.text
 
 
 def test_what_an_interrupted_fetch_left_is_used_where_it_is_right(head: HeadShell, run: Path, runs: Path) -> None:

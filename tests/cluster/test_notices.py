@@ -360,7 +360,7 @@ class TestEvents:
             monkeypatch.setattr(watch, "look", lambda: 1 / 0)
         make(tmp_path / "runs" / "mine", n_trials=1)
         mesh = Mesh(tmp_path, SshIdentity(tmp_path / "key", tmp_path / "hosts"), 8)
-        watched = supervisor.Supervisor(tmp_path, mesh, lambda: [Node("1", 0, ())], watch)
+        watched = supervisor.Supervisor(tmp_path, mesh, lambda: [Node("1", 0, ())], [lambda: watch.look()])
 
         async def live() -> None:
             with open(tmp_path / "runs" / "mine" / ".driver.lock", "w") as lock:
