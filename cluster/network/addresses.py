@@ -9,7 +9,8 @@ interfaces, so a port may mean only one node: node ``i`` owns the ports
 and the tunnels carry exactly those. All ports lie below 32768, where Linux begins to hand out ephemeral ports.
 The size of a block follows from ``max_cpus``, the most CPUs any node of the cluster offers to Ray, because Ray
 keeps up to two worker processes per CPU; a list that is too short leaves actors pending for ever without an error.
-The number of nodes that fit is therefore limited: 152 with the default of 48 CPUs, 37 with 256 (`max_nodes`).
+The number of nodes that fit is therefore limited, once by the ports and once by what a worker's sshd listens on for all
+other nodes in one connection: 111 with the default of 48 CPUs, 28 with 256 (`max_nodes`).
 """
 
 from dataclasses import dataclass
@@ -36,6 +37,10 @@ HEAD_PORTS = (GCS_PORT, DASHBOARD_PORT, CLIENT_PORT)
 
 MAX_ALIASES = 254 * 254
 
+MAX_LISTENERS = 15_000
+"""Ports that one ssh connection listens on. OpenSSH ends a connection with more than 16384 channels ("channels_alloc
+too big"), and each listener is one, as is each stream that runs through it."""
+
 
 def block_size(max_cpus: int) -> int:
     """Ports in one node's block."""
@@ -43,8 +48,10 @@ def block_size(max_cpus: int) -> int:
 
 
 def max_nodes(max_cpus: int) -> int:
-    """How many nodes, the head included, fit below `END_PORT` when no node has more than `max_cpus`."""
-    return min((END_PORT - FIRST_PORT) // block_size(max_cpus), MAX_ALIASES)
+    """How many nodes, the head included, fit below `END_PORT` when no node has more than `max_cpus`, and into the
+    connection to a worker, which carries the ports of all nodes but its own."""
+    in_a_connection = (MAX_LISTENERS - len(HEAD_PORTS)) // block_size(max_cpus) + 1
+    return min((END_PORT - FIRST_PORT) // block_size(max_cpus), in_a_connection, MAX_ALIASES)
 
 
 @dataclass(frozen=True)
@@ -63,9 +70,10 @@ class NodeAddress:
         if self.max_cpus < 1:
             raise ClusterSettingsError(f"max_cpus is {self.max_cpus}; give the CPUs of the largest node, at least 1")
         if not 0 <= self.index < max_nodes(self.max_cpus):
+            limit = max_nodes(self.max_cpus)
             raise ClusterSettingsError(
-                f"node {self.index} does not fit: {max_nodes(self.max_cpus)} nodes of up to {self.max_cpus} CPUs have "
-                f"ports below {END_PORT}; lower max_workers, or provider.max_cpus if no node has that many"
+                f"node {self.index} does not fit: {limit} nodes of up to {self.max_cpus} CPUs have ports below"
+                f" {END_PORT} and in one ssh connection; lower max_workers, or provider.max_cpus if none has that many"
             )
 
     @property

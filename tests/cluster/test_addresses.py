@@ -46,7 +46,15 @@ def test_aliases_are_loopback_hosts_beyond_the_254th_node_too() -> None:
 
 
 def test_the_documented_limits_hold() -> None:
-    assert (max_nodes(48), max_nodes(256)) == (152, 37)
+    assert (max_nodes(48), max_nodes(256)) == (111, 28)
+
+
+@pytest.mark.parametrize("max_cpus", [1, 8, 16, 32, 48, 64, 128, 256])
+def test_what_a_worker_listens_on_fits_into_one_ssh_connection(max_cpus: int) -> None:
+    """OpenSSH ends a connection with more than 16384 channels; streams that run through it need some of them."""
+    addresses = [NodeAddress(index, max_cpus) for index in range(max_nodes(max_cpus))]
+    listened = sum(len(address.ports) for address in addresses[:-1])
+    assert listened <= 15_000
 
 
 @pytest.mark.parametrize(("index", "max_cpus"), [(-1, 8), (max_nodes(256), 256), (0, 0)])

@@ -103,7 +103,7 @@ def test_a_label_that_the_api_finds_too_long_still_carries_the_status(world: Imi
 
 
 def test_tags_fit_into_a_variable_and_are_read_back() -> None:
-    label = Label("a" * 24, "worker", 151)
+    label = Label("a" * 24, "worker", 110)
     tags = {**worker_tags("12345678-1234-1234-1234-123456789012", "a_gpu_with_a_very_long_name_4x80gb"), **label.tags}
     env = creation_env(label, tags, "0123456789ab", 1.2345)
     assert max(map(len, env.values())) <= 256
