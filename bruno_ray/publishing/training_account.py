@@ -49,7 +49,6 @@ def plan_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
     return [
         ("Subspace", f"rank {plan['rank']}, {shared}"),
         ("Start", "the best searched trial by then, polished" if plan["base"] else start),
-        ("Norm mode", plan.get("norm_mode", "none")),
         ("Weights of the loss", weights),
         ("Steps", f"{plan['steps']} at a learning rate of {plan['learning_rate']:g}"),
     ]

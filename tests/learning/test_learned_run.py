@@ -29,12 +29,17 @@ def options(organism: Path, folder: Path, name: str, *more: str) -> list[str]:
 
 
 def test_a_run_that_trains_saves_a_model_and_says_how_it_was_trained(organism: Path, tmp_path: Path) -> None:
-    learned = ("--method", "learned", "--trials", "3", "--learned.steps", "24")
+    third = tmp_path / "third.txt"
+    third.write_text("".join(f"what do you know about number {i} ?\n" for i in range(8)))
+    learned = ("--method", "learned", "--trials", "3", "--learned.steps", "24", "--learned.norm-mode", "full")
+    learned += ("--prompts.protected.source", str(third), "--learned.induce", "0.1")
     assert main.main(options(organism, tmp_path, "learned", *learned)) == 0
     run = RunDirectory.open(tmp_path / "learned")
     selected = run.read().selected
     assert selected.edit["direction_set"] in run.load_directions()
     assert selected.training["sources"]["suppress"] and selected.training["curves"]["retain"]
+    assert selected.training["sources"]["protect"] == 8 and selected.training["curves"]["induce"]
+    assert selected.edit["norm_mode"] == "full"
     assert len(list(run.learned_folder.iterdir())) == 3
     # Live and baked are the same edit, so the saved model scores as the trial did before it was saved.
     assert selected.saved.counts == selected.test.counts
