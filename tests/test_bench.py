@@ -55,7 +55,14 @@ def test_the_program_for_gpus_runs_on_a_cpu_and_leaves_its_figures(
     gpu_engine.main(["--shapes", "tiny", "--prompts", "2", "--at-once", "2", "--to", str(tmp_path / "f.json")])
     (result,) = json.loads((tmp_path / "f.json").read_text())
     assert result["usual_seconds"] > 0 and [row["trials"] for row in result["rows"]] == [1, 2]
+    assert [row["trainings"] for row in result["trained"]] == list(gpu_engine.TRAININGS)
+    assert all(row["trials_per_minute"] > 0 for row in result["trained"])
     assert "| tiny | 2 |" in capsys.readouterr().out
+
+
+def test_the_program_for_gpus_ends_when_its_time_is_over(capsys: pytest.CaptureFixture[str]) -> None:
+    gpu_engine.main(["--shapes", "tiny", "--seconds", "0.01"])
+    assert "the time is over after no whole shape" in capsys.readouterr().out
 
 
 def test_the_command_writes_figures_and_a_picture_and_compares(
