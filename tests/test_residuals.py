@@ -44,6 +44,36 @@ def test_alone_or_in_a_batch_every_family_gives_the_same_residuals(family):
         torch.testing.assert_close(together[index], alone, atol=2e-4, rtol=1e-4)
 
 
+BEGINNING = [257, *b"what all of them begin with: "]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_common_beginning_is_read_once_and_changes_nothing(family):
+    """Wherever a mask hides the padding behind it; of one prompt alone nothing is common."""
+    loaded = load(family)
+    prompts = [BEGINNING + prompt[1:] for prompt in PROMPTS]
+    together = extract_residuals(loaded, prompts, batch_tokens=80)
+    for index, prompt in enumerate(prompts):
+        alone = extract_residuals(loaded, [prompt])[0]
+        torch.testing.assert_close(together[index], alone, atol=2e-4, rtol=1e-4)
+
+
+def test_a_common_beginning_spares_its_tokens(llama, monkeypatch):
+    forward, tokens = llama.model.model.forward, []
+
+    @functools.wraps(forward)
+    def counted(**given):
+        tokens.append(given["input_ids"].numel())
+        return forward(**given)
+
+    monkeypatch.setattr(llama.model.model, "forward", counted)
+    extract_residuals(llama, [[*BEGINNING, letter] for letter in b"abcdefgh"])
+    assert tokens == [len(BEGINNING), 8]
+    tokens.clear()
+    extract_residuals(llama, [BEGINNING] * 8)
+    assert tokens == [len(BEGINNING) - 1, 8], "the last token is read of every prompt"
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt2", "gemma3", "qwen3_5_moe"])
 def test_points_are_the_models_own_hidden_states_except_that_the_last_is_before_the_norm(family):
     loaded = load(family)

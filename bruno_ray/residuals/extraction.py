@@ -2,7 +2,7 @@
 
 Hooks keep one position of each block's output and let the rest go, so that a batch costs O(layers x rows x d_model)
 beside the forward pass itself; `output_hidden_states` would keep all positions of all layers. Without answer tokens
-the language-model head is not run at all.
+the language-model head is not run at all, and what all prompts begin with (a system message) is read once.
 
 Stream point 0 is what the first block receives (embeddings with whatever scale, norm or positions the model adds);
 point l + 1 is the output of block l, before the final norm (`hidden_states[-1]` is after it).
@@ -17,6 +17,8 @@ from contextlib import contextmanager
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
 
 from bruno_ray.errors import ModelError
 from bruno_ray.model.batching import PaddedBatch, TokenBudget, map_batches, pad_left
@@ -25,6 +27,9 @@ from bruno_ray.model.loading import LoadedModel
 CPU_TOKENS = 1024
 """Tokens of one forward pass on a CPU. Of 256 to 8192, this took the least processor time per token for llamas of
 d_model 96 and 256: products with fewer rows are slower, and larger activations fall out of the cache."""
+
+SHARED_TOKENS = 64
+"""A common beginning is read apart if that spares so many tokens."""
 
 OnBatch = Callable[[int, int], None]
 
@@ -57,8 +62,13 @@ def extract_residuals(
     n_points, d_model = loaded.architecture.n_layers + 1, loaded.architecture.d_model
     residuals_NPLD = torch.empty(len(ids), 1 + answer_tokens, n_points, d_model)
 
+    beginning = _read_beginning(loaded, ids) if ids and not answer_tokens else None
+
     def forward(rows: list[int]) -> Float[Tensor, "row position point d_model"]:
-        batch = pad_left([ids[row] for row in rows], loaded.tokenizer.pad_token_id or 0, loaded.device)
+        given = [ids[row] for row in rows]
+        if beginning is not None:
+            return _read_rest(loaded, beginning, given)
+        batch = pad_left(given, loaded.tokenizer.pad_token_id or 0, loaded.device)
         return _read_answer(loaded, batch, answer_tokens) if answer_tokens else _read_prompt(loaded, batch)
 
     done = 0
@@ -123,6 +133,50 @@ def _read_prompt(loaded: LoadedModel, batch: PaddedBatch) -> Float[Tensor, "row 
     body = loaded.model.base_model  # without the language-model head
     with last_position(loaded.architecture.layers) as record:
         body(**_inputs(body, batch.input_ids, batch.attention_mask, batch.position_ids), use_cache=False)
+    return record.take()[:, None]
+
+
+@torch.inference_mode()
+def _read_beginning(loaded: LoadedModel, ids: Sequence[Sequence[int]]) -> DynamicCache | None:
+    """Keys and values of what all prompts begin with; None where that is too short, or could not be hidden from.
+
+    Padding comes to lie behind it. A mask hides that in plain attention; a sliding window counts hidden tokens as well,
+    and a recurrent state takes them in.
+    """
+    body, config = loaded.model.base_model, loaded.model.config
+    cache = DynamicCache(config=config)
+    plain = getattr(config.get_text_config(), "_attn_implementation", None) in ("sdpa", "eager")
+    if not plain or any(type(layer) is not DynamicLayer for layer in cache.layers) or not cache.layers:
+        return None
+    if not all(_accepts(body, name) for name in ("position_ids", "past_key_values")):
+        return None
+    first, last, limit = min(ids), max(ids), min(map(len, ids)) - 1
+    shared = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b or i >= limit), 0)
+    if shared * (len(ids) - 1) < SHARED_TOKENS:
+        return None
+    tokens_1S = torch.tensor([list(first[:shared])], device=loaded.device)
+    positions_1S = torch.arange(shared, device=loaded.device)[None]
+    inputs = _inputs(body, tokens_1S, torch.ones_like(tokens_1S), positions_1S)
+    body(**inputs, past_key_values=cache, use_cache=True)
+    return cache if cache.get_seq_length() == shared else None
+
+
+@torch.inference_mode()
+def _read_rest(
+    loaded: LoadedModel, beginning: DynamicCache, prompts: Sequence[Sequence[int]]
+) -> Float[Tensor, "row 1 point d_model"]:
+    """As ``_read_prompt`` gives it of the whole prompts."""
+    body, shared, n = loaded.model.base_model, beginning.get_seq_length(), len(prompts)
+    rest = pad_left([prompt[shared:] for prompt in prompts], loaded.tokenizer.pad_token_id or 0, loaded.device)
+    mask_BT = torch.nn.functional.pad(rest.attention_mask, (shared, 0), value=1)
+    cache = DynamicCache(config=loaded.model.config)
+    for index, layer in enumerate(beginning.layers):
+        keys, values = (states.expand(n, -1, -1, -1) for states in (layer.keys, layer.values))
+        cache.layers[index].update(keys, values)
+    with last_position(loaded.architecture.layers) as record:
+        body(
+            **_inputs(body, rest.input_ids, mask_BT, rest.position_ids + shared), past_key_values=cache, use_cache=True
+        )
     return record.take()[:, None]
 
 
