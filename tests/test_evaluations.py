@@ -4,9 +4,12 @@ With lm-eval itself: serve/test_suites.py.
 """
 
 import json
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import optuna
@@ -16,9 +19,10 @@ import torch
 from bruno_ray.cli.main import main
 from bruno_ray.errors import OutputError, ServerError, SettingsError
 from bruno_ray.evaluating import harness
-from bruno_ray.evaluating.own_server import own_server
+from bruno_ray.evaluating.own_server import ended_by_sigterm, own_server
 from bruno_ray.evaluating.results import compare, read_result
 from bruno_ray.evaluating.suite import Suite, Task, load_suite, named_suites
+from bruno_ray.files import atomic_directory
 from bruno_ray.pipeline import suites
 from bruno_ray.publishing import task_table
 from bruno_ray.runs.directory import RunDirectory
@@ -153,6 +157,20 @@ def test_a_server_that_cannot_start_says_why(tmp_path: Path) -> None:
         own_server([str(tmp_path / "nothing-here")]),
     ):
         pass
+
+
+def test_sigterm_ends_what_was_started_and_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    running = None
+    with pytest.raises(KeyboardInterrupt), ended_by_sigterm(), ExitStack() as stack:
+        aside = stack.enter_context(atomic_directory(tmp_path / "done"))
+        (aside / "half").touch()
+        running = harness.Harness([sys.executable, "-c", "import time; time.sleep(600)"], None, "none")
+        stack.callback(running.stop)
+        os.kill(os.getpid(), signal.SIGTERM)
+        running.wait("a", print)
+    assert running is not None and not running.is_running
+    assert list(tmp_path.iterdir()) == [] and signal.getsignal(signal.SIGTERM) == before
 
 
 # ----- what it wrote -----

@@ -126,8 +126,12 @@ class Harness:
             reason = first_line(said or (self._lines[-1] if self._lines else f"exit code {code}"))
             raise OutputError(f"lm-eval could not do {name} ({reason}): see its log with -v")
 
+    @property
+    def is_running(self) -> bool:
+        return self._process.poll() is None
+
     def stop(self) -> None:
-        if self._process.poll() is None:
+        if self.is_running:
             self._process.terminate()
             try:
                 self._process.wait(10)

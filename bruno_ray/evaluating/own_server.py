@@ -5,6 +5,7 @@ It is started as a program, because the server stands above this package and kno
 
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -75,6 +76,21 @@ def own_server(arguments: Sequence[str]) -> Iterator[Server]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """Within the block SIGTERM ends this process as Ctrl-C does: what it has started is ended, nothing half-written
+    stays. By itself Python would leave the server behind."""
+
+    def end(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _free_port() -> int:

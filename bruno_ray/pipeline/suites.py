@@ -14,7 +14,7 @@ from rich.table import Table
 from bruno_ray.ablation.edit import Edit
 from bruno_ray.errors import ServerError, SettingsError
 from bruno_ray.evaluating.harness import Harness, command_of, find_lm_eval
-from bruno_ray.evaluating.own_server import Server, own_server
+from bruno_ray.evaluating.own_server import Server, ended_by_sigterm, own_server
 from bruno_ray.evaluating.results import TaskResult, compare, read_result
 from bruno_ray.evaluating.suite import Suite, Task, load_suite
 from bruno_ray.files import atomic_directory, file_chunks, write_json
@@ -98,7 +98,7 @@ def evaluate_suite(
         logger.info("%d of %d tasks were done before", len(pairs) - len(missing), len(pairs))
     if missing:
         program = find_lm_eval(settings.evaluation.lm_eval)
-        with own_server(plan.serve) as server:
+        with ended_by_sigterm(), own_server(plan.serve) as server:
             ids = _ids(plan, server)
             for i, (task, places) in enumerate(missing, 1):
                 with phase(f"{task.name}, task {i} of {len(missing)}"):
