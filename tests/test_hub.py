@@ -171,6 +171,7 @@ def test_what_is_wrong_is_said_before_anything_is_sent(
         logged_in.failing = {prepare["failing"][0]: [prepare["failing"][1]] * 9}
     if "token" in prepare:
         monkeypatch.delenv("HF_TOKEN")
+        monkeypatch.delenv("HUGGING_FACE_HUB_TOKEN", raising=False)
         monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "no token"))
         if prepare["token"]:
             monkeypatch.setenv("HF_TOKEN", prepare["token"])
