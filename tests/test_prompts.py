@@ -408,7 +408,7 @@ def test_the_markers_of_disclaimers_agree_with_labels_by_hand() -> None:
 
 
 LABELLED = {"over-refusal": 36, "sycophancy": 29, "self-reference": 32, "moralising": 31}
-"""How many of SmolLM2's answers to 40 test prompts show the behaviour: all of them were read."""
+"""How many of SmolLM2's answers to 40 test prompts show the behaviour, by their beginnings, which were read."""
 
 
 @pytest.mark.parametrize("behaviour", LABELLED)
