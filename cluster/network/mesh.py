@@ -21,8 +21,9 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from ipaddress import IPv4Address
 from pathlib import Path
 
 from cluster.network.addresses import NodeAddress
@@ -43,6 +44,9 @@ LOOK_S = 0.2
 DIAL_S = 1.0
 """How often a worker is asked about its direct links."""
 EVICTION_TRIES = 3
+
+LOOKED_UP = 16
+"""Of so many addresses the listeners are picked out on the worker."""
 
 HEARTBEAT_S = 60.0
 HEARTBEAT = 'touch "$HOME/.bruno-ray/heartbeat"'
@@ -211,7 +215,7 @@ class Link:
             raise ListenError(f"its sshd does not listen on {where} (GatewayPorts is not clientspecified)")
 
     async def _missing_there(self, wanted: Sequence[Forward]) -> list[Forward]:
-        found = listeners(await self._master.run("cat /proc/net/tcp"))
+        found = listeners(await self._master.run(listening_on({forward.address for forward in wanted})))
         return [forward for forward in wanted if (forward.address, forward.port) not in found]
 
     async def _watch(self) -> None:
@@ -321,6 +325,15 @@ class Mesh:
 def both_sides(side: str, addresses: Sequence[NodeAddress]) -> list[Forward]:
     """Forwards of all ports of the given nodes."""
     return [Forward(side, address.alias, port) for address in addresses for port in address.ports]
+
+
+def listening_on(addresses: Collection[str]) -> str:
+    """The command that prints /proc/net/tcp, only the lines of a few addresses: there are thousands, and each machine
+    that joins is looked up on all others."""
+    if len(addresses) > LOOKED_UP:
+        return "cat /proc/net/tcp"
+    patterns = " ".join(f"-e ' {bytes(reversed(IPv4Address(address).packed)).hex().upper()}:'" for address in addresses)
+    return f"echo; grep {patterns} /proc/net/tcp || true"
 
 
 def listeners(proc_net_tcp: str) -> set[tuple[str, int]]:

@@ -1,9 +1,12 @@
 """The tunnels between real ssh servers behind NAT: everyone reaches everyone, and what happens when things break."""
 
+import contextlib
 import json
 import os
 import shlex
 import signal
+import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from cluster.network.addresses import NodeAddress
-from cluster.network.mesh import listeners
+from cluster.network.mesh import listeners, listening_on
 from tests.cluster.conftest import KeyPair
 from tests.cluster.lab import Container, Lab
 from tests.cluster.lab.container import CHECKOUT
@@ -356,6 +359,24 @@ class TestFar:
 
 def address_of(index: int) -> NodeAddress:
     return NodeAddress(index, MAX_CPUS)
+
+
+def test_the_listeners_of_a_few_addresses_are_picked_out_where_they_are() -> None:
+    held = {}
+    with contextlib.ExitStack() as stack:
+        for address in ("127.77.0.3", "127.77.1.254", "127.77.0.30"):
+            listening = stack.enter_context(socket.socket())
+            listening.bind((address, 0))
+            listening.listen()
+            held[address] = listening.getsockname()
+
+        def found(*addresses: str) -> set[tuple[str, int]]:
+            done = subprocess.run(listening_on(addresses), shell=True, capture_output=True, text=True, check=True)
+            return listeners(done.stdout)
+
+        assert found("127.77.0.3", "127.77.1.254") == {held["127.77.0.3"], held["127.77.1.254"]}
+        assert found("127.77.9.9") == set()
+        assert set(held.values()) <= found(*(f"127.77.9.{number}" for number in range(1, 40)))
 
 
 def test_listeners_are_read_from_the_kernels_table() -> None:
