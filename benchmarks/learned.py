@@ -1,12 +1,12 @@
 """Learned ablation: which loss terms help, and what training several edits at once costs.
 
-    python benchmarks/learned.py own FOLDER ... [--steps 160] [--starts 0 1 2 4] [--memory MODEL] [--dry]
+    python benchmarks/learned.py own FOLDER ... [--steps 160] [--starts 0 1 2 4] [--memory] [--dry]
 
 FOLDER is an organism as `organisms.py` takes it, or a folder of them; `own` is the project's own. Every variant trains
 one edit from each of the starts and reports the one that `confidence` prefers on validation prompts, as a study does;
 right facts on the test prompts are counted afterwards. The second table trains 1, 2, 4 and 8 edits at once on the first
-organism; the third says what a step of MODEL (`smollm2`, or any other) takes in memory with and without checkpointed
-layers, each in a process of its own. One thread, in this process, without Ray.
+organism; the third says what a pass takes in memory with and without checkpointed layers, each in a process of its own.
+One thread, in this process, without Ray.
 """
 
 import argparse
@@ -23,13 +23,19 @@ from pathlib import Path
 import torch
 from organisms import MARKERS, SYSTEM, organisms_in, prompts_of
 from results import write_section
+from transformers import LlamaConfig, LlamaForCausalLM
 
+from bruno_ray.ablation.edit import Edit
+from bruno_ray.ablation.live import LiveEditor
 from bruno_ray.ablation.plan import TrainedEdit, TrainingPlan
 from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.directions import build_bank
 from bruno_ray.generation.engine import BatchEngine
+from bruno_ray.generation.lean_forward import own_forward
+from bruno_ray.learning.checkpointing import checkpointed
 from bruno_ray.learning.material import Teacher
 from bruno_ray.learning.training import Trainer
+from bruno_ray.model.architectures import find_architecture
 from bruno_ray.model.batching import TokenBudget
 from bruno_ray.model.loading import load_model
 from bruno_ray.organism import build, truth_score
@@ -47,6 +53,7 @@ OWN = "own"
 STARTS = (0.0, 1.0, 2.0, 4.0)
 AT_ONCE = (1, 2, 4, 8)
 PLAN = TrainingPlan(1, True, "difference_in_means@0", 2.0, 0, 1.0, 1.0, 1.5, 0.02, 160, 0)
+MEMORY_BATCH = 16, 64
 PROTECTED = 32
 """Baseline prompts of the validation part, for the variants that protect: no choice sees them."""
 
@@ -193,21 +200,21 @@ def main() -> None:
     parser.add_argument("subjects", nargs="*", help="`own`, and folders of organisms")
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--starts", type=float, nargs="+", default=STARTS, help="layers")
-    parser.add_argument("--memory", metavar="MODEL", help="measure a step of it")
-    parser.add_argument("--memory-of", nargs=2, metavar=("MODEL", "SWITCH"), help=argparse.SUPPRESS)
+    parser.add_argument("--memory", action="store_true", help="the third table")
+    parser.add_argument("--memory-of", metavar="SWITCH", help=argparse.SUPPRESS)
     parser.add_argument("--dry", action="store_true", help="print the section, leave RESULTS.md alone")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     if arguments.memory_of:
-        print(*memory_of_step(*arguments.memory_of))
+        print(*memory_of_step(arguments.memory_of))
         return
     folders = [folder for given in arguments.subjects if given != OWN for folder in organisms_in(Path(given))]
     subjects = [*([OwnOrganism()] if OWN in arguments.subjects else []), *map(Organism, folders)]
     parts = [["## Learned ablation (`benchmarks/learned.py`)"]]
     if subjects:
-        parts += [ablation(subjects, arguments.steps, arguments.starts), throughput(subjects[0])]
+        parts += [ablation(subjects, arguments.steps, arguments.starts), throughput(subjects[0], arguments.steps // 4)]
     if arguments.memory:
-        parts.append(memory(arguments.memory))
+        parts.append(memory())
     text = "\n\n".join("\n".join(part) for part in parts)
     print(text)
     if not arguments.dry:
@@ -238,16 +245,16 @@ def ablation(subjects: Sequence[Subject], steps: int, starts: Sequence[float]) -
     return lines
 
 
-def throughput(subject: Subject) -> list[str]:
+def throughput(subject: Subject, steps: int) -> list[str]:
     trainer = subject.trainer(8, LearnedSettings(renew_every=0))
     lines = [
-        f"Edits trained at once, {subject.name}, 40 steps of 16 + 16 texts:",
+        f"Edits trained at once, {subject.name}, {steps} steps of 8 + 16 texts:",
         "",
         "| edits | s | s an edit | CPU s an edit |",
         "|---|---|---|---|",
     ]
     for k in AT_ONCE:
-        plans = [replace(PLAN, suppress=0.0, steps=40, seed=seed) for seed in range(k)]
+        plans = [replace(PLAN, suppress=0.0, steps=steps, seed=seed) for seed in range(k)]
         start, cpu = time.perf_counter(), time.process_time()
         trainer.train(plans)
         seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
@@ -258,44 +265,43 @@ def throughput(subject: Subject) -> list[str]:
 # ----- memory -----
 
 
-def memory(model: str) -> list[str]:
+def memory() -> list[str]:
+    rows, tokens = MEMORY_BATCH
     lines = [
-        f"Two steps of {model} in float32, 8 + 8 texts in one batch; memory is the process's peak over that before:",
+        f"Forward and backward pass of {rows} texts of {tokens} tokens through a random llama, 12 layers of width 512,"
+        " with an edit in training; memory is the process's peak over that before:",
         "",
-        "| layers | tokens | MiB for training | s a step |",
-        "|---|---|---|---|",
+        "| layers | MiB | CPU s |",
+        "|---|---|---|",
     ]
     for switch, name in (("off", "all activations kept"), ("on", "checkpointed")):
-        command = [sys.executable, __file__, "--memory-of", model, switch]
+        command = [sys.executable, __file__, "--memory-of", switch]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
-        tokens, mebibytes, seconds = done.stdout.splitlines()[-1].split()
-        lines.append(f"| {name} | {tokens} | {float(mebibytes):.0f} | {float(seconds):.1f} |")
+        mebibytes, seconds = done.stdout.split()
+        lines.append(f"| {name} | {float(mebibytes):.0f} | {float(seconds):.1f} |")
     return lines
 
 
-def memory_of_step(model: str, switch: str) -> tuple[int, float, float]:
-    """Tokens, MiB and seconds of a step. Peaks of before are low: texts are few, and read in small batches."""
-    settings = load(["--model.id", model, "--behaviour", "disclaimers"], environ={}).settings
-    prompts = load_prompts(settings)
-    engine = BatchEngine(load_model(settings.model.model_copy(update={"dtypes": ("float32",)})), row_tokens=64)
-    target = sorted(prompts.target.train, key=lambda prompt: not prompt.answer)[:8]
-    rendered = ScoringPrompts.rendered(engine, target, prompts.baseline.train[:8], date=DATE)
-    learned = LearnedSettings(
-        target_rows=8, baseline_rows=8, renew_every=0, batch_tokens=100_000, checkpointing=switch, retain_tokens=24
+def memory_of_step(switch: str) -> tuple[float, float]:
+    """MiB and CPU seconds of a pass there and back."""
+    config = LlamaConfig(
+        hidden_size=512, intermediate_size=1536, num_hidden_layers=12, num_attention_heads=8, vocab_size=1000
     )
-    scoring = settings.scoring.model_copy(update={"response_tokens": 24})
-    teacher = Teacher(Evaluation(engine, rendered, scoring, whole=True), learned)
-    budget = TokenBudget(64)
-    bank = build_bank(
-        *(extract_residuals(engine.loaded, ids, 0, budget) for ids in (rendered.target_ids, rendered.baseline_ids))
-    )
-    trainer = Trainer(engine, teacher, bank, learned)
-    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    (trained,) = trainer.train([replace(PLAN, suppress=0.0, steps=2)])
-    seconds = (time.perf_counter() - start) / 2
-    assert isinstance(trained, TrainedEdit)
+    model = LlamaForCausalLM(config).requires_grad_(False).eval()
+    architecture = find_architecture(model)
+    editor = LiveEditor(architecture)
+    directions_rd = torch.eye(1, 512, requires_grad=True)
+    rows, tokens = MEMORY_BATCH
+    ids_BT = torch.arange(rows * tokens).view(rows, tokens) % 1000
+    positions_BT = torch.arange(tokens).expand_as(ids_BT)
+    factors = [editor.factors(i, directions_rd, torch.ones(()), "none") for i in range(len(architecture.writers))]
+    editor.set([ResolvedEdit(Edit({}, "", None, "none"), tuple(factors))], [0] * rows)
+    before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+    with checkpointed(architecture.layers if switch == "on" else ()):
+        logits_B1V = own_forward(model, ids_BT, torch.ones_like(ids_BT), positions_BT, None, 1)
+        torch.autograd.grad(logits_B1V.logsumexp(-1).sum(), directions_rd)
     kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
-    return trained.tokens // 2, kibibytes / 1024, seconds
+    return kibibytes / 1024, time.process_time() - start
 
 
 if __name__ == "__main__":
