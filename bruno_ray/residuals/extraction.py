@@ -13,6 +13,7 @@ Shapes: N prompts, B rows of a batch, P = 1 + answer_tokens positions, L = n_lay
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -143,18 +144,20 @@ def _read_beginning(loaded: LoadedModel, ids: Sequence[Sequence[int]]) -> Dynami
     Padding comes to lie behind it. A mask hides that in plain attention; a sliding window counts hidden tokens as well,
     and a recurrent state takes them in.
     """
-    body, config = loaded.model.base_model, loaded.model.config
+    body: Any = loaded.model.base_model
+    config: Any = loaded.model.config
     cache = DynamicCache(config=config)
     plain = getattr(config.get_text_config(), "_attn_implementation", None) in ("sdpa", "eager")
     if not plain or any(type(layer) is not DynamicLayer for layer in cache.layers) or not cache.layers:
         return None
     if not all(_accepts(body, name) for name in ("position_ids", "past_key_values")):
         return None
-    first, last, limit = min(ids), max(ids), min(map(len, ids)) - 1
+    in_order = sorted(map(tuple, ids))
+    first, last, limit = in_order[0], in_order[-1], min(map(len, ids)) - 1
     shared = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b or i >= limit), 0)
     if shared * (len(ids) - 1) < SHARED_TOKENS:
         return None
-    tokens_1S = torch.tensor([list(first[:shared])], device=loaded.device)
+    tokens_1S = torch.tensor([first[:shared]], device=loaded.device)
     positions_1S = torch.arange(shared, device=loaded.device)[None]
     inputs = _inputs(body, tokens_1S, torch.ones_like(tokens_1S), positions_1S)
     body(**inputs, past_key_values=cache, use_cache=True)
@@ -166,13 +169,16 @@ def _read_rest(
     loaded: LoadedModel, beginning: DynamicCache, prompts: Sequence[Sequence[int]]
 ) -> Float[Tensor, "row 1 point d_model"]:
     """As ``_read_prompt`` gives it of the whole prompts."""
-    body, shared, n = loaded.model.base_model, beginning.get_seq_length(), len(prompts)
+    body: Any = loaded.model.base_model
+    config: Any = loaded.model.config
+    shared, n = beginning.get_seq_length(), len(prompts)
     rest = pad_left([prompt[shared:] for prompt in prompts], loaded.tokenizer.pad_token_id or 0, loaded.device)
     mask_BT = torch.nn.functional.pad(rest.attention_mask, (shared, 0), value=1)
-    cache = DynamicCache(config=loaded.model.config)
-    for index, layer in enumerate(beginning.layers):
+    cache = DynamicCache(config=config)
+    layers: list[Any] = beginning.layers
+    for index, layer in enumerate(layers):
         keys, values = (states.expand(n, -1, -1, -1) for states in (layer.keys, layer.values))
-        cache.layers[index].update(keys, values)
+        cache.update(keys, values, index)
     with last_position(loaded.architecture.layers) as record:
         body(
             **_inputs(body, rest.input_ids, mask_BT, rest.position_ids + shared), past_key_values=cache, use_cache=True
