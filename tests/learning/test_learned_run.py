@@ -32,7 +32,7 @@ def test_a_run_that_trains_saves_a_model_and_says_how_it_was_trained(organism: P
     third = tmp_path / "third.txt"
     third.write_text("".join(f"what do you know about number {i} ?\n" for i in range(8)))
     learned = ("--method", "learned", "--trials", "3", "--learned.steps", "24", "--learned.norm-mode", "full")
-    learned += ("--prompts.protected.source", str(third), "--learned.induce", "0.1")
+    learned += ("--prompts.protect", f"third={third}", "--learned.induce", "0.1")
     assert main.main(options(organism, tmp_path, "learned", *learned)) == 0
     run = RunDirectory.open(tmp_path / "learned")
     selected = run.read().selected
