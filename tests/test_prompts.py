@@ -173,7 +173,7 @@ def test_sources_that_cannot_be_read(empty_directory: Path) -> None:
         "bad.parquet": "not a parquet file",
         "a.xlsx": "must be one of .jsonl",
         "some/where/much/else": "neither a file, a folder nor a hub data set id",
-        "preset:absent.jsonl": "hedging.jsonl, verbosity.jsonl",
+        "preset:absent.jsonl": "no such file is shipped; there are disclaimers_baseline_test.jsonl, ",
         "organism:sideways": "sides target and baseline",
     }.items():
         with pytest.raises(PromptError) as caught:

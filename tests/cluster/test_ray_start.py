@@ -129,7 +129,8 @@ def test_cluster_yaml_is_accepted_by_ray_and_by_the_provider() -> None:
 def test_examples_in_cluster_yaml_are_node_types_too() -> None:
     """The commented node types become valid when their comment signs are taken away."""
     lines = CONFIG_TEXT.splitlines()
-    begins = [number for number, line in enumerate(lines) if re.fullmatch(r"  # \w+:", line)]
+    types = lines.index("available_node_types:")
+    begins = [number for number, line in enumerate(lines) if number > types and re.fullmatch(r"  # \w+:", line)]
     names = []
     for number in begins:
         end = next(at for at in range(number, len(lines)) if not lines[at].startswith("  #"))
