@@ -38,7 +38,9 @@ class GivenEvaluation(Evaluation):
             for text, ended in answers
         ]
 
-    def _answers(self, ids: Sequence[Sequence[int]]) -> list[list[Response]]:
+    def answers_to(
+        self, ids: Sequence[Sequence[int]], edits: Sequence[ResolvedEdit | None] | None = None
+    ) -> list[list[Response]]:
         return [self._target if ids is self.prompts.target_ids else self._baseline]
 
 
