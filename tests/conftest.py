@@ -1,7 +1,9 @@
 """Settings of the whole suite: offline, one thread per process, nothing read from the user's environment."""
 
+import logging
 import os
 import signal
+from collections.abc import Iterator
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # A suite that was started in the background: the commands that it ends by Ctrl-C would not notice.
@@ -35,6 +37,16 @@ def one_torch_thread() -> None:
     import torch
 
     torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def log_levels() -> Iterator[None]:
+    """A command that runs in this process says how much is logged from then on: not in the tests that follow."""
+    loggers = [logging.getLogger(name) for name in ("bruno_ray", "cluster", "serve", "httpx")]
+    levels = [each.level for each in loggers]
+    yield
+    for each, level in zip(loggers, levels):
+        each.setLevel(level)
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
