@@ -193,6 +193,19 @@ def test_decided_rows_leave_and_history_does_not_matter(llama: LoadedModel) -> N
     assert any(r.decided for r in fresh.generate(prompts(), [None], N, decide)[0])
 
 
+def test_in_bfloat16_on_a_cpu_logits_are_float32_and_nothing_is_drafted(tmp_path: Path) -> None:
+    """Drafts are confirmed in wider steps, which round otherwise: answers would depend on what was answered before."""
+    loaded = load_model(ModelSettings(id=str(tiny_models.write(tmp_path, "llama")), dtypes=("bfloat16",)))
+    engine = BatchEngine(loaded)
+    logits = engine.next_logits(prompts(), [None])
+    assert logits.dtype == torch.float32
+    with torch.inference_mode():
+        alone = torch.stack([loaded.model(torch.tensor([ids])).logits[0, -1] for ids in prompts()])
+    torch.testing.assert_close(logits[0], alone.float(), rtol=0.1, atol=0.1 * float(alone.abs().max()))
+    assert not engine.drafting
+    assert engine.generate(prompts(), [None], N) == engine.generate(prompts(), [None], N)
+
+
 def test_drafts_save_forward_passes(llama: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
     forward, calls = llama.model.forward, []
     monkeypatch.setattr(llama.model, "forward", lambda **kwargs: calls.append(1) or forward(**kwargs))

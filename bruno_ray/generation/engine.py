@@ -114,7 +114,7 @@ class BatchEngine:
         for edit_B, prompt_B, logits_BNV in self.last_logits(ids, edits):
             if result_KPV is None:
                 result_KPV = torch.empty(len(edits), len(ids), logits_BNV.shape[-1])
-            result_KPV[edit_B, prompt_B] = logits_BNV[:, -1].cpu()
+            result_KPV[edit_B, prompt_B] = logits_BNV[:, -1].float().cpu()
         assert result_KPV is not None
         return result_KPV
 
