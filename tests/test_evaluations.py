@@ -27,8 +27,9 @@ from bruno_ray.pipeline import suites
 from bruno_ray.publishing import task_table
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import SelectedRecord
+from bruno_ray.settings import ModelSettings
 from bruno_ray.study.storage import open_storage
-from tests.support import finished_run
+from tests.support import finished_run, tiny_models
 
 RECORDED = Path(__file__).parent / "support" / "recorded_lm_eval"
 EXAMPLES = Path(__file__).parents[1] / "examples" / "evaluations"
@@ -317,3 +318,10 @@ def test_mistakes_are_one_line(
     assert main(["evaluate", str(run.path), *arguments]) == 2
     error = capsys.readouterr().err
     assert said in error and error.count("\n") == 1
+
+
+def test_lm_eval_is_told_the_full_path_of_a_model_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs in a folder of its own."""
+    tiny_models.write(tmp_path / "tiny", "llama")
+    monkeypatch.chdir(tmp_path)
+    assert suites._tokenizer(ModelSettings(id="tiny"))[0] == str(tmp_path / "tiny")

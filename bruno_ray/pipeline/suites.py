@@ -28,6 +28,7 @@ from bruno_ray.runs.records import RunRecord, TaskRecord
 from bruno_ray.settings import ModelSettings, Settings
 from bruno_ray.study import selection
 from bruno_ray.terminal import console
+from bruno_ray.workers.shipping import absolute_if_folder
 
 logger = logging.getLogger(__name__)
 
@@ -216,7 +217,7 @@ def _ask(
 
 
 def _tokenizer(model: ModelSettings) -> tuple[str, int]:
-    """Folder or id, and the tokens that the model can look at."""
+    """Folder or id, as a program with another working directory finds it, and the tokens that the model can look at."""
     from transformers import AutoConfig
 
     from bruno_ray.model.context import context_length
@@ -225,7 +226,7 @@ def _tokenizer(model: ModelSettings) -> tuple[str, int]:
     config = AutoConfig.from_pretrained(
         located.id, revision=located.revision, trust_remote_code=located.trust_remote_code
     )
-    return located.id, context_length(config)
+    return absolute_if_folder(located.id), context_length(config)
 
 
 # ----- what was found -----
