@@ -204,9 +204,11 @@ def _ask(
         ExitStack() as stack,
         phase(task.name, lambda: ", ".join(f"{name} {each.progress}" for name, each in running.items())),
     ):
+        begun: set[Path] = set()
         for asked, model, place in zip(plan.asked, ids, places):
-            if place.is_dir():
+            if place.is_dir() or place in begun:  # two models of the same content are asked once
                 continue
+            begun.add(place)
             aside = stack.enter_context(atomic_directory(place))
             tokenizer, context = _tokenizer(asked.tokenizer)
             command = command_of(program, suite, task, server.url, model, tokenizer, context, aside)
