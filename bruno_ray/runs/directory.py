@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from bruno_ray.ablation.plan import PREFIX
 from bruno_ray.errors import OutputError
 from bruno_ray.files import REASONS, atomic_file, locked, output_errors, require_free_space, write_json
-from bruno_ray.runs.records import SCHEMA_VERSION, CostRecord, Readings, RunRecord, Sample, TestPrompt
+from bruno_ray.runs.records import SCHEMA_VERSION, CostRecord, Readings, RunRecord, Sample, TestPrompt, first_mistake
 
 if TYPE_CHECKING:
     import numpy as np
@@ -130,10 +130,8 @@ class RunDirectory:
         try:
             return RunRecord.model_validate(data)
         except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"])
             raise OutputError(
-                f"{self.run_file} does not fit this version of bruno-ray ({place}: {first['msg']}): use the version"
+                f"{self.run_file} does not fit this version of bruno-ray ({first_mistake(error)}): use the version"
                 f" that wrote it ({data.get('versions', {}).get('bruno-ray', 'unknown')})"
             ) from error
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bruno_ray.ablation.edit import AblationParameters, Edit
 from bruno_ray.errors import OutputError
-from bruno_ray.runs.records import ScoresRecord
+from bruno_ray.runs.records import ScoresRecord, first_mistake
 from bruno_ray.settings import (
     DatasetSettings,
     DirectionSettings,
@@ -168,9 +168,7 @@ def parse(content: Mapping[str, Any], path: Path) -> HereticFile:
             norm_mode=given.row_normalization,  # ty: ignore[invalid-argument-type] - Edit checks it
         )
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise OutputError(f"{path} is damaged, or not heretic's ({place}: {first['msg']}): get it again") from error
+        raise OutputError(f"{path} is damaged, or not heretic's ({first_mistake(error)}): get it again") from error
     except ValueError as error:
         raise OutputError(f"{path} asks for what bruno-ray has not ({error}): use heretic") from error
     notes = []

@@ -6,7 +6,7 @@ import sys
 from importlib import metadata
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from bruno_ray.intervals import wilson_interval
 from bruno_ray.settings import Settings
@@ -20,6 +20,12 @@ VERSIONED_PACKAGES = ("bruno-ray", "torch", "transformers", "tokenizers", "ray",
 def today() -> datetime.date:
     """The day, by this machine's clock. Asked once where something begins, and kept."""
     return datetime.date.today()
+
+
+def first_mistake(error: ValidationError) -> str:
+    """Where a file's content does not fit, and why, in one line."""
+    first = error.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
 
 
 class Record(BaseModel):

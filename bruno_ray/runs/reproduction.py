@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from bruno_ray.errors import OutputError
-from bruno_ray.runs.records import Record, ScoresRecord
+from bruno_ray.runs.records import Record, ScoresRecord, first_mistake
 
 FILE = "reproduce.json"
 FORMAT = 1
@@ -129,6 +129,4 @@ def parse(content: dict[str, Any], path: Path) -> Reproduction:
     try:
         return Reproduction.model_validate(content)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise OutputError(f"{path} is damaged ({place}: {first['msg']}): get it again") from error
+        raise OutputError(f"{path} is damaged ({first_mistake(error)}): get it again") from error
