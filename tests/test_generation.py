@@ -1,5 +1,6 @@
 """The engine against transformers' own generate and against plain forward passes, on random models of every family."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -193,17 +194,46 @@ def test_decided_rows_leave_and_history_does_not_matter(llama: LoadedModel) -> N
     assert any(r.decided for r in fresh.generate(prompts(), [None], N, decide)[0])
 
 
-def test_in_bfloat16_on_a_cpu_logits_are_float32_and_nothing_is_drafted(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def rounded(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+    """A llama in bfloat16, whose answers do not end."""
+    folder = tiny_models.write(tmp_path_factory.mktemp("rounded"), "llama")
+    return load_model(ModelSettings(id=str(folder), dtypes=("bfloat16",)))
+
+
+def test_in_bfloat16_logits_are_float32_and_history_does_not_matter(rounded: LoadedModel) -> None:
     """Drafts are confirmed in wider steps, which round otherwise: answers would depend on what was answered before."""
-    loaded = load_model(ModelSettings(id=str(tiny_models.write(tmp_path, "llama")), dtypes=("bfloat16",)))
-    engine = BatchEngine(loaded)
+    engine = BatchEngine(rounded)
     logits = engine.next_logits(prompts(), [None])
     assert logits.dtype == torch.float32
     with torch.inference_mode():
-        alone = torch.stack([loaded.model(torch.tensor([ids])).logits[0, -1] for ids in prompts()])
+        alone = torch.stack([rounded.model(torch.tensor([ids])).logits[0, -1] for ids in prompts()])
     torch.testing.assert_close(logits[0], alone.float(), rtol=0.1, atol=0.1 * float(alone.abs().max()))
-    assert not engine.drafting
     assert engine.generate(prompts(), [None], N) == engine.generate(prompts(), [None], N)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_only_where_no_answer_can_change_is_anything_drafted(llama: LoadedModel, dtype: str) -> None:
+    assert BatchEngine(replace(llama, dtype=dtype)).drafting is (dtype == "float32")
+
+
+def test_in_bfloat16_edits_together_are_as_near_to_float32_as_each_alone(
+    llama: LoadedModel, rounded: LoadedModel
+) -> None:
+    """K rows and K runs round apart, in batches of other shapes, by no more than either is from the exact logits."""
+    exact, engine = BatchEngine(llama), BatchEngine(rounded)
+    of_exact = exact.editor.resolve_all(edits(llama), bank(llama))
+    of_rounded = engine.editor.resolve_all(edits(rounded), bank(rounded))
+    wanted = exact.next_logits(prompts(), of_exact)
+    together = engine.next_logits(prompts(), of_rounded)
+    alone = torch.cat([engine.next_logits(prompts(), [edit]) for edit in of_rounded])
+
+    def distance(a: torch.Tensor, b: torch.Tensor) -> float:
+        return float((a - b).square().mean().sqrt())
+
+    assert distance(together, alone) <= distance(alone, wanted)
+    assert distance(together, wanted) <= 1.5 * distance(alone, wanted)
+    assert distance(alone, wanted) < 0.05 * float(wanted.abs().max())
 
 
 def test_drafts_save_forward_passes(llama: LoadedModel, monkeypatch: pytest.MonkeyPatch) -> None:
