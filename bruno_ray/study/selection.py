@@ -104,9 +104,12 @@ def pareto_front(trials: Sequence[TrialRecord], objectives: Sequence[str]) -> li
     """
     complete = [trial for trial in trials if trial.state == "COMPLETE"]
     points = [tuple(trial.values[name] for name in objectives) for trial in complete]
-    distinct = set(points)
-    best = {mine for mine in distinct if not any(_dominates(other, mine) for other in distinct)}
-    front = [trial for trial, point in zip(complete, points) if point in best]
+    best: list[tuple[float, ...]] = []
+    for point in sorted(set(points)):  # whatever beats a point stands before it; of two objectives, the last one does
+        if not any(_dominates(other, point) for other in reversed(best)):
+            best.append(point)
+    kept = set(best)
+    front = [trial for trial, point in zip(complete, points) if point in kept]
     return sorted(front, key=lambda trial: (*(trial.values[name] for name in objectives), trial.number))
 
 
