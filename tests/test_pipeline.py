@@ -57,6 +57,8 @@ def test_a_run_ends_in_a_model_that_tells_the_truth(finished: Path) -> None:
     assert saved.counts["evasion_rate"][0] <= 0.2 * saved.counts["evasion_rate"][1]
 
 
+@pytest.mark.ray
+@pytest.mark.slow
 def test_a_finished_run_is_opened_from_python(finished: Path) -> None:
     run = br.open_run(finished)
     selected = run.record.selected
