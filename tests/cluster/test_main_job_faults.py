@@ -13,7 +13,7 @@ import pytest
 from bruno_ray.study.storage import load_study
 from tests.cluster.fake_vast.api import Fault
 from tests.cluster.lab.laptop import Laptop
-from tests.cluster.lab.life import NAME, WORKERS, RunningJob
+from tests.cluster.lab.life import NAME, RunningJob
 from tests.cluster.lab.ray_cluster import PATIENCE_S, RayCluster
 from tests.support.waiting import wait_for
 
@@ -41,8 +41,8 @@ def supervisor(cluster: RayCluster) -> int:
 
 def test_a_short_cut_a_killed_supervisor_and_outages_of_the_api_cost_nothing(job: RunningJob) -> None:
     cluster = job.cluster
-    wait_for(lambda: len(job.joined()) == WORKERS, "all of the job's workers", PATIENCE_S, cluster.logs)
-    first, rented = job.joined()[0], set(cluster.vast.instances)
+    joined, rented, given_up = job.joined(), set(cluster.vast.instances), job.given_up()
+    first = joined[0]
     cluster.container(first).cut()
     time.sleep(2)
     cluster.container(first).mend()
@@ -56,7 +56,9 @@ def test_a_short_cut_a_killed_supervisor_and_outages_of_the_api_cost_nothing(job
     cluster.api.outage = None
     job.goes_on()
     assert " is lost (" not in job.log(), "no evaluation was lost"
-    assert set(cluster.vast.instances) == rented and len(job.joined()) == WORKERS, "nor a machine"
+    assert {instance.id for instance in joined} <= {instance.id for instance in job.joined()}, "nor a machine"
+    # Whose ssh never answers is perhaps given up meanwhile, and another rented in its place.
+    assert len(set(cluster.vast.instances) - rented) <= job.given_up() - given_up
 
 
 def test_a_cut_of_45_seconds_costs_no_node(job: RunningJob) -> None:

@@ -17,7 +17,7 @@ from bruno_ray.errors import StudyError
 from bruno_ray.study.storage import load_study
 from tests.cluster.fake_vast.api import Fault
 from tests.cluster.fake_vast.state import FakeInstance
-from tests.cluster.lab import Container, Lab
+from tests.cluster.lab import Container, Lab, far_judge
 from tests.cluster.lab.laptop import Laptop
 from tests.cluster.lab.ray_cluster import PATIENCE_S, RayCluster
 from tests.support.waiting import wait_for
@@ -35,6 +35,8 @@ JOB = (
     *("bruno-ray", "run", "--behaviour", "organism", "--study.name", NAME, "--study.n-trials", str(ENDLESS)),
     *("--study.n-startup-trials", str(ENDLESS), "--study.trials-per-batch", "1", "--ray.workers", str(WORKERS)),
     *("--auto-select", "--selection.max-kl", "10"),
+    *("--prompts.n-train", "40", "--prompts.n-validation", "12", "--prompts.n-test", "12"),
+    *("--scoring.scorers", f"behaviour_rate,kl_divergence,{far_judge.__file__}:FarJudge"),
 )
 NODES = """
 import json, ray
@@ -90,6 +92,10 @@ class RunningJob:
         """Whether as many machines are set up as it has workers, and all of those are at work."""
         return len(self.joined()) == WORKERS and f"workers: {WORKERS} busy" in self.log().rpartition("\n")[0][-500:]
 
+    def given_up(self) -> int:
+        """How many of the machines that were no use to it are given back."""
+        return sum(instance.destroyed_at is not None for instance in (self.stuck, self.mute))
+
     def containers(self) -> list[Container]:
         """The head and the workers that are set up."""
         return [self.cluster.head(), *map(self.cluster.container, self.joined())]
@@ -110,7 +116,7 @@ def laptop(namespaces: None, organism: Path, tmp_path_factory: pytest.TempPathFa
     """The user's machine, after `bruno-ray cluster up`."""
     folder = tmp_path_factory.mktemp("laptop")
     (folder / "work").mkdir()
-    waits = {"boot_timeout_s": 90, "join_timeout_s": 300}
+    waits = {"boot_timeout_s": 60, "join_timeout_s": 300}
     with Lab() as lab, RayCluster(lab, folder, provider=waits) as cluster:
         laptop = Laptop(cluster, folder / "work")
         try:
