@@ -5,8 +5,9 @@ import pytest
 
 from bruno_ray.errors import SettingsError
 from bruno_ray.settings import SearchSettings
+from bruno_ray.settings.schema import ComponentRange
 from bruno_ray.study.sampler import NumberedTPESampler
-from bruno_ray.study.space import edit_from_params, search_space, suggest
+from bruno_ray.study.space import AtBound, at_bounds, bound_lines, edit_from_params, search_space, suggest
 
 SETS = ("difference_in_means@0", "difference_in_means@1")
 COMPONENTS = ("attention", "mlp")
@@ -153,3 +154,64 @@ def test_startup_trials_leave_no_part_of_the_space_out():
 
 def test_seeds_differ():
     assert ask(make_study(seed=0))[0].params != ask(make_study(seed=1))[0].params
+
+
+def at_default(**given: object) -> dict[str, object]:
+    """Parameters in the middle of every range, but those that are given (`__` for a dot)."""
+    middle = {
+        name: distribution.choices[0]
+        if hasattr(distribution, "choices")
+        else (distribution.low + distribution.high) / 2
+        for name, distribution in SPACE.items()
+    }
+    return middle | {name.replace("__", "."): value for name, value in given.items()}
+
+
+RANGES = sorted(name for name, distribution in SPACE.items() if not hasattr(distribution, "choices"))
+
+
+@pytest.mark.parametrize("name", RANGES)
+@pytest.mark.parametrize("side", ["low", "high"])
+def test_a_bound_that_a_third_of_the_front_lies_at_is_named_unless_nothing_is_beyond_it(name, side):
+    """3 of 10 within 2 % of the range. No layer is below 0 or beyond the last, no strength below 0, no share beyond
+    0 and 1, no distance below one layer."""
+    distribution = SPACE[name]
+    bound, width = getattr(distribution, side), distribution.high - distribution.low
+    inside = bound + (0.019 if side == "low" else -0.019) * width
+    front = [at_default(**{name: inside})] * 3 + [at_default()] * 7
+    found = at_bounds(SearchSettings(), SPACE, front, LAYERS)
+    movable = {
+        "low": {"attention.max_weight", "direction_index"},
+        "high": {f"{component}.{of}" for component in COMPONENTS for of in ("max_weight", "min_weight_distance")},
+    }
+    expected = [AtBound(name, bound, 3, 10)] if name in movable[side] else []
+    assert found == expected
+    assert not at_bounds(SearchSettings(), SPACE, [*front[1:], at_default()], LAYERS), "2 of 10 are too few"
+
+
+def test_a_bound_is_named_as_the_settings_have_it():
+    front = [at_default(mlp__min_weight_distance=15.0, attention__max_weight=1.5)] * 2
+    lines = bound_lines(SearchSettings(), SPACE, front, LAYERS)
+    assert [line.partition(" lie at ")[2] for line in lines] == [
+        "the bound 1.5 of search.attention.max_weight: widen it to look beyond",
+        "the bound 1.5 of search.mlp.min_weight_distance: widen it to look beyond",
+    ]
+
+
+def test_what_has_no_say_in_an_edit_lies_at_no_bound():
+    """The global layer of an edit whose layers each have their own; the kernel of a component of no strength."""
+    own = at_default(direction_scope="per_layer", direction_index=2.0)
+    nothing = at_default(mlp__max_weight=-0.2, mlp__min_weight_distance=15.0)
+    assert not at_bounds(SearchSettings(), SPACE, [own] * 5 + [nothing] * 5, LAYERS)
+    mixed = [own] * 5 + [at_default(direction_index=2.0)] * 2
+    assert at_bounds(SearchSettings(), SPACE, mixed, LAYERS) == [AtBound("direction_index", 2.0, 2, 2)]
+
+
+def test_a_range_that_was_narrowed_has_bounds_and_one_of_a_single_value_has_none():
+    narrowed = SearchSettings(
+        mlp=ComponentRange(max_weight_position=(0.6, 1.0), min_weight=(0.2, 0.2), max_weight=(1.0, 1.0))
+    )
+    space = search_space(narrowed, SETS, LAYERS, COMPONENTS)
+    fixed = {"mlp.max_weight": 1.0, "mlp.min_weight": 0.2}
+    front = [at_default(mlp__max_weight_position=6.0) | fixed] * 2
+    assert at_bounds(narrowed, space, front, LAYERS) == [AtBound("mlp.max_weight_position", 6.0, 2, 2)]

@@ -108,8 +108,10 @@ def render_report(run: RunDirectory, study: optuna.Study) -> str:
             front_rows=FRONT_ROWS,
             front_columns=[wording.label(name) for name in columns],
             bounds=bound_lines(
+                settings.search,
                 next((trial.distributions for trial in study.get_trials(deepcopy=False) if trial.distributions), {}),
                 [trial.params for trial in front],
+                record.model.get("n_layers", 1),
             ),
             study_plots=study_plots(study, trials, objectives, number),
             detail_plots=detail_plots(study, objectives),

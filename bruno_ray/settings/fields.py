@@ -6,6 +6,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 
 Bounds = tuple[float, float]
 
+WIDEST_DISTANCE = 2.0
+"""Of the depth, from the peak of a kernel to its edge."""
+
 
 class Section(BaseModel):
     """A group of settings. An unknown key is an error; docstrings of fields are their documentation."""
@@ -50,7 +53,9 @@ def _in_depth(bounds: Bounds) -> Bounds:
 
 
 def _distance(bounds: Bounds) -> Bounds:
-    return _within(bounds, 2.0, "distances are written as fractions of the depth, 0 to 2, not in layers: 0,1.5")
+    return _within(
+        bounds, WIDEST_DISTANCE, "distances are written as fractions of the depth, 0 to 2, not in layers: 0,1.5"
+    )
 
 
 def _share(bounds: Bounds) -> Bounds:

@@ -135,7 +135,8 @@ def run_study(
                     run_tuner(search, pool)
                 schedule.settle()
     front = pareto_front(load_trials(study), objectives)
-    for line in bound_lines(space_of(settings, context, info), [trial.params for trial in front]):
+    space, params = space_of(settings, context, info), [trial.params for trial in front]
+    for line in bound_lines(settings.search, space, params, info.n_layers):
         logger.warning("%s", line)
     if schedule.failure is not None:
         raise schedule.failure

@@ -6,6 +6,7 @@ fractions of the last layer's index are turned into layers here, so parameters a
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import optuna
@@ -14,13 +15,15 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from bruno_ray.ablation.edit import AblationParameters, Edit
 from bruno_ray.errors import SettingsError
 from bruno_ray.settings import Range, SearchSettings
+from bruno_ray.settings.fields import WIDEST_DISTANCE
 
 SCOPE = "direction_scope"
 INDEX = "direction_index"
 SET = "direction_set"
 NEAR, OFTEN, FEWEST_AT_BOUND = 0.02, 0.3, 2
-WIDENED = ("max_weight", "min_weight_distance")
-"""Parameters whose bounds are chosen, not given by what they mean."""
+
+IN_LAYERS = (INDEX, "max_weight_position", "min_weight_distance")
+"""Parameters in layers whose ranges the settings have as fractions of the last layer's index."""
 
 KERNEL_PARAMETERS = ("max_weight", "max_weight_position", "min_weight", "min_weight_distance", "shape")
 
@@ -53,36 +56,85 @@ def search_space(
     return space
 
 
-def at_bounds(
-    space: Mapping[str, BaseDistribution], params: Sequence[Mapping[str, Any]]
-) -> list[tuple[str, float, int]]:
-    """Bounds of the space that many trials lie at: (parameter, bound, trials within NEAR of the range from it).
+@dataclass(frozen=True)
+class AtBound:
+    """A bound of the search space that many edits lie at."""
 
-    ``params`` are those of the Pareto front. Where OFTEN of it or more lie at a bound, better values may lie beyond.
+    name: str
+    """Of the parameter, which is a range of settings below `search.` as well."""
+
+    bound: float
+    n: int
+    """Edits within NEAR of the range from it."""
+
+    of: int
+    """Edits in which the parameter has a say."""
+
+
+def at_bounds(
+    search: SearchSettings,
+    space: Mapping[str, BaseDistribution],
+    params: Sequence[Mapping[str, Any]],
+    n_layers: int,
+) -> list[AtBound]:
+    """Bounds beyond which better edits may lie: OFTEN of the ``params``, those of the Pareto front, lie at them.
+
+    Bounds that are what a parameter means (the first and last layer, a share of 0 or 1) cannot be moved and are left
+    out, and so are ranges of one value, which somebody has chosen.
     """
     found = []
     for name, distribution in space.items():
-        if not isinstance(distribution, FloatDistribution) or not params:
+        if not isinstance(distribution, FloatDistribution) or distribution.single():
             continue
         near = NEAR * (distribution.high - distribution.low)
-        values = [given[name] for given in params if name in given]
+        values = [given[name] for given in params if name in given and _matters(name, given, search)]
         for bound in (distribution.low, distribution.high):
             n = sum(abs(value - bound) <= near for value in values)
-            if n >= max(FEWEST_AT_BOUND, OFTEN * len(params)):
-                found.append((name, bound, n))
+            if n >= max(FEWEST_AT_BOUND, OFTEN * len(values)) and not _is_natural(name, bound, n_layers - 1):
+                found.append(AtBound(name, bound, n, len(values)))
     return found
 
 
-def bound_lines(space: Mapping[str, BaseDistribution], params: Sequence[Mapping[str, Any]]) -> list[str]:
-    """What `at_bounds` finds, as advice. Natural limits (a share of 0 or 1, the first and last layer) are left out."""
+def bound_lines(
+    search: SearchSettings,
+    space: Mapping[str, BaseDistribution],
+    params: Sequence[Mapping[str, Any]],
+    n_layers: int,
+) -> list[str]:
+    """What `at_bounds` finds, as advice; each bound as it is written in the settings."""
     lines = []
-    for name, bound, n in at_bounds(space, params):
-        if name.rpartition(".")[2] in WIDENED:
-            lines.append(
-                f"{n} of {len(params)} trials on the Pareto front lie at the bound {bound:.3g} of {name}: widen"
-                f" search.{name} to look beyond it"
-            )
+    for found in at_bounds(search, space, params, n_layers):
+        scale = n_layers - 1 if found.name.rpartition(".")[2] in IN_LAYERS else 1
+        lines.append(
+            f"{found.n} of {found.of} trials on the Pareto front lie at the bound {found.bound / max(scale, 1):.3g} of"
+            f" search.{found.name}: widen it to look beyond"
+        )
     return lines
+
+
+def _matters(name: str, params: Mapping[str, Any], search: SearchSettings) -> bool:
+    """Whether a parameter has a say in the edit that ``params`` stand for."""
+    if name == INDEX:
+        return params.get(SCOPE, search.direction_scopes[0]) == "global"
+    component, _, parameter = name.rpartition(".")
+    if parameter == "max_weight":
+        return True
+    if params.get(f"{component}.max_weight", 1.0) <= 0:
+        return False
+    return not (parameter == "min_weight" and params.get(f"{component}.shape", search.kernels[0]) == "flat")
+
+
+def _is_natural(name: str, bound: float, last: int) -> bool:
+    """Whether nothing lies beyond a bound: no strength below 0, no layer beyond the last."""
+    match name.rpartition(".")[2]:
+        case "max_weight":
+            return bound <= 0
+        case "min_weight":
+            return bound in (0.0, 1.0)
+        case "min_weight_distance":
+            return bound <= 1 or bound >= WIDEST_DISTANCE * last
+        case _:
+            return bound in (0.0, float(last))
 
 
 def _float(limits: Range, scale: float = 1.0) -> FloatDistribution:
