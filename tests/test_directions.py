@@ -231,6 +231,19 @@ def test_positions_can_be_joined_into_one_subspace():
     assert len(build_bank(target, baseline, joined=True)) == 1, "one position has nothing to join"
 
 
+def test_positions_have_names_of_their_own_where_they_are_given():
+    """A behaviour that lies along another direction once the answer has begun: the joint subspace holds both."""
+    before, behind = planted(), planted(shift=-3.0)
+    target, baseline = (torch.stack([before[side], behind[side].roll(1, dims=-1)], dim=1) for side in (0, 1))
+    bank = build_bank(target, baseline, positions={"0": 0, "opened2": 1}, joined=True, projected=False)
+    assert list(bank) == ["difference_in_means@0", "difference_in_means@opened2", "difference_in_means@0+opened2"]
+    planted_LRD = torch.stack([before[2], behind[2].roll(1, dims=-1)], dim=1)
+    assert captured(bank["difference_in_means@0+opened2"], planted_LRD).min() > 0.95
+    assert captured(bank["difference_in_means@0"], planted_LRD)[:, 1].max() < 0.5
+    with pytest.raises(SettingsError, match="position 2 of 2"):
+        build_bank(target, baseline, positions={"opened3": 2})
+
+
 def test_orthonormalise_keeps_order_and_signs_and_drops_dependent_rows():
     first, second = noise(2, 1, D, seed=1).double()
     basis = orthonormalise(torch.stack([-first, -2 * first, second], dim=1))

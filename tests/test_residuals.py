@@ -106,6 +106,20 @@ def test_answer_positions_are_those_of_the_greedy_answer_fed_as_a_prompt(family)
             tokens.append(token)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_5_text"])
+def test_behind_an_opening_positions_are_those_of_the_prompt_that_ends_in_it(family):
+    """The opening's own tokens first, then the greedy answer that follows it."""
+    loaded = load(family)
+    opening = list(b"the")
+    found = extract_residuals(loaded, PROMPTS, 5, opening=opening)
+    for prompt, residuals_PLD in zip(PROMPTS, found):
+        for n in range(4):
+            read = extract_residuals(loaded, [[*prompt, *opening[:n]]])[0, 0]
+            torch.testing.assert_close(residuals_PLD[n], read, atol=2e-4, rtol=1e-4)
+        rest = extract_residuals(loaded, [[*prompt, *opening]], 2)[0]
+        torch.testing.assert_close(residuals_PLD[3:], rest, atol=2e-4, rtol=1e-4)
+
+
 def test_after_the_end_of_an_answer_the_last_position_is_repeated(llama):
     free = extract_residuals(llama, PROMPTS, answer_tokens=3)
     with torch.no_grad():

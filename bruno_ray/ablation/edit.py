@@ -11,6 +11,10 @@ from typing import Any, Literal, get_args
 NormMode = Literal["none", "pre", "full"]
 KernelShape = Literal["linear", "flat", "cosine", "gaussian"]
 
+OPENED = "opened"
+"""Before an answer token in the name of a direction set, if the answer was made to begin as baseline answers do:
+``difference_in_means@opened2``."""
+
 GAUSSIAN_WIDTH = 0.5
 """Standard deviation of the Gaussian kernel, as a share of the distance from peak to edge."""
 

@@ -6,7 +6,8 @@ stream point:
 
     method(target_NLD, baseline_MLD, rank) -> (L, r, D), r <= rank, float32
 
-Shapes: N, M prompts; P positions (0 the last prompt token, i the i-th answer token); L = n_layers + 1 stream points
+Shapes: N, M prompts; P positions (0 the last prompt token, i the i-th answer token, then those of an answer that was
+made to begin as baseline answers do); L = n_layers + 1 stream points
 (0 the embedding output, l + 1 the residual stream after block l); R = rank; D = d_model.
 
 A row that the residuals do not determine is zero, and ablating zero changes nothing. That happens at the embedding
@@ -15,7 +16,7 @@ output, where all prompts end in the same token and so have the same residual, a
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -61,13 +62,14 @@ def build_bank(
     target_NPLD: Float[Tensor, "n_target position point d_model"],
     baseline_NPLD: Float[Tensor, "n_baseline position point d_model"],
     methods: Sequence[str] = ("difference_in_means",),
-    positions: Sequence[int] = (0,),
+    positions: Sequence[int] | Mapping[str, int] = (0,),
     rank: int = 1,
     projected: bool = True,
     winsorize_quantile: float = 1.0,
     joined: bool = False,
 ) -> dict[str, Float[Tensor, "point rank d_model"]]:
-    """Directions of every method at every position, named like ``difference_in_means@0``.
+    """Directions of every method at every position, named like ``difference_in_means@0``, or as ``positions`` names
+    them.
 
     With ``joined``, also what all positions together span, of rank ``rank`` times positions, in their order and named
     like ``difference_in_means@0+1+2``: a refusal may lie in one direction before the answer and in another within it.
@@ -83,10 +85,12 @@ def build_bank(
         if short in found:
             raise SettingsError(f"directions.methods: two methods are called {short}; rename yours")
         found[short] = plugins.find(name, METHODS, "directions.methods")
+    places = positions if isinstance(positions, Mapping) else {str(position): position for position in positions}
     available = min(target_NPLD.shape[1], baseline_NPLD.shape[1])
-    if max(positions, default=0) >= available:
+    if max(places.values(), default=0) >= available:
         raise SettingsError(
-            f"directions.positions asks for position {max(positions)} of {available}: raise residuals.answer_tokens"
+            f"directions.positions asks for position {max(places.values())} of {available}: raise"
+            " residuals.answer_tokens"
         )
     for side, residuals in (("target", target_NPLD), ("baseline", baseline_NPLD)):
         if len(residuals) == 0:
@@ -95,18 +99,18 @@ def build_bank(
             raise ModelError(f"residuals of {side} prompts are not finite: set model.dtypes to bfloat16 or float32")
 
     bank = {}
-    for position in positions:
+    for place, position in places.items():
         target_NLD = winsorize(target_NPLD[:, position], winsorize_quantile)
         baseline_NLD = winsorize(baseline_NPLD[:, position], winsorize_quantile)
         for name, method in found.items():
             directions_LRD = method(target_NLD, baseline_NLD, rank)
             if projected:
                 directions_LRD = project_out(directions_LRD, mean(baseline_NLD))
-            bank[f"{name}@{position}"] = directions_LRD
-    if joined and len(positions) > 1:
+            bank[f"{name}@{place}"] = directions_LRD
+    if joined and len(places) > 1:
         for name in found:
-            rows_LRD = torch.cat([bank[f"{name}@{position}"] for position in positions], dim=1)
-            bank[f"{name}@{'+'.join(map(str, positions))}"] = orthonormalise(rows_LRD).float()
+            rows_LRD = torch.cat([bank[f"{name}@{place}"] for place in places], dim=1)
+            bank[f"{name}@{'+'.join(places)}"] = orthonormalise(rows_LRD).float()
     for name, directions_LRD in bank.items():
         _check(name, directions_LRD)
     return bank

@@ -37,6 +37,7 @@ def protect(
     rank: int,
     ridge: float,
     projected: bool,
+    places: Mapping[str, int] | None = None,
 ) -> tuple[dict[str, Float[Tensor, "point rank d_model"]], Overlaps]:
     """The bank with every direction cleaned at every strength, and how much each overlapped before.
 
@@ -44,6 +45,7 @@ def protect(
         bank: as ``build_bank`` makes it; the direction sets are not kept but at strength 0.
         protected_NPLD: residuals of every protected set, by its name.
         projected: as of ``build_bank``: what is orthogonal to the baseline mean stays so.
+        places: names of positions, as of ``build_bank``; when not given, names are numbers.
 
     Raises:
         PromptError: so much of a direction is protected that less than LEAST_LEFT of its length remains at every point.
@@ -51,11 +53,9 @@ def protect(
     cleaned: dict[str, Tensor] = {}
     overlaps: Overlaps = {name: {} for name in protected_NPLD}
     for name, directions_LRD in bank.items():
-        places = [int(place) for place in name.partition("@")[2].split("+")]
+        at = [int(place) if places is None else places[place] for place in name.partition("@")[2].split("+")]
         subspaces = {
-            of: torch.cat(
-                [components(each[:, place], baseline_NPLD[:, place], rank, projected) for place in places], dim=1
-            )
+            of: torch.cat([components(each[:, place], baseline_NPLD[:, place], rank, projected) for place in at], dim=1)
             for of, each in protected_NPLD.items()
         }
         for of, rows_LCD in subspaces.items():

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from bruno_ray import organism, plugins
+from bruno_ray.ablation.edit import OPENED
 from bruno_ray.errors import SettingsError, StudyError
 from bruno_ray.files import cache_folder
 from bruno_ray.model.coverage_table import format_coverage
@@ -31,7 +32,7 @@ from bruno_ray.runs.records import RunRecord, ScoresRecord, installed_versions
 from bruno_ray.scoring.judge import METRICS
 from bruno_ray.scoring.markers import Markers
 from bruno_ray.scoring.scores import Scores
-from bruno_ray.settings import ModelSettings, ScoringSettings, Settings
+from bruno_ray.settings import ModelSettings, ResidualSettings, ScoringSettings, Settings
 from bruno_ray.settings.passwords import without_password
 from bruno_ray.study.fingerprint import same_model
 from bruno_ray.workers.exchanged import EvaluationContext, ModelInfo, TrainingPrompts, model_worker
@@ -48,6 +49,9 @@ logger = logging.getLogger(__name__)
 
 OFTEN = 0.5
 """Share of the target prompts that should show the behaviour before anything is edited."""
+
+OPENING_PROMPTS = 64
+"""Baseline prompts whose answers show how such answers begin."""
 
 PREFIX_PROMPTS = 32
 """Prompts a side whose answers are compared for a common beginning."""
@@ -198,11 +202,35 @@ def known_response_prefix(record: RunRecord, prompts: Prompts, pool: WorkerPool)
     return find_response_prefix(record, prompts, pool)
 
 
+def find_opening(record: RunRecord, prompts: Prompts, pool: WorkerPool) -> tuple[int, ...]:
+    """Tokens that answers are made to begin with where directions are read behind a baseline answer's beginning.
+
+    Raises SettingsError if no baseline answer is without the behaviour.
+    """
+    some = prompts.baseline.train[:OPENING_PROMPTS]
+    tokens, text = pool.call("opening", some, record.response_prefix, record.date, record.settings.scoring)
+    if not tokens:
+        raise SettingsError(
+            "directions.opened_positions: answers to baseline prompts are empty or all marked, so none shows how to"
+            " begin one; set scoring.compliant_opening, or leave directions.opened_positions out"
+        )
+    logger.info("directions are also read in answers that begin with %r", text)
+    return tokens
+
+
 def read_residuals(
-    record: RunRecord, info: ModelInfo, prompts: Sequence[Prompt], pool: WorkerPool
+    record: RunRecord,
+    info: ModelInfo,
+    prompts: Sequence[Prompt],
+    pool: WorkerPool,
+    residuals: ResidualSettings,
+    opening: tuple[int, ...] = (),
 ) -> Float[np.ndarray, "prompt position point d_model"]:
-    """Residuals of all prompts: from the store, and what is missing there from the workers, shard by shard."""
-    residuals = record.settings.residuals
+    """Residuals of all prompts: from the store, and what is missing there from the workers, shard by shard.
+
+    ``opening``: tokens that every answer is made to begin with.
+    """
+    opened = {"opening": " ".join(map(str, opening))} if opening else {}
     key = residual_key(
         info.fingerprint,
         # As the model reads them: a template may put more into a prompt than its texts, the date for one.
@@ -211,12 +239,16 @@ def read_residuals(
         quantization=record.settings.model.quantization,
         max_tokens=residuals.max_tokens,
         answer_tokens=residuals.answer_tokens,
+        **opened,
     )
     store = ResidualStore(residuals.cache_dir or cache_folder("residuals"), key, len(prompts))
     missing = store.missing()
     if len(missing) < len(store.shards):
         logger.info("residuals of %d of %d shards are on disk", len(store.shards) - len(missing), len(store.shards))
-    calls = [(prompts[shard.start : shard.stop], record.response_prefix, record.date, residuals) for shard in missing]
+    calls = [
+        (prompts[shard.start : shard.stop], record.response_prefix, record.date, residuals, opening)
+        for shard in missing
+    ]
     for index, array in pool.map_shards("residuals", calls):
         store.write(missing[index], array)
     return store.read()
@@ -241,15 +273,19 @@ def read_bank(
     from bruno_ray.directions import build_bank
     from bruno_ray.directions.protected import protect
 
-    target_NPLD, baseline_NPLD = (
-        _residuals(record, info, side.train, pool) for side in (prompts.target, prompts.baseline)
-    )
     chosen = record.settings.directions
+    opening = find_opening(record, prompts, pool) if chosen.opened_positions else ()
+    target_NPLD, baseline_NPLD = (
+        _residuals(record, info, side.train, pool, opening) for side in (prompts.target, prompts.baseline)
+    )
+    places = {str(position): position for position in chosen.positions}
+    last = record.settings.residuals.answer_tokens
+    places |= {f"{OPENED}{position}": last + position for position in chosen.opened_positions}
     bank = build_bank(
         target_NPLD,
         baseline_NPLD,
         methods=chosen.methods,
-        positions=chosen.positions,
+        positions=places,
         rank=chosen.rank,
         projected=chosen.projected,
         winsorize_quantile=chosen.winsorize_quantile,
@@ -257,7 +293,7 @@ def read_bank(
     )
     geometry = geometry_record(target_NPLD[:, 0], baseline_NPLD[:, 0])
     if prompts.protect:
-        protected_NPLD = {name: _residuals(record, info, each, pool) for name, each in prompts.protect.items()}
+        protected_NPLD = {name: _residuals(record, info, each, pool, opening) for name, each in prompts.protect.items()}
         bank, geometry["protected"] = protect(
             bank,
             {name: _winsorized(each, chosen.winsorize_quantile) for name, each in protected_NPLD.items()},
@@ -266,6 +302,7 @@ def read_bank(
             rank=chosen.protect_rank,
             ridge=chosen.protect_ridge,
             projected=chosen.projected,
+            places=places,
         )
         for name, found in geometry["protected"].items():
             for directions, overlaps in found.items():
@@ -276,11 +313,21 @@ def read_bank(
     return bank, geometry
 
 
-def _residuals(record: RunRecord, info: ModelInfo, prompts: Sequence[Prompt], pool: WorkerPool) -> "Tensor":
-    """(prompt, position, point, d_model)."""
+def _residuals(
+    record: RunRecord, info: ModelInfo, prompts: Sequence[Prompt], pool: WorkerPool, opening: tuple[int, ...]
+) -> "Tensor":
+    """(prompt, position, point, d_model): the positions of the model's own answer, and behind them, from its first
+    token on, those of an answer that is made to begin with ``opening``."""
     import torch
 
-    return torch.from_numpy(np.array(read_residuals(record, info, prompts, pool)))
+    settings = record.settings.residuals
+    read = torch.from_numpy(np.array(read_residuals(record, info, prompts, pool, settings)))
+    if not opening:
+        return read
+    longest = max(record.settings.directions.opened_positions)
+    opened = settings.model_copy(update={"answer_tokens": longest})
+    behind = torch.from_numpy(np.array(read_residuals(record, info, prompts, pool, opened, opening)))
+    return torch.cat([read, behind[:, 1:]], dim=1)
 
 
 def _winsorized(residuals_NPLD: "Tensor", quantile: float) -> "Tensor":

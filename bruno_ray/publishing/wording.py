@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from bruno_ray.ablation.edit import OPENED
 from bruno_ray.ablation.plan import PREFIX
 from bruno_ray.runs.records import RunRecord, ScoresRecord
 
@@ -209,12 +210,20 @@ def direction_phrase(edit: dict[str, Any]) -> str:
         return "trained by gradient through the frozen model (`docs/learned.md`)"
     name, _, protected = edit["direction_set"].partition("|protect")
     method, _, position = name.partition("@")
-    places = ["the last prompt token" if i in ("", "0") else f"answer token {i}" for i in position.split("+")]
+    places = [_place(at) for at in position.split("+")]
     where = f"{' and '.join(places)}{', joined' if len(places) > 1 else ''}"
     index = edit["direction_index"]
     scope = "each layer uses its own" if index is None else f"the one after layer {index:.2f} is used everywhere"
     cleaned = f", cleaned of what is protected with strength {protected}" if protected else ""
     return f"{method.replace('_', ' ')}, read at {where}{cleaned}; {scope}"
+
+
+def _place(position: str) -> str:
+    if position in ("", "0"):
+        return "the last prompt token"
+    if position.startswith(OPENED):
+        return f"token {position.removeprefix(OPENED)} of an answer made to begin as baseline answers do"
+    return f"answer token {position}"
 
 
 KERNEL_HEADER = ("Component", "Peak strength", "at layer", "Strength at the edge", "Layers from peak to edge", "Kernel")

@@ -1,4 +1,5 @@
-"""The residual stream at the last prompt token, and at the first tokens of the model's own answer.
+"""The residual stream at the last prompt token, and at the first tokens of the model's own answer, or of one that is
+made to begin in a given way.
 
 Hooks keep one position of each block's output and let the rest go, so that a batch costs O(layers x rows x d_model)
 beside the forward pass itself; `output_hidden_states` would keep all positions of all layers. Without answer tokens
@@ -41,6 +42,7 @@ def extract_residuals(
     answer_tokens: int = 0,
     batch_tokens: int | TokenBudget = 0,
     on_batch: OnBatch | None = None,
+    opening: Sequence[int] = (),
 ) -> Float[Tensor, "prompt position point d_model"]:
     """Residuals of every prompt, (N, P, L, D) float32 on the CPU.
 
@@ -53,6 +55,7 @@ def extract_residuals(
         batch_tokens: Tokens of one forward pass, padding included; 0 finds it. A `TokenBudget` keeps what was found
             for the next call.
         on_batch: Called with (prompts done, prompts in total).
+        opening: Tokens that every answer is made to begin with; it goes on greedily.
 
     Raises:
         ModelError: a residual is not finite, or one prompt alone does not fit into memory.
@@ -70,7 +73,7 @@ def extract_residuals(
         if beginning is not None:
             return _read_rest(loaded, beginning, given)
         batch = pad_left(given, loaded.tokenizer.pad_token_id or 0, loaded.device)
-        return _read_answer(loaded, batch, answer_tokens) if answer_tokens else _read_prompt(loaded, batch)
+        return _read_answer(loaded, batch, answer_tokens, opening) if answer_tokens else _read_prompt(loaded, batch)
 
     done = 0
     for rows, batch_BPLD in map_batches(forward, [len(prompt) + answer_tokens for prompt in ids], budget):
@@ -188,9 +191,9 @@ def _read_rest(
 
 @torch.inference_mode()
 def _read_answer(
-    loaded: LoadedModel, batch: PaddedBatch, answer_tokens: int
+    loaded: LoadedModel, batch: PaddedBatch, answer_tokens: int, opening: Sequence[int]
 ) -> Float[Tensor, "row position point d_model"]:
-    """Greedy decoding with a key-value cache, which is freed with the batch."""
+    """Greedy decoding behind the opening, with a key-value cache, which is freed with the batch."""
     model, end_ids = loaded.model, torch.tensor(loaded.eos_token_ids, device=loaded.device)
     keep_one = {"logits_to_keep": 1} if _accepts(model, "logits_to_keep") else {}
     tokens_BT, mask_BT, positions_BT, cache = batch.input_ids, batch.attention_mask, batch.position_ids, None
@@ -205,6 +208,8 @@ def _read_answer(
                 latest_BLD[ended_B.cpu()] = read[-1][ended_B.cpu()]
             read.append(latest_BLD)
             tokens_BT = output.logits[:, -1:].argmax(dim=-1)
+            if len(read) <= len(opening):
+                tokens_BT = torch.full_like(tokens_BT, opening[len(read) - 1])
             ended_B = ended_B | torch.isin(tokens_BT[:, 0], end_ids)
             if len(read) == 1 + answer_tokens or ended_B.all():
                 break

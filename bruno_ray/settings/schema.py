@@ -210,6 +210,10 @@ class DirectionSettings(Section):
     """Spares directions of which the protected prompts say little: a component counts half whose squared singular value
     is this share of the largest."""
 
+    opened_positions: tuple[PositiveInt, ...] = ()
+    """Directions are also read at these answer tokens of an answer that is made to begin as baseline answers do
+    (`scoring.compliant_opening`; when that is not given, the commonest beginning of theirs)."""
+
     joined: bool = False
     """Let what all positions together span compete as well, as one subspace."""
 

@@ -8,7 +8,13 @@ from bruno_ray.settings import Settings
 NOT_OF_THE_SEARCH = {"row_tokens", "report_tokens", "report_scorers", "judge"}
 """Settings of scoring that change no trial's scores."""
 
-LATER = {"kernels": ["linear"], "protect_strengths": [0.5, 1.0], "protect_rank": 8, "protect_ridge": 0.01}
+LATER = {
+    "kernels": ["linear"],
+    "protect_strengths": [0.5, 1.0],
+    "protect_rank": 8,
+    "protect_ridge": 0.01,
+    "opened_positions": [],
+}
 """Settings that are younger than studies which may be resumed, with what says the same as their absence. Protected
 prompts are in the fingerprint of all prompts."""
 

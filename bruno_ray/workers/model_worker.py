@@ -37,6 +37,7 @@ from bruno_ray.prompts.sets import Prompt
 from bruno_ray.residuals.extraction import extract_residuals
 from bruno_ray.scoring.base import Evaluation, Scorer, ScoringPrompts, score_edits, score_evaluation
 from bruno_ray.scoring.kl_divergence import KLDivergence
+from bruno_ray.scoring.openings import compliant_opening
 from bruno_ray.scoring.racing import race
 from bruno_ray.scoring.registry import SCORERS, make_scorers
 from bruno_ray.scoring.scores import Answer, ComparedScores, Scores
@@ -134,17 +135,31 @@ class ModelWorker:
         """The prompts as the model reads them: chat template, header of the answer, response prefix."""
         return render_texts(self.loaded.tokenizer, prompts, response_prefix, date=date)
 
+    def opening(
+        self, baseline: Sequence[Prompt], response_prefix: str, date: datetime.date, scoring: ScoringSettings
+    ) -> tuple[tuple[int, ...], str]:
+        """How the unedited model's answers without the behaviour begin, as tokens and as text; empty if it has none."""
+        self._doing = "looking for how baseline answers begin"
+        prompts = ScoringPrompts.rendered(self.engine, (), baseline, response_prefix, date=date)
+        tokens = compliant_opening(Evaluation(self.engine, prompts, scoring))
+        return tokens, self.engine.texts([tokens])[0]
+
     def residuals(
-        self, prompts: Sequence[Prompt], response_prefix: str, date: datetime.date, settings: ResidualSettings
+        self,
+        prompts: Sequence[Prompt],
+        response_prefix: str,
+        date: datetime.date,
+        settings: ResidualSettings,
+        opening: Sequence[int] = (),
     ) -> np.ndarray:
-        """(N, 1 + answer_tokens, n_layers + 1, d_model) float32."""
+        """(N, 1 + answer_tokens, n_layers + 1, d_model) float32; ``opening`` as of ``extract_residuals``."""
         self._doing = f"residuals of {len(prompts)} prompts"
         ids = render(self.loaded.tokenizer, prompts, response_prefix, settings.max_tokens, date=date)
         # One budget for all shards: what the first has found out about memory serves the others.
         budget = self._residual_budgets.setdefault(
             settings.batch_tokens, TokenBudget.for_device(self.loaded.device, settings.batch_tokens)
         )
-        return extract_residuals(self.loaded, ids, settings.answer_tokens, budget).numpy()
+        return extract_residuals(self.loaded, ids, settings.answer_tokens, budget, opening=opening).numpy()
 
     def baseline(self, context: EvaluationContext) -> Scores:
         """The unedited model's own scores. Raises TrialError if they are not numbers."""
