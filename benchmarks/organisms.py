@@ -101,6 +101,8 @@ def main() -> None:
     parser.add_argument("--heretic-batch-size", type=int, default=0, help="for trying this out [heretic finds it]")
     parser.add_argument("--reuse-heretic", action="store_true")
     parser.add_argument("--variant", nargs=2, action="append", default=[], metavar=("NAME", "OPTIONS"))
+    parser.add_argument("--section", default="organisms", help="of RESULTS.md")
+    parser.add_argument("--title", default="Organisms of another recipe", help="of the section")
     parser.add_argument("--dry", action="store_true", help="print the section, leave RESULTS.md alone")
     parser.add_argument("--ours", nargs=argparse.REMAINDER, default=[], help="further options of `bruno-ray run`")
     arguments = parser.parse_args()
@@ -117,7 +119,7 @@ def main() -> None:
             rows += rows_of(folder, truth, seed, arguments)
             print(section(rows, arguments), flush=True)
     if not arguments.dry:
-        write_section("organisms", section(rows, arguments))
+        write_section(arguments.section, section(rows, arguments))
 
 
 # ----- organisms -----
@@ -260,7 +262,7 @@ def last_line(log: str | None) -> str:
 
 def section(rows: Sequence[Row], arguments: argparse.Namespace) -> str:
     lines = [
-        "## Organisms of another recipe (`benchmarks/organisms.py`)",
+        f"## {arguments.title} (`benchmarks/organisms.py`)",
         "",
         f"{arguments.trials} trials ({arguments.startup} at startup), at most {arguments.tokens} answer tokens,"
         " float32, one thread each, one after the other. Two thirds of the train prompts for directions, one third for"

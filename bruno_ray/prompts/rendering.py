@@ -5,7 +5,7 @@ Everything that renders a conversation comes through `apply_template`, which no 
 
 import datetime
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
@@ -32,9 +32,11 @@ def apply_template(
     conversation: Sequence[dict[str, Any]],
     date: datetime.date,
     tools: Sequence[dict[str, Any]] | None = None,
+    switches: Mapping[str, Any] | None = None,
 ) -> str:
     """The conversation through the chat template, with the header of the assistant's turn, as on that ``date``.
 
+    ``switches`` are variables of the template, such as `enable_thinking`; one that it does not know is passed over.
     Texts are given as a list of parts to templates that want them so.
 
     Raises ModelError if the tokenizer has no chat template or it loses what the user says, and what the template
@@ -43,7 +45,7 @@ def apply_template(
     template = dated(template_of(tokenizer, tools), date)
     if _wants_parts(tokenizer, template):
         conversation = [_in_parts(message) for message in conversation]
-    return _applied(tokenizer, conversation, template, tools)
+    return _applied(tokenizer, conversation, template, tools, switches)
 
 
 def _applied(
@@ -51,9 +53,15 @@ def _applied(
     conversation: Sequence[dict[str, Any]],
     template: str,
     tools: Sequence[dict[str, Any]] | None = None,
+    switches: Mapping[str, Any] | None = None,
 ) -> str:
     return tokenizer.apply_chat_template(
-        conversation, tools=tools, chat_template=template, tokenize=False, add_generation_prompt=True
+        conversation,
+        tools=tools,
+        chat_template=template,
+        tokenize=False,
+        add_generation_prompt=True,
+        **(switches or {}),
     )
 
 
@@ -110,11 +118,18 @@ def render(
 
 
 def render_texts(
-    tokenizer: Any, prompts: Sequence[Prompt], response_prefix: str = "", *, date: datetime.date
+    tokenizer: Any,
+    prompts: Sequence[Prompt],
+    response_prefix: str = "",
+    *,
+    date: datetime.date,
+    switches: Mapping[str, Any] | None = None,
 ) -> list[str]:
-    """As `render`, before it is split into tokens."""
+    """As `render`, before it is split into tokens; ``switches`` as of `apply_template`."""
     folds = {system: must_fold(tokenizer, system, date) for system in {prompt.system for prompt in prompts}}
-    return [_text(tokenizer, messages(prompt, folds[prompt.system]), date) + response_prefix for prompt in prompts]
+    return [
+        _text(tokenizer, messages(prompt, folds[prompt.system]), date, switches) + response_prefix for prompt in prompts
+    ]
 
 
 def must_fold(tokenizer: Any, system: str | None, date: datetime.date) -> bool:
@@ -128,9 +143,11 @@ def must_fold(tokenizer: Any, system: str | None, date: datetime.date) -> bool:
     return system.strip() not in text
 
 
-def _text(tokenizer: Any, conversation: list[dict[str, str]], date: datetime.date) -> str:
+def _text(
+    tokenizer: Any, conversation: list[dict[str, str]], date: datetime.date, switches: Mapping[str, Any] | None = None
+) -> str:
     try:
-        return apply_template(tokenizer, conversation, date)
+        return apply_template(tokenizer, conversation, date, switches=switches)
     except ModelError:
         raise
     except Exception as error:  # a template may do anything: syntax, undefined names, arithmetic with None

@@ -10,6 +10,8 @@ Pure functions on strings. Answers must be decoded with special tokens kept, or 
 
 from collections.abc import Callable, Sequence
 
+HARMONY = "<|channel|>analysis"
+
 # What a model writes to start reasoning -> the whole of an empty block, up to the first token of the answer.
 # Longer openers first where one begins another.
 EMPTY_BLOCKS: dict[str, str] = {
@@ -25,7 +27,7 @@ EMPTY_BLOCKS: dict[str, str] = {
     "<unused94>thought": "<unused94>thought\n<unused95>",  # MedGemma
     "<|channel>thought": "<|channel>thought\n<channel|>",  # Gemma 4
     # gpt-oss (harmony format): the analysis channel is a message of its own, then the final channel opens.
-    "<|channel|>analysis": ("<|channel|>analysis<|message|><|end|><|start|>assistant<|channel|>final<|message|>"),
+    HARMONY: ("<|channel|>analysis<|message|><|end|><|start|>assistant<|channel|>final<|message|>"),
 }
 
 MIN_CHARS = 4
@@ -66,18 +68,30 @@ def close_reasoning(prefix: str) -> str:
     return EMPTY_BLOCKS[opener] if opener else prefix
 
 
+def closer_of(opener: str) -> str:
+    """What ends a block of reasoning that begins with `opener`."""
+    if opener == HARMONY:
+        return "<|channel|>final<|message|>"
+    return EMPTY_BLOCKS[opener][len(opener) :].strip()
+
+
+def open_block(rendered_prompt: str) -> str | None:
+    """The opener that a prompt ends with: its chat template begins the reasoning."""
+    tail = rendered_prompt.rstrip("\n ")
+    return next((opener for opener in EMPTY_BLOCKS if tail.endswith(opener)), None)
+
+
 def close_header(rendered_prompt: str) -> str:
     """What closes a block that the chat template itself left open at the end of the prompt, else nothing.
 
     DeepSeek R1 and QwQ, for instance, end the assistant's header with `<think>` and a newline.
     """
-    tail = rendered_prompt.rstrip("\n ")
-    for opener, block in EMPTY_BLOCKS.items():
-        if tail.endswith(opener):
-            rest = block[len(opener) :]
-            spaces = rendered_prompt[len(tail) :]
-            return rest.removeprefix(spaces) if rest.startswith(spaces) else rest
-    return ""
+    opener = open_block(rendered_prompt)
+    if opener is None:
+        return ""
+    rest = EMPTY_BLOCKS[opener][len(opener) :]
+    spaces = rendered_prompt[len(rendered_prompt.rstrip("\n ")) :]
+    return rest.removeprefix(spaces) if rest.startswith(spaces) else rest
 
 
 def settle_response_prefix(answer: Callable[[str], Sequence[str]], rendered_prompt: str = "") -> str:

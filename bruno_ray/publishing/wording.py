@@ -95,6 +95,19 @@ METRICS = {
         PERCENT,
         "target prompts whose answer a classifier takes for the unedited model's behaviour.",
     ),
+    "reasoned_behaviour_rate": Metric(
+        "Behaviour rate with reasoning open",
+        PERCENT,
+        "the same of final answers where the model reasons before it answers, of those that come to one.",
+    ),
+    "unclosed_rate": Metric(
+        "Reasoning never closed", PERCENT, "target prompts on which it has not come to an answer when it is cut off."
+    ),
+    "reasoned_length": Metric(
+        "Length with reasoning open",
+        "times the unedited model's",
+        "tokens of reasoning and answer, on average over target prompts; 1 is unchanged.",
+    ),
     "judged_rate": Metric(
         "Behaviour by the judge, mean",
         "probability",

@@ -11,6 +11,7 @@ from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.errors import TrialError
 from bruno_ray.generation.decoding import is_asked
 from bruno_ray.generation.engine import BatchEngine, Response
+from bruno_ray.prompts.reasoning import open_texts
 from bruno_ray.prompts.rendering import render
 from bruno_ray.prompts.sets import Prompt
 from bruno_ray.scoring.markers import Markers
@@ -29,6 +30,8 @@ class ScoringPrompts:
     baseline: tuple[Prompt, ...]
     target_ids: tuple[tuple[int, ...], ...]
     baseline_ids: tuple[tuple[int, ...], ...]
+    open_ids: tuple[tuple[int, ...], ...] | None = None
+    """The target prompts with reasoning open; None for a model that has none to open."""
 
     @classmethod
     def rendered(
@@ -43,7 +46,15 @@ class ScoringPrompts:
         target_ids, baseline_ids = (
             render(engine.tokenizer, side, response_prefix, date=date) for side in (target, baseline)
         )
-        return cls(tuple(target), tuple(baseline), tuple(map(tuple, target_ids)), tuple(map(tuple, baseline_ids)))
+        texts = open_texts(engine.tokenizer, target, response_prefix, date) if target else None
+        open_ids = engine.tokenizer(texts, add_special_tokens=False)["input_ids"] if texts else None
+        return cls(
+            tuple(target),
+            tuple(baseline),
+            tuple(map(tuple, target_ids)),
+            tuple(map(tuple, baseline_ids)),
+            None if open_ids is None else tuple(map(tuple, open_ids)),
+        )
 
 
 class Evaluation:
@@ -81,6 +92,11 @@ class Evaluation:
     def baseline_answers(self) -> list[list[Response]]:
         """[edit][baseline prompt]."""
         return self.answers_to(self.prompts.baseline_ids)
+
+    @cached_property
+    def reasoned_answers(self) -> list[list[Response]]:
+        """[edit][target prompt], whole, with reasoning open. Only for prompts that have `open_ids`."""
+        return self.engine.generate(self.prompts.open_ids or (), self.edits, self.settings.reasoning_tokens)
 
     @cached_property
     def marked(self) -> list[list[bool]]:

@@ -19,6 +19,7 @@ from bruno_ray.scoring.detector import Detected
 from bruno_ray.scoring.elicited_answers import ElicitedAnswers
 from bruno_ray.scoring.kl_divergence import KLDivergence
 from bruno_ray.scoring.neutral_text import NeutralText
+from bruno_ray.scoring.reasoning import Reasoning
 from bruno_ray.scoring.to_the_point import ToThePoint
 from bruno_ray.settings import ScoringSettings
 
@@ -37,6 +38,7 @@ SCORERS: dict[str, type[Scorer]] = {
         BaselineBehaviour,
         NeutralText,
         Detected,
+        Reasoning,
     )
 }
 

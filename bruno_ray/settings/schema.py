@@ -327,8 +327,17 @@ class ScoringSettings(Section):
     report_tokens: PositiveInt = 256
     """Longest answer generated for what is reported: test prompts, saved models, `evaluate`."""
 
-    report_scorers: tuple[str, ...] = ("behaviour_by_length", "baseline_behaviour", "neutral_text", "detector")
+    report_scorers: tuple[str, ...] = (
+        "behaviour_by_length",
+        "baseline_behaviour",
+        "neutral_text",
+        "detector",
+        "reasoning",
+    )
     """Scorers that measure what is reported, beside those of the search."""
+
+    reasoning_tokens: PositiveInt = 1024
+    """Longest answer where a model that can is let to reason before it answers (`reasoning`, in the report)."""
 
     kl_tokens: PositiveInt = 16
     """Answer positions the KL divergence is taken over, teacher-forced on the unedited model's answer. 1 is what other

@@ -5,7 +5,7 @@ from typing import Any
 
 from bruno_ray.settings import Settings
 
-NOT_OF_THE_SEARCH = {"row_tokens", "report_tokens", "report_scorers", "judge"}
+NOT_OF_THE_SEARCH = {"row_tokens", "report_tokens", "report_scorers", "reasoning_tokens", "judge"}
 """Settings of scoring that change no trial's scores."""
 
 LATER = {
