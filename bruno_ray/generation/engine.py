@@ -15,7 +15,8 @@ Axes: K edits, P prompts, B rows of a batch, T tokens (left-padded), J tokens of
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from bruno_ray.ablation.live import LiveEditor
 from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.generation.decoding import Answers, BufferedLayer, Detokenizer, Drafts, Response, TokenIds
+from bruno_ray.generation.kept import KeptAnswers
 from bruno_ray.generation.lean_forward import lean_forward, own_forward
 from bruno_ray.generation.text_stream import Decoder, TextStream
 from bruno_ray.model.batching import TokenBudget, map_batches, pad_left
@@ -85,6 +87,7 @@ class BatchEngine:
         """
         self.limit_row_tokens(row_tokens)
         self._drafts = Drafts()
+        self._kept: KeptAnswers | None = None
         self._pad_id = self.tokenizer.pad_token_id or 0  # masked wherever it stands
 
     @property
@@ -173,7 +176,9 @@ class BatchEngine:
 
         It is asked after each of the first four tokens and after every fourth, whatever the batch does.
         """
-        rows = [(k, p) for p in range(len(ids)) for k in range(len(edits))]
+        kept = self._kept if len(edits) == 1 and edits[0] is None else None
+        result = self._found(kept, ids, max_new_tokens, decide is not None) if kept else {}
+        rows = [(k, p) for p in range(len(ids)) for k in range(len(edits)) if (k, p) not in result]
         self.work.begin("answers", len(rows))
 
         def answer(batch: list[int]) -> Answers:
@@ -183,10 +188,29 @@ class BatchEngine:
             finally:
                 self.editor.clear()
 
-        result: dict[tuple[int, int], Response] = {}
         for batch, answers in map_batches(answer, [len(ids[p]) + max_new_tokens for _, p in rows], self._answer_budget):
-            result.update(zip((rows[row] for row in batch), answers.responses(self.texts)))
+            responses = answers.responses(self.texts)
+            result.update(zip((rows[row] for row in batch), responses))
+            if kept:
+                kept.add([ids[rows[row][1]] for row in batch], max_new_tokens, decide is not None, responses)
         return [[result[k, p] for p in range(len(ids))] for k in range(len(edits))]
+
+    @contextmanager
+    def keeping(self, kept: KeptAnswers | None) -> Iterator[None]:
+        """Inside of the block, whole greedy answers of the unedited model come from ``kept``, and go there."""
+        self._kept = kept
+        try:
+            yield
+        finally:
+            self._kept = None
+
+    def _found(
+        self, kept: KeptAnswers, ids: Sequence[TokenIds], max_new_tokens: int, decided: bool
+    ) -> dict[tuple[int, int], Response]:
+        found = {(0, p): kept.find(prompt, max_new_tokens, decided) for p, prompt in enumerate(ids)}
+        known = {place: answer for place, answer in found.items() if answer is not None}
+        texts = self.texts([answer.token_ids for answer in known.values()])
+        return {place: replace(answer, text=text) for (place, answer), text in zip(known.items(), texts)}
 
     @torch.inference_mode()
     def stream(

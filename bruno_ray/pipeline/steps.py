@@ -102,7 +102,7 @@ def worker_pool(settings: Settings, workers: int | None = None) -> WorkerPool:
     """`ray.workers` copies of the model, or another number of them."""
     ray = settings.ray if workers is None else settings.ray.model_copy(update={"workers": workers})
     threads = max(1, int(cpus_per_worker(ray)))
-    return WorkerPool(model_worker, (for_workers(settings.model), threads, Folders()), ray)
+    return WorkerPool(model_worker, (for_workers(settings.model), threads, Folders(), True), ray)
 
 
 def for_workers(model: ModelSettings) -> ModelSettings:

@@ -62,7 +62,10 @@ class Elicitation:
         self._answers: dict[int, dict[tuple[int, ...], None]] = defaultdict(dict)  # unmarked, by prompt, in order
         self._marked: dict[int, list[Candidate]] = defaultdict(list)
         self._take_own_answers()
-        self._spent_before = self._engine.tokens
+        self._shared = _shared_length(self._ids)
+        self.spent = 0
+        """Tokens so far. Counted here, not by the engine: answers that are on disk count like those that are made, so
+        that what is found does not depend on whether the preparation was interrupted."""
         self.budget = trials * trial_tokens(unedited)
 
     def likeliest(self) -> dict[int, tuple[int, ...]]:
@@ -73,16 +76,16 @@ class Elicitation:
         best: dict[int, tuple[float, tuple[int, ...]]] = {p: (0.0, only[0]) for p, only in answers.items()}
         rows = [(p, answer) for p, several in answers.items() if len(several) > 1 for answer in several]
         prompts = [self._ids[p] for p, _ in rows]
+        self.spent += sum(self._length(p) + len(answer) for p, answer in rows)
         (logprobs,) = self._engine.token_logprobs(prompts, [[answer for _, answer in rows]], [None])
         for (p, answer), logprobs_N in zip(rows, logprobs):
             found = (float(logprobs_N.sum()), answer)
             best[p] = found if answer == answers[p][0] else max(best[p], found)
         return {p: answer for p, (_, answer) in best.items()}
 
-    @property
-    def spent(self) -> int:
-        """Tokens computed so far."""
-        return self._engine.tokens - self._spent_before
+    def _length(self, p: int) -> int:
+        """Of a prompt, without what all of them begin with: that is read once."""
+        return len(self._ids[p]) - self._shared
 
     # ----- candidates -----
 
@@ -103,6 +106,7 @@ class Elicitation:
     def _begun(self) -> list[Candidate]:
         """The commonest opening for every prompt, then the next one, and so on; own first tokens in between."""
         openings = common_openings(self._unedited, OPENINGS)
+        self.spent += sum(map(self._length, range(len(self._ids))))
         first_PF = self._engine.next_logits(self._ids, [None])[0].topk(OWN_FIRST_TOKENS).indices.tolist()
         by_prompt = []
         for p, own in enumerate(first_PF):
@@ -121,6 +125,7 @@ class Elicitation:
             return []
         found: list[tuple[float, Candidate]] = []
         sequences = [[*self._ids[c.prompt], *c.answer[:-1]] for c in marked]
+        self.spent += sum(self._length(c.prompt) + len(c.answer) - 1 for c in marked)
         for _, row_B, logits_BNV in self._engine.last_logits(sequences, [None], max(len(c.rest) for c in marked)):
             best_BN2 = logits_BNV.topk(2)
             for row, values_N2, ids_N2 in zip(row_B.tolist(), best_BN2.values.tolist(), best_BN2.indices.tolist()):
@@ -159,7 +164,7 @@ class Elicitation:
         left = share * self.budget - self.spent
         chosen = []
         for candidate in candidates:
-            left -= len(self._ids[candidate.prompt]) + len(candidate.answer) + more
+            left -= self._length(candidate.prompt) + len(candidate.answer) + more
             if left < 0:
                 break
             chosen.append(candidate)
@@ -170,6 +175,9 @@ class Elicitation:
         prompts = [[*self._ids[c.prompt], *c.opening] for c in candidates]
         n_tokens, seen = unedited.settings.response_tokens, unedited.markers.seen_in
         (rests,) = self._engine.generate(prompts, [None], n_tokens, seen)
+        self.spent += sum(
+            self._length(c.prompt) + len(c.opening) + len(rest.token_ids) for c, rest in zip(candidates, rests)
+        )
         texts = self._engine.texts([c.opening + rest.token_ids for c, rest in zip(candidates, rests)])
         alike = self._read_alike([c.prompt for c in candidates], texts)
         for candidate, rest, text, like in zip(candidates, rests, texts, alike):
@@ -184,10 +192,19 @@ class Elicitation:
         left = self.budget - self.spent
         for wave in _in_turns(*([(p, answer) for answer in answers] for p, answers in sorted(self._answers.items()))):
             for p, answer in wave:
-                left -= len(self._ids[p]) + len(answer)
+                left -= self._length(p) + len(answer)
                 if p not in kept or left >= 0:
                     kept.setdefault(p, []).append(answer)
         return kept
+
+
+def _shared_length(prompts: Sequence[tuple[int, ...]]) -> int:
+    """Tokens that all of several prompts begin with; one of each is left, since it has to be read."""
+    if len(prompts) < 2:
+        return 0
+    first, last = min(prompts), max(prompts)
+    limit = min(map(len, prompts)) - 1
+    return next((i for i, (a, b) in enumerate(zip(first, last)) if a != b or i == limit), limit)
 
 
 def trial_tokens(unedited: Evaluation) -> int:

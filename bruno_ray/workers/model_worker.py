@@ -15,13 +15,16 @@ from typing import Protocol
 import numpy as np
 import psutil
 import torch
+import transformers
 from transformers import PreTrainedConfig
 
 from bruno_ray.ablation.edit import Edit, NormMode
 from bruno_ray.ablation.plan import TrainedEdit, TrainingPlan
 from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.errors import ModelError, TrialError, first_line
+from bruno_ray.files import cache_folder
 from bruno_ray.generation.engine import BatchEngine
+from bruno_ray.generation.kept import KeptAnswers
 from bruno_ray.generation.lean_forward import own_forward
 from bruno_ray.learning.material import Teacher
 from bruno_ray.learning.training import Trainer
@@ -75,9 +78,18 @@ class Folders(Protocol):
 class ModelWorker:
     """Loads a model once and answers for it."""
 
-    def __init__(self, model: ModelSettings, threads: int = 1, folders: Folders | None = None):
-        """Raises ModelError when the model cannot be loaded. ``folders`` brings models from the driver's machine."""
+    def __init__(
+        self, model: ModelSettings, threads: int = 1, folders: Folders | None = None, keeps_answers: bool = False
+    ):
+        """Raises ModelError when the model cannot be loaded.
+
+        Args:
+            folders: brings models from the driver's machine.
+            keeps_answers: what preparing the scorers has the unedited model say is kept in this machine's cache.
+        """
         torch.set_num_threads(max(1, threads))
+        self._keeps_answers = keeps_answers
+        self._quantization = model.quantization
         self._folders = folders
         self.loaded = load_model(self._here(model))
         self.engine = BatchEngine(self.loaded)
@@ -418,16 +430,32 @@ class ModelWorker:
             scorers=make_scorers(context.scoring),
         )
         unedited = Evaluation(self.engine, prepared.prompts, context.scoring, whole=_reads_whole(context.scoring))
-        for scorer in prepared.scorers:
-            self._doing = f"preparing {scorer.name}"
-            scorer.prepare(unedited)
-        self._doing = "scoring the unedited model"
-        (scores,) = score_evaluation(unedited, prepared.scorers, context.readings)
+        with self.engine.keeping(self._kept_answers(context.scoring)):
+            for scorer in prepared.scorers:
+                self._doing = f"preparing {scorer.name}"
+                scorer.prepare(unedited)
+            self._doing = "scoring the unedited model"
+            (scores,) = score_evaluation(unedited, prepared.scorers, context.readings)
         if isinstance(scores, TrialError):
             raise TrialError("the unedited model's logits are not numbers: load it in another dtype (model.dtypes)")
         prepared.baseline = scores
         self._contexts[context.key] = prepared
         return prepared
+
+    def _kept_answers(self, scoring: ScoringSettings) -> KeptAnswers | None:
+        """Those of this model. Answers stop at markers; and other versions, or devices, may round otherwise."""
+        if not self._keeps_answers:
+            return None
+        return KeptAnswers(
+            cache_folder("answers"),
+            model=self.loaded.fingerprint,
+            dtype=self.loaded.dtype,
+            quantization=self._quantization,
+            device=self.loaded.device.type,
+            markers=list(scoring.markers),
+            empty_counts=scoring.empty_counts,
+            versions=[torch.__version__, transformers.__version__],
+        )
 
 
 def _reads_whole(scoring: ScoringSettings) -> bool:
