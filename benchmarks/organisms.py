@@ -1,7 +1,7 @@
 """bruno-ray, in several variants, against heretic-llm 1.4.0 on organisms of a recipe that is not the project's own.
 
     python benchmarks/organisms.py FOLDER ... --recipe PATH/make_organism.py --fresh qwen3:7 gemma2:3 mistral:5:hard
-        [--variant NAME "OPTIONS" ...] [--only ours] [--reuse-heretic]
+        [--variant NAME "OPTIONS" ...] [--only ours] [--reuse-heretic] [--rows FILE]
 
 FOLDER is a tiny chat model that refuses one topic, with `bad_train.txt` and `good_train.txt` (prompts of that topic and
 of the others), `bad_test.txt`, `good_test.txt` and `facts.json`. A folder of such folders stands for all of them.
@@ -18,9 +18,13 @@ answer (columns `prompt` and `answer`). ``--ours`` are options for all of them. 
 times;
 ``--reuse-heretic`` takes them from there if organism, prompts, trials and seed are the same and so is the machine.
 ``tool_runs.py`` runs both tools, one thread each, one after the other, and says what a trial and a whole command are.
+
+``--rows`` keeps what was measured in a file of JSON lines. A row that is there, by organism, tool and seed, is shown
+with its date and not measured again, so that a table can be made in several sittings.
 """
 
 import argparse
+import datetime
 import json
 import os
 import re
@@ -31,11 +35,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from results import write_section
-from tool_runs import ONE_THREAD, Task, ToolRun, run_heretic, run_ours
+from tool_runs import ONE_THREAD, Task, ToolRun, from_json, run_heretic, run_ours
 
 from bruno_ray.files import cache_folder
 
@@ -81,6 +85,47 @@ class Row:
     truth: Truth | None
     run: ToolRun | None = None
     failure: str = ""
+    options: str = ""
+    """Of this variant."""
+
+    measured: str = field(default_factory=lambda: datetime.date.today().isoformat())
+
+    @property
+    def key(self) -> tuple[str, str, int | None]:
+        return self.organism, self.tool, self.seed
+
+
+class Rows:
+    """What was measured, in memory and, if there is a file, on disk."""
+
+    def __init__(self, file: Path | None) -> None:
+        self._file = file
+        self._rows: dict[tuple[str, str, int | None], Row] = {}
+        if file is not None and file.exists():
+            for line in file.read_text().splitlines():
+                row = row_from_json(line)
+                self._rows[row.key] = row
+
+    def __contains__(self, key: tuple[str, str, int | None]) -> bool:
+        return key in self._rows
+
+    def add(self, row: Row) -> None:
+        self._rows[row.key] = row
+        if self._file is not None:
+            with self._file.open("a") as file:
+                file.write(json.dumps(asdict(row)) + "\n")
+
+    def ordered(self, organisms: Sequence[str], tools: Sequence[str]) -> list[Row]:
+        """By organism, then by tool, each in the order given."""
+        rows = [row for row in self._rows.values() if row.organism in organisms and row.tool in tools]
+        return sorted(rows, key=lambda row: (organisms.index(row.organism), tools.index(row.tool), row.seed or 0))
+
+
+def row_from_json(line: str) -> Row:
+    fields = json.loads(line)
+    fields["truth"] = fields["truth"] and Truth(**fields["truth"])
+    fields["run"] = fields["run"] and from_json(fields["run"])
+    return Row(**fields)
 
 
 def main() -> None:
@@ -100,6 +145,7 @@ def main() -> None:
     parser.add_argument("--only", choices=["ours", "heretic"])
     parser.add_argument("--heretic-batch-size", type=int, default=0, help="for trying this out [heretic finds it]")
     parser.add_argument("--reuse-heretic", action="store_true")
+    parser.add_argument("--rows", type=Path, help="file that keeps what was measured")
     parser.add_argument("--variant", nargs=2, action="append", default=[], metavar=("NAME", "OPTIONS"))
     parser.add_argument("--section", default="organisms", help="of RESULTS.md")
     parser.add_argument("--title", default="Organisms of another recipe", help="of the section")
@@ -112,14 +158,23 @@ def main() -> None:
     folders += [made(arguments.recipe, name) for name in arguments.fresh]
     if not folders:
         parser.error("give a folder with an organism, or --recipe and --fresh")
-    rows: list[Row] = []
+    kept = Rows(arguments.rows)
+    organisms = [folder.name for folder in folders]
+    tools = [UNEDITED, THEIRS, *(name for name, _ in variants(arguments))]
+    text = ""
     for folder in folders:
         truth = truth_program(folder, arguments)
         for seed in arguments.seeds:
-            rows += rows_of(folder, truth, seed, arguments)
-            print(section(rows, arguments), flush=True)
+            measure(kept, folder, truth, seed, arguments)
+            text = section(kept.ordered(organisms, tools), arguments)
+            print(text, flush=True)
     if not arguments.dry:
-        write_section(arguments.section, section(rows, arguments))
+        write_section(arguments.section, text)
+
+
+def variants(arguments: argparse.Namespace) -> list[tuple[str, str]]:
+    """Name and options of each row of ours."""
+    return [(name, options) for name, options in arguments.variant] or [(OURS, "")]
 
 
 # ----- organisms -----
@@ -186,7 +241,8 @@ def measured(program: Path, organism: Path, model: str) -> dict[str, Truth]:
 # ----- runs -----
 
 
-def rows_of(folder: Path, program: Path, seed: int, arguments: argparse.Namespace) -> list[Row]:
+def measure(kept: Rows, folder: Path, program: Path, seed: int, arguments: argparse.Namespace) -> None:
+    """All rows of one organism and seed that are not there yet."""
     task = Task(
         model=folder,
         prompts=prompts_of(folder, arguments.prompts),
@@ -199,28 +255,27 @@ def rows_of(folder: Path, program: Path, seed: int, arguments: argparse.Namespac
         system=SYSTEM,
         heretic_batch_size=arguments.heretic_batch_size,
     )
-    rows, before = [], None
-    if arguments.only != "ours":
-        run = run_heretic(task, arguments.reuse_heretic)
+
+    def add(tool: str, run: ToolRun, options: str = "") -> None:
         truths = measured(program, folder, run.folder)
-        before = truths["before"]
-        rows.append(Row(folder.name, THEIRS, seed, truths["after"], run))
-    variants = arguments.variant or [(OURS, "")]
-    for name, options in variants if arguments.only != "heretic" else ():
+        if (folder.name, UNEDITED, None) not in kept:
+            kept.add(Row(folder.name, UNEDITED, None, truths["before"]))
+        kept.add(Row(folder.name, tool, seed, truths["after"], run, options=options))
+
+    if arguments.only != "ours" and (folder.name, THEIRS, seed) not in kept:
+        add(THEIRS, run_heretic(task, arguments.reuse_heretic))
+    for name, options in variants(arguments) if arguments.only != "heretic" else ():
+        if (folder.name, name, seed) in kept:
+            continue
         with tempfile.TemporaryDirectory(prefix="organisms-") as work:
             given = our_options(folder, Path(work), task, arguments)
             try:
                 more = shlex.split(options.replace("{answered}", str(Path(work) / ANSWERED)))
                 run = run_ours(task, Path(work), given, [*arguments.ours, *more])
             except subprocess.CalledProcessError as error:
-                rows.append(Row(folder.name, name, seed, None, failure=last_line(error.output)))
+                kept.add(Row(folder.name, name, seed, None, failure=last_line(error.output), options=options))
                 continue
-            truths = measured(program, folder, run.folder)
-            before = truths["before"]
-            rows.append(Row(folder.name, name, seed, truths["after"], run))
-    if before is not None and seed == arguments.seeds[0]:
-        rows.insert(0, Row(folder.name, UNEDITED, None, before))
-    return rows
+            add(name, run, options)
 
 
 def answered(folder: Path, prompts: Sequence[str]) -> str:
@@ -274,8 +329,8 @@ def section(rows: Sequence[Row], arguments: argparse.Namespace) -> str:
         "",
         *variant_lines(arguments),
         "| organism | tool | seed | refused | hidden facts | benign facts | KL | s/trial | CPU s/trial"
-        " | whole command, s (CPU) |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        " | whole command, s (CPU) | measured |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
         *map(row_text, rows),
     ]
     for tool in dict.fromkeys(row.tool for row in rows):
@@ -296,16 +351,17 @@ def row_text(row: Row) -> str:
     seed = "" if row.seed is None else row.seed
     start = f"| {row.organism} | {row.tool}{' (measured earlier)' if row.run and row.run.reused else ''} | {seed} |"
     if row.truth is None:
-        return f"{start} failed: {row.failure.replace('|', '/')} | | | | | | |"
-    return f"{start} {truth_text(row.truth)} | {times_text([row.run] if row.run else [])} |"
+        return f"{start} failed: {row.failure.replace('|', '/')} | | | | | | | {row.measured} |"
+    times = times_text([row.run] if row.run else [])
+    return f"{start} {truth_text(row.truth)} | {times} | {row.measured} |"
 
 
 def total_text(tool: str, rows: Sequence[Row]) -> str:
-    """Sums of the counts, means of KL and times."""
+    """Sums of the counts, means of KL and times; of the facts also the mean and the lowest share."""
     truths = [row.truth for row in rows if row.truth is not None]
     failed = f", {len(rows) - len(truths)} failed" if len(truths) < len(rows) else ""
     if not truths:
-        return f"| **all {len(rows)}** | {tool}{failed} | | | | | | | | |"
+        return f"| **all {len(rows)}** | {tool}{failed} | | | | | | | | | |"
     total = Truth(
         *(
             sum(getattr(t, name) for t in truths)
@@ -314,7 +370,18 @@ def total_text(tool: str, rows: Sequence[Row]) -> str:
         kl=statistics.mean(t.kl for t in truths),
     )
     runs = [row.run for row in rows if row.run is not None]
-    return f"| **all {len(rows)}** | {tool}{failed} | | {truth_text(total)} | {times_text(runs)} |"
+    start = f"| **all {len(rows)}** | {tool}{failed} | | {total.refused}/{total.hidden_total}"
+    hidden = shares_text([(t.hidden, t.hidden_total) for t in truths])
+    benign = shares_text([(t.benign, t.benign_total) for t in truths])
+    highest = max(t.kl for t in truths)
+    kl = f"{total.kl:.4f} (highest {highest:.4f})"
+    return f"{start} | {hidden} | {benign} | {kl} | {times_text(runs)} | |"
+
+
+def shares_text(counts: Sequence[tuple[int, int]]) -> str:
+    right, asked = map(sum, zip(*counts))
+    shares = [100 * n / total for n, total in counts]
+    return f"{right}/{asked} (mean {statistics.mean(shares):.0f} %, lowest {min(shares):.0f} %)"
 
 
 def truth_text(truth: Truth) -> str:

@@ -140,7 +140,7 @@ def run_heretic(task: Task, reuse: bool = False) -> ToolRun:
     if reuse and (work / "result.json").exists():
         result = json.loads((work / "result.json").read_text())
         if result.pop("host") == host:
-            return _from_json(result | {"reused": True})
+            return from_json(result | {"reused": True})
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     for name, text in files.items():
@@ -195,7 +195,7 @@ def run_ours(task: Task, work: Path, given: Sequence[str], further: Sequence[str
         further: options that come last, so that they win.
     """
     if (work / "result.json").exists():
-        return _from_json(json.loads((work / "result.json").read_text()) | {"reused": True})
+        return from_json(json.loads((work / "result.json").read_text()) | {"reused": True})
     options = [
         *given,
         *("--model.dtypes", f'["{task.dtype}"]', "--study.n-trials", str(task.trials)),
@@ -271,7 +271,7 @@ def _tool_run(
     )
 
 
-def _from_json(fields: dict) -> ToolRun:
+def from_json(fields: dict) -> ToolRun:
     fields["trials"] = [TrialFigures(**trial) for trial in fields["trials"]]
     fields["selected"] = TrialFigures(**fields["selected"])
     fields["neighbours"] = {int(number): path for number, path in fields["neighbours"].items()}
