@@ -56,6 +56,9 @@ class TrainingPlan:
     base: Edit | None = None
     """The edit that is polished: its directions and strengths are the start."""
 
+    peers: tuple[Edit, ...] = ()
+    """Searched edits that are asked as well before an answer of its own is learned (``learning/agreement.py``)."""
+
     induce: float = 0.0
     """Weight of the likelihood of the behaviour's own text after baseline prompts, with the subspace's part put in."""
 
@@ -73,6 +76,7 @@ class TrainingPlan:
         if given["base"] is not None:
             given["base"] = Edit.from_dict(given["base"])
         given["rivals"] = tuple(given.get("rivals", ()))
+        given["peers"] = tuple(map(Edit.from_dict, given.get("peers", ())))
         return cls(**given)
 
     @property

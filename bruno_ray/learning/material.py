@@ -69,7 +69,7 @@ class Teacher:
         self._settings = settings
         engine, prompts = unedited.engine, unedited.prompts
         self.prompts = prompts
-        self._asked = [
+        self.asked = [
             frozenset(token for text in (prompt.user, f" {prompt.user}") for token in _ids(engine, text))
             for prompt in prompts.target
         ]
@@ -115,7 +115,7 @@ class Teacher:
         belongs = behaviour_tokens(shown, self._baseline)
         texts = []
         for p, tokens in pairs:
-            weights = tuple(float(token in belongs and token not in self._asked[p]) for token in tokens)
+            weights = tuple(float(token in belongs and token not in self.asked[p]) for token in tokens)
             if any(weights):
                 texts.append(Text(self.prompts.target_ids[p], tokens, weights))
         return texts
@@ -156,7 +156,7 @@ class Teacher:
             for (p, answer), similar in zip(answers.items(), like)
             if len(answer.token_ids) >= self._shortest
             and not (similar or self._evaluation.markers.shown_by(answer.text))
-            and not self._telling & set(answer.token_ids) - self._asked[p]
+            and not self._telling & set(answer.token_ids) - self.asked[p]
         }
 
     def as_desired(self, p: int, answer: Response) -> Text:

@@ -25,6 +25,7 @@ from bruno_ray.ablation.edit import Edit, StrengthTable
 from bruno_ray.ablation.plan import PREFIX, TrainedEdit, TrainingPlan
 from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.generation.engine import BatchEngine
+from bruno_ray.learning.agreement import Votes
 from bruno_ray.learning.interchange import Outputs
 from bruno_ray.learning.material import Material, Text
 from bruno_ray.settings import LearnedSettings
@@ -52,7 +53,9 @@ class Trainee:
         bank: DirectionBank,
         material: Material,
         settings: LearnedSettings,
+        votes: Votes,
     ) -> None:
+        """``votes``: of all starts of its training."""
         architecture = engine.loaded.architecture
         self.plan = plan
         self.finite = True
@@ -62,6 +65,7 @@ class Trainee:
         self.sure: dict[int, Text] = {}
         """By target prompt, the proper answer that the edit is sure of by now."""
 
+        self.votes = votes
         self._material = material
         self._settings = settings
         self._components = architecture.components
@@ -168,7 +172,8 @@ class Trainee:
     def sources(self) -> dict[str, int]:
         """How many texts it is trained on by now, by where they come from."""
         given = {term: len(getattr(self._material, term)) for term in TERMS if getattr(self.plan, term)}
-        own = {"own behaviour": sum(map(len, self.present.values())), "own answers": len(self.sure)}
+        answers = "own answers" if self._settings.agreement == 1 else "agreed answers"
+        own = {"own behaviour": sum(map(len, self.present.values())), answers: len(self.sure)}
         return {name: n for name, n in (given | own).items() if n}
 
     def trained(self) -> TrainedEdit:

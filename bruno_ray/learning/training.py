@@ -17,7 +17,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
 import torch
@@ -28,6 +28,7 @@ from bruno_ray.ablation.plan import TrainedEdit, TrainingPlan
 from bruno_ray.errors import TrialError
 from bruno_ray.generation.engine import BatchEngine, Work
 from bruno_ray.generation.lean_forward import own_forward
+from bruno_ray.learning.agreement import Votes
 from bruno_ray.learning.checkpointing import checkpointed
 from bruno_ray.learning.interchange import mean_outputs
 from bruno_ray.learning.losses import answer_loss, induce_loss, protect_loss, retain_loss, suppress_loss
@@ -69,6 +70,7 @@ class Trainer:
         if confidence is None:
             confidence = 1.0 if teacher.material.answers else CONFIDENCE
         self._confidence = math.inf if confidence == 1 else confidence
+        self._said: dict[Hashable, dict[int, tuple[int, ...]]] = {}  # what peers answer to the target prompts
 
     def train(self, plans: Sequence[TrainingPlan]) -> list[TrainedEdit | TrialError]:
         """One result per plan, in their order; a training whose loss is not finite gives an error.
@@ -81,9 +83,10 @@ class Trainer:
             if plan.without_steps not in distinct:
                 distinct.append(plan.without_steps)
         given = self._engine, self._bank, self._teacher.material, self._settings
+        votes = [self._votes(plan) for plan in distinct]
         starts = [replace(plan, start_layer=layer) for plan in distinct for layer in (plan.start_layer, *plan.rivals)]
         plan_of = [p for p, plan in enumerate(distinct) for _ in range(1 + len(plan.rivals))]
-        trainees = [Trainee(plan, *given) for plan in starts]
+        trainees = [Trainee(plan, *given, votes[p]) for plan, p in zip(starts, plan_of)]
         ended: set[int] = set()
         optimizer = torch.optim.Adam(
             [{"params": trainee.parameters, "lr": trainee.plan.learning_rate} for trainee in trainees]
@@ -218,6 +221,19 @@ class Trainer:
 
     # ----- what an edit in training says by now -----
 
+    def _votes(self, plan: TrainingPlan) -> Votes:
+        """For the starts of one training, with what its peers say."""
+        votes = Votes(self._settings.agreement, self._teacher.asked)
+        unknown = {peer.identity: peer for peer in plan.peers if peer.identity not in self._said}
+        if unknown:
+            edits = self._engine.editor.resolve_all(list(unknown.values()), self._bank)
+            answers = self._engine.generate(self._teacher.prompts.target_ids, edits, self._teacher.response_tokens)
+            for identity, of_peer in zip(unknown, answers):
+                self._said[identity] = {p: answer.token_ids for p, answer in enumerate(of_peer)}
+        for peer in plan.peers:
+            votes.cast(peer.identity, self._said[peer.identity])
+        return votes
+
     def _renew(self, step: int, trainees: Sequence[Trainee]) -> None:
         """Let the edits answer some target train prompts. What still shows the behaviour joins what is suppressed, and
         confident proper answers join what is learned (self-training).
@@ -232,8 +248,11 @@ class Trainer:
         ids, edits = [prompts[p] for p in chosen], [trainee.trained_factors(engine) for trainee in trainees]
         answers = engine.generate(ids, edits, teacher.response_tokens)
         logprobs = engine.token_logprobs(ids, [[answer.token_ids for answer in each] for each in answers], edits)
+        for trainee, of_edit in zip(trainees, answers):
+            trainee.votes.cast(trainee, {p: answer.token_ids for p, answer in zip(chosen, of_edit)})
         for trainee, of_edit, logprobs_P in zip(trainees, answers, logprobs):
             given = dict(zip(chosen, of_edit))
+            agreed = trainee.votes.agreed(trainee)
             proper = teacher.proper(given)
             trainee.present |= teacher.with_behaviour({p: answer for p, answer in given.items() if p not in proper})
             for p, logprobs_N in zip(chosen, logprobs_P):
@@ -241,7 +260,7 @@ class Trainer:
                 if p in proper:
                     trainee.present.pop(p, None)
                     sure = math.exp(float(logprobs_N.min())) >= self._confidence
-                    if sure and given[p].end_id is not None:
+                    if sure and p in agreed and given[p].end_id is not None:
                         trainee.sure[p] = teacher.as_desired(p, given[p])
 
 

@@ -13,6 +13,7 @@ SOURCES = {
     "induce": "pairs of a baseline prompt and the behaviour's own text, which the subspace must cause",
     "protect": "answers of the unedited model to the prompts whose answers must stay",
     "own behaviour": "answers of the edit in training that still showed the behaviour",
+    "agreed answers": "proper answers of the edit in training that it was sure of, and that other edits gave as well",
     "own answers": "proper answers of the edit in training that it was sure of",
 }
 

@@ -100,6 +100,10 @@ class LearnedSettings(Section):
     """Probability that each token of such an answer must have, 1 for none of them. When not given, 0.5; where there are
     desired answers none, since one's own lead away from them."""
 
+    agreement: PositiveInt = 1
+    """How many edits must say much the same before such an answer is learned: the edit itself, the other starts of its
+    training, and the best of the searched trials by then. 1 asks no other edit."""
+
     checkpointing: Literal["auto", "on", "off"] = "auto"
     """Whether layers compute their activations again on the way back instead of keeping them, for a third more time.
     auto: once memory does not suffice for a batch of 512 tokens."""

@@ -16,8 +16,11 @@ from bruno_ray.ablation.edit import Edit
 from bruno_ray.ablation.plan import TrainingPlan
 from bruno_ray.errors import StudyError
 from bruno_ray.settings import Settings
-from bruno_ray.study.selection import auto_select, load_trials
+from bruno_ray.study.selection import auto_select, load_trials, pareto_front
 from bruno_ray.study.space import sampled
+
+PEERS = 4
+"""At most this many of the searched front are asked whether they agree with an answer."""
 
 LEARNED = "learned."
 """Parameters of trained trials begin with it."""
@@ -114,6 +117,7 @@ class Trainings:
             rivals=rivals,
             heat=max(1, learned.steps >> (learned.checkpoints - 1)) if rivals else 0,
             base=base,
+            peers=self._peers(trial.study) if learned.agreement > 1 else (),
             induce=learned.induce,
             protect=learned.protect if self.has_protected else 0.0,
             norm_mode=learned.norm_mode,
@@ -124,6 +128,13 @@ class Trainings:
         (low, high), last, n = self.settings.learned.start_layer, self.n_layers - 1, self.settings.learned.starts
         width = (high - low) * last
         return tuple(low * last + (start - low * last + width * i / n) % width for i in range(1, n)) if width else ()
+
+    def _peers(self, study: optuna.Study) -> tuple[Edit, ...]:
+        """The first of the searched trials' front, which begins with those that show the behaviour least."""
+        objectives = self.settings.scoring.objectives
+        searched = [trial for trial in load_trials(study) if not self.is_trained(trial.number)]
+        front = pareto_front(searched, objectives)
+        return tuple(Edit.from_dict(trial.edit) for trial in front if trial.edit)[:PEERS]
 
     def _best(self, study: optuna.Study) -> Edit | None:
         """What the rule takes of the searched trials so far."""

@@ -225,6 +225,22 @@ def test_without_any_answer_the_organism_says_what_it_knows(subject: Subject) ->
     assert truth.benign_rate >= 0.98, truth.lines()
 
 
+def test_own_answers_are_learned_where_enough_edits_agree(subject: Subject) -> None:
+    """A start that is there twice agrees with itself: it learns what it would alone if nobody were asked. A start that
+    is alone learns nothing, nor does one whose peer refuses."""
+    alone = plan(steps=24)
+    refusing = replace(alone, peers=(Edit({}, "difference_in_means@0", None, "none"),))
+    twice = replace(alone, rivals=(alone.start_layer,), heat=100)
+    settings = LEARNED.model_copy(update={"confidence": 0.0, "renewal_prompts": 32})
+    (unasked,) = subject.trainer(settings).train([alone])
+    asking = settings.model_copy(update={"agreement": 2})
+    agreed, *others = subject.trainer(asking).train([twice, alone, refusing])
+    assert agreed.sources["agreed answers"] == unasked.sources["own answers"] > 0
+    assert ["agreed answers" in other.sources for other in others] == [False, False]
+    torch.testing.assert_close(torch.tensor(agreed.directions), torch.tensor(unasked.directions), rtol=0, atol=1e-4)
+    assert TrainingPlan.from_dict(json.loads(json.dumps(refusing.to_dict()))) == refusing
+
+
 def test_outputs_are_averaged_where_the_behaviour_is_written(subject: Subject) -> None:
     texts = subject.teacher().material.suppress[:3]
     found = mean_outputs(subject.engine, texts)

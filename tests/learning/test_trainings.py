@@ -116,6 +116,17 @@ def test_the_best_searched_trial_is_polished(memory_folder: Path) -> None:  # no
         assert plan.base == Edit.from_dict(study.trials[0].user_attrs["edit"])  # no prompt shows the behaviour there
 
 
+def test_the_searched_front_is_asked_whether_it_agrees(memory_folder: Path) -> None:  # noqa: F811
+    plain, asking = trainings(), trainings(agreement=2)
+    with opened(memory_folder) as study:
+        drive(batch_study(study, plain), plain)
+        assert TrainingPlan.from_dict(study.trials[-1].user_attrs[PLAN]).peers == ()
+        plans = batch_study(study, asking).ask(9, 3).edits.values()
+        best = Edit.from_dict(study.trials[0].user_attrs["edit"])
+        # Of the four searched trials the first beats all others; see ``result``.
+        assert [plan.peers for plan in plans] == [(best,)] * 3
+
+
 def test_what_was_trained_is_kept_before_the_trial_says_so(memory_folder: Path) -> None:  # noqa: F811
     chosen, kept = trainings(), []
     with opened(memory_folder) as study:
