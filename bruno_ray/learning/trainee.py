@@ -173,7 +173,10 @@ class Trainee:
         """How many texts it is trained on by now, by where they come from."""
         given = {term: len(getattr(self._material, term)) for term in TERMS if getattr(self.plan, term)}
         answers = "own answers" if self._settings.agreement == 1 else "agreed answers"
-        own = {"own behaviour": sum(map(len, self.present.values())), answers: len(self.sure)}
+        own = {
+            "own behaviour": sum(map(len, self.present.values())) if self.plan.suppress else 0,
+            answers: len(self.sure) if self.plan.answers else 0,
+        }
         return {name: n for name, n in (given | own).items() if n}
 
     def trained(self) -> TrainedEdit:

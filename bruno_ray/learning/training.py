@@ -17,6 +17,7 @@ import logging
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
 
@@ -106,7 +107,9 @@ class Trainer:
             self._engine.work.done = step
             if self._settings.renew_every and step < last and step % self._settings.renew_every == 0:
                 steps, self._engine.work = self._engine.work, Work()
-                self._renew(step, [trainees[k] for k in running if trainees[k].finite])
+                finite = [k for k in running if trainees[k].finite]
+                contested = {p for p, n in Counter(plan_of[k] for k in finite).items() if n > 1}
+                self._renew(step, [trainees[k] for k in finite if plan_of[k] in contested or self._learns(trainees[k])])
                 self._engine.work = steps
             for p, plan in enumerate(distinct):
                 rivals = [k for k in running if plan_of[k] == p and trainees[k].finite]
@@ -221,6 +224,10 @@ class Trainer:
 
     # ----- what an edit in training says by now -----
 
+    def _learns(self, trainee: Trainee) -> bool:
+        """Whether what it says by now is trained on; otherwise it only decides between the starts of one training."""
+        return bool(trainee.plan.suppress or (trainee.plan.answers and self._confidence < math.inf))
+
     def _votes(self, plan: TrainingPlan) -> Votes:
         """For the starts of one training, with what its peers say."""
         votes = Votes(self._settings.agreement, self._teacher.asked)
@@ -247,21 +254,25 @@ class Trainer:
         chosen = random.Random(step).sample(range(len(prompts)), min(self._settings.renewal_prompts, len(prompts)))
         ids, edits = [prompts[p] for p in chosen], [trainee.trained_factors(engine) for trainee in trainees]
         answers = engine.generate(ids, edits, teacher.response_tokens)
-        logprobs = engine.token_logprobs(ids, [[answer.token_ids for answer in each] for each in answers], edits)
+        proper: list[set[int]] = []  # of each trainee
         for trainee, of_edit in zip(trainees, answers):
-            trainee.votes.cast(trainee, {p: answer.token_ids for p, answer in zip(chosen, of_edit)})
-        for trainee, of_edit, logprobs_P in zip(trainees, answers, logprobs):
             given = dict(zip(chosen, of_edit))
-            agreed = trainee.votes.agreed(trainee)
-            proper = teacher.proper(given)
-            trainee.present |= teacher.with_behaviour({p: answer for p, answer in given.items() if p not in proper})
-            for p, logprobs_N in zip(chosen, logprobs_P):
+            trainee.votes.cast(trainee, {p: answer.token_ids for p, answer in given.items()})
+            proper.append(teacher.proper(given))
+            trainee.present |= teacher.with_behaviour({p: answer for p, answer in given.items() if p not in proper[-1]})
+            for p in proper[-1]:
+                trainee.present.pop(p, None)
+        if self._confidence == math.inf:
+            return
+        logprobs = engine.token_logprobs(ids, [[answer.token_ids for answer in each] for each in answers], edits)
+        for k, trainee in enumerate(trainees):
+            candidates = proper[k] & trainee.votes.agreed(trainee)
+            for p, answer, logprobs_N in zip(chosen, answers[k], logprobs[k]):
                 trainee.sure.pop(p, None)
-                if p in proper:
-                    trainee.present.pop(p, None)
-                    sure = math.exp(float(logprobs_N.min())) >= self._confidence
-                    if sure and p in agreed and given[p].end_id is not None:
-                        trainee.sure[p] = teacher.as_desired(p, given[p])
+                if p not in candidates or answer.end_id is None:
+                    continue
+                if math.exp(float(logprobs_N.min())) >= self._confidence:
+                    trainee.sure[p] = teacher.as_desired(p, answer)
 
 
 def _places(plan: TrainingPlan, step: int) -> int:

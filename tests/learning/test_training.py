@@ -241,6 +241,22 @@ def test_own_answers_are_learned_where_enough_edits_agree(subject: Subject) -> N
     assert TrainingPlan.from_dict(json.loads(json.dumps(refusing.to_dict()))) == refusing
 
 
+def test_what_only_decides_between_starts_is_not_said_to_be_trained_on(subject: Subject) -> None:
+    """With desired answers alone an edit answers prompts only until one start is left, and learns none of that."""
+    few = tuple(replace(prompt, answer="it is tall .") if i < 4 else prompt for i, prompt in enumerate(subject.target))
+    trainer = Trainer(subject.engine, subject.teacher(target=few), subject.bank, LEARNED)
+    asked = plan(suppress=0.0, steps=4)
+    (one,) = trainer.train([asked])
+    assert one.sources == {"answers": 4, "retain": 32}
+    read = sum(len(text.prompt) + len(text.continuation) for text in trainer._teacher.material.answers)
+    assert one.tokens > 4 * read
+    before = subject.engine.tokens
+    (again,) = trainer.train([asked])
+    assert subject.engine.tokens - before == again.tokens, "nothing was generated"
+    (two,) = trainer.train([replace(asked, rivals=(1.0,), heat=100)])
+    assert two.sources == one.sources and subject.engine.tokens - before > again.tokens + two.tokens
+
+
 def test_outputs_are_averaged_where_the_behaviour_is_written(subject: Subject) -> None:
     texts = subject.teacher().material.suppress[:3]
     found = mean_outputs(subject.engine, texts)
