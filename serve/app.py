@@ -17,7 +17,7 @@ from bruno_ray.settings import ModelSettings
 from serve.api.auth import VARIABLE, known_hashes
 from serve.api.ingress import Api
 from serve.catalog.catalog import Catalog, ServedBase, discovered
-from serve.deployment.replica import EngineReplica
+from serve.deployment.replica import CATALOGUE, EngineReplica
 from serve.evaluation_jobs import Evaluations
 from serve.settings import ServeArgs
 
@@ -54,7 +54,7 @@ def application(args: ServeArgs, catalog: Catalog, key_hashes: tuple[str, ...]) 
     resources = HEAD_NODE if args.api_on_head else {}
     evaluations = serve.deployment(
         Evaluations,
-        name="Evaluations",
+        name=CATALOGUE,
         num_replicas=1,
         max_ongoing_requests=MANY,
         graceful_shutdown_timeout_s=5,

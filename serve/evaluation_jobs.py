@@ -95,6 +95,10 @@ class Evaluations:
         self._jobs: dict[str, Job] = {}
         self._turn = asyncio.Semaphore(1)
 
+    async def directions(self, run: str, direction_set: str) -> np.ndarray:
+        """(n_layers + 1, rank, d_model) float32, for a replica that does not know an edit yet."""
+        return await asyncio.to_thread(self._catalog.runs[run].directions, direction_set)
+
     # ----- what is asked of it; answers are views of jobs -----
 
     async def create(self, request: EvaluationRequest) -> dict[str, Any] | Refusal:

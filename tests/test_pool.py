@@ -40,6 +40,19 @@ def test_calls_reach_a_worker_and_its_errors_come_back_as_they_are(pool):
     assert pool.call("add", 2, with_context=True) == 42
 
 
+def test_a_context_reaches_every_worker_and_those_that_come_after(tmp_path):
+    with WorkerPool(FakeWorker, (str(tmp_path),), SETTINGS) as pool:
+        wait_for(lambda: all(state.state == "idle" and state.pid for state in pool.snapshot()), "two workers")
+        for context in (40, 50):
+            pool.set_context(context)
+            assert [pool.call("add", 2, with_context=True) for _ in range(4)] == [context + 2] * 4
+        assert all(state.calls for state in pool.snapshot()), "both were asked"
+        for state in pool.snapshot():
+            psutil.Process(state.pid).kill()
+        wait_for(lambda: all(state.state == "idle" and state.losses for state in pool.snapshot()), "their successors")
+        assert [pool.call("add", 2, with_context=True) for _ in range(2)] == [52] * 2
+
+
 def test_shards_come_back_under_their_index(pool):
     shards = [([float(i), i + 1.0],) for i in range(9)]
     results = dict(pool.map_shards("double", shards))

@@ -86,6 +86,8 @@ class Slot:
         self.state = WorkerState(name)
         self.losses = Losses()
         self.actor: Any = None
+        self.context = 0
+        """Number of the context that the actor has been given."""
         self.lost = asyncio.Event()
         self.error: RayError | None = None
         """What a call said when it noticed that the worker is gone."""
@@ -109,7 +111,7 @@ class PoolBroker:
         self._options = options
         self._slots = [Slot(f"worker {i}") for i in range(n_workers)]
         self._idle: IdleQueue[Slot] = IdleQueue()
-        self._context: list[Any] = [None]
+        self._context, self._context_number = b"", 0
         self._events: list[str] = []
         self._failure: BrunoError | None = None
         self._stopped = False
@@ -131,24 +133,24 @@ class PoolBroker:
     async def snapshot(self, events_from: int = 0) -> tuple[list[WorkerState], list[str]]:
         return [slot.state for slot in self._slots], self._events[events_from:]
 
-    async def set_context(self, context: list[Any]) -> None:
-        """``context`` is a list with one object reference, which is thus kept and not opened."""
-        self._context = context
+    async def set_context(self, context: bytes) -> None:
+        """``context`` is cloudpickled. Each worker gets a copy of its own before its next call: an object that several
+        share is pulled from any of them that has it, and workers need not reach each other (docs/cluster.md)."""
+        self._context, self._context_number = context, self._context_number + 1
 
     async def run(self, method: str, arguments: bytes, with_context: bool = False) -> CallReply:
         """Call a method on the next idle worker; ``arguments`` is a cloudpickled tuple, opened in the worker.
 
         Raises WorkerError when the call has lost its worker twice or no worker is left.
         """
-        context = self._context if with_context else []
-        return await self._call(lambda actor: actor.call.options(num_returns=2).remote(method, arguments, *context))
+        return await self._call(lambda actor: actor.call.options(num_returns=2).remote(method, arguments, with_context))
 
     async def evaluate(self, batch: Submission) -> CallReply:
         """``evaluate(context, edits, rivals)`` on the next idle worker, as ``run`` does; NoWorkerLeft when there is
         none."""
         try:
             return await self._call(
-                lambda actor: actor.evaluate.options(num_returns=2).remote(self._context[0], batch.edits, batch.rivals)
+                lambda actor: actor.evaluate.options(num_returns=2).remote(batch.edits, batch.rivals)
             )
         except BrunoError as error:
             if error is self._failure:
@@ -211,6 +213,7 @@ class PoolBroker:
         """Run a call on the slot's worker. However it ends, the slot is then idle again or about to be filled anew."""
         actor = slot.actor
         try:
+            await self._give_context(slot, actor)
             done, result = submit(actor)
             # The method raised, or the call was cancelled: the caller will see it when it gets the result.
             with suppress(RayTaskError, TaskCancelledError):
@@ -229,6 +232,16 @@ class PoolBroker:
                 slot.state.state = IDLE
                 self._idle.put(slot)
 
+    async def _give_context(self, slot: Slot, actor: Any) -> None:
+        """Unless it has it. Where Ray cancels this together with the call that it is for, the next call gives it."""
+        if slot.context == self._context_number:
+            return
+        number = self._context_number
+        with suppress(TaskCancelledError):
+            await actor.set_context.remote(self._context)
+            if slot.actor is actor:  # else the slot has been filled anew already
+                slot.context = number
+
     # ----- workers -----
 
     async def _keep(self, slot: Slot) -> None:
@@ -237,6 +250,7 @@ class PoolBroker:
             slot.lost.clear()
             slot.error = None
             slot.state.state = STARTING
+            slot.context = 0
             slot.actor = WorkerActor.options(**self._options).remote()
             try:
                 await slot.actor.start.remote(self._payload)

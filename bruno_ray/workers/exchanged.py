@@ -61,7 +61,7 @@ class TrainingPrompts:
 
 @dataclass(frozen=True)
 class EvaluationContext:
-    """All that trials of one study share. Sent to each machine once."""
+    """All that trials of one study share. Sent to each worker once."""
 
     key: str
     """Names the context; the same key means the same content."""

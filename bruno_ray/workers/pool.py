@@ -94,9 +94,8 @@ class WorkerPool:
         return self._fetch(self._submit(method, args, with_context), method, args, with_context)
 
     def set_context(self, context: Any) -> None:
-        """What ``evaluate`` gets as its first argument. It is shipped to each machine once."""
-        self._context = ray.put(context)
-        self._ask(self.broker.set_context.remote([self._context]))
+        """What ``evaluate`` gets as its first argument. It is sent to each worker once."""
+        self._ask(self.broker.set_context.remote(cloudpickle.dumps(context)))
 
     def map_shards(self, method: str, shards: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
         """Call ``method(*shard)`` for every shard, spread over the workers; (index, result) as they finish.

@@ -42,20 +42,34 @@ class WorkerState:
 class WorkerActor:
     """Owns one worker object (a ``ModelWorker``) and forwards calls to it."""
 
+    _packed = b""
+    _opened: Any = None
+
     def start(self, payload: bytes) -> None:
         """Build the worker. Apart from ``__init__``, so that its errors arrive as what they are."""
         factory, args = cloudpickle.loads(payload)
         self._worker = factory(*args)
 
-    def call(self, method: str, arguments: bytes, *context: Any) -> tuple[None, Any]:
+    def set_context(self, context: bytes) -> None:
+        """What calls get that want the context. Opened by the first of them, where an error is that call's."""
+        self._packed, self._opened = context, None
+
+    def _context(self) -> Any:
+        if self._packed:
+            self._opened, self._packed = cloudpickle.loads(self._packed), b""
+        return self._opened
+
+    def call(self, method: str, arguments: bytes, with_context: bool = False) -> tuple[None, Any]:
         """(None, result): with two returns the broker can await the first and pass the second on unopened."""
+        context = [self._context()] if with_context else []
         return None, getattr(self._worker, method)(*context, *cloudpickle.loads(arguments))
 
     def evaluate(
-        self, context: Any, edits: Sequence[Edit | TrainingPlan], rivals: Sequence[tuple[float, float]] = ()
+        self, edits: Sequence[Edit | TrainingPlan], rivals: Sequence[tuple[float, float]] = ()
     ) -> tuple[None, tuple[EditOutcome, ...]]:
-        """Like ``call``, with outcomes that a process without torch can open."""
-        return None, tuple(edit_outcome(outcome) for outcome in self._worker.evaluate(context, list(edits), rivals))
+        """Like ``call`` with the context, with outcomes that a process without torch can open."""
+        outcomes = self._worker.evaluate(self._context(), list(edits), rivals)
+        return None, tuple(edit_outcome(outcome) for outcome in outcomes)
 
     @ray.method(concurrency_group="control")
     def stat(self) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any
 
-import ray
 from ray.exceptions import RayActorError, RayError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, RayServeException
 from ray.serve.handle import DeploymentHandle
@@ -54,17 +53,13 @@ class EngineClients:
         self._timeout = timeout_s
         self._probes = 1 if max_replicas == 1 else 2 * max_replicas
         self._receiver = EventReceiver(handles, self._probes)
-        self._directions: dict[tuple[str, str], ray.ObjectRef] = {}
         self._seen: dict[str, dict[str, tuple[float, dict[str, Any]]]] = {key: {} for key in handles}
 
     def source(self, model: ServedModel) -> EditSource | None:
         """What a replica needs to know of the model's edit."""
         if model.edit is None or model.edit_key is None:
             return None
-        run, name = str(model.run_name), model.edit["direction_set"]
-        if (run, name) not in self._directions:
-            self._directions[run, name] = ray.put(self._catalog.runs[run].directions(name))
-        return EditSource(model.edit_key, model.edit, (self._directions[run, name],))
+        return EditSource(model.edit_key, model.edit, str(model.run_name))
 
     async def events(self, model: ServedModel, request: GenerationRequest, whole: bool) -> AsyncIterator[Event]:
         """The answer in pieces, or as one event. Raises RequestError; closing it cancels the answer."""

@@ -21,8 +21,6 @@ from serve.errors import EngineError, InvalidRequest, Overloaded, RequestError, 
 from serve.settings import EngineSettings
 
 if TYPE_CHECKING:
-    from ray import ObjectRef
-
     from serve.engine.types import Event, GenerationRequest
 
 logger = logging.getLogger(__name__)
@@ -34,6 +32,8 @@ A message to a client costs about a millisecond, which is more than a token of a
 like one stream of text. The first and the last piece of an answer do not wait."""
 
 FREE_STREAMS = 2
+CATALOGUE = "Evaluations"
+"""Name of the deployment that replicas ask for directions: one process, where the runs are."""
 FAILED_STEPS = 5
 """In a row, after which the device is believed to be beyond recovery."""
 
@@ -47,8 +47,8 @@ class EditSource:
 
     key: str
     edit: dict[str, Any]
-    directions: "tuple[ObjectRef, ...]"
-    """One reference to (n_layers + 1, rank, d_model) float32, wrapped so that it is only fetched when needed."""
+    run: str
+    """Name of the run whose directions they are; the catalogue's process has them."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,8 @@ class EngineReplica:
         self._channels: dict[str, EventChannel] = {}
         """By the name of the API process."""
 
+        self._catalogue: Any = None
+
         self._progress = (0, time.monotonic())
         self._engine: ServingEngine | None = None
         self._problem: str | None = None
@@ -123,9 +125,18 @@ class EngineReplica:
         if not engine.knows(source.key):
             async with self._resolving.setdefault(source.key, asyncio.Lock()):
                 if not engine.knows(source.key):
-                    directions = await source.directions[0]
+                    directions = await self._directions(source)
                     await asyncio.to_thread(_add_edit, engine, source, directions)
         return source.key
+
+    async def _directions(self, source: EditSource) -> np.ndarray:
+        """(n_layers + 1, rank, d_model) float32, a copy of this replica's own: an object that replicas share is pulled
+        from any machine that has it, and machines need not reach each other (docs/cluster.md)."""
+        from ray import serve
+
+        if self._catalogue is None:
+            self._catalogue = serve.get_deployment_handle(CATALOGUE, serve.get_replica_context().app_name)
+        return await self._catalogue.directions.remote(source.run, source.edit["direction_set"])
 
     async def generate(
         self, request: "GenerationRequest", source: EditSource | None, stream: StreamId | None
