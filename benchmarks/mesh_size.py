@@ -1,4 +1,4 @@
-"""What the network takes at 4, 64 and 256 workers: forwards, ssh processes, time to rent and to join; where ssh ends.
+"""What the network takes at 4, 64 and 256 workers, by mesh: forwards, time to rent and to join; where ssh ends.
 
     python -m benchmarks.mesh_size
 
@@ -17,13 +17,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.results import write_section
-from cluster.network.addresses import HEAD_PORTS, NodeAddress, block_size, max_nodes
+from cluster.network.addresses import NodeAddress, block_size, max_nodes
 from cluster.network.mesh import LOOK_S, both_sides, listeners
 from cluster.network.ssh_master import COMMANDS_AT_ONCE, FORWARDS_PER_COMMAND
+from cluster.settings import MeshKind
 from tests.cluster.fake_vast.cluster import NODE_CONFIG, ImitatedCluster, worker_tags
 
 logger = logging.getLogger(__name__)
 
+MESHES: tuple[MeshKind, ...] = ("star", "head-only")
 SIZES = ((4, 32), (64, 32), (64, 16), (256, 8))
 """Workers, and max_cpus."""
 TRIPS_S = (0.03, 0.15)
@@ -40,6 +42,7 @@ class Size:
 
     workers: int
     max_cpus: int
+    mesh: MeshKind
 
     @property
     def block(self) -> int:
@@ -47,18 +50,16 @@ class Size:
 
     @property
     def of_a_worker(self) -> int:
-        """Forwards of the connection to the last worker: its own ports, the head's, and those of the other workers."""
+        """Forwards of the connection to the last worker: its own ports, the head's, and in a star those of the other
+        workers."""
         addresses = [NodeAddress(index, self.max_cpus) for index in range(self.workers + 1)]
-        return len(both_sides("L", addresses[-1:])) + len(both_sides("R", addresses[:-1]))
+        there = addresses[:1] if self.mesh == "head-only" else addresses[:-1]
+        return len(both_sides("L", addresses[-1:])) + len(both_sides("R", there))
 
     @property
     def in_all(self) -> int:
-        return self.workers * (self.workers * self.block + self.block + len(HEAD_PORTS))
-
-    @property
-    def with_the_head_alone(self) -> int:
-        """Forwards in all where workers did not reach each other: those grow with the workers, not their square."""
-        return self.workers * (2 * self.block + len(HEAD_PORTS))
+        """All connections are alike: each worker has all addresses but its own, and only the head's has more ports."""
+        return self.workers * self.of_a_worker
 
     def later_s(self, trip_s: float) -> float:
         """Until all others listen for a worker that joins: its ports are added to each connection, all side by side."""
@@ -68,6 +69,8 @@ class Size:
 
     def head_cpu_s(self, line_s: float) -> float:
         """For reading what each worker listens on: all of it three times when it joins, a block twice for another."""
+        if self.mesh == "head-only":
+            return line_s * self.workers * 3 * self.block
         return line_s * sum(3 * joined * self.block + 2 * joined * self.block for joined in range(1, self.workers + 1))
 
 
@@ -136,31 +139,34 @@ def main() -> None:
     logging.getLogger("cluster").setLevel(logging.WARNING)
     with tempfile.TemporaryDirectory() as folder:
         took = tried(Path(folder))
+    write_section("mesh_size", table(took, line_s()))
+
+
+def table(took: dict[int, float | None], each_line_s: float) -> str:
     each_s = (took[15_000] or 0.0) / 15_000
-    write_section("mesh_size", table([Size(*size) for size in SIZES], each_s, line_s(), took))
-
-
-def table(sizes: list[Size], each_s: float, each_line_s: float, took: dict[int, float | None]) -> str:
     near, far = (f"{1000 * trip:.0f} ms" for trip in TRIPS_S)
     columns = [
-        *("workers", "max_cpus", "nodes that fit", "forwards of a worker", "forwards in all", "with the head alone"),
-        *("ssh of the head, star", "ssh in all, direct", "rented after"),
+        *("workers", "max_cpus", "mesh", "nodes that fit", "forwards of a worker", "forwards in all", "rented after"),
         *(f"a worker joins at {near} / {far}", f"the others know it at {near} / {far}", "head CPU, reading listeners"),
     ]
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
-    for size in sizes:
-        joins = [LOGIN_TRIPS * trip + each_s * size.of_a_worker for trip in TRIPS_S]
-        later = [size.later_s(trip) for trip in TRIPS_S]
-        rented = rented_s(size.workers, size.max_cpus)
-        logger.info("%d workers rented in %.0f s", size.workers, rented)
-        cells = [
-            *(str(size.workers), str(size.max_cpus), str(max_nodes(size.max_cpus))),
-            *(f"{size.of_a_worker:,}", f"{size.in_all:,}", f"{size.with_the_head_alone:,}"),
-            *(f"{size.workers}", f"{size.workers * size.workers:,}", f"{rented / 60:.1f} min"),
-            *(f"{joins[0]:.1f} / {joins[1]:.1f} s", f"{later[0]:.1f} / {later[1]:.1f} s"),
-            f"{size.head_cpu_s(each_line_s):,.0f} s",
-        ]
-        rows.append(f"| {' | '.join(cells)} |")
+    rented: dict[int, float] = {}
+    for workers, max_cpus in SIZES:
+        if workers not in rented:  # the limits of requests do not ask how large a machine is
+            rented[workers] = rented_s(workers, max_cpus)
+            logger.info("%d workers rented in %.0f s", workers, rented[workers])
+        for mesh in MESHES:
+            size = Size(workers, max_cpus, mesh)
+            joins = [LOGIN_TRIPS * trip + each_s * size.of_a_worker for trip in TRIPS_S]
+            later = [size.later_s(trip) for trip in TRIPS_S]
+            cells = [
+                *(f"{workers}", f"{max_cpus}", mesh, f"{max_nodes(max_cpus, mesh)}"),
+                *(f"{size.of_a_worker:,}", f"{size.in_all:,}", f"{rented[workers] / 60:.1f} min"),
+                f"{joins[0]:.1f} / {joins[1]:.1f} s",
+                "-" if mesh == "head-only" else f"{later[0]:.1f} / {later[1]:.1f} s",
+                f"{size.head_cpu_s(each_line_s):.1f} s",
+            ]
+            rows.append(f"| {' | '.join(cells)} |")
     seen = ", ".join(
         f"{number:,}: {'the connection ended' if seconds is None else f'{seconds:.1f} s'}"
         for number, seconds in took.items()

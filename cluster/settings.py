@@ -33,6 +33,9 @@ RAY_KEYS = frozenset(
 )
 """Keys of the provider section that Ray itself reads; keys with a leading underscore are Ray's too."""
 
+MeshKind = Literal["head-only", "star", "direct"]
+"""Whom a worker reaches beside the head: nobody, the other workers through the head, or those that it dials itself."""
+
 CUDA_OF_IMAGE = re.compile(r"cuda-?(\d+\.\d+)")
 
 CLUSTER_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,22}[a-z0-9])?")
@@ -160,8 +163,8 @@ class NodeSettings(Section):
     """The `node_config:` of one node type."""
 
     image: str = "vastai/base-image:cuda-12.8.1-auto"
-    """Docker image. It needs bash, sshd and rsync, which Vast.ai's own images have. Set-up installs torch in an
-    environment of its own, so one that brings torch is only a longer download."""
+    """Docker image. It needs bash, sshd and rsync, which Vast.ai's own images have. Set-up uses an image's torch
+    where it is the pinned one for your Python (cluster/scripts/setup_node.sh); any other is only a longer download."""
 
     requirements: Requirements = Requirements()
     disk_gb: PositiveFloat | None = None
@@ -217,8 +220,9 @@ class ClusterSettings(Section):
     notify_file: UserPath | None = None
     """Where `notify` is instead; filled in by `ray up`."""
 
-    mesh: Literal["star", "direct"] = "star"
-    """star: all traffic crosses the head. direct: workers also dial each other (cluster/network/peers.py)."""
+    mesh: MeshKind = "star"
+    """head-only: workers reach the head and no other worker. star: they reach each other through the head. direct: they
+    also dial each other (cluster/network/mesh.py)."""
 
     max_cpus: PositiveInt = 48
     """The most CPUs any node offers to Ray; decides how many nodes fit (cluster/network/addresses.py)."""

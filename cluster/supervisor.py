@@ -166,7 +166,7 @@ def configured(config_file: Path) -> Supervisor:
     provider = VastNodeProvider(config["provider"], config["cluster_name"])
     key = Path(config["auth"]["ssh_private_key"]).expanduser()
     identity = SshIdentity(key, FOLDER / "known_hosts")
-    mesh = Mesh(FOLDER, identity, provider.settings.max_cpus, direct=provider.settings.mesh == "direct")
+    mesh = Mesh(FOLDER, identity, provider.settings.max_cpus, provider.settings.mesh)
     costs = CostWriter(RUNS, Ledger(provider.folder, SystemClock()), SystemClock())
     looks = (costs.look, RunWatch(RUNS, provider.notices).look)
     return Supervisor(FOLDER, mesh, provider.nodes_for_mesh, looks)

@@ -9,13 +9,15 @@ interfaces, so a port may mean only one node: node ``i`` owns the ports
 and the tunnels carry exactly those. All ports lie below 32768, where Linux begins to hand out ephemeral ports.
 The size of a block follows from ``max_cpus``, the most CPUs any node of the cluster offers to Ray, because Ray
 keeps up to two worker processes per CPU; a list that is too short leaves actors pending for ever without an error.
-The number of nodes that fit is therefore limited, once by the ports and once by what a worker's sshd listens on for all
-other nodes in one connection: 111 with the default of 48 CPUs, 28 with 256 (`max_nodes`).
+The number of nodes that fit is therefore limited by the ports, to 152 with the default of 48 CPUs. Where workers are to
+reach each other it is limited as well by what a worker's sshd listens on for all other nodes in one connection, to 111
+(`max_nodes`).
 """
 
 from dataclasses import dataclass
 
 from cluster.errors import ClusterSettingsError
+from cluster.settings import MeshKind
 
 FIRST_PORT = 12000
 """Start of node 0's block; above Ray's fixed ports and the usual services of machine images."""
@@ -47,11 +49,17 @@ def block_size(max_cpus: int) -> int:
     return NAMED_PORTS + 2 * max_cpus + SPARE_WORKERS
 
 
-def max_nodes(max_cpus: int) -> int:
-    """How many nodes, the head included, fit below `END_PORT` when no node has more than `max_cpus`, and into the
-    connection to a worker, which carries the ports of all nodes but its own."""
-    in_a_connection = (MAX_LISTENERS - len(HEAD_PORTS)) // block_size(max_cpus) + 1
-    return min((END_PORT - FIRST_PORT) // block_size(max_cpus), in_a_connection, MAX_ALIASES)
+def max_addresses(max_cpus: int) -> int:
+    """How many blocks of ports fit below `END_PORT`, the head's included, when no node has more than `max_cpus`."""
+    return min((END_PORT - FIRST_PORT) // block_size(max_cpus), MAX_ALIASES)
+
+
+def max_nodes(max_cpus: int, mesh: MeshKind) -> int:
+    """How many nodes have addresses, the head included, and fit into the connection to a worker, which unless the mesh
+    is head-only carries the ports of all nodes but its own."""
+    if mesh == "head-only":
+        return max_addresses(max_cpus)
+    return min(max_addresses(max_cpus), (MAX_LISTENERS - len(HEAD_PORTS)) // block_size(max_cpus) + 1)
 
 
 @dataclass(frozen=True)
@@ -69,11 +77,11 @@ class NodeAddress:
     def __post_init__(self) -> None:
         if self.max_cpus < 1:
             raise ClusterSettingsError(f"max_cpus is {self.max_cpus}; give the CPUs of the largest node, at least 1")
-        if not 0 <= self.index < max_nodes(self.max_cpus):
-            limit = max_nodes(self.max_cpus)
+        limit = max_addresses(self.max_cpus)
+        if not 0 <= self.index < limit:
             raise ClusterSettingsError(
                 f"node {self.index} does not fit: {limit} nodes of up to {self.max_cpus} CPUs have ports below"
-                f" {END_PORT} and in one ssh connection; lower max_workers, or provider.max_cpus if none has that many"
+                f" {END_PORT}; lower max_workers, or provider.max_cpus if none has that many"
             )
 
     @property

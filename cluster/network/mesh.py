@@ -1,20 +1,26 @@
 """The network between the nodes: which ssh connections there are, and what each of them carries.
 
-Star, the default: the head dials every worker. A connection carries
+The head dials every worker. A connection carries
 
     -R  the head's alias and ports, first, because a worker waits for them before it starts Ray
     -L  the worker's alias and ports, so that the head reaches the worker
-    -R  the aliases and ports of all other workers, which listen on this worker and lead through the head
+    -R  the aliases and ports of all other workers, which listen on this worker and lead through the head: in a star
 
 all of them on ssh's own command line, which asks for them at once: added one by one they take a round trip each, and
-there are hundreds. Only those of machines that join later are added, in parts side by side. So every node reaches every
-other under the same address, its loopback alias (cluster/network/addresses.py), and no port is open to the outside.
-`-R` on an alias needs `GatewayPorts clientspecified` in the worker's sshd; with the usual `no`
-sshd listens on 127.0.0.1 *without a word*. So the listeners are looked up on the worker, and where they are wrong the
-connection is made again through an sshd of our own (cluster/network/ssh_master.py).
+there are hundreds. Only those of machines that join later are added, in parts side by side. So a node has the same
+address everywhere, its loopback alias (cluster/network/addresses.py), and no port is open to the outside.
 
-Direct: workers also dial each other (cluster/network/peers.py), and the second kind of forward is only what stands in
+Head-only: the first two. Forwards grow with the workers, not with their square, and nothing is added to a connection
+when another worker joins; workers do not reach each other.
+
+Star: all three, so that every node reaches every other.
+
+Direct: workers also dial each other (cluster/network/peers.py), and the third kind of forward is only what stands in
 for a direct link that cannot be had.
+
+`-R` on an alias needs `GatewayPorts clientspecified` in the worker's sshd; with the usual `no` sshd listens on
+127.0.0.1 *without a word*. So the listeners are looked up on the worker, and where they are wrong the connection is
+made again through an sshd of our own (cluster/network/ssh_master.py).
 """
 
 import asyncio
@@ -30,6 +36,7 @@ from cluster.network.addresses import NodeAddress
 from cluster.network.keys import host_key_alias
 from cluster.network.peers import Peer, PeerDialer, make_peer_key
 from cluster.network.ssh_master import Endpoint, Forward, LinkError, ListenError, SshIdentity, SshMaster
+from cluster.settings import MeshKind
 
 logger = logging.getLogger(__name__)
 
@@ -100,19 +107,19 @@ class Link:
     """Keeps the connection from this machine to one node, with its forwards, until it is cancelled."""
 
     def __init__(
-        self, node: Node, here: NodeAddress, folder: Path, identity: SshIdentity, max_cpus: int, direct: bool
+        self, node: Node, here: NodeAddress, folder: Path, identity: SshIdentity, max_cpus: int, kind: MeshKind
     ) -> None:
         self.node = node
         self.status = LinkStatus()
         self.peers: dict[str, Peer] = {}
-        """The other workers, whose ports this one needs."""
+        """The other workers, whose ports this one needs: none where the mesh is head-only."""
         self._here = here
         self._there = NodeAddress(node.index, max_cpus)
         self._max_cpus = max_cpus
         self._master = SshMaster(folder / f"{node.id}.sock", identity, host_key_alias(node.id))
         self._inner_sshd = False
         self._attempts = 0
-        self._dialer = PeerDialer(self._master, self._there, folder) if direct else None
+        self._dialer = PeerDialer(self._master, self._there, folder) if kind == "direct" else None
         self._dial_at = 0.0
         self._beat_at = 0.0
 
@@ -259,29 +266,31 @@ class Link:
 class Mesh:
     """Keeps one `Link` per worker. Call `update` whenever it is known which nodes exist."""
 
-    def __init__(self, folder: Path, identity: SshIdentity, max_cpus: int, direct: bool = False) -> None:
+    def __init__(self, folder: Path, identity: SshIdentity, max_cpus: int, kind: MeshKind) -> None:
         self.links: dict[str, Link] = {}
-        self._direct = direct
+        self._kind: MeshKind = kind
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._folder = folder
         self._identity = identity
         self._max_cpus = max_cpus
 
     async def update(self, nodes: Iterable[Node]) -> None:
-        """Have links to exactly these workers, and let each of them know the ports of all others."""
+        """Have links to exactly these workers. Unless the mesh is head-only, let each know the ports of all others."""
         workers = {node.id: node for node in nodes if node.index > 0}
         for gone in [name for name in self.links if name not in workers]:
             await self._drop(gone)
         await self._close_forgotten(workers)
-        if self._direct:
+        if self._kind == "direct":
             await make_peer_key(self._folder)
         for name, node in workers.items():
             if name not in self.links:
                 here = NodeAddress(0, self._max_cpus)
-                self.links[name] = Link(node, here, self._folder, self._identity, self._max_cpus, self._direct)
+                self.links[name] = Link(node, here, self._folder, self._identity, self._max_cpus, self._kind)
                 self._tasks[name] = asyncio.create_task(self.links[name].keep(), name=f"link-{name}")
             elif self.links[name].node.endpoints != node.endpoints:
                 self.links[name].renew(node)
+        if self._kind == "head-only":
+            return
         peers = {
             name: Peer(name, NodeAddress(node.index, self._max_cpus), node.endpoints) for name, node in workers.items()
         }

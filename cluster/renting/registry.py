@@ -36,7 +36,7 @@ from ray.autoscaler.tags import STATUS_UNINITIALIZED, TAG_RAY_NODE_STATUS
 
 from cluster.clock import Clock
 from cluster.errors import BudgetError, NodeError
-from cluster.network.addresses import max_nodes
+from cluster.network.addresses import max_addresses
 from cluster.notices.notices import Notices
 from cluster.renting.budget import Limit, Phase, limit
 from cluster.renting.cost import ClusterCost, cluster_cost, tell_credit
@@ -297,7 +297,7 @@ class NodeRegistry:
     def free_index(self) -> int:
         """An index that no node has or had lately. Raises `NodeError` when all are taken."""
         taken = {node.label.index for node in self.current().values()} | self._ledger.unavailable_indices()
-        limit = max_nodes(self._settings.max_cpus)
+        limit = max_addresses(self._settings.max_cpus)
         for index in range(1, limit):
             if index not in taken:
                 return index

@@ -56,11 +56,11 @@ def bootstrapped(config: dict[str, Any]) -> dict[str, Any]:
     if head is not None:
         values = config["available_node_types"][head_type]["node_config"]
         _fit_head(head, values, f"available_node_types.{head_type}", sizes)
-    limit = max_nodes(settings.max_cpus)
+    limit = max_nodes(settings.max_cpus, settings.mesh)
     if config.get("max_workers", 0) + 1 > limit:
         raise ClusterSettingsError(
-            f"max_workers is {config['max_workers']}, but with provider.max_cpus {settings.max_cpus} only {limit - 1} "
-            "workers have ports; lower one of the two"
+            f"max_workers is {config['max_workers']}, but with provider.max_cpus {settings.max_cpus} and mesh"
+            f" {settings.mesh} only {limit - 1} workers have ports; lower one of the two"
         )
     key = ensure_key_pair(settings.folder(name), name)
     auth = config.setdefault("auth", {})

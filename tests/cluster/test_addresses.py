@@ -5,12 +5,12 @@ import ipaddress
 import pytest
 
 from cluster.errors import ClusterSettingsError
-from cluster.network.addresses import END_PORT, FIRST_PORT, HEAD_PORTS, NodeAddress, max_nodes
+from cluster.network.addresses import END_PORT, FIRST_PORT, HEAD_PORTS, NodeAddress, max_addresses, max_nodes
 
 
 @pytest.mark.parametrize("max_cpus", [1, 2, 48, 256])
 def test_no_port_means_two_nodes(max_cpus: int) -> None:
-    nodes = [NodeAddress(index, max_cpus) for index in range(max_nodes(max_cpus))]
+    nodes = [NodeAddress(index, max_cpus) for index in range(max_addresses(max_cpus))]
     ports = [port for node in nodes for port in node.ports]
     assert len(ports) == len(set(ports))
     assert max(ports) < END_PORT
@@ -46,18 +46,20 @@ def test_aliases_are_loopback_hosts_beyond_the_254th_node_too() -> None:
 
 
 def test_the_documented_limits_hold() -> None:
-    assert (max_nodes(48), max_nodes(256)) == (111, 28)
+    limits = [(max_nodes(max_cpus, "head-only"), max_nodes(max_cpus, "star")) for max_cpus in (8, 16, 32, 48, 256)]
+    assert limits == [(370, 268), (288, 209), (199, 145), (152, 111), (37, 28)]
+    assert max_nodes(48, "direct") == max_nodes(48, "star"), "the star may have to stand in for every direct link"
 
 
 @pytest.mark.parametrize("max_cpus", [1, 8, 16, 32, 48, 64, 128, 256])
 def test_what_a_worker_listens_on_fits_into_one_ssh_connection(max_cpus: int) -> None:
     """OpenSSH ends a connection with more than 16384 channels; streams that run through it need some of them."""
-    addresses = [NodeAddress(index, max_cpus) for index in range(max_nodes(max_cpus))]
+    addresses = [NodeAddress(index, max_cpus) for index in range(max_nodes(max_cpus, "star"))]
     listened = sum(len(address.ports) for address in addresses[:-1])
     assert listened <= 15_000
 
 
-@pytest.mark.parametrize(("index", "max_cpus"), [(-1, 8), (max_nodes(256), 256), (0, 0)])
+@pytest.mark.parametrize(("index", "max_cpus"), [(-1, 8), (max_addresses(256), 256), (0, 0)])
 def test_a_node_that_does_not_fit_is_refused(index: int, max_cpus: int) -> None:
     with pytest.raises(ClusterSettingsError, match="max_cpus"):
         NodeAddress(index, max_cpus)

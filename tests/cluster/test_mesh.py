@@ -67,14 +67,18 @@ class Network:
     def link(self, index: int) -> dict:
         return next((row for row in self.status()["nodes"].values() if row["index"] == index), {"state": "none"})
 
+    def place(self, index: int) -> tuple[str, int]:
+        """Where the node's sshd answers."""
+        return self.nodes[index].public_address, self.nodes[index].ssh_port
+
     def wait_until_up(self) -> None:
-        workers = set(self.nodes) - {0}
+        workers = set() if self.mode == "head-only" else set(self.nodes) - {0}
 
         def up() -> bool:
             links = {row["index"]: row for row in self.status()["nodes"].values()}
-            kind = "peers" if self.mode == "star" else "direct"
+            kind = "direct" if self.mode == "direct" else "peers"
             peers = {index: set(row[kind]) for index, row in links.items() if row["state"] == "up"}
-            return peers == {index: workers - {index} for index in workers}
+            return peers == {index: workers - {index} for index in set(self.nodes) - {0}}
 
         wait_for(up, "all links", detail=self.status)
 
@@ -87,8 +91,16 @@ class Network:
         return {int(number): answers for number, answers in said.items()}
 
     def check_everyone_reaches_everyone(self) -> None:
-        for index in self.nodes:
-            expected = {other: [f"node {other}"] * 3 for other in self.nodes if other != index}
+        self.check_reach({index: set(self.nodes) - {index} for index in self.nodes})
+
+    def check_reach(self, reached: dict[int, set[int]]) -> None:
+        """By node which others it reaches; their ports refuse it elsewhere."""
+        for index, others in reached.items():
+            expected = {
+                other: [f"node {other}" if other in others else "ConnectionRefusedError"] * 3
+                for other in self.nodes
+                if other != index
+            }
             assert self.answers(index) == expected, f"from node {index}"
 
     def master(self, index: int) -> int:
@@ -330,6 +342,45 @@ class TestDirect:
         direct.check_everyone_reaches_everyone()
 
 
+@pytest.fixture(scope="module")
+def head_only(network: Network, key: KeyPair) -> Network:
+    """Two workers that know of nobody but the head; what was there before is gone."""
+    network.lab.close_containers()
+    network = Network(network.lab, key, "head-only")
+    for index, gateway_ports in enumerate(["clientspecified", "clientspecified", "no"]):
+        network.add(index, gateway_ports)
+    network.tell()
+    network.start_supervisor()
+    network.wait_until_up()
+    return network
+
+
+@pytest.mark.cluster
+class TestHeadOnly:
+    def test_a_worker_reaches_the_head_and_no_other_worker(self, head_only: Network) -> None:
+        head_only.check_reach({0: {1, 2}, 1: {0}, 2: {0}})
+        assert [head_only.link(index)["inner_sshd"] for index in (1, 2)] == [False, True]
+
+    def test_a_machine_that_joins_adds_nothing_to_the_connections_of_the_others(self, head_only: Network) -> None:
+        def heard() -> list[set[tuple[str, int]]]:
+            return [listeners(head_only.shell(index, "cat /proc/net/tcp")) for index in (1, 2)]
+
+        before, made = heard(), [head_only.link(index)["connections"] for index in (1, 2)]
+        head_only.add(3)
+        head_only.tell()
+        head_only.wait_until_up()
+        head_only.check_reach({0: {1, 2, 3}, 1: {0}, 2: {0}, 3: {0}})
+        assert heard() == before
+        assert [head_only.link(index)["connections"] for index in (1, 2)] == made
+
+    def test_a_connection_that_breaks_is_made_again_without_the_other_workers(self, head_only: Network) -> None:
+        before = head_only.link(1)["connections"]
+        os.kill(head_only.master(1), signal.SIGKILL)
+        wait_for(lambda: head_only.link(1)["connections"] > before, "a new connection")
+        head_only.wait_until_up()
+        head_only.check_reach({0: {1, 2, 3}, 1: {0}})
+
+
 FAR_S = 0.15
 """Each way: a round trip of 0.3 s, with which one forward after the other takes 26 s."""
 
@@ -344,7 +395,7 @@ class TestFar:
         rows = []
         for index, container in far.nodes.items():
             proxy = 30000 + index
-            far_away = far.python("tests.cluster.lab.far_away", proxy, container.public_address, container.ssh_port)
+            far_away = far.python("tests.cluster.lab.far_away", "127.0.0.1", proxy, *far.place(index))
             far.shell(0, f"{far_away} {FAR_S} < /dev/null > /tmp/far{index}.log 2>&1 &")
             wait_for(lambda log=f"/tmp/far{index}.log": "ready" in far.nodes[0].read(log), "the proxy")
             rows.append({"id": container.name, "index": index, "endpoints": [["127.0.0.1", proxy]]})

@@ -1,6 +1,6 @@
-"""A long way to another machine: a proxy on this one that lets every byte take its time.
+"""A long way to another machine: a proxy that lets every byte take its time. Kernels without netem have no other.
 
-python -m tests.cluster.lab.far_away PORT HOST HOST_PORT SECONDS     each way; listens on 127.0.0.1:PORT
+python far_away.py ADDRESS PORT HOST HOST_PORT SECONDS     each way; listens on ADDRESS:PORT
 """
 
 import asyncio
@@ -31,16 +31,16 @@ async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, dela
     await delivery
 
 
-async def serve(port: int, host: str, host_port: int, delay_s: float) -> None:
+async def serve(address: str, port: int, host: str, host_port: int, delay_s: float) -> None:
     async def connect(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there, back = await asyncio.open_connection(host, host_port)
         await asyncio.gather(carry(reader, back, delay_s), carry(there, writer, delay_s), return_exceptions=True)
 
-    server = await asyncio.start_server(connect, "127.0.0.1", port)
+    server = await asyncio.start_server(connect, address, port)
     print("ready", flush=True)
     async with server:
         await server.serve_forever()
 
 
 if __name__ == "__main__":
-    asyncio.run(serve(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]), float(sys.argv[4])))
+    asyncio.run(serve(sys.argv[1], int(sys.argv[2]), sys.argv[3], int(sys.argv[4]), float(sys.argv[5])))

@@ -7,11 +7,13 @@ import asyncio
 import json
 import sys
 from pathlib import Path
+from typing import get_args
 
 from cluster import supervisor
 from cluster.errors import NodeError
 from cluster.network.mesh import Mesh, Node
 from cluster.network.ssh_master import Endpoint, SshIdentity
+from cluster.settings import MeshKind
 
 MAX_CPUS = 2
 FOLDER = supervisor.FOLDER
@@ -26,7 +28,8 @@ def nodes() -> list[Node]:
 
 
 def main() -> None:
-    action, mode = sys.argv[1:3]
+    action, kind = sys.argv[1:3]
+    (mode,) = (known for known in get_args(MeshKind) if known == kind)
     if action == "start":
         supervisor.start([*PROGRAM, "keep", mode], FOLDER)
     elif action == "keep":
@@ -34,7 +37,7 @@ def main() -> None:
     else:
         supervisor.log_to(FOLDER)
         supervisor.ASK_S = 0.3
-        mesh = Mesh(FOLDER, SshIdentity(Path("~/key").expanduser(), FOLDER / "known_hosts"), MAX_CPUS, mode == "direct")
+        mesh = Mesh(FOLDER, SshIdentity(Path("~/key").expanduser(), FOLDER / "known_hosts"), MAX_CPUS, mode)
         asyncio.run(supervisor.Supervisor(FOLDER, mesh, nodes).run(int(sys.argv[-1])))
         supervisor.spawn([*PROGRAM, "keep", mode], FOLDER)
 
