@@ -21,7 +21,8 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         choices=tuple(EXPORTERS),
         metavar="FORM",
-        help=f"{', '.join(EXPORTERS)}: an adapter for PEFT, a file for llama.cpp, a file for `bruno-ray apply`",
+        help=f"{', '.join(EXPORTERS)}: an adapter for PEFT, a file for llama.cpp, an edit for vLLM with our plug-in, a"
+        " file for `bruno-ray apply`",
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="must not exist")
     parser.add_argument(
@@ -68,7 +69,9 @@ def _apply(arguments: argparse.Namespace) -> None:
 
 
 COMMANDS = {
-    "export": Command("write a trial as an adapter, a GGUF file or a file of directions", _export, _export_arguments),
+    "export": Command(
+        "write a trial as an adapter, a GGUF file, an edit for vLLM or a file of directions", _export, _export_arguments
+    ),
     "apply": Command(
         "bake an exported edit into another copy of its base model", _apply, _apply_arguments, MODEL_FLAGS
     ),

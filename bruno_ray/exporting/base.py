@@ -1,6 +1,6 @@
 """What every exporter gets, and what it has in common with the others."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ import yaml
 from bruno_ray import __version__
 from bruno_ray.ablation.closed_forms import DirectionBank
 from bruno_ray.ablation.edit import Edit
+from bruno_ray.errors import ModelError
 from bruno_ray.model.named_models import find_named
+from bruno_ray.model.writers import Writer
 from bruno_ray.publishing.base import source_folder
 from bruno_ray.publishing.card import is_hub_id, license_of, public_path
 from bruno_ray.settings import ModelSettings
@@ -70,6 +72,16 @@ so it is no mere quantisation of it."""
 Exporter = Callable[[Source, Path, Options], str]
 """Writes the folder, complete or not at all; returns one line that says what is in it. Raises OutputError if the folder
 exists or cannot be written, ModelError if the base model cannot be loaded or the edit has no such form."""
+
+
+def require_modules(writers: Sequence[Writer]) -> None:
+    """Raise ModelError if a writer is no module of its own, such as experts that share one tensor."""
+    fused = [writer.name for writer in writers if len(writer.matrices) > 1 or writer.matrices[0].index is not None]
+    if fused:
+        raise ModelError(
+            f"{fused[0]} keeps its experts in one tensor, which has no module that an adapter or a hook could be added"
+            " to: save the whole model with `bruno-ray save`, or choose a trial that leaves the MLP alone"
+        )
 
 
 def short_card(source: Source, library: str, title: str, text: str) -> str:

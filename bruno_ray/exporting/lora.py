@@ -24,7 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from bruno_ray.ablation.closed_forms import Factors, apply_to_weight
 from bruno_ray.ablation.resolving import Resolver
 from bruno_ray.errors import ModelError
-from bruno_ray.exporting.base import Options, Source, short_card
+from bruno_ray.exporting.base import Options, Source, require_modules, short_card
 from bruno_ray.files import atomic_directory, require_free_space, size_text, write_json
 from bruno_ray.model.loading import load_model
 from bruno_ray.model.writers import Writer
@@ -63,7 +63,7 @@ def export(source: Source, folder: Path, options: Options) -> str:
     architecture = loaded.architecture
     (edit,) = Resolver(architecture).resolve_all([source.edit], source.bank)
     work = [(writer, factors) for writer, factors in zip(architecture.writers, edit.factors) if factors is not None]
-    _refuse_fused([writer for writer, _ in work])
+    require_modules([writer for writer, _ in work])
     if not work:
         raise ModelError(f"trial {source.trial} edits nothing: export another one")
     updates = {writer.name: update_of(writer, factors, options) for writer, factors in work}
@@ -141,12 +141,3 @@ def _leading(change: Float[Tensor, "d in"], most: int) -> Float[Tensor, "d r"]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return torch.svd_lowrank(change, q=min(most + 8, *change.shape), niter=POWER_STEPS)[0][:, :most]
-
-
-def _refuse_fused(writers: list[Writer]) -> None:
-    fused = [writer.name for writer in writers if len(writer.matrices) > 1 or writer.matrices[0].index is not None]
-    if fused:
-        raise ModelError(
-            f"{fused[0]} keeps its experts in one tensor, which has no module that an adapter could be added to:"
-            " save the whole model with `bruno-ray save`, or choose a trial that leaves the MLP alone"
-        )

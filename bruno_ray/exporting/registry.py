@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 EXPORTERS: Mapping[str, str] = {
     "lora": "bruno_ray.exporting.lora",
     "gguf": "bruno_ray.exporting.gguf_file",
+    "vllm": "bruno_ray.exporting.vllm_edit",
     "directions": "bruno_ray.exporting.direction_file",
 }
 """Name -> module whose ``export`` is an ``exporting.base.Exporter``."""
