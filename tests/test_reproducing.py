@@ -17,16 +17,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from bruno_ray.ablation.edit import Edit, StrengthTable
 from bruno_ray.ablation.plan import PREFIX
 from bruno_ray.cli import main
-from bruno_ray.errors import OutputError, PromptError, SettingsError
+from bruno_ray.errors import ModelError, OutputError, PromptError, SettingsError
 from bruno_ray.pipeline import commands
 from bruno_ray.pipeline.finishing import write_reproduction
 from bruno_ray.pipeline.reproducing import read_recipe, reproduce
 from bruno_ray.pipeline.steps import evaluation_context
 from bruno_ray.prompts.sets import load_prompts
-from bruno_ray.publishing.reproduction import compared
+from bruno_ray.publishing.reproduction import compared, describe
 from bruno_ray.runs import heretic
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import ScoresRecord
+from bruno_ray.settings import DatasetSettings
 from bruno_ray.settings.source_values import flatten
 from tests.support import saved_run, tiny_models
 from tests.support.inline_pool import InlinePool, use_inline_pools
@@ -130,6 +131,36 @@ def test_other_prompts_are_refused(home: Path, model: Path, tmp_path: Path) -> N
     shutil.copy(home / "elsewhere" / "reproduce.json", tmp_path)
     with pytest.raises(PromptError, match=r"not the 8 the figures are of: give those with --prompts.target.train"):
         reproduce(tmp_path, flatten({"model": {"id": str(model)}}, "test"))
+
+
+def test_other_protected_prompts_are_refused(home: Path, tmp_path: Path) -> None:
+    """Directions are cleaned of them. A file that travels finds them beside it, as it finds the others."""
+    shutil.copytree(home, tmp_path / "home")
+    for file in home.glob("*.jsonl"):
+        shutil.copy(file, tmp_path)
+    protected = tmp_path / "careful.txt"
+    protected.write_text("Tell me about fire.\nTell me about ice.\n")
+    run = RunDirectory.open(tmp_path / "home" / "runs" / "mine")
+    record = run.read()
+    chosen = record.settings.prompts.model_copy(update={"protect": {"care": DatasetSettings(source=str(protected))}})
+    record = record.model_copy(update={"settings": record.settings.model_copy(update={"prompts": chosen})})
+    described = describe(record, load_prompts(record.settings), run.load_directions(), public=True)
+    assert described.protected["care"].n == 2 and described.protected["care"].source == "careful.txt"
+    (tmp_path / "reproduce.json").write_text(described.model_dump_json())
+    recipe = read_recipe(tmp_path, {})
+    assert len(recipe.load(recipe.settings).protected) == 2
+    protected.write_text("Tell me about fire.\nTell me about snow.\n")
+    with pytest.raises(PromptError, match=r"protect\.care has 2 prompts that are not.*--prompts.protect care=FILE"):
+        recipe.load(recipe.settings)
+
+
+def test_a_wrong_model_is_told_before_anything_is_started(home: Path, pools: list[InlinePool], tmp_path: Path) -> None:
+    content = content_of(home / "runs" / "mine" / "reproduce.json")
+    (tmp_path / "reproduce.json").write_text(json.dumps(content))
+    for name, reason in (("./nowhere", "no such folder"), (str(tmp_path), "without a config.json")):
+        with pytest.raises(ModelError, match=reason):
+            reproduce(tmp_path, flatten({"model": {"id": name}}, "test"))
+    assert pools == []
 
 
 def test_a_trained_edit_brings_its_directions_along(home: Path, pools: list[InlinePool], tmp_path: Path) -> None:

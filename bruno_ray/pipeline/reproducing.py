@@ -27,6 +27,7 @@ from bruno_ray.pipeline.steps import (
 )
 from bruno_ray.progress import phase
 from bruno_ray.prompts.sets import PARTS, PromptParts, Prompts, hash_of, load_prompts, load_rows
+from bruno_ray.publishing.base import find_base
 from bruno_ray.publishing.reproduction import Line, compared
 from bruno_ray.runs import heretic, reproduction
 from bruno_ray.runs.records import RunRecord, ScoresRecord, installed_versions
@@ -87,6 +88,7 @@ def reproduce(path: Path, overrides: SourceValues) -> list[Line]:
     """
     recipe = read_recipe(path, overrides)
     settings = with_plugins(find_model(recipe.settings))
+    find_base(settings.model)  # a wrong name is told before anything is started
     prompts = recipe.load(settings)
     record = RunRecord(settings=settings, date=recipe.date)
     for note in recipe.notes:
@@ -152,10 +154,18 @@ def _of_ours(content: dict[str, Any], path: Path) -> Recipe:
         ) from error
 
     def load(settings: Settings) -> Prompts:
+        if file.trained:  # its directions come along, so nothing is cleaned of what was protected
+            chosen = settings.prompts.model_copy(update={"protect": {}})
+            settings = settings.model_copy(update={"prompts": chosen})
         prompts = load_prompts(settings)
         for side, parts in file.prompts.items():
             for part in ("test",) if file.trained else ("train", "test"):
-                _require_same(f"prompts.{side}.{part}", getattr(getattr(prompts, side), part), parts.get(part))
+                place = f"prompts.{side}.{part}"
+                source = place.replace(".test", ".train") if part in parts and parts[part].split is None else place
+                _require_same(place, getattr(getattr(prompts, side), part), parts.get(part), f"--{source}.source")
+        for name, each in prompts.protect.items():
+            flag = f"--prompts.protect {name}=FILE"
+            _require_same(f"prompts.protect.{name}", each, file.protected.get(name), flag)
         return prompts
 
     return Recipe(
@@ -171,11 +181,11 @@ def _of_ours(content: dict[str, Any], path: Path) -> Recipe:
     )
 
 
-def _require_same(name: str, prompts: tuple, recorded: reproduction.PartRecord | None) -> None:
+def _require_same(name: str, prompts: tuple, recorded: reproduction.PartRecord | None, flag: str) -> None:
     if recorded is not None and hash_of(prompts) != recorded.sha256:
         raise PromptError(
             f"{name} has {len(prompts)} prompts that are not the {recorded.n} the figures are of: give those with"
-            f" --{name.replace('.test', '.train') if recorded.split is None else name}.source"
+            f" {flag}"
         )
 
 
@@ -243,7 +253,8 @@ def _found_beside(settings: Settings, folder: Path) -> Settings:
         side: PromptSet(**{part: moved(getattr(getattr(settings.prompts, side), part)) for part in PARTS[:3]})
         for side in ("target", "baseline")
     }
-    return settings.model_copy(update={"prompts": settings.prompts.model_copy(update=sides)})
+    protect = {name: moved(dataset) for name, dataset in settings.prompts.protect.items()}
+    return settings.model_copy(update={"prompts": settings.prompts.model_copy(update={**sides, "protect": protect})})
 
 
 # ----- what else may differ -----

@@ -14,7 +14,7 @@ from bruno_ray.publishing.card import behaviour_name, public_path, public_text, 
 from bruno_ray.runs.records import RunRecord, ScoresRecord
 from bruno_ray.runs.reproduction import BaseRecord, DirectionRecord, Measured, PartRecord, Reproduction
 from bruno_ray.scoring.judge import METRICS as JUDGED
-from bruno_ray.settings import Settings
+from bruno_ray.settings import DatasetSettings, Settings
 
 if TYPE_CHECKING:
     from bruno_ray.ablation.closed_forms import DirectionBank
@@ -73,6 +73,7 @@ def describe(record: RunRecord, prompts: Prompts, bank: "DirectionBank", public:
             **{key: record.model[key] for key in ("dtype", "family", "n_layers", "d_model") if key in record.model},
         ),
         prompts=_parts(settings, prompts),
+        protected=_protected(settings, prompts),
         response_prefix=record.response_prefix,
         settings=_without_folders(values) if public else values,
         directions=DirectionRecord(
@@ -112,11 +113,22 @@ def _parts(settings: Settings, prompts: Prompts) -> dict[str, dict[str, PartReco
                 continue
             facts: dict[str, Any] = {"n": len(of_part), "sha256": hash_of(of_part)}
             if (dataset := given.get((side, part))) is not None:
-                facts |= {"source": public_path(dataset.source), "split": dataset.split, "revision": dataset.revision}
+                facts |= _place(dataset)
             else:
                 facts["source"] = "test" if part == "finalists" and (side, "test") in given else "train"
             parts[part] = PartRecord(**facts)
     return found
+
+
+def _protected(settings: Settings, prompts: Prompts) -> dict[str, PartRecord]:
+    return {
+        name: PartRecord(**_place(settings.prompts.protect[name]), n=len(each), sha256=hash_of(each))
+        for name, each in prompts.protect.items()
+    }
+
+
+def _place(dataset: DatasetSettings) -> dict[str, Any]:
+    return {"source": public_path(dataset.source), "split": dataset.split, "revision": dataset.revision}
 
 
 def _figures(scores: ScoresRecord) -> ScoresRecord:

@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
 from bruno_ray.errors import OutputError
 from bruno_ray.runs.records import Record, ScoresRecord, first_mistake
@@ -89,6 +89,9 @@ class Reproduction(Record):
     base_model: BaseRecord
     prompts: dict[str, dict[str, PartRecord]]
     """side -> part -> prompts."""
+
+    protected: dict[str, PartRecord] = Field(default_factory=dict)
+    """Name -> prompts that the directions were cleaned of, or that a training left as they are."""
 
     response_prefix: str
     settings: dict[str, Any]
