@@ -284,7 +284,7 @@ def test_files_that_are_none_of_ours_are_refused_in_one_line(tmp_path: Path) -> 
 
     refused("there is no file", tmp_path / "nothing")
     refused("holds no edit", with_text(None))
-    refused("has format 2", with_text(json.dumps({**json.loads(text), "format": 2})))
+    refused("has format 3", with_text(json.dumps({**json.loads(text), "format": 3})))
     refused("has format unknown", with_text("[]"))
     refused("is damaged", with_text(json.dumps({**json.loads(text), "more": 1})))
     refused("is damaged", with_text(text.replace('"norm_mode":"none"', '"norm_mode":"nothing"')))

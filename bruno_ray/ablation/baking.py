@@ -1,12 +1,10 @@
 """The edit written into the weights."""
 
-from bruno_ray.ablation.closed_forms import (
-    DirectionBank,
-    apply_to_weight,
-)
+from bruno_ray.ablation.closed_forms import DirectionBank, apply_to_columns, apply_to_weight
 from bruno_ray.ablation.edit import Edit
-from bruno_ray.ablation.resolving import ResolvedEdit, Resolver
+from bruno_ray.ablation.resolving import ResolvedEdit, Resolver, part_of
 from bruno_ray.model.architectures import Architecture
+from bruno_ray.model.writers import Writer
 
 
 def bake(architecture: Architecture, edit: Edit | ResolvedEdit, bank: DirectionBank | None = None) -> None:
@@ -19,10 +17,18 @@ def bake(architecture: Architecture, edit: Edit | ResolvedEdit, bank: DirectionB
         if bank is None:
             raise ValueError("an edit that is not resolved needs its direction bank")
         edit = Resolver(architecture).resolve_all([edit], bank)[0]
-    work = [(writer, factors) for writer, factors in zip(architecture.writers, edit.factors) if factors is not None]
-    for writer, _ in work:
-        for matrix in writer.matrices:
+    sites = architecture.sites
+    work = [(site, factors) for site, factors in zip(sites, edit.factors) if factors is not None]
+    for site, _ in work:
+        for matrix in site.matrices:
             matrix.check_writable()
-    for writer, factors in work:
-        for matrix in writer.matrices:
-            matrix.write(apply_to_weight(matrix.read(), factors.to(matrix.device)))
+    for site, factors in work:
+        if isinstance(site, Writer):
+            part = part_of(edit.edit, site)
+            for matrix, columns in site.chosen(part):
+                matrix.write(apply_to_columns(matrix.read(), factors.to(matrix.device), columns))
+            if factors.offset is not None:
+                site.add_to_bias(factors.offset)
+        else:
+            for matrix in site.matrices:
+                matrix.write(apply_to_weight(matrix.read(), factors.to(matrix.device)))

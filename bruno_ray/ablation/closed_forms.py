@@ -21,6 +21,17 @@ G = V H: once H is known at the bank's points, an interpolated direction costs O
 Several weights whose outputs are summed (the experts of one block) count as one map [W_1 ... W_E] over the
 concatenated inputs: rho is the norm of the concatenated rows, H and G are sums over the experts.
 
+Three further forms are made of the same factors.
+
+* *Some columns.* With the columns in blocks, W = [W_1 ... W_n] (experts of a mixture, heads of an output projection),
+  an edit of the blocks S is the edit of [W_s for s in S], whose row norms count. Live it acts on y_S, what these blocks
+  write: ``y' = y + (edited(y_S) - y_S)``.
+* *What is read.* A weight that reads x becomes W' = W (I - s U^T U), the map x -> x - s U^T U x before W. Where
+  x is the residual stream behind a norm with gain g, U spans V diag(g) (``seen_through``): W' responds to what the norm
+  makes of V with 1 - s of what W did, and of all such weights it is the nearest to W.
+* *Addition.* y' = y - s m, with m the difference of the means that target and baseline prompts have there (contrastive
+  activation addition, Rimsky et al. 2023, https://arxiv.org/abs/2312.06681). It is baked into a bias.
+
 Dimension names: d = d_model, r = rank, n = any number of direction rows, L = layers, P = L + 1 stream points.
 """
 
@@ -33,7 +44,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from bruno_ray.ablation.edit import Edit, NormMode
+from bruno_ray.ablation.edit import SHIFTS, Edit, NormMode
 
 DirectionBank = dict[str, Tensor]
 """Name of a direction set -> (n_layers + 1, rank, d_model) float32, orthonormal rows per point. Point 0 is the
@@ -41,6 +52,9 @@ embedding's output, point l + 1 the residual stream after block l."""
 
 DEAD_ROW = 1e-10
 """Rows of a weight whose norm is at most this share of the largest are left out of `pre` and `full` edits."""
+
+SMALLEST_SEEN = 1e-6
+"""Share of the largest gain of a norm below which what comes through of a direction counts as nothing."""
 
 SMALLEST_REMAINDER = 1e-6
 """Floor of |row|^2 / |row before|^2 in `full`: a row that the edit wipes out is not blown up more than 1000 times."""
@@ -54,7 +68,7 @@ class Factors:
     right: Float[Tensor, "r d"]
     scale: Float[Tensor, " d"] | None = None
     offset: Float[Tensor, " d"] | None = None
-    """Not of an edit, which has none and can be baked without a bias: see ``interchanged``."""
+    """Needs a bias to be baked. Of an edit only where it adds a difference of means; see also ``interchanged``."""
 
     def to(self, device: torch.device) -> "Factors":
         scale, offset = (None if t is None else t.to(device) for t in (self.scale, self.offset))
@@ -210,11 +224,50 @@ def interchanged(factors: Factors, other_d: Float[Tensor, " d"]) -> Factors:
     return replace(factors, offset=offset if factors.scale is None else factors.scale * offset)
 
 
+def shifts_of(edit: Edit, bank: DirectionBank) -> Float[Tensor, "P 1 d"]:
+    """What the edit's addition adds: the bank's differences of means, or, where it has those of several runs, those of
+    the edit's own."""
+    return bank[own] if (own := f"{edit.direction_set}:{SHIFTS}") in bank else bank[SHIFTS]
+
+
+def added(factors: Factors | None, shift_d: Float[Tensor, " d"], strength: float) -> Factors:
+    """``factors``, which may be those of no edit, and minus ``strength`` times the difference of means."""
+    if factors is None:
+        none = shift_d.new_zeros(0, len(shift_d))
+        factors = Factors(none, none)
+    return replace(factors, offset=-strength * shift_d)
+
+
+def seen_through(directions: Float[Tensor, "r d"], gain: Float[Tensor, " d"], centred: bool) -> Float[Tensor, "r d"]:
+    """Orthonormal rows that span what a norm makes of the directions; zero where there is nothing.
+
+    ``gain`` multiplies each value of what is normalised, from which the mean is taken first if ``centred``.
+    """
+    seen = directions.double()
+    if centred:
+        seen = seen - seen.mean(dim=1, keepdim=True)
+    seen = seen * gain
+    _, lengths, rows = torch.linalg.svd(seen, full_matrices=False)
+    there = lengths > SMALLEST_SEEN * max(float(gain.abs().max()), 1e-30)
+    return (rows * there[:, None]).float()
+
+
 def apply_to_weight(weight: Float[Tensor, "d in"], factors: Factors, in_place: bool = False) -> Float[Tensor, "d in"]:
     """The edited weight, float32; with ``in_place``, which wants a float32 weight, in the memory of the weight."""
     removed = factors.right @ weight.float()
     edited = torch.addmm(weight.float(), factors.left.T, removed, alpha=-1, out=weight if in_place else None)
     return edited if factors.scale is None else edited.mul_(factors.scale[:, None])
+
+
+def apply_to_columns(
+    weight: Float[Tensor, "d in"], factors: Factors, columns: Sequence[int] | None
+) -> Float[Tensor, "d in"]:
+    """``apply_to_weight`` to some columns (None: all); the others are what they were, in float32."""
+    if columns is None:
+        return apply_to_weight(weight, factors)
+    edited = weight.float().clone()
+    edited[:, columns] = apply_to_weight(edited[:, columns], factors)
+    return edited
 
 
 def apply_to_output(
@@ -238,14 +291,14 @@ def apply_to_output(
     if member is not None:
         projections = projections.masked_fill(~member, 0.0)
     removed = projections @ left
-    if offset is not None:
-        exact = exact + offset
     if scale is None:
-        return (exact - removed).to(y.dtype)  # the bias cancels: y + b - left(right y)
-    if bias is None:
-        return ((exact - removed) * scale).to(y.dtype)
-    # Written as a change of y, so that with a bias, too, a row with scale 1 and nothing removed is y itself.
-    return torch.addcmul(exact, scale - 1, linear).addcmul_(scale, removed, value=-1).to(y.dtype)
+        edited = exact - removed  # the bias cancels: y + b - left(right y)
+    elif bias is None:
+        edited = (exact - removed) * scale
+    else:
+        # Written as a change of y, so that with a bias, too, a row with scale 1 and nothing removed is y itself.
+        edited = torch.addcmul(exact, scale - 1, linear).addcmul_(scale, removed, value=-1)
+    return (edited if offset is None else edited + offset).to(y.dtype)
 
 
 def _inverse(rho: Float[Tensor, " d"]) -> Float[Tensor, " d"]:

@@ -4,8 +4,8 @@ This module imports no torch: processes that only pass edits on are many, and st
 """
 
 import math
-from collections.abc import Hashable, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Hashable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal, get_args
 
 NormMode = Literal["none", "pre", "full"]
@@ -96,13 +96,34 @@ class StrengthTable:
 
 Strengths = AblationParameters | StrengthTable
 
+INPUTS = ("router", "attention_input", "mlp_input")
+"""Components that read the residual stream; an edit of one takes the direction out of what it reads."""
+
+ADDITION = "addition"
+"""Component that adds a multiple of the difference of means (CAA) instead of removing a direction."""
+
+SHIFTS = "mean_difference"
+"""Of the direction bank's names that of the differences of means, as long as they are: what an addition adds."""
+
+PART_NAMES = {"mlp": "experts", "attention": "heads"}
+"""Component -> what its modules consist of, of which an edit may take some and leave the others."""
+
+Parts = Mapping[str, tuple[tuple[int, ...] | None, ...]]
+"""Component -> for each layer the experts (`mlp`) or attention heads (`attention`) that are edited; None is all."""
+
+
+def direction_sets_of(bank: Iterable[str]) -> tuple[str, ...]:
+    """What an edit's directions are chosen from: a bank without the differences of means, which are no directions."""
+    return tuple(name for name in bank if name != SHIFTS)
+
 
 @dataclass(frozen=True)
 class Edit:
     """A whole edit of a model, small enough to send to any worker and to write into any JSON file."""
 
     components: Mapping[str, Strengths]
-    """Kernel or table per component ("attention", "mlp"); a component that is missing is not edited."""
+    """Kernel or table per component ("attention", "mlp", and those of ``INPUTS`` and ``ADDITION``); a component that is
+    missing is not edited."""
 
     direction_set: str
     """Key into the direction bank."""
@@ -112,6 +133,9 @@ class Edit:
 
     norm_mode: NormMode
 
+    parts: Parts = field(default_factory=dict)
+    """Where not all experts or heads are edited. Modules that are not made of such are edited as a whole."""
+
     def __post_init__(self) -> None:
         if self.norm_mode not in get_args(NormMode):
             raise ValueError(f"norm_mode must be one of {', '.join(get_args(NormMode))}, not {self.norm_mode!r}")
@@ -120,23 +144,41 @@ class Edit:
         kernel = self.components.get(component)
         return kernel.strength(layer) if kernel else 0.0
 
+    def part(self, component: str, layer: int) -> tuple[int, ...] | None:
+        """The experts or heads of one layer that are edited; None is all."""
+        chosen = self.parts.get(component)
+        return None if chosen is None else chosen[layer]
+
+    @property
+    def further(self) -> tuple[str, ...]:
+        """Components that change more than weights which write to the residual stream."""
+        return tuple(name for name in (*INPUTS, ADDITION) if name in self.components)
+
     @property
     def identity(self) -> Hashable:
         """Equal for edits that change a model alike: a component of strength 0 counts as one that is missing."""
         components = frozenset((name, given) for name, given in self.components.items() if not given.is_nothing)
-        return components, self.direction_set, self.direction_index, self.norm_mode
+        parts = frozenset((name, chosen) for name, chosen in self.parts.items() if any(c is not None for c in chosen))
+        return components, self.direction_set, self.direction_index, self.norm_mode, parts
 
     def scaled(self, factor: float) -> "Edit":
         """The same edit with every strength multiplied by ``factor``, which is not negative."""
         return replace(self, components={name: given.scaled(factor) for name, given in self.components.items()})
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        values = asdict(self)
+        if not self.parts:  # as it was written before there were any
+            del values["parts"]
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "Edit":
         components = {name: _strengths(given) for name, given in values["components"].items()}
-        return cls(components, values["direction_set"], values["direction_index"], values["norm_mode"])
+        parts = {
+            name: tuple(None if each is None else tuple(each) for each in chosen)
+            for name, chosen in values.get("parts", {}).items()
+        }
+        return cls(components, values["direction_set"], values["direction_index"], values["norm_mode"], parts)
 
 
 def _strengths(given: Mapping[str, Any]) -> Strengths:

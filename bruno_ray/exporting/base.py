@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from bruno_ray import __version__
 from bruno_ray.ablation.closed_forms import DirectionBank
 from bruno_ray.ablation.edit import Edit
 from bruno_ray.errors import ModelError
 from bruno_ray.model.named_models import find_named
+from bruno_ray.model.readers import Reader
 from bruno_ray.model.writers import Writer
 from bruno_ray.publishing.base import source_folder
 from bruno_ray.publishing.card import is_hub_id, license_of, public_path
@@ -74,14 +77,19 @@ Exporter = Callable[[Source, Path, Options], str]
 exists or cannot be written, ModelError if the base model cannot be loaded or the edit has no such form."""
 
 
-def require_modules(writers: Sequence[Writer]) -> None:
-    """Raise ModelError if a writer is no module of its own, such as experts that share one tensor."""
-    fused = [writer.name for writer in writers if len(writer.matrices) > 1 or writer.matrices[0].index is not None]
-    if fused:
-        raise ModelError(
-            f"{fused[0]} keeps its experts in one tensor, which has no module that an adapter or a hook could be added"
-            " to: save the whole model with `bruno-ray save`, or choose a trial that leaves the MLP alone"
-        )
+def require_modules(sites: Sequence[Writer | Reader]) -> None:
+    """Raise ModelError if one is no linear module of its own, such as experts that share one tensor."""
+    for site in sites:
+        if len(site.matrices) > 1 or site.matrices[0].index is not None:
+            raise ModelError(
+                f"{site.name} keeps its experts in one tensor, which has no module that an adapter or a hook could be"
+                " added to: save the whole model with `bruno-ray save`, or choose a trial that leaves the MLP alone"
+            )
+        if not isinstance(site.module, nn.Linear | Conv1D):
+            raise ModelError(
+                f"{site.name} is a {type(site.module).__name__}, to which no adapter or hook can be added: save the"
+                f" whole model with `bruno-ray save`, or choose a trial without {site.component} edits"
+            )
 
 
 def short_card(source: Source, library: str, title: str, text: str) -> str:

@@ -4,7 +4,8 @@ Tensors, float32 (P = n_layers + 1 stream points: the embedding's output, then t
 
     bank.SET               (P, rank, d_model)          every direction set that the run chose from; orthonormal rows
     edit.directions        (n_layers, rank, d_model)   what each layer is edited with
-    edit.strength.PART     (n_layers,)                 ablation strength of "attention" or "mlp", 0 where untouched
+    edit.strength.PART     (n_layers,)                 ablation strength of "attention", "mlp" or a further component, 0
+                                                       where untouched
 
 Metadata has one key, ``bruno_ray``, with JSON (``Description``): the edit, and which base model it was found on. With
 norm_mode ``none`` the edit is ``W' = W - strength V^T (V W)`` for every weight W (d_model, in) that writes to the
@@ -32,7 +33,9 @@ from bruno_ray.model.architectures import Architecture
 from bruno_ray.model.loading import load_model
 
 FORMAT = 1
-"""Goes up when a file of before cannot be read any more."""
+FORMATS = (FORMAT, FORMAT + 1)
+"""Readable ones. The second has edits of some experts or heads, of what is read, or of biases: a reader that knows the
+first only would leave that away."""
 
 FILE_NAME = "edit.safetensors"
 KEY = "bruno_ray"
@@ -85,7 +88,7 @@ def export(source: Source, folder: Path, options: Options) -> str:
         digest=digest_of(architecture),
     )
     described = Description(
-        format=FORMAT,
+        format=FORMATS[bool(source.edit.further or source.edit.parts)],
         version=__version__,
         run=source.run,
         trial=source.trial,
@@ -109,7 +112,7 @@ def export(source: Source, folder: Path, options: Options) -> str:
 def _tensors(source: Source, architecture: Architecture) -> dict[str, Tensor]:
     tensors = {f"bank.{name}": directions.float().contiguous() for name, directions in source.bank.items()}
     tensors["edit.directions"] = directions_for(source.edit, source.bank).contiguous()
-    for component in architecture.components:
+    for component in (*architecture.components, *source.edit.further):
         strengths = [source.edit.strength(component, layer) for layer in range(architecture.n_layers)]
         tensors[f"edit.strength.{component}"] = torch.tensor(strengths)
     return tensors
@@ -129,8 +132,9 @@ def read(file: Path) -> tuple[Description, Edit, DirectionBank]:
     if text is None:
         raise OutputError(f"{file} holds no edit: give a file that `bruno-ray export RUN --to directions FOLDER` wrote")
     version = _format_of(text)
-    if version != FORMAT:
-        raise OutputError(f"{file} has format {version} and this bruno-ray reads {FORMAT}: use the one that wrote it")
+    if version not in FORMATS:
+        known = " and ".join(map(str, FORMATS))
+        raise OutputError(f"{file} has format {version} and this bruno-ray reads {known}: use the one that wrote it")
     try:
         described = Description.model_validate_json(text)
         edit = Edit.from_dict(described.edit)

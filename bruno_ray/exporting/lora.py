@@ -5,12 +5,16 @@ adapter holds B and A with W' = W + B A (Hu et al. 2021, section 4.1; lora_alpha
 
     none, pre:  B = -L^T, A = R W          exact, of the rank of the directions
     full:       B = U, A = U^T (W' - W)    U the leading left singular vectors; S has no low rank
+    read:       B = -W R^T, A = L          exact: an edit of what a weight reads, W' = W (I - R^T L)
+
+Of an edit of some attention heads A (or W' - W) is 0 in the columns of the others.
 
 The format is that of PEFT 0.21 (https://huggingface.co/docs/peft/developer_guides/checkpoint): a pair of tensors per
 module, ``base_model.model.MODULE.lora_A.weight`` (r, in) and ``.lora_B.weight`` (out, r). All modules have one rank,
 padded with zeros: servers that load adapters expect it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,12 +25,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers.pytorch_utils import Conv1D
 
-from bruno_ray.ablation.closed_forms import Factors, apply_to_weight
-from bruno_ray.ablation.resolving import Resolver
+from bruno_ray.ablation.closed_forms import Factors, apply_to_columns
+from bruno_ray.ablation.edit import ADDITION
+from bruno_ray.ablation.resolving import Resolver, part_of
 from bruno_ray.errors import ModelError
 from bruno_ray.exporting.base import Options, Source, require_modules, short_card
 from bruno_ray.files import atomic_directory, require_free_space, size_text, write_json
 from bruno_ray.model.loading import load_model
+from bruno_ray.model.readers import Reader
 from bruno_ray.model.writers import Writer
 
 EXACT_SVD = 1024
@@ -62,11 +68,17 @@ def export(source: Source, folder: Path, options: Options) -> str:
     loaded = load_model(source.model, full_precision=True)
     architecture = loaded.architecture
     (edit,) = Resolver(architecture).resolve_all([source.edit], source.bank)
-    work = [(writer, factors) for writer, factors in zip(architecture.writers, edit.factors) if factors is not None]
-    require_modules([writer for writer, _ in work])
+    work = [(site, factors) for site, factors in zip(architecture.sites, edit.factors) if factors is not None]
+    require_modules([site for site, _ in work])
+    _refuse_addition(source, [factors for _, factors in work])
     if not work:
         raise ModelError(f"trial {source.trial} edits nothing: export another one")
-    updates = {writer.name: update_of(writer, factors, options) for writer, factors in work}
+    updates = {
+        site.name: update_of(site, factors, options, part_of(source.edit, site))
+        if isinstance(site, Writer)
+        else update_of_reader(site, factors)
+        for site, factors in work
+    }
     rank = max(update.rank for update in updates.values())
     error = max(update.error for update in updates.values())
     tensors: dict[str, Tensor] = {}
@@ -74,7 +86,7 @@ def export(source: Source, folder: Path, options: Options) -> str:
         wide = update.padded(rank)
         tensors[f"base_model.model.{name}.lora_A.weight"] = wide.a.contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = wide.b.contiguous()
-    transposed = any(isinstance(writer.module, Conv1D) for writer, _ in work)
+    transposed = any(isinstance(site.module, Conv1D) for site, _ in work)
     how = "It is exact." if error == 0 else f"It leaves out at most {error:.2%} of a weight's change (Frobenius norm)."
     card = short_card(
         source,
@@ -113,12 +125,17 @@ def config_of(source: Source, modules: list[str], rank: int, fan_in_fan_out: boo
 
 
 @torch.no_grad()
-def update_of(writer: Writer, factors: Factors, options: Options) -> Update:
-    """The change of a writer's only weight. Raises ModelError if the rank that is allowed leaves out too much of it."""
+def update_of(writer: Writer, factors: Factors, options: Options, part: Sequence[int] | None = None) -> Update:
+    """The change of a writer's only weight, of some heads' columns of it. Raises ModelError if the rank that is allowed
+    leaves out too much of it."""
     weight = writer.weights()[0]
+    ((_, columns),) = writer.chosen(part)
     if factors.scale is None:
-        return Update(-factors.left.T, factors.right @ weight, 0.0)
-    change = apply_to_weight(weight, factors) - weight
+        removed = factors.right @ weight
+        if columns is not None:
+            removed = torch.zeros_like(removed).index_copy_(1, torch.tensor(columns), removed[:, columns])
+        return Update(-factors.left.T, removed, 0.0)
+    change = apply_to_columns(weight, factors, columns) - weight
     left = _leading(change, options.max_rank)
     squares = (left.T @ change).double().square().sum(1)  # what each direction of the column space holds
     total = change.double().square().sum()
@@ -133,6 +150,12 @@ def update_of(writer: Writer, factors: Factors, options: Options) -> Update:
     return Update(left[:, :rank], left[:, :rank].T @ change, float(left_out[rank - 1]))
 
 
+@torch.no_grad()
+def update_of_reader(reader: Reader, factors: Factors) -> Update:
+    """The change of the only weight of a reader, which is read as its transpose."""
+    return Update(-(factors.right @ reader.weights()[0]).T, factors.left, 0.0)
+
+
 def _leading(change: Float[Tensor, "d in"], most: int) -> Float[Tensor, "d r"]:
     """The leading left singular vectors, at most so many."""
     most = min(most, *change.shape)
@@ -141,3 +164,11 @@ def _leading(change: Float[Tensor, "d in"], most: int) -> Float[Tensor, "d r"]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return torch.svd_lowrank(change, q=min(most + 8, *change.shape), niter=POWER_STEPS)[0][:, :most]
+
+
+def _refuse_addition(source: Source, factors: list[Factors]) -> None:
+    if any(each.offset is not None for each in factors):
+        raise ModelError(
+            f"trial {source.trial} adds to biases (component {ADDITION}), of which an adapter has none: save the whole"
+            " model with `bruno-ray save`, or choose a trial without it"
+        )

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from bruno_ray import __version__
 from bruno_ray.ablation.closed_forms import Factors
-from bruno_ray.ablation.resolving import Resolver
+from bruno_ray.ablation.resolving import Resolver, part_of
 from bruno_ray.errors import ModelError
 from bruno_ray.exporting.base import Options, Source, require_modules, short_card
 from bruno_ray.files import atomic_directory, size_text, write_json
 from bruno_ray.model.loading import load_model
+from bruno_ray.model.readers import Reader
 from bruno_ray.model.writers import Writer
 from bruno_ray.publishing.base import find_base
 from bruno_ray.publishing.card import is_hub_id
@@ -67,10 +68,11 @@ def export(source: Source, folder: Path, options: Options) -> str:
     loaded = load_model(source.model.model_copy(update={"quantization": "none", "device_map": "cpu"}))
     architecture = loaded.architecture
     (edit,) = Resolver(architecture).resolve_all([source.edit], source.bank)
-    work = [(writer, factors) for writer, factors in zip(architecture.writers, edit.factors) if factors is not None]
-    if not work:
+    edited = [(site, factors) for site, factors in zip(architecture.sites, edit.factors) if factors is not None]
+    if not edited:
         raise ModelError(f"trial {source.trial} edits nothing: export another one")
-    require_modules([writer for writer, _ in work])
+    require_modules([site for site, _ in edited])
+    work = [_of_whole_output(source, site, factors) for site, factors in edited]
     tensors = tensors_of(work)
     is_public = is_hub_id(source.model.id) and not Path(base.source).is_dir()
     with atomic_directory(folder) as aside:
@@ -93,6 +95,22 @@ def export(source: Source, folder: Path, options: Options) -> str:
         (aside / "README.md").write_text(_card(source, is_public), encoding="utf-8")
     n_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     return f"{folder}: an edit of {len(work)} modules for vLLM ({size_text(n_bytes)}), without the base model's weights"
+
+
+def _of_whole_output(source: Source, site: Writer | Reader, factors: Factors) -> tuple[Writer, Factors]:
+    """Raises ModelError where an edit is none of all that a module writes, which is what the plug-in's hooks know."""
+    if not isinstance(site, Writer):
+        what = "what modules read"
+    elif factors.offset is not None:
+        what = "biases"
+    elif part_of(source.edit, site) is not None:
+        what = "some heads or experts only"
+    else:
+        return site, factors
+    raise ModelError(
+        f"trial {source.trial} edits {what} ({site.name}), which the plug-in for vLLM does not know: save the whole"
+        " model with `bruno-ray save`, or choose a trial without it"
+    )
 
 
 def tensors_of(work: list[tuple[Writer, Factors]]) -> dict[str, Tensor]:

@@ -366,7 +366,7 @@ class BatchEngine:
         self, ids_BJ: Tensor, mask_BC: Tensor, positions_BJ: Tensor, cache: DynamicCache | None, keep: int
     ) -> Float[Tensor, "B J V"]:
         """Logits at the last ``keep`` positions, in the model's dtype."""
-        if self._lean is not None:
+        if self._lean is not None and not self.editor.edits_inputs:
             return self._lean(ids_BJ, mask_BC, positions_BJ, cache, keep)
         return own_forward(self.model, ids_BJ, mask_BC, positions_BJ, cache, keep)
 

@@ -15,7 +15,8 @@ time goes into starting them. Here
   one query: 100 rows of SmolLM2 took 7.2 ms a layer and take 2.1, beside 4.2 for all products.
 
 The modules that write to the residual stream are called as modules, so that hooks on them work. ``lean_forward`` gives
-None for models of other kinds, and for one whose logits it does not reproduce.
+None for models of other kinds, and for one whose logits it does not reproduce. Queries, keys, values, gate and up are
+not called, so whoever edits what they read (``LiveEditor.edits_inputs``) computes with the model itself.
 
 Axes: B rows, T tokens, C columns (with those of the cache), H heads, K key-value heads, D head size, V vocabulary.
 """

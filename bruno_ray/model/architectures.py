@@ -4,10 +4,14 @@ import math
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 from transformers.pytorch_utils import Conv1D
 
 from bruno_ray.errors import ModelError
 from bruno_ray.model.families import FAMILIES, Site
+from bruno_ray.model.modules import get
+from bruno_ray.model.read_sites import find_readers
+from bruno_ray.model.readers import Reader
 from bruno_ray.model.writers import Matrix, Writer
 
 PACKED = ("qweight", "weight_packed")
@@ -28,6 +32,14 @@ class Architecture:
     probed: bool = False
     """Found by watching the model compute, not by its row in the table."""
 
+    readers: list[Reader] = field(default_factory=list)
+    """Weights that read the residual stream; empty where the family is in no table of them."""
+
+    @property
+    def sites(self) -> list[Writer | Reader]:
+        """What an edit can change, in the order of its factors."""
+        return [*self.writers, *self.readers]
+
     @property
     def n_layers(self) -> int:
         return len(self.layers)
@@ -42,8 +54,8 @@ def find_architecture(model: nn.Module) -> Architecture:
     """Look the model up in the table. Raises ModelError that shows what the first unexplained block holds."""
     config = model.config.get_text_config(decoder=True)
     family = FAMILIES.get(config.model_type)
-    stack = next((found for path in family.stacks if (found := _get(model, path))), None) if family else None
-    blocks = _get(stack, family.blocks) if family and stack is not None else None
+    stack = next((found for path in family.stacks if (found := get(model, path))), None) if family else None
+    blocks = get(stack, family.blocks) if family and stack is not None else None
     if family is None or stack is None or not blocks:
         raise ModelError(
             f"model type {config.model_type!r} ({type(model).__name__}) is not in the table of architectures."
@@ -51,12 +63,13 @@ def find_architecture(model: nn.Module) -> Architecture:
             " Add a row to FAMILIES in bruno_ray/model/families.py"
         )
     names = {id(module): name for name, module in model.named_modules()}
-    writers = []
+    writers: list[Writer] = []
+    readers: list[Reader] = []
     for layer, block in enumerate(blocks):
         found = [
-            make_writer(site, module, names[id(module)], layer, config.hidden_size)
+            make_writer(site, module, names[id(module)], layer, config.hidden_size, heads_of(block, site, config))
             for site in family.sites
-            if (module := _get(block, site.path)) is not None
+            if (module := get(block, site.path)) is not None
         ]
         missing = {"attention", "mlp"} - {writer.component for writer in found}
         if missing and (family.every_layer_has_both or not found):
@@ -67,6 +80,7 @@ def find_architecture(model: nn.Module) -> Architecture:
                 " Add a row to FAMILIES in bruno_ray/model/families.py"
             )
         writers += found
+        readers += find_readers(config.model_type, family, layer, block, names[id(block)], config.hidden_size)
     return Architecture(
         family=config.model_type,
         layers=list(blocks),
@@ -75,10 +89,27 @@ def find_architecture(model: nn.Module) -> Architecture:
         writers=writers,
         d_model=config.hidden_size,
         other_embeddings=[stack.get_submodule(path) for path in family.other_embeddings],
+        readers=readers,
     )
 
 
-def make_writer(site: Site, module: nn.Module, name: str, layer: int, d_model: int) -> Writer:
+ATTENTION_WITH_HEADS = ("self_attn", "attn", "attention")
+"""First part of the paths of output projections whose columns are attention heads; other mixers of tokens have none."""
+
+
+def heads_of(block: nn.Module, site: Site, config: PreTrainedConfig) -> int:
+    """Heads whose outputs a site's weight reads, block by block; 0 if it is no attention. Of grouped-query attention
+    these are the query heads: their outputs are apart, however many share keys and values."""
+    path, _, _ = site.path.rpartition(".")
+    if site.component != "attention" or path not in ATTENTION_WITH_HEADS:
+        return 0
+    module = get(block, site.path)
+    n_heads = getattr(get(block, path), "num_heads", None) or getattr(config, "num_attention_heads", 0)
+    width = getattr(module, "nx", None) or getattr(module, "in_features", 0)
+    return n_heads if isinstance(n_heads, int) and n_heads and width % n_heads == 0 else 0
+
+
+def make_writer(site: Site, module: nn.Module, name: str, layer: int, d_model: int, heads: int = 0) -> Writer:
     """The weights that a module writes with. Raises ModelError if the site's row does not fit the module."""
     if site.experts:
         fused = getattr(module, site.experts, None)
@@ -93,25 +124,18 @@ def make_writer(site: Site, module: nn.Module, name: str, layer: int, d_model: i
         ]
         if site.experts_bias:
             matrices.append(Matrix(module, site.experts_bias, f"{name}.{site.experts_bias}", d_model, transposed=True))
-        stacked = fused.shape[0] if site.stacked else 1
-        return Writer(name, layer, site.component, module, matrices, bias=None, stacked=stacked)
+        n_experts = fused.shape[0]
+        parts = {"stacked": n_experts} if site.stacked else {"experts": n_experts}
+        return Writer(name, layer, site.component, module, matrices, None, **parts)
     width = module.nf if isinstance(module, Conv1D) else module.out_features
     if width != d_model:
         raise ModelError(f"{name} writes {width} values, not the {d_model} of the residual stream; its row is wrong")
     parameter = next((one for one in PACKED if getattr(module, one, None) is not None), "weight")
     matrix = Matrix(module, parameter, f"{name}.weight", d_model, transposed=isinstance(module, Conv1D))
-    return Writer(name, layer, site.component, module, [matrix], getattr(module, "bias", None))
+    return Writer(name, layer, site.component, module, [matrix], getattr(module, "bias", None), heads=heads)
 
 
 # ----- looking around in modules -----
-
-
-def _get(root: nn.Module, path: str) -> nn.Module | None:
-    for part in path.split("."):
-        root = getattr(root, part, None)  # type: ignore[assignment]
-        if root is None:
-            return None
-    return root
 
 
 def gives(module: nn.Module, d_model: int) -> bool:

@@ -9,7 +9,7 @@ import logging
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -98,9 +98,7 @@ def stored_writers(
             missing = writer.matrices[matrices.index(None)].name
             logger.info("%s is not stored as it is in memory: the model is loaded to be saved", missing)
             return None
-        writers.append(
-            Writer(writer.name, writer.layer, writer.component, writer.module, [m for m in matrices if m], bias=None)
-        )
+        writers.append(replace(writer, matrices=[m for m in matrices if m], bias=None))
     return writers
 
 

@@ -1,6 +1,6 @@
 """Weights that write to the residual stream, however they are stored: plain, transposed, fused, quantised."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -107,8 +107,30 @@ class Writer:
     stacked: int = 1
     """The output holds this many parts (one per expert) one after another, each for all tokens: (E*B*T, d_model)."""
 
-    def weights(self) -> "Weights":
-        return Weights(self.matrices)
+    heads: int = 0
+    """Attention heads whose outputs the columns of the weight are, one block after another; 0 where there are none."""
+
+    experts: int = 0
+    """The first so many matrices are experts', summed in the output; 0 where there are none, or others sum them."""
+
+    @property
+    def n_parts(self) -> int:
+        """Experts or heads that can be edited without the others."""
+        return self.experts or self.heads
+
+    def chosen(self, part: Sequence[int] | None) -> list[tuple[Matrix, list[int] | None]]:
+        """The matrices that some experts or heads (None: all) write with, each with their columns (None: all)."""
+        if part is None or not self.n_parts:
+            return [(matrix, None) for matrix in self.matrices]
+        if self.experts:
+            biases = self.matrices[self.experts :]  # with a column for each expert
+            return [*((self.matrices[i], None) for i in part), *((matrix, list(part)) for matrix in biases)]
+        (matrix,) = self.matrices
+        width = matrix.numel() // matrix.d_model // self.heads
+        return [(matrix, [head * width + i for head in part for i in range(width)])]
+
+    def weights(self, part: Sequence[int] | None = None) -> "Weights":
+        return Weights(self.chosen(part))
 
     def read_bias(self) -> Float[Tensor, " d_model"] | None:
         """The bias in float32. Raises ModelError if it is offloaded."""
@@ -117,6 +139,14 @@ class Writer:
         if self.bias.is_meta:
             raise ModelError(f"{self.name}.bias is offloaded and cannot be read: raise model.max_memory")
         return self.bias.detach().float()
+
+    @torch.no_grad()
+    def add_to_bias(self, offset: Float[Tensor, " d_model"]) -> None:
+        """In place. Raises ModelError where there is none, or it is offloaded."""
+        bias = self.read_bias()
+        if bias is None or self.bias is None:
+            raise ModelError(f"{self.name} has no bias that could hold an addition: choose a trial without one")
+        self.bias.copy_(bias + offset.to(bias.device))
 
     @property
     def device(self) -> torch.device:
@@ -128,17 +158,19 @@ class Writer:
 class Weights:
     """The matrices as a sequence that reads one tensor at a time: a block's experts never sit in memory in float32."""
 
-    def __init__(self, matrices: list[Matrix]) -> None:
-        self._matrices = matrices
+    def __init__(self, chosen: Sequence[tuple[Matrix, list[int] | None]]) -> None:
+        self._chosen = chosen
 
     def __len__(self) -> int:
-        return len(self._matrices)
+        return len(self._chosen)
 
     def __iter__(self) -> Iterator[Float[Tensor, "d_model in"]]:
-        return (matrix.read() for matrix in self._matrices)
+        return (self[i] for i in range(len(self)))
 
     def __getitem__(self, i: int) -> Float[Tensor, "d_model in"]:
-        return self._matrices[i].read()
+        matrix, columns = self._chosen[i]
+        weight = matrix.read()
+        return weight if columns is None else weight[:, columns]
 
 
 def scaled(

@@ -11,7 +11,7 @@ import psutil
 
 from bruno_ray import organism
 from bruno_ray.ablation.edit import Edit
-from bruno_ray.errors import TrialError
+from bruno_ray.errors import ModelError, TrialError
 from bruno_ray.files import write_json
 from bruno_ray.pipeline.choosing import study_of
 from bruno_ray.pipeline.judging import judge_run, read_answers, with_judge
@@ -97,6 +97,8 @@ def score_selected(
         answers = {"unedited": read_answers(unedited), "edited": read_answers(outcome.scores)}
         run.save_readings(Readings(trial=selected.number, **answers))
         write_reproduction(run, run.read(), prompts, run.path, public=False)
+        if entropies := routing_entropies(edit, context, pool):
+            run.update(extra=entropies)
         samples = sample_answers(edit, context, pool, (unedited, outcome.scores))
         run.save_samples(samples)
         for line in sample_lines([sample for sample in samples if sample.side == "target"][:SHOWN]):
@@ -141,6 +143,21 @@ def sample_answers(
                 )
             )
     return samples
+
+
+def routing_entropies(edit: Edit, context: EvaluationContext, pool: WorkerPool) -> dict[str, str]:
+    """How evenly a mixture of experts is used on the target prompts, before and after; nothing where there is none."""
+    given = (context.target, context.response_prefix, context.date)
+    try:
+        before = pool.call("routing", *given).entropy()
+        if before is None:
+            return {}
+        after = pool.call("routing", *given, edit, context.bank).entropy()
+    except ModelError as error:
+        logger.warning("the entropy of routing is not reported: %s", error)
+        return {}
+    text = f"{before:.3f} before, {after:.3f} after (1: all experts of a layer get as many tokens)"
+    return {"entropy_of_routing": text}
 
 
 def sample_lines(samples: Sequence[Sample]) -> list[str]:

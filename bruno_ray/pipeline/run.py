@@ -16,6 +16,7 @@ from bruno_ray.pipeline.finishing import finish, free_model_folder, has_room, sc
 from bruno_ray.pipeline.judging import judge_run
 from bruno_ray.pipeline.starting import starts_of
 from bruno_ray.pipeline.steps import (
+    choose_parts,
     describe_model,
     evaluation_context,
     find_directions,
@@ -23,6 +24,7 @@ from bruno_ray.pipeline.steps import (
     find_response_prefix,
     open_run,
     plugin_hashes,
+    require_places,
     require_trainable,
     score_unedited,
     timed,
@@ -77,12 +79,14 @@ def search(settings: Settings, path: Path) -> Path:
         with worker_pool(settings) as pool:
             pool.wait_ready()
             info = describe_model(settings, pool)
+            require_places(settings, info)
             run = open_run(settings, path, info, prompts)
             with timed(run, "response_prefix", pool):
                 record = run.update(response_prefix=find_response_prefix(run.read(), prompts, pool))
             require_trainable(settings, record, prompts, pool)
             with timed(run, "directions", pool):
                 bank = find_directions(run, record, info, prompts, pool)
+                record = choose_parts(run, info, prompts, bank, pool)
             with timed(run, "unedited", pool):
                 validation = evaluation_context(record, prompts, "validation", bank, trains=True)
                 score_unedited(run, "validation", validation, pool)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from bruno_ray.ablation.edit import Edit
+from bruno_ray.ablation.edit import SHIFTS, Edit
 from bruno_ray.errors import OutputError, SettingsError
 from bruno_ray.files import expanded, output_errors, write_text
 from bruno_ray.pipeline.answering import ask_for_answers
@@ -175,8 +175,9 @@ def _edited(one: Loadable, settings: Settings) -> _Edited:
     assert edit is not None
     # Two runs may have other directions under one name.
     own = f"{one.run.path}:{edit['direction_set']}"
-    directions = one.run.load_directions()[edit["direction_set"]]
-    return _Edited(record.settings.model, replace(Edit.from_dict(edit), direction_set=own), {own: directions})
+    bank = one.run.load_directions()
+    mine = {own: bank[edit["direction_set"]]} | ({f"{own}:{SHIFTS}": bank[SHIFTS]} if SHIFTS in bank else {})
+    return _Edited(record.settings.model, replace(Edit.from_dict(edit), direction_set=own), mine)
 
 
 def _measure(

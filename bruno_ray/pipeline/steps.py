@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float
 
 from bruno_ray import organism, plugins
-from bruno_ray.ablation.edit import OPENED
+from bruno_ray.ablation.edit import ADDITION, OPENED, SHIFTS, direction_sets_of
 from bruno_ray.errors import SettingsError, StudyError
 from bruno_ray.files import cache_folder
 from bruno_ray.model.coverage_table import format_coverage
@@ -134,7 +134,8 @@ def open_run(settings: Settings, path: Path, info: ModelInfo, prompts: Prompts) 
         versions=installed_versions(),
         hashes={"model": info.fingerprint, "prompts": prompts.fingerprint, **sources},
         seeds={"study": settings.study.seed},
-        model={name: value for name, value in asdict(info).items() if name != "coverage"},
+        model={name: value for name, value in asdict(info).items() if name not in ("coverage", "further")},
+        left_out=left_out(settings, info),
         coverage=[asdict(row) for row in info.coverage],
         prompts={
             side: {part: len(getattr(getattr(prompts, side), part)) for part in PARTS}
@@ -143,6 +144,65 @@ def open_run(settings: Settings, path: Path, info: ModelInfo, prompts: Prompts) 
         | ({"protect": {name: len(each) for name, each in prompts.protect.items()}} if prompts.protect else {}),
     )
     return run
+
+
+def asked_beside(settings: Settings) -> list[str]:
+    """What is to be edited beside all that writes, by the names of `ModelInfo.further`."""
+    search = settings.search
+    chosen = [name for name in ("experts", "heads") if set(getattr(search, name)) != {"all"}]
+    return list(dict.fromkeys([*search.further, *chosen, *search.require]))
+
+
+def left_out(settings: Settings, info: ModelInfo) -> dict[str, str]:
+    """What is asked for and this model has no place for -> why."""
+    reasons = {name: info.further.get(name, "") for name in asked_beside(settings)}
+    return {name: reason for name, reason in reasons.items() if reason}
+
+
+def require_places(settings: Settings, info: ModelInfo) -> None:
+    """Say what this model has no place for. Raises SettingsError where `search.require` names it."""
+    for name, reason in left_out(settings, info).items():
+        if name in settings.search.require:
+            raise SettingsError(
+                f"{settings.model.id} has no place for {name} edits ({reason}), and search.require asks for them: use"
+                " another model, or take it out of search.require"
+            )
+        logger.warning("%s edits are left out: this model has no place for them (%s)", name, reason)
+
+
+HEAD_PROMPTS = 32
+"""Prompts a side that attention heads are chosen with."""
+
+
+def choose_parts(
+    run: RunDirectory, info: ModelInfo, prompts: Prompts, bank: "DirectionBank", pool: WorkerPool
+) -> RunRecord:
+    """Note in run.json which experts and heads edits keep to, where the settings ask for some. They are chosen once."""
+    record = run.read()
+    search, prefix = record.settings.search, (record.response_prefix, record.date)
+    found: dict[str, Any] = {}
+    wanted = [
+        (name, how)
+        for name in ("experts", "heads")
+        for how in getattr(search, name)
+        if how != "all" and not info.further.get(name, "unknown") and f"{name}:{how}" not in record.choices
+    ]
+    for name, how in wanted:
+        if name == "experts":
+            from bruno_ray.generation.parts import target_experts
+
+            sides = [pool.call("routing", side.train, *prefix) for side in (prompts.target, prompts.baseline)]
+            found[f"{name}:{how}"] = {"mlp": target_experts(*sides)}
+        else:
+            from bruno_ray.generation.parts import chosen_heads
+
+            directions = bank[direction_sets_of(bank)[0]].numpy()
+            some = [side.train[:HEAD_PROMPTS] for side in (prompts.target, prompts.baseline)]
+            scores = pool.call("head_scores", how, *some, *prefix, directions)
+            found[f"{name}:{how}"] = {"attention": chosen_heads(scores, search.heads_share)}
+        chosen = [part for (parts,) in [found[f"{name}:{how}"].values()] for part in parts if part is not None]
+        logger.info("%s %s: %d of them are edited, in %d layers", name, how, sum(map(len, chosen)), len(chosen))
+    return run.update(choices=found) if found else record
 
 
 STAGES = {
@@ -310,6 +370,9 @@ def read_bank(
                     "directions %s: %.0f %% of them (median over layers) lies in what prompts.protect.%s protects",
                     *(directions, 100 * float(np.median(overlaps[1:])), name),
                 )
+    if ADDITION in record.settings.search.further:
+        shift_LD = target_NPLD[:, 0].double().mean(0) - baseline_NPLD[:, 0].double().mean(0)
+        bank[SHIFTS] = shift_LD.float()[:, None]
     return bank, geometry
 
 
@@ -370,6 +433,13 @@ def evaluation_context(
         date=record.date,
         readings=part == "test" and (scoring.judge.is_given or "detector" in scoring.scorers),
         training=training,
+        choices={
+            name: {
+                component: tuple(None if each is None else tuple(each) for each in parts)
+                for component, parts in of.items()
+            }
+            for name, of in record.choices.items()
+        },
     )
 
 

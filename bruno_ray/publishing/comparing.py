@@ -102,7 +102,8 @@ def delayed(record: RunRecord) -> str:
 def suspicions(record: RunRecord) -> list[str]:
     """What a reader of the figures has to know before believing them."""
     picked = record.selected.warning if record.selected else ""
-    return [text for text in (picked, delayed(record)) if text]
+    left_out = [f"{name} edits were asked for and left out: {reason}" for name, reason in record.left_out.items()]
+    return [text for text in (picked, delayed(record), *left_out) if text]
 
 
 def comparison_lines(record: RunRecord) -> list[str]:

@@ -99,7 +99,9 @@ def save_model(
         raise OutputError(f"{folder} exists already: choose another folder or remove it first")
     papers = Papers(card, edit, origin or {})
     base = find_base(settings)
-    stored = find_stored(base, edit_mtp=mtp == "edit")
+    if edit.further:  # those lie in other tensors than the writers'
+        logger.info("the edit has the component %s: the model is loaded to be saved", edit.further[0])
+    stored = None if edit.further else find_stored(base, edit_mtp=mtp == "edit")
     if stored is None:
         saved = _save_loaded(base, edit, bank, folder, papers, max_shard_size)
     else:

@@ -18,9 +18,9 @@ from typing import BinaryIO
 
 import torch
 
-from bruno_ray.ablation.closed_forms import DirectionBank, Factors, apply_to_weight
+from bruno_ray.ablation.closed_forms import DirectionBank, Factors, apply_to_columns, apply_to_weight
 from bruno_ray.ablation.edit import Edit
-from bruno_ray.ablation.resolving import Resolver
+from bruno_ray.ablation.resolving import Resolver, part_of
 from bruno_ray.errors import ModelError, OutputError
 from bruno_ray.files import flush, size_text
 from bruno_ray.model.architectures import Architecture
@@ -41,6 +41,8 @@ class Change:
 
     matrix: StoredMatrix
     writer: int
+    columns: list[int] | None = None
+    """Of the matrix that are edited; None is all, none where the matrix lies among edited ones in one tensor."""
 
     @property
     def start(self) -> int:
@@ -72,9 +74,14 @@ class StoredEdit:
         for i, writer in enumerate(self.architecture.writers):
             if self.edit.strength(writer.component, writer.layer) == 0:
                 continue
+            part = part_of(self.edit, writer)
+            if part == ():
+                continue
+            chosen = {id(matrix): columns for matrix, columns in writer.chosen(part)}
             for matrix in writer.matrices:
                 assert isinstance(matrix, StoredMatrix)
-                found[matrix.tensor.file].append(Change(matrix, i))
+                if id(matrix) in chosen or matrix.index is not None:  # a tensor is written, and checked, as a whole
+                    found[matrix.tensor.file].append(Change(matrix, i, chosen.get(id(matrix), [])))
         return {file: sorted(changes, key=lambda change: change.start) for file, changes in found.items()}
 
     @torch.no_grad()
@@ -85,7 +92,11 @@ class StoredEdit:
         """
         with self._lock:
             factors = self._factors_of(change.writer)
-            edited = change.matrix.stored(apply_to_weight(change.matrix.read(), factors, in_place=True))
+            if change.columns is None:
+                weight = apply_to_weight(change.matrix.read(), factors, in_place=True)
+            else:
+                weight = apply_to_columns(change.matrix.read(), factors, change.columns)
+            edited = change.matrix.stored(weight)
             if not torch.isfinite(torch.stack(edited.aminmax())).all():  # both are NaN where one value is
                 raise ModelError(
                     f"{change.matrix.name} is not finite in {str(edited.dtype).removeprefix('torch.')} after the edit,"
@@ -95,7 +106,7 @@ class StoredEdit:
 
     def _factors_of(self, writer: int) -> Factors:
         if writer not in self._factors:
-            alone = replace(self.architecture, writers=[self.architecture.writers[writer]])
+            alone = replace(self.architecture, writers=[self.architecture.writers[writer]], readers=[])
             (factors,) = Resolver(alone).resolve_all([self.edit], self.bank)[0].factors
             assert factors is not None  # of strength 0 there are no changes
             self._factors[writer] = factors

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from bruno_ray.ablation.edit import SHIFTS
 from bruno_ray.ablation.plan import PREFIX
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import SelectedRecord
@@ -63,7 +64,7 @@ def cosines(run: RunDirectory, name: str) -> list[tuple[str, str, str]]:
     trained_rd = bank[name][-1]
     rows = []
     for other, directions_Prd in bank.items():
-        if other.startswith(PREFIX):
+        if other.startswith(PREFIX) or other == SHIFTS:
             continue
         # The cosine of the smallest angle between the two subspaces.
         cosine_P = torch.linalg.matrix_norm(directions_Prd @ trained_rd.T, ord=2)

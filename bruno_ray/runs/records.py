@@ -220,6 +220,12 @@ class RunRecord(Record):
     prompts: dict[str, dict[str, int]] = {}
     """Number of prompts: side -> part -> count."""
 
+    left_out: dict[str, str] = {}
+    """What the settings ask to edit and the model has no place for -> why."""
+
+    choices: dict[str, dict[str, list[list[int] | None]]] = {}
+    """Of experts and heads, "SETTING:CHOICE" -> component -> by layer those that edits keep to; None is all."""
+
     response_prefix: str = ""
     date: datetime.date = Field(default_factory=today)
     """The day the run began. Chat templates that print a date print this one, whenever the run goes on or its model is

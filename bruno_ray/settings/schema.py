@@ -252,6 +252,34 @@ class SearchSettings(Section):
     attention: ComponentRange = ComponentRange()
     mlp: ComponentRange = ComponentRange(max_weight=(-0.25, 1.5))
 
+    further: tuple[Literal["router", "attention_input", "mlp_input", "addition"], ...] = ()
+    """Components that are edited too (docs/search.md): router, which expert a token is sent to; attention_input and
+    mlp_input, what queries, keys, values, gates and up projections read; addition, the difference of means itself,
+    added to the bias of attention's output."""
+
+    router: ComponentRange = ComponentRange(max_weight=(-0.25, 1.0))
+    attention_input: ComponentRange = ComponentRange(max_weight=(-0.25, 1.0))
+    mlp_input: ComponentRange = ComponentRange(max_weight=(-0.25, 1.0))
+    addition: ComponentRange = ComponentRange(max_weight=(-0.25, 1.0), min_weight_distance=(0.0, 0.25))
+
+    experts: Annotated[tuple[Literal["all", "target"], ...], Field(min_length=1)] = ("all",)
+    """Which experts of a mixture are edited. target: in each layer those that a larger share of the tokens of target
+    prompts is sent to than of baseline prompts. Several compete within one study."""
+
+    heads: Annotated[tuple[Literal["all", "causal", "projection"], ...], Field(min_length=1)] = ("all",)
+    """Which attention heads are edited. projection: those whose outputs differ most along the direction between target
+    and baseline prompts; causal: those without which the direction is least in the last layer. Several compete within
+    one study."""
+
+    heads_share: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """Share of all heads of the model that `search.heads` chooses."""
+
+    require: tuple[Literal["router", "attention_input", "mlp_input", "addition", "experts", "heads"], ...] = setting(
+        (), resumable=True
+    )
+    """Of `search.further`, `experts` and `heads` what must be possible: a model that has no place for it is an error
+    before the run. Otherwise it is left out, which is said there and in the report."""
+
 
 class JudgeSettings(Section):
     """A language model that reads the answers of the report. It is off until a URL or a model is given."""

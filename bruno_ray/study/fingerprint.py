@@ -3,10 +3,12 @@
 import re
 from typing import Any
 
-from bruno_ray.settings import Settings
+from bruno_ray.settings import SearchSettings, Settings
 
 NOT_OF_THE_SEARCH = {"row_tokens", "report_tokens", "report_scorers", "reasoning_tokens", "judge"}
 """Settings of scoring that change no trial's scores."""
+
+_SEARCH = SearchSettings().model_dump(mode="json")
 
 LATER = {
     "kernels": ["linear"],
@@ -14,6 +16,12 @@ LATER = {
     "protect_rank": 8,
     "protect_ridge": 0.01,
     "opened_positions": [],
+} | {
+    name: _SEARCH[name]
+    for name in (
+        *("further", "router", "attention_input", "mlp_input", "addition", "experts", "heads", "heads_share"),
+        "require",
+    )
 }
 """Settings that are younger than studies which may be resumed, with what says the same as their absence. Protected
 prompts are in the fingerprint of all prompts."""
@@ -41,7 +49,7 @@ def study_fingerprint(settings: Settings, info: Any, prompts_fingerprint: str) -
         "settings": {
             "residuals": {name: dump["residuals"][name] for name in ("max_tokens", "answer_tokens")},
             "directions": _without_later(dump["directions"]),
-            "search": _without_later(dump["search"]),
+            "search": _without_later(dump["search"] | {"require": []}),  # which changes no edit
             "scoring": {name: value for name, value in dump["scoring"].items() if name not in NOT_OF_THE_SEARCH},
             "response_prefix": dump["prompts"]["response_prefix"],
         },

@@ -18,7 +18,7 @@ from optuna.distributions import BaseDistribution
 from optuna.exceptions import StorageInternalError
 from sqlalchemy.exc import SQLAlchemyError
 
-from bruno_ray.ablation.edit import Edit
+from bruno_ray.ablation.edit import Edit, direction_sets_of
 from bruno_ray.ablation.plan import TrainedEdit, TrainingPlan
 from bruno_ray.errors import StudyError, WorkerError, first_line
 from bruno_ray.ray_internals import stop_tuner
@@ -33,7 +33,7 @@ from bruno_ray.study.samplers import make_sampler
 from bruno_ray.study.schedule import Schedule
 from bruno_ray.study.searcher import BatchOptunaSearch
 from bruno_ray.study.selection import load_trials, pareto_front
-from bruno_ray.study.space import bound_lines, search_space, suggest
+from bruno_ray.study.space import bound_lines, edited_components, search_space, suggest
 from bruno_ray.study.starts import (
     LITERATURE,
     Start,
@@ -98,7 +98,8 @@ def run_study(
     """Run trials until ``study.n_trials`` are COMPLETE.
 
     Args:
-        context: ``EvaluationContext``; the keys of its ``bank`` are the direction sets that compete.
+        context: ``EvaluationContext``; the keys of its ``bank`` are the direction sets that compete, and its
+            ``choices`` the experts and heads.
         info: ``ModelInfo`` (n_layers and components span the search space).
         fingerprint: from ``study_fingerprint``.
         view: makes the progress view from a source of snapshots.
@@ -149,7 +150,10 @@ def run_study(
 
 def space_of(settings: Settings, context: Any, info: Any) -> dict[str, BaseDistribution]:
     """What searched trials are sampled from."""
-    return search_space(settings.search, tuple(context.bank), info.n_layers, info.components)
+    components = edited_components(settings.search, info)
+    return search_space(
+        settings.search, direction_sets_of(context.bank), info.n_layers, components, getattr(context, "choices", {})
+    )
 
 
 def make_schedule(
@@ -162,7 +166,8 @@ def make_schedule(
 ) -> Schedule:
     """The schedule of an open study: sampler, starts and trainings as the settings say. Arguments as of `run_study`;
     ``keep`` as of `BatchStudy`."""
-    direction_sets = tuple(context.bank)
+    direction_sets, choices = direction_sets_of(context.bank), getattr(context, "choices", {})
+    components = edited_components(settings.search, info)
     space = space_of(settings, context, info)
     training = getattr(context, "training", None)
     answered = training is not None and any(prompt.answer for prompt in training.target)
@@ -171,7 +176,7 @@ def make_schedule(
     wanted = []
     if settings.study.literature_first:
         wanted.append(Start(literature_edit(direction_sets, info.n_layers, info.components), LITERATURE))
-    wanted += [fitted(start, direction_sets, info.n_layers, info.components) for start in starts]
+    wanted += [fitted(start, direction_sets, info.n_layers, components) for start in starts]
     starts = kept_starts(study, each_once(wanted))
     sampler = make_sampler(
         settings.study.sampler,
@@ -185,7 +190,7 @@ def make_schedule(
     def suggested(trial: optuna.Trial) -> Edit | TrainingPlan:
         if trainings.is_trained(trial.number):
             return trainings.plan(trial)
-        return suggest(trial, settings.search, direction_sets, info.n_layers, info.components)
+        return suggest(trial, settings.search, direction_sets, info.n_layers, components, choices)
 
     suggest_all = given_first(starts, sampler.is_start, suggested)
     batches = BatchStudy(study, sampler, suggest_all, settings.scoring.objectives, keep, can_prune(settings))

@@ -12,7 +12,7 @@ from typing import Any
 import optuna
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
-from bruno_ray.ablation.edit import AblationParameters, Edit
+from bruno_ray.ablation.edit import PART_NAMES, AblationParameters, Edit, Parts
 from bruno_ray.errors import SettingsError
 from bruno_ray.settings import Range, SearchSettings
 from bruno_ray.settings.fields import WIDEST_DISTANCE
@@ -25,11 +25,25 @@ NEAR, OFTEN, FEWEST_AT_BOUND = 0.02, 0.3, 2
 IN_LAYERS = (INDEX, "max_weight_position", "min_weight_distance")
 """Parameters in layers whose ranges the settings have as fractions of the last layer's index."""
 
+Choices = Mapping[str, Parts]
+"""Of experts and heads, "SETTING:CHOICE" ("experts:target") -> what is edited then; only those that a model has."""
+
 KERNEL_PARAMETERS = ("max_weight", "max_weight_position", "min_weight", "min_weight_distance", "shape")
 
 
+def edited_components(search: SearchSettings, info: Any) -> tuple[str, ...]:
+    """What the search edits: all that writes to the residual stream, and what further components the model has a place
+    for. ``info`` is a ``ModelInfo``."""
+    reasons = getattr(info, "further", {})
+    return (*info.components, *(name for name in search.further if not reasons.get(name, "unknown")))
+
+
 def search_space(
-    search: SearchSettings, direction_sets: Sequence[str], n_layers: int, components: Sequence[str]
+    search: SearchSettings,
+    direction_sets: Sequence[str],
+    n_layers: int,
+    components: Sequence[str],
+    choices: Choices | None = None,
 ) -> dict[str, BaseDistribution]:
     """Distribution per parameter, in the order they are sampled.
 
@@ -53,7 +67,16 @@ def search_space(
         space[f"{component}.min_weight_distance"] = _float((max(low * last, 1.0), max(high * last, 1.0)))
         if len(search.kernels) > 1:
             space[f"{component}.shape"] = CategoricalDistribution(search.kernels)
+    for name in PART_NAMES.values():
+        possible = _possible(search, name, choices or {})
+        if len(possible) > 1:
+            space[name] = CategoricalDistribution(possible)
     return space
+
+
+def _possible(search: SearchSettings, name: str, choices: Choices) -> tuple[str, ...]:
+    """Of `search.experts` or `search.heads` what this model can do; "all" if nothing."""
+    return tuple(one for one in getattr(search, name) if one == "all" or f"{name}:{one}" in choices) or ("all",)
 
 
 @dataclass(frozen=True)
@@ -155,14 +178,20 @@ def suggest(
     direction_sets: Sequence[str],
     n_layers: int,
     components: Sequence[str],
+    choices: Choices | None = None,
 ) -> Edit:
     """Sample one edit. ``direction_sets`` are the names in the direction bank."""
-    for name, distribution in search_space(search, direction_sets, n_layers, components).items():
+    for name, distribution in search_space(search, direction_sets, n_layers, components, choices).items():
         sampled(trial, name, distribution)
-    return edit_from_params(trial.params, search, direction_sets)
+    return edit_from_params(trial.params, search, direction_sets, choices)
 
 
-def edit_from_params(params: Mapping[str, Any], search: SearchSettings, direction_sets: Sequence[str]) -> Edit:
+def edit_from_params(
+    params: Mapping[str, Any],
+    search: SearchSettings,
+    direction_sets: Sequence[str],
+    choices: Choices | None = None,
+) -> Edit:
     """The edit that sampled parameters stand for; choices with one option are filled in from the settings."""
     components = dict.fromkeys(name.split(".")[0] for name in params if "." in name)
     given: dict[str, Any] = {f"{component}.shape": search.kernels[0] for component in components}
@@ -172,9 +201,14 @@ def edit_from_params(params: Mapping[str, Any], search: SearchSettings, directio
         for component in components
     }
     scope = params.get(SCOPE, search.direction_scopes[0])
+    parts: dict[str, Any] = {}
+    for name in PART_NAMES.values():
+        chosen = params.get(name, _possible(search, name, choices or {})[0])
+        parts |= (choices or {}).get(f"{name}:{chosen}", {})
     return Edit(
         components=kernels,
         direction_set=params.get(SET, direction_sets[0]),
         direction_index=params[INDEX] if scope == "global" else None,
         norm_mode=search.norm_mode,
+        parts=parts,
     )

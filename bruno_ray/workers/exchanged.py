@@ -5,12 +5,13 @@ torch and no transformers for it: that takes ten seconds.
 from __future__ import annotations
 
 import datetime
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from bruno_ray.ablation.edit import Edit
+from bruno_ray.ablation.edit import Edit, Parts
 from bruno_ray.ablation.plan import TrainedEdit
 from bruno_ray.model.coverage_table import CoverageRow
 from bruno_ray.prompts.sets import Prompt
@@ -47,6 +48,10 @@ class ModelInfo:
     prints_date: bool
     """Whether the chat template writes the date into every prompt."""
 
+    further: Mapping[str, str] = field(default_factory=dict)
+    """Of the components beside what writes, and of `experts` and `heads`: why they cannot be edited; "" where they can.
+    """
+
 
 @dataclass(frozen=True)
 class TrainingPrompts:
@@ -81,6 +86,9 @@ class EvaluationContext:
 
     training: TrainingPrompts | None = None
     """Only where edits are trained."""
+
+    choices: Mapping[str, Parts] = field(default_factory=dict)
+    """Of experts and heads, "SETTING:CHOICE" -> those that sampled edits keep to."""
 
 
 @dataclass(frozen=True)

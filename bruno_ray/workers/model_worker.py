@@ -8,7 +8,7 @@ import datetime
 import gc
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,6 +19,7 @@ import transformers
 from transformers import PreTrainedConfig
 
 from bruno_ray.ablation.edit import Edit, NormMode
+from bruno_ray.ablation.places import further_places
 from bruno_ray.ablation.plan import TrainedEdit, TrainingPlan
 from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.errors import ModelError, TrialError, first_line
@@ -26,6 +27,7 @@ from bruno_ray.files import cache_folder
 from bruno_ray.generation.engine import BatchEngine
 from bruno_ray.generation.kept import KeptAnswers
 from bruno_ray.generation.lean_forward import own_forward
+from bruno_ray.generation.parts import Routing, head_effects, head_projections, routing
 from bruno_ray.learning.material import Teacher
 from bruno_ray.learning.training import Trainer
 from bruno_ray.model.batching import TokenBudget, pad_left
@@ -122,6 +124,7 @@ class ModelWorker:
             device=str(self.loaded.device),
             task=hub_task(self.loaded.model.config),
             prints_date=prints_date(self.loaded.tokenizer),
+            further=further_places(architecture),
         )
 
     def response_prefix(self, prompts: Sequence[Prompt], date: datetime.date, max_new_tokens: int = 60) -> str:
@@ -172,6 +175,40 @@ class ModelWorker:
             settings.batch_tokens, TokenBudget.for_device(self.loaded.device, settings.batch_tokens)
         )
         return extract_residuals(self.loaded, ids, settings.answer_tokens, budget, opening=opening).numpy()
+
+    def routing(
+        self,
+        prompts: Sequence[Prompt],
+        response_prefix: str,
+        date: datetime.date,
+        edit: Edit | None = None,
+        bank: Mapping[str, np.ndarray] | None = None,
+    ) -> Routing:
+        """Where a mixture of experts sends the prompts' tokens. See ``generation/parts.py``."""
+        self._doing = f"routing of {len(prompts)} prompts"
+        ids = render(self.loaded.tokenizer, prompts, response_prefix, date=date)
+        resolved = None
+        if edit is not None:
+            tensors = {name: torch.from_numpy(np.array(directions)) for name, directions in (bank or {}).items()}
+            resolved = self.engine.editor.resolve(edit, tensors)
+        return routing(self.engine, ids, resolved)
+
+    def head_scores(
+        self,
+        how: str,
+        target: Sequence[Prompt],
+        baseline: Sequence[Prompt],
+        response_prefix: str,
+        date: datetime.date,
+        directions: np.ndarray,
+    ) -> list[list[float] | None]:
+        """By layer and head what `search.heads` chooses by: "causal" or "projection". See ``generation/parts.py``."""
+        self._doing = f"attention heads by {how}"
+        sides = [render(self.loaded.tokenizer, prompts, response_prefix, date=date) for prompts in (target, baseline)]
+        rows = torch.from_numpy(np.array(directions))
+        if how == "causal":
+            return head_effects(self.engine, sides[0], {"": rows}, "")
+        return head_projections(self.engine, *sides, rows)
 
     def baseline(self, context: EvaluationContext) -> Scores:
         """The unedited model's own scores. Raises TrialError if they are not numbers."""
@@ -470,7 +507,8 @@ def logit_width(loaded: LoadedModel) -> int:
 
 
 def _is_finite(edit: ResolvedEdit) -> bool:
-    tensors = (t for factors in edit.factors if factors for t in (factors.left, factors.right, factors.scale))
+    used = (factors for factors in edit.factors if factors)
+    tensors = (t for factors in used for t in (factors.left, factors.right, factors.scale, factors.offset))
     return all(bool(torch.isfinite(tensor).all()) for tensor in tensors if tensor is not None)
 
 

@@ -66,7 +66,7 @@ class EditableModel:
         self, ids_BT: Tensor, mask_BC: Tensor, positions_BT: Tensor, cache: DynamicCache | None, keep: int
     ) -> Float[Tensor, "B keep V"]:
         """Logits at the last ``keep`` positions, in the model's dtype."""
-        if self._lean is not None:
+        if self._lean is not None and not self._editor.edits_inputs:
             return self._lean(ids_BT, mask_BC, positions_BT, cache, keep)
         logits_BNV = own_forward(self.model, ids_BT, mask_BC, positions_BT, cache, keep)
         return logits_BNV.to(self.device)  # a model over several devices has them on the last one
