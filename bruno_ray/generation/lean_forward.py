@@ -22,6 +22,7 @@ Axes: B rows, T tokens, C columns (with those of the cache), H heads, K key-valu
 """
 
 import logging
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -145,7 +146,8 @@ class _Block:
     """One layer: attention and MLP."""
 
     def __init__(self, layer: nn.Module, index: int, pack: bool) -> None:
-        attention, mlp = layer.self_attn, layer.mlp
+        attention: Any = layer.self_attn
+        mlp: Any = layer.mlp
         self._index = index
         self._norms = _Norm(layer.input_layernorm), _Norm(layer.post_attention_layernorm)
         self._qkv = linear(*_fused(attention.q_proj, attention.k_proj, attention.v_proj), pack)
