@@ -5,7 +5,8 @@ small    open to others, with a key that it makes, without pages, with little ro
          model, and a base in four bits with its trials
 copies   below a prefix, without a key, with pages: the run and the endless model, one or two copies of each
 
-A test belongs to the server whose fixture it takes; the tests of one server run in one worker.
+A test belongs to the server whose fixture it takes; the tests of one server run in one worker, one after the other,
+and the server ends with the last of them: idle it would take a tenth of a core from the tests that follow.
 """
 
 import json
@@ -29,10 +30,26 @@ PREFIX = "/deep/down"
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        for name in SERVERS:
-            if name in getattr(item, "fixturenames", ()) and "/serve/" in str(item.path):
-                item.add_marker(pytest.mark.xdist_group(name))
+    served = sorted(filter(server_of, items), key=server_of)
+    for item in served:
+        item.add_marker(pytest.mark.xdist_group(server_of(item)))
+    first = next((place for place, item in enumerate(items) if server_of(item)), 0)
+    rest = [item for item in items if not server_of(item)]
+    items[:] = [*rest[:first], *served, *rest[first:]]
+
+
+def server_of(item: pytest.Item | None) -> str:
+    """Name of the server that a test talks to; empty if none."""
+    names = getattr(item, "fixturenames", ()) if item is not None and "/serve/" in str(item.path) else ()
+    return next((name for name in SERVERS if name in names), "")
+
+
+@pytest.hookimpl(trylast=True)  # once the test's own fixtures are gone
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    name = server_of(item)
+    if name and name != server_of(nextitem):
+        assert isinstance(item, pytest.Function)
+        item._fixtureinfo.name2fixturedefs[name][-1].finish(item._request)
 
 
 @pytest.fixture(scope="session")
