@@ -3,8 +3,8 @@
 PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-# Tests run in this many processes. Those that only wait overlap with those that compute.
-JOBS   ?= 2
+# Tests run in this many processes, of one thread each. Of three one mostly waits, for machines of the cluster's lab.
+JOBS   ?= 3
 test test-fast test-nightly: export OMP_NUM_THREADS ?= 1
 test test-fast test-nightly: export MKL_NUM_THREADS ?= 1
 export TOKENIZERS_PARALLELISM ?= false
@@ -65,7 +65,8 @@ types: setup
 docs: $(VENV)/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup
+# Groups begin in the order of tests/conftest.py, the longest first.
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
 # Everything but what needs a GPU and the long forms; about 25 minutes on two cores.
 test: check

@@ -24,6 +24,9 @@ import pytest  # noqa: E402 - the libraries read the environment when they are i
 
 pytest_plugins = ["tests.support.organism_fixture"]
 
+LONGEST_FIRST = ("lab", "ray", "server", "deploy", "copies", "small")
+"""Groups of tests (`xdist_group`) in the order in which they begin; all other tests come after them."""
+
 
 def pytest_configure(config: pytest.Config) -> None:
     """GPUs are for tests that are marked so (`-m gpu`): all others compare with what a CPU computes."""
@@ -52,7 +55,19 @@ def log_levels() -> Iterator[None]:
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that start Ray and belong to no other group follow each other in one process: two clusters at a time would
-    take turns on the cores, and many of them share one."""
+    take turns on the cores, and many of them share one.
+
+    The longest groups come first, so that none is left for one process when the others have nothing to do any more.
+    """
     for item in items:
-        if item.get_closest_marker("ray") and not item.get_closest_marker("xdist_group"):
+        if item.get_closest_marker("ray") and not group_of(item):
             item.add_marker(pytest.mark.xdist_group("ray"))
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        ranks = {name: rank for rank, name in enumerate(LONGEST_FIRST)}
+        items.sort(key=lambda item: ranks.get(group_of(item), len(ranks)))
+
+
+def group_of(item: pytest.Item) -> str:
+    """Group of tests that run in one process one after the other; empty for a test that may run anywhere."""
+    mark = item.get_closest_marker("xdist_group")
+    return mark.args[0] if mark is not None else ""
