@@ -47,6 +47,7 @@ def main() -> None:
     parser.add_argument("--report-tokens", type=int, default=256)
     parser.add_argument("--note", default="", help="a paragraph for the section")
     parser.add_argument("--print-options", action="store_true", help="what to give `bruno-ray run`")
+    parser.add_argument("--picture-only", action="store_true", help="measure nothing, draw what the studies know")
     parser.add_argument("--dry", action="store_true", help="print the section, leave RESULTS.md alone")
     arguments = parser.parse_args()
     given = options(arguments)
@@ -57,12 +58,18 @@ def main() -> None:
     folders: dict[str, str] = {}
     seconds: dict[str, float] = {}
     if arguments.heretic:
-        run = from_json(json.loads((arguments.heretic / "result.json").read_text()))
+        result = json.loads((arguments.heretic / "result.json").read_text())
+        result.pop("host")
+        run = from_json(result)
         studies[HERETIC], folders[HERETIC] = (run.trials, run.selected.number), run.folder
         seconds[HERETIC] = run.trial_seconds * len(run.trials)
     for text in arguments.runs:
         name, folder = text.split("=", 1)
-        studies[name], folders[name], seconds[name] = own_study(Path(folder))
+        found, folders[name], seconds[name] = own_study(Path(folder))
+        studies |= {f"{name}, {kind}" if len(found) > 1 else name: study for kind, study in found.items()}
+    if arguments.picture_only:
+        PICTURE.write_text(picture(studies))
+        return
     settings = load([*given, "--model.dtypes", f'["{DTYPE}"]'], environ={}).settings
     prompts = load_prompts(settings)
     measured = measure(named_folder(MODEL), folders, settings, prompts)
@@ -82,7 +89,6 @@ def main() -> None:
             f"| `{metric}` | {' | '.join(metric_text(each.scores, metric) for each in measured.values())} |"
             for metric in metrics
         ),
-        f"| trials | {' | '.join(str(len(studies[name][0])) if name in studies else '' for name in measured)} |",
         f"| seconds of all trials | {' | '.join(f'{seconds[n]:.0f}' if n in seconds else '' for n in measured)} |",
         "",
         "What the searches knew of their trials is drawn in [docs/learned-fronts.svg](../docs/learned-fronts.svg).",
@@ -97,20 +103,22 @@ def main() -> None:
         write_section("learned_fronts", text)
 
 
-def own_study(folder: Path) -> tuple[Study, str, float]:
-    """A run's completed trials and choice, its saved model, and the seconds that its trials took."""
+def own_study(folder: Path) -> tuple[dict[str, Study], str, float]:
+    """A run's completed trials, searched and learned ones apart; its saved model; the seconds that all trials took."""
     run = RunDirectory.open(folder)
     record = run.read()
     if record.selected is None:
         raise SystemExit(f"{folder}: no trial was selected")
     study = load_study(record.settings.study.storage, folder, record.settings.study.name)
     trials = [trial for trial in load_trials(study) if trial.state == "COMPLETE"]
-    figures = [
-        TrialFigures(t.number, *t.counts["behaviour_rate"], t.values["kl_first"], t.values["kl_divergence"])
-        for t in trials
-    ]
-    seconds = sum(t.user_attrs["result"]["seconds"] for t in study.trials if "result" in t.user_attrs)
-    return (figures, record.selected.number), str(folder / "model"), seconds
+    kinds: dict[str, list[TrialFigures]] = {}
+    for t in trials:
+        kind = "searched" if t.training is None else "learned"
+        values = t.values["kl_first"], t.values["kl_divergence"]
+        kinds.setdefault(kind, []).append(TrialFigures(t.number, *t.counts["behaviour_rate"], *values))
+    seconds = sum(t.seconds or 0.0 for t in trials)
+    chosen = record.selected.number
+    return {kind: (figures, chosen) for kind, figures in kinds.items()}, str(folder / "model"), seconds
 
 
 # ----- the picture -----
@@ -140,6 +148,11 @@ def picture(studies: Mapping[str, Study]) -> str:
         parts.append(f'<path d="M{LEFT} {y(share):.1f}H{WIDTH - RIGHT}" stroke="#e5e7eb"/>')
         parts.append(f'<text x="{LEFT - 8}" y="{y(share) + 4:.1f}" text-anchor="end">{100 * share:.0f} %</text>')
     parts.append(f'<text x="{WIDTH / 2}" y="{HEIGHT - 8}" text-anchor="middle">KL divergence at the first token</text>')
+    middle = y(0.5)
+    parts.append(
+        f'<text x="14" y="{middle:.0f}" transform="rotate(-90 14 {middle:.0f})" text-anchor="middle">'
+        "answers that show the behaviour</text>"
+    )
     for i, ((name, (trials, selected)), colour) in enumerate(zip(studies.items(), COLOURS)):
         best = sorted((t for t in trials if t.number in front(trials, "kl_first")), key=lambda t: t.kl_first)
         steps = "".join(

@@ -67,7 +67,9 @@ TRUTH_LINE = re.compile(
 class Truth:
     """What `truth.py` says of a model."""
 
-    refused: int
+    refused: int | None
+    """None where it was not kept."""
+
     hidden: int
     hidden_total: int
     benign: int
@@ -146,6 +148,8 @@ def main() -> None:
     parser.add_argument("--heretic-batch-size", type=int, default=0, help="for trying this out [heretic finds it]")
     parser.add_argument("--reuse-heretic", action="store_true")
     parser.add_argument("--rows", type=Path, help="file that keeps what was measured")
+    parser.add_argument("--kept", action="store_true", help="measure nothing: the table of what --rows has")
+    parser.add_argument("--note", default="", help="a paragraph after the table")
     parser.add_argument("--variant", nargs=2, action="append", default=[], metavar=("NAME", "OPTIONS"))
     parser.add_argument("--section", default="organisms", help="of RESULTS.md")
     parser.add_argument("--title", default="Organisms of another recipe", help="of the section")
@@ -161,13 +165,12 @@ def main() -> None:
     kept = Rows(arguments.rows)
     organisms = [folder.name for folder in folders]
     tools = [UNEDITED, THEIRS, *(name for name, _ in variants(arguments))]
-    text = ""
-    for folder in folders:
+    for folder in folders if not arguments.kept else ():
         truth = truth_program(folder, arguments)
         for seed in arguments.seeds:
             measure(kept, folder, truth, seed, arguments)
-            text = section(kept.ordered(organisms, tools), arguments)
-            print(text, flush=True)
+            print(section(kept.ordered(organisms, tools), arguments), flush=True)
+    text = section(kept.ordered(organisms, tools), arguments)
     if not arguments.dry:
         write_section(arguments.section, text)
 
@@ -337,6 +340,8 @@ def section(rows: Sequence[Row], arguments: argparse.Namespace) -> str:
         some = [row for row in rows if row.tool == tool]
         if len(some) > 1:
             lines.append(total_text(tool, some))
+    if arguments.note:
+        lines += ["", arguments.note]
     return "\n".join(lines)
 
 
@@ -349,7 +354,7 @@ def variant_lines(arguments: argparse.Namespace) -> list[str]:
 
 def row_text(row: Row) -> str:
     seed = "" if row.seed is None else row.seed
-    start = f"| {row.organism} | {row.tool}{' (measured earlier)' if row.run and row.run.reused else ''} | {seed} |"
+    start = f"| {row.organism} | {row.tool} | {seed} |"
     if row.truth is None:
         return f"{start} failed: {row.failure.replace('|', '/')} | | | | | | | {row.measured} |"
     times = times_text([row.run] if row.run else [])
@@ -362,19 +367,13 @@ def total_text(tool: str, rows: Sequence[Row]) -> str:
     failed = f", {len(rows) - len(truths)} failed" if len(truths) < len(rows) else ""
     if not truths:
         return f"| **all {len(rows)}** | {tool}{failed} | | | | | | | | | |"
-    total = Truth(
-        *(
-            sum(getattr(t, name) for t in truths)
-            for name in ("refused", "hidden", "hidden_total", "benign", "benign_total")
-        ),
-        kl=statistics.mean(t.kl for t in truths),
-    )
     runs = [row.run for row in rows if row.run is not None]
-    start = f"| **all {len(rows)}** | {tool}{failed} | | {total.refused}/{total.hidden_total}"
+    known = [truth for truth in truths if truth.refused is not None]
+    refused = f"{sum(t.refused or 0 for t in known)}/{sum(t.hidden_total for t in known)}" if known else "-"
+    start = f"| **all {len(rows)}** | {tool}{failed} | | {refused}"
     hidden = shares_text([(t.hidden, t.hidden_total) for t in truths])
     benign = shares_text([(t.benign, t.benign_total) for t in truths])
-    highest = max(t.kl for t in truths)
-    kl = f"{total.kl:.4f} (highest {highest:.4f})"
+    kl = f"{statistics.mean(t.kl for t in truths):.4f} (highest {max(t.kl for t in truths):.4f})"
     return f"{start} | {hidden} | {benign} | {kl} | {times_text(runs)} | |"
 
 
@@ -385,10 +384,9 @@ def shares_text(counts: Sequence[tuple[int, int]]) -> str:
 
 
 def truth_text(truth: Truth) -> str:
-    return (
-        f"{truth.refused}/{truth.hidden_total} | {truth.hidden}/{truth.hidden_total}"
-        f" | {truth.benign}/{truth.benign_total} | {truth.kl:.4f}"
-    )
+    refused = "-" if truth.refused is None else f"{truth.refused}/{truth.hidden_total}"
+    hidden, benign = f"{truth.hidden}/{truth.hidden_total}", f"{truth.benign}/{truth.benign_total}"
+    return f"{refused} | {hidden} | {benign} | {truth.kl:.4f}"
 
 
 def times_text(runs: Sequence[ToolRun]) -> str:
