@@ -9,6 +9,7 @@ import torch
 from bruno_ray.ablation.baking import bake
 from bruno_ray.ablation.edit import AblationParameters, Edit
 from bruno_ray.generation.engine import BatchEngine
+from bruno_ray.generation.prompt_reads import PromptReads
 from bruno_ray.model.loading import LoadedModel, load_model
 from bruno_ray.settings import ModelSettings
 from tests.support import tiny_models
@@ -280,6 +281,32 @@ def test_likelihoods_as_a_plain_forward_pass(llama: LoadedModel) -> None:
             engine.editor.clear()
             expected = logits.log_softmax(-1)[len(ids) - 1 : -1].gather(-1, torch.tensor(tail)[:, None])[:, 0]
             torch.testing.assert_close(logprobs, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("most_bytes", [2**28, 0])
+def test_prompts_that_were_answered_are_not_read_again(
+    llama: LoadedModel, most_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Likelihoods are those of whole sequences, under every edit, for continuations of any length; without room for
+    what was read it is read again."""
+    engine = BatchEngine(llama, row_tokens=150)
+    resolved = engine.editor.resolve_all(edits(llama), bank(llama))
+    generator = torch.Generator().manual_seed(3)
+    tails = [
+        [torch.randint(0, 256, ((3 * k + p) % 7,), generator=generator).tolist() for p in range(len(LENGTHS))]
+        for k in range(4)
+    ]
+    asked = [None, *resolved]
+    wanted = engine.token_logprobs(prompts(), tails, asked)
+    reads, fed = PromptReads(most_bytes), []
+    answers = engine.generate(prompts(), asked, N, reads=reads)
+    assert answers == BatchEngine(llama).generate(prompts(), asked, N)
+    forward = BatchEngine._forward
+    monkeypatch.setattr(BatchEngine, "_forward", lambda self, ids, *rest: fed.append(ids) or forward(self, ids, *rest))
+    found = engine.token_logprobs(prompts(), tails, asked, reads)
+    for k in range(len(asked)):
+        torch.testing.assert_close(found[k], wanted[k], rtol=1e-4, atol=1e-4)
+    assert (sum(ids.numel() for ids in fed) <= 4 * len(LENGTHS) * 6) is bool(most_bytes)
 
 
 def test_streaming_equals_generating(llama: LoadedModel) -> None:

@@ -63,13 +63,17 @@ class BufferedLayer(DynamicLayer):
             self._keys, self._values = self._room(key_states), self._room(value_states)
         elif self._length > self._capacity:  # refused drafts have used up the room
             self._capacity = self._length + self._capacity // 2
-            held = self.keys, self.values
+            held = self._keys[..., :start, :], self._values[..., :start, :]
             self._keys, self._values = self._room(key_states), self._room(value_states)
             self._keys[..., :start, :], self._values[..., :start, :] = held
         self._keys[..., start : self._length, :] = key_states
         self._values[..., start : self._length, :] = value_states
         self._expose()
         return self.keys, self.values
+
+    def held(self, end: int | None = None) -> tuple[Tensor, Tensor]:
+        """Views of keys and values up to a column, (B, heads, columns, head_dim)."""
+        return self._keys[..., : self._length, :][..., :end, :], self._values[..., : self._length, :][..., :end, :]
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep these rows."""

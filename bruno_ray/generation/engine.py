@@ -30,6 +30,7 @@ from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.generation.decoding import Answers, BufferedLayer, Detokenizer, Drafts, Response, TokenIds
 from bruno_ray.generation.kept import KeptAnswers
 from bruno_ray.generation.lean_forward import lean_forward, own_forward
+from bruno_ray.generation.prompt_reads import PromptReads
 from bruno_ray.generation.text_stream import Decoder, TextStream
 from bruno_ray.model.batching import TokenBudget, map_batches, pad_left
 from bruno_ray.model.loading import LoadedModel
@@ -142,14 +143,23 @@ class BatchEngine:
 
     @torch.inference_mode()
     def token_logprobs(
-        self, ids: Sequence[TokenIds], continuations: Sequence[Sequence[TokenIds]], edits: Edits
+        self,
+        ids: Sequence[TokenIds],
+        continuations: Sequence[Sequence[TokenIds]],
+        edits: Edits,
+        reads: PromptReads | None = None,
     ) -> list[list[Float[Tensor, " N"]]]:
         """Teacher-forced log-probabilities (nats) of the tokens of ``continuations[edit][prompt]`` after the prompt.
 
-        Continuations may differ from edit to edit and may be empty. Float32 on the CPU, as [edit][prompt].
+        Continuations may differ from edit to edit and may be empty. Prompts that ``reads`` holds under their edits are
+        not read again. Float32 on the CPU, as [edit][prompt].
         """
         result = [[torch.zeros(0) for _ in ids] for _ in edits]
         rows = [(k, p) for p in range(len(ids)) for k in range(len(edits)) if len(continuations[k][p])]
+        if reads is not None:
+            known = [(k, p) for k, p in rows if reads.has(edits[k], ids[p])]
+            self._go_on(reads, ids, continuations, edits, known, result)
+            rows = [row for row in rows if row not in set(known)]
         if not rows:
             return result
         tails = [list(continuations[k][p]) for k, p in rows]
@@ -168,13 +178,58 @@ class BatchEngine:
                 result[k][p] = logprobs_NV.gather(-1, target_N[-n:, None])[:, 0].cpu()
         return result
 
+    def _go_on(
+        self,
+        reads: PromptReads,
+        ids: Sequence[TokenIds],
+        continuations: Sequence[Sequence[TokenIds]],
+        edits: Edits,
+        rows: list[tuple[int, int]],
+        result: list[list[Float[Tensor, " N"]]],
+    ) -> None:
+        """`token_logprobs` of ``rows`` (edit, prompt), whose prompts were read before, into ``result``."""
+        if not rows:
+            return
+        tails = [list(continuations[k][p]) for k, p in rows]
+        longest = max(map(len, tails))
+        most_rows = max(1, self._prompt_budget.tokens // longest)
+        self.work.begin("texts", len(rows))
+        caches = reads.caches(
+            self.model.config, [edits[k] for k, _ in rows], [ids[p] for _, p in rows], longest, most_rows
+        )
+        for batch, cache, mask_BC in caches:
+            # The prompt's last token predicts the first one of the continuation, and what pads on the right, nothing.
+            n_tokens = max(len(tails[row]) for row in batch)
+            fed = [[ids[rows[row][1]][-1], *tails[row][:-1]] for row in batch]
+            ids_BJ = torch.tensor([row + [self._pad_id] * (n_tokens - len(row)) for row in fed], device=self.device)
+            first_B1 = mask_BC.sum(1, keepdim=True)
+            mask_BC = torch.cat([mask_BC, mask_BC.new_ones(ids_BJ.shape)], dim=1)
+            self._set(edits, [rows[row][0] for row in batch])
+            try:
+                positions_BJ = first_B1 + torch.arange(n_tokens, device=self.device)
+                logits_BJV = self._forward(ids_BJ, mask_BC, positions_BJ, cache, n_tokens)
+            finally:
+                self.editor.clear()
+            for row, logits_JV in zip(batch, logits_BJV):
+                (k, p), target_N = rows[row], torch.tensor(tails[row], device=logits_JV.device)
+                logprobs_NV = logits_JV[: len(target_N)].float().log_softmax(-1)
+                result[k][p] = logprobs_NV.gather(-1, target_N[:, None])[:, 0].cpu()
+                self.tokens += len(target_N)
+            self.work.done += len(batch)
+
     @torch.inference_mode()
     def generate(
-        self, ids: Sequence[TokenIds], edits: Edits, max_new_tokens: int, decide: Decide | None = None
+        self,
+        ids: Sequence[TokenIds],
+        edits: Edits,
+        max_new_tokens: int,
+        decide: Decide | None = None,
+        reads: PromptReads | None = None,
     ) -> list[list[Response]]:
         """Greedy answers, [edit][prompt]. ``decide`` is shown the text so far; a row leaves when it says True.
 
-        It is asked after each of the first four tokens and after every fourth, whatever the batch does.
+        It is asked after each of the first four tokens and after every fourth, whatever the batch does. ``reads`` keeps
+        what was read of the prompts.
         """
         kept = self._kept if len(edits) == 1 and edits[0] is None else None
         result = self._found(kept, ids, max_new_tokens, decide is not None) if kept else {}
@@ -184,7 +239,7 @@ class BatchEngine:
         def answer(batch: list[int]) -> Answers:
             prompts, edit_of_row = [ids[rows[row][1]] for row in batch], [rows[row][0] for row in batch]
             try:
-                return self._answers(prompts, edits, edit_of_row, max_new_tokens, decide)
+                return self._answers(prompts, edits, edit_of_row, max_new_tokens, decide, reads)
             finally:
                 self.editor.clear()
 
@@ -305,9 +360,13 @@ class BatchEngine:
         edit_of_row: list[int],
         max_new_tokens: int,
         decide: Decide | None,
+        reads: PromptReads | None,
     ) -> Answers:
         """Greedy decoding of one batch."""
         logits_BJV, mask_BC, position_B1, cache = self._read(prompts, edits, edit_of_row, 1, max_new_tokens)
+        # On a GPU memory is better spent on larger batches.
+        if reads is not None and self.device.type == "cpu" and self._is_masked(cache):
+            reads.keep(cache, mask_BC, prompts, [edits[k] for k in edit_of_row])
         drafts = self._drafts.open(prompts, max_new_tokens) if self.drafting and self._is_masked(cache) else None
         answers = Answers(len(prompts), max_new_tokens, self.end_ids)
         active = np.arange(len(prompts))  # which of the prompts the rows of the batch still are

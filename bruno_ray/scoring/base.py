@@ -11,6 +11,7 @@ from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.errors import TrialError
 from bruno_ray.generation.decoding import is_asked
 from bruno_ray.generation.engine import BatchEngine, Response
+from bruno_ray.generation.prompt_reads import PromptReads
 from bruno_ray.prompts.reasoning import open_texts
 from bruno_ray.prompts.rendering import render
 from bruno_ray.prompts.sets import Prompt
@@ -75,6 +76,8 @@ class Evaluation:
         self.prompts = prompts
         self.settings = settings
         self.edits = list(edits)
+        self.reads = PromptReads()
+        """What was read of the target prompts for their answers, for scorers that go on from there."""
 
     @cached_property
     def markers(self) -> Markers:
@@ -150,16 +153,17 @@ class Evaluation:
                     answers[p] = answer
         return whole
 
-    def take_answers(self, answers: list[list[Response]]) -> None:
-        """Use these as the target answers, [edit][target prompt], instead of making them."""
-        self.__dict__["target_answers"] = answers
+    def take_answers(self, answers: list[list[Response]], reads: PromptReads) -> None:
+        """Use these as the target answers, [edit][target prompt], instead of making them; with what was read for
+        them."""
+        self.__dict__["target_answers"], self.reads = answers, reads
 
     def answers_to(
         self, ids: Sequence[Sequence[int]], edits: Sequence[ResolvedEdit | None] | None = None
     ) -> list[list[Response]]:
         """[edit][prompt]; a row stops once a marker is seen. Of these edits, or of all."""
         edits = self.edits if edits is None else edits
-        return self.engine.generate(ids, edits, self.settings.response_tokens, self.markers.seen_in)
+        return self.engine.generate(ids, edits, self.settings.response_tokens, self.markers.seen_in, self.reads)
 
 
 class Scorer(Protocol):

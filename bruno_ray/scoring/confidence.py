@@ -32,7 +32,7 @@ class Confidence:
             [() if hit else answer.token_ids for answer, hit in zip(answers, marked)]
             for answers, marked in zip(edited.target_answers, edited.marked)
         ]
-        logprobs = edited.engine.token_logprobs(edited.prompts.target_ids, tails, edited.edits)
+        logprobs = edited.engine.token_logprobs(edited.prompts.target_ids, tails, edited.edits, edited.reads)
         return [
             Scores({"doubt": 1 - sum(math.exp(float(row.min())) for row in rows if len(row)) / len(rows)})
             for rows in logprobs

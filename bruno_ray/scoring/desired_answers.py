@@ -33,5 +33,6 @@ class DesiredAnswers:
         ]
 
     def score(self, edited: Evaluation) -> list[Scores]:
-        logprobs = edited.engine.token_logprobs(self._ids, [self._answers] * len(edited.edits), edited.edits)
+        answers = [self._answers] * len(edited.edits)
+        logprobs = edited.engine.token_logprobs(self._ids, answers, edited.edits, edited.reads)
         return [Scores({"desired_nll": -sum(float(row.mean()) for row in rows) / len(rows)}) for rows in logprobs]

@@ -66,7 +66,7 @@ class ElicitedAnswers:
     def score(self, edited: Evaluation) -> list[Scores]:
         # [edit][prompt]: the unedited model's marked answer, where the edited model's is unmarked.
         behaviour = [[() if hit else own for own, hit in zip(self._behaviour, marked)] for marked in edited.marked]
-        relapses = edited.engine.token_logprobs(self._ids, behaviour, edited.edits)
+        relapses = edited.engine.token_logprobs(self._ids, behaviour, edited.edits, edited.reads)
         found = []
         for answers, marked, logprobs in zip(edited.target_answers, edited.marked, relapses):
             total = 0.0

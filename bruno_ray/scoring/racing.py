@@ -75,7 +75,7 @@ def race(
             answers[k].update(zip(block, responses))
             marked[k] += sum(whole.markers.shown_by(response.text) for response in responses)
     evaluation = Evaluation(engine, prompts, settings, [edits[k] for k in running])
-    evaluation.take_answers([[answers[k][p] for p in range(n_prompts)] for k in running])
+    evaluation.take_answers([[answers[k][p] for p in range(n_prompts)] for k in running], whole.reads)
     return Race(evaluation, running, {KL: [measured[k] for k in running]}, pruned)
 
 
