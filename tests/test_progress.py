@@ -85,9 +85,31 @@ def test_a_long_phase_speaks_and_only_the_innermost_one(caplog, monkeypatch):
             wait_for(lambda: said("loading: 0:00:00"), "a line of the inner phase", 30)
         assert not said("reading")
         wait_for(lambda: said("reading: 0:00:00; 3/7 prompts"), "a line of the outer phase", 30)
+    assert said("reading: 0:00:00; 3/7 prompts")
     n_lines = len(caplog.messages)
     time.sleep(0.3)
     assert len(caplog.messages) == n_lines, "what is over says nothing"
+
+
+def test_silence_is_of_the_whole_program_and_no_phase_starts_the_time_anew(caplog, monkeypatch):
+    """Two phases of nine seconds each would otherwise be eighteen seconds without a line."""
+    monkeypatch.setattr(progress, "EVERY_S", 30.0)
+    monkeypatch.setattr(progress._ear, "heard", time.monotonic() - 31.0)
+    caplog.set_level(logging.INFO)
+    with progress.phase("outer"), progress.phase("short"):
+        wait_for(lambda: caplog.messages == ["short: 0:00:00"], "a line of a phase that has just begun", 30)
+
+
+def test_what_others_say_counts_as_said(caplog, monkeypatch):
+    monkeypatch.setattr(progress, "EVERY_S", 30.0)
+    monkeypatch.setattr(progress._ear, "heard", time.monotonic() - 31.0)
+    caplog.set_level(logging.INFO)
+    progress.listen()
+    logging.getLogger("bruno_ray.some").info("a line")
+    assert time.monotonic() - progress._ear.heard < 30
+    with progress.phase("talked about"):
+        time.sleep(0.3)
+    assert caplog.messages == ["a line"]
 
 
 def test_what_has_just_spoken_is_not_repeated(caplog, monkeypatch):

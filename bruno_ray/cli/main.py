@@ -13,6 +13,7 @@ from pathlib import Path
 
 from bruno_ray.cli.exits import exit_code
 from bruno_ray.cli.parser import parse
+from bruno_ray.progress import listen
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,6 +49,7 @@ def _prepare_logging(arguments: argparse.Namespace) -> None:
     """Our own loggers, and those of the package that brings the command, as loud as asked for."""
     level = logging.DEBUG if arguments.verbose else logging.WARNING if arguments.quiet else logging.INFO
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    listen()
     for package in {"bruno_ray", arguments.function.__module__.partition(".")[0]}:
         logging.getLogger(package).setLevel(level)
 

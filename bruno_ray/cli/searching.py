@@ -5,11 +5,15 @@ import argparse
 from bruno_ray.cli import values
 from bruno_ray.cli.command import Command
 from bruno_ray.cli.setting_flags import RESUMABLE_FLAGS, load_settings, takes_settings
+from bruno_ray.progress import phase
 from bruno_ray.runs.lookup import find_run
 from bruno_ray.settings import sources
 from bruno_ray.settings.flags import flag_values
 from bruno_ray.settings.keys import FLAGS
 from bruno_ray.settings.source_values import nest
+
+LOADING = "loading the program"
+"""Seconds, and on a busy machine more than ten of them."""
 
 
 def _run_arguments(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +34,8 @@ def _run(arguments: argparse.Namespace) -> None:
         for path in repeat(loaded.settings, arguments.repeats):
             print(path)
         return
-    from bruno_ray.pipeline.run import run
+    with phase(LOADING):
+        from bruno_ray.pipeline.run import run
 
     print(run(loaded.settings))
 
@@ -48,7 +53,8 @@ def _resume(arguments: argparse.Namespace) -> None:
     overrides = flag_values(arguments.settings_flags, RESUMABLE_FLAGS)
     run = find_run(arguments.run)
     sources.apply(run.read().settings, overrides)  # a wrong value is reported by its flag
-    from bruno_ray.pipeline.run import resume
+    with phase(LOADING):
+        from bruno_ray.pipeline.run import resume
 
     print(resume(run.path, total=arguments.trials, more=arguments.more, overrides=nest(overrides)))
 

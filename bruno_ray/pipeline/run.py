@@ -32,6 +32,7 @@ from bruno_ray.pipeline.steps import (
     with_plugins,
     worker_pool,
 )
+from bruno_ray.progress import phase
 from bruno_ray.prompts.sets import Prompts, load_prompts
 from bruno_ray.publishing import report
 from bruno_ray.runs.directory import RunDirectory, refuse_existing
@@ -74,7 +75,8 @@ def search(settings: Settings, path: Path) -> Path:
     settings = with_plugins(settings)
     plugin_hashes(settings)  # a file that is not there is said before anything is loaded
     starts = starts_of(settings, path)
-    prompts = load_prompts(settings)
+    with phase("reading the prompts"):
+        prompts = load_prompts(settings)
     with ray_session(settings.ray):
         with worker_pool(settings) as pool:
             pool.wait_ready()
@@ -106,7 +108,8 @@ def search(settings: Settings, path: Path) -> Path:
             judge_run(run)
         if folder is not None:
             write_model(run, prompts, folder)
-    report.write_report(run, study_of(path, settings))
+    with phase("writing the report"):
+        report.write_report(run, study_of(path, settings))
     if not auto:
         ask_and_save(run, prompts)
     return path

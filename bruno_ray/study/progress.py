@@ -135,12 +135,11 @@ class LogView:
         self._between = ExitStack()
 
     def __enter__(self) -> "LogView":
-        self._phase = self._between.enter_context(phase("searching", lambda: status_line(self._source())))
+        self._between.enter_context(phase("searching", lambda: status_line(self._source())))
         return self
 
     def batch(self) -> None:
         logger.info("%s", status_line(self._source()))
-        self._phase.spoke()
 
     def __exit__(self, *_: Any) -> None:
         self._between.close()

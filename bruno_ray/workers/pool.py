@@ -58,7 +58,8 @@ class WorkerPool:
             cloudpickle.dumps((factory, args)), settings.workers, options
         )
         self._events_seen = 0
-        self._ask(self.broker.open.remote())
+        with phase("starting workers"):
+            self._ask(self.broker.open.remote())
 
     def __enter__(self) -> "WorkerPool":
         return self

@@ -65,7 +65,8 @@ def ray_session(settings: RaySettings) -> Iterator[None]:
         try:
             yield
         finally:
-            ray.shutdown()
+            with phase("stopping Ray"):
+                ray.shutdown()
 
 
 def cpus_per_worker(settings: RaySettings) -> float:
