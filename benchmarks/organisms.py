@@ -151,8 +151,6 @@ def main() -> None:
     parser.add_argument("--kept", action="store_true", help="measure nothing: the table of what --rows has")
     parser.add_argument("--note", default="", help="a paragraph after the table")
     parser.add_argument("--variant", nargs=2, action="append", default=[], metavar=("NAME", "OPTIONS"))
-    parser.add_argument("--section", default="organisms", help="of RESULTS.md")
-    parser.add_argument("--title", default="Organisms of another recipe", help="of the section")
     parser.add_argument("--dry", action="store_true", help="print the section, leave RESULTS.md alone")
     parser.add_argument("--ours", nargs=argparse.REMAINDER, default=[], help="further options of `bruno-ray run`")
     arguments = parser.parse_args()
@@ -172,7 +170,7 @@ def main() -> None:
             print(section(kept.ordered(organisms, tools), arguments), flush=True)
     text = section(kept.ordered(organisms, tools), arguments)
     if not arguments.dry:
-        write_section(arguments.section, text)
+        write_section("organisms", text)
 
 
 def variants(arguments: argparse.Namespace) -> list[tuple[str, str]]:
@@ -320,7 +318,7 @@ def last_line(log: str | None) -> str:
 
 def section(rows: Sequence[Row], arguments: argparse.Namespace) -> str:
     lines = [
-        f"## {arguments.title} (`benchmarks/organisms.py`)",
+        "## Organisms of another recipe (`benchmarks/organisms.py`)",
         "",
         f"{arguments.trials} trials ({arguments.startup} at startup), at most {arguments.tokens} answer tokens,"
         " float32, one thread each, one after the other. Two thirds of the train prompts for directions, one third for"

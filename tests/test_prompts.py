@@ -5,6 +5,7 @@ import datetime
 import importlib.util
 import json
 import re
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -374,6 +375,15 @@ def test_prompts_are_what_their_templates_make(behaviour: str) -> None:
     for (side, part), rows in made.items():
         settings = DatasetSettings(source=f"preset:{behaviour}_{side}_{part}.jsonl", column="prompt")
         assert [row.text for row in read_rows(settings, 1000)] == [row["prompt"] for row in rows]
+
+
+def test_the_test_part_of_disclaimers_has_categories_enough_to_compare() -> None:
+    """Of whole templates; in what a run tests there are some of each."""
+    settings = load(["--behaviour", "disclaimers"], environ={}).settings
+    prompts = load_prompts(settings).target
+    categories = Counter(prompt.category for prompt in (*prompts.test, *prompts.finalists))
+    assert None not in categories and len(categories) == 7 and min(categories.values()) >= 8
+    assert {prompt.category for prompt in prompts.test} == set(categories)
 
 
 def test_a_claim_is_in_one_part_only() -> None:

@@ -3,14 +3,15 @@
     NAME.txt -> bruno_ray/presets/data/NAME_{target,baseline}_{train,validation,test}.jsonl
 
 A template is a sentence with a gap and what fills it; disclaimers.txt explains how they are written. Columns: `prompt`;
-`answer` where the template has one; in a part that is headed by `words` also the words of the filler without articles
-and the like, which an answer to the point must repeat.
+`answer` and `category` where the template has one; in a part that is headed by `words` also the words of the filler
+without articles and the like, which an answer to the point must repeat.
 """
 
 import json
 import re
 import sys
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 
 TEMPLATES = Path(__file__).parent
@@ -55,14 +56,17 @@ def rows(name: str) -> Iterator[tuple[str, str, dict[str, str]]]:
         if line.startswith(" "):
             continue
         before, fillers, after = re.fullmatch(r"(.*)\{(.*)\}(.*)", line).groups()
-        following = lines[number + 1] if number + 1 < len(lines) else ""
-        wanted = following.strip().removeprefix("= ") if following.startswith(" ") else ""
+        notes = [note.strip() for note in takewhile(lambda line: line.startswith(" "), lines[number + 1 :])]
+        wanted = next((note[2:] for note in notes if note.startswith("= ")), "")
+        category = next((note[2:] for note in notes if note.startswith("@ ")), "")
         for filler in fillers.split("|"):
             row = {"prompt": before + filler + after}
             if wanted:
                 row["answer"] = wanted.format(filler)
             if with_words:
                 row["words"] = " ".join(content_words(filler))
+            if category:
+                row["category"] = category
             yield side, part, row
 
 
