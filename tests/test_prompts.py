@@ -395,6 +395,21 @@ def test_a_claim_is_in_one_part_only() -> None:
     assert len(parts) == 3 and len(claims) == len(set(claims)) > 150
 
 
+def test_pairs_differ_in_the_alarming_word_alone() -> None:
+    """So that a difference between the sides is that word's doing; one or two words of the sentence."""
+    sides = (
+        [row.text.split() for row in read_rows(DatasetSettings(source=f"preset:over-refusal_{side}_pairs.jsonl"), 100)]
+        for side in ("target", "baseline")
+    )
+    pairs = list(zip(*sides, strict=True))
+    assert len(pairs) == 48
+    for target, baseline in pairs:
+        before = next(i for i, (a, b) in enumerate(zip(target, baseline)) if a != b)
+        behind = next(i for i, (a, b) in enumerate(zip(reversed(target), reversed(baseline))) if a != b)
+        assert behind and before + behind in range(len(target) - 2, len(target)), target
+        assert before + behind in range(len(baseline) - 2, len(baseline)), baseline
+
+
 def test_what_is_rightly_declined_is_named_by_category() -> None:
     """A few words each, and none that a request for something of the kind would be made of."""
     protect = read_rows(DatasetSettings(source="preset:over-refusal_protect_test.jsonl", column="prompt"), 100)
