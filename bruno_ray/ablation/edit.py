@@ -117,6 +117,11 @@ def direction_sets_of(bank: Iterable[str]) -> tuple[str, ...]:
     return tuple(name for name in bank if name != SHIFTS)
 
 
+def sets_of(edit: Mapping[str, Any]) -> tuple[str, ...]:
+    """What an edit (``Edit.to_dict()``) needs of a bank."""
+    return (edit["direction_set"], *((SHIFTS,) if ADDITION in edit["components"] else ()))
+
+
 @dataclass(frozen=True)
 class Edit:
     """A whole edit of a model, small enough to send to any worker and to write into any JSON file."""

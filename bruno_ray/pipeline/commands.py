@@ -118,11 +118,15 @@ def evaluate(settings: Settings, base: str | None = None) -> None:
 
 def coverage(settings: Settings) -> None:
     """Print which share of the parameters that write to the residual stream an edit reaches."""
+    from bruno_ray.ablation.places import further_places
     from bruno_ray.model.coverage import coverage as coverage_of
     from bruno_ray.model.loading import load_model
 
     loaded = load_model(find_model(settings).model, only_look=True)
     print(format_coverage(coverage_of(loaded.model, loaded.architecture)))
+    print("\nother edits that this model has a place for (docs/search.md):")
+    for name, reason in further_places(loaded.architecture).items():
+        print(f"{name:<16} {f'no, {reason}' if reason else 'yes'}")
     if loaded.architecture.probed:
         print(
             f"{loaded.architecture.family} is in no table of architectures: this was found by probing, and its checks"

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TARGET, BASELINE, ACCENT, INK, GRID = "#c2410c", "#2563eb", "#0f766e", "#1f2937", "#e5e7eb"
-COMPONENTS = (TARGET, BASELINE, ACCENT, "#7c3aed")
+COMPONENTS = (TARGET, BASELINE, ACCENT, "#7c3aed", "#0891b2", "#be185d")
 
 PANELS = 24
 """At most this many stream points get a picture."""

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from bruno_ray.ablation.edit import OPENED
+from bruno_ray.ablation.edit import OPENED, PART_NAMES
 from bruno_ray.ablation.plan import PREFIX
 from bruno_ray.runs.records import RunRecord, ScoresRecord
 
@@ -265,8 +265,14 @@ def strength_rows(edit: dict[str, Any]) -> list[tuple[str, ...]]:
             shape = given.get("shape", "linear")
             edge = peak * (1.0 if shape == "flat" else given["min_weight"])
             row = (f"{peak:.3f}", f"{position:.2f}", f"{edge:.3f}", f"{distance:.2f}", shape)
-        rows.append((component, *row))
+        rows.append((component + of_parts(edit, component), *row))
     return rows
+
+
+def of_parts(edit: dict[str, Any], component: str) -> str:
+    """ " (12 experts in 4 layers)", where not all experts or heads of a component are edited."""
+    parts = [part for part in edit.get("parts", {}).get(component, ()) if part is not None]
+    return f" ({sum(map(len, parts))} {PART_NAMES[component]} in {len(parts)} layers)" if parts else ""
 
 
 def coverage_rows(coverage: Iterable[dict[str, Any]]) -> list[tuple[str, str, str, str]]:

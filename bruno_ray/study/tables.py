@@ -5,6 +5,7 @@ from typing import Any
 
 from rich.table import Table
 
+from bruno_ray.ablation.edit import PART_NAMES
 from bruno_ray.ablation.plan import PREFIX
 from bruno_ray.study.selection import TrialRecord, metric_text
 
@@ -18,7 +19,11 @@ def describe_edit(edit: dict[str, Any] | None) -> str:
     if edit["direction_set"].startswith(PREFIX):
         direction = "trained"
     kernels = ", ".join(f"{component} {_peak(given)}" for component, given in edit["components"].items())
-    return f"{edit['direction_set']} {direction}; {kernels}"
+    parts = ", ".join(
+        f"{sum(len(part) for part in chosen if part is not None)} {PART_NAMES[component]}"
+        for component, chosen in edit.get("parts", {}).items()
+    )
+    return f"{edit['direction_set']} {direction}; {kernels}" + (f"; {parts}" if parts else "")
 
 
 def describe_trial(trial: TrialRecord) -> str:

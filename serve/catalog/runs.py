@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
+from bruno_ray.ablation.edit import sets_of
 from bruno_ray.errors import BrunoError, OutputError
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import RunRecord, SelectedRecord
@@ -41,8 +42,8 @@ class ServedRun:
         used: dict[Path, set[str]] = {directory.directions_file: set()}
         for trial in run.trials:
             if trial.edit:
-                name = trial.edit["direction_set"]
-                used.setdefault(directory.file_of_directions(name), set()).add(name)
+                for name in sets_of(trial.edit):
+                    used.setdefault(directory.file_of_directions(name), set()).add(name)
         for path, names in used.items():
             try:
                 with safe_open(path, framework="numpy") as file:

@@ -129,14 +129,17 @@ class EngineReplica:
                     await asyncio.to_thread(_add_edit, engine, source, directions)
         return source.key
 
-    async def _directions(self, source: EditSource) -> np.ndarray:
-        """(n_layers + 1, rank, d_model) float32, a copy of this replica's own: an object that replicas share is pulled
-        from any machine that has it, and machines need not reach each other (docs/cluster.md)."""
+    async def _directions(self, source: EditSource) -> list[np.ndarray]:
+        """(n_layers + 1, rank, d_model) float32 for each of ``sets_of`` the edit, copies of this replica's own: an
+        object that replicas share is pulled from any machine that has it, and machines need not reach each other
+        (docs/cluster.md)."""
         from ray import serve
+
+        from bruno_ray.ablation.edit import sets_of
 
         if self._catalogue is None:
             self._catalogue = serve.get_deployment_handle(CATALOGUE, serve.get_replica_context().app_name)
-        return await self._catalogue.directions.remote(source.run, source.edit["direction_set"])
+        return [await self._catalogue.directions.remote(source.run, name) for name in sets_of(source.edit)]
 
     async def generate(
         self, request: "GenerationRequest", source: EditSource | None, stream: StreamId | None
@@ -236,13 +239,13 @@ class EngineReplica:
             raise RuntimeError(f"no step in {STUCK_SECONDS:.0f} s although there is work")
 
 
-def _add_edit(engine: Any, source: EditSource, directions: np.ndarray) -> None:
+def _add_edit(engine: Any, source: EditSource, directions: Sequence[np.ndarray]) -> None:
     import torch
 
-    from bruno_ray.ablation.edit import Edit
+    from bruno_ray.ablation.edit import Edit, sets_of
 
-    edit = Edit.from_dict(source.edit)
-    engine.add_edit(source.key, edit, {edit.direction_set: torch.from_numpy(np.array(directions))})
+    bank = {name: torch.from_numpy(np.array(each)) for name, each in zip(sets_of(source.edit), directions)}
+    engine.add_edit(source.key, Edit.from_dict(source.edit), bank)
 
 
 def _kl(base_PV: np.ndarray, edited_PV: np.ndarray) -> list[float]:
