@@ -84,14 +84,16 @@ def test_gradients_flow_through_the_restored_norms(mode: str, rank: int) -> None
         torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
+@pytest.mark.parametrize("with_bias", [True, False])
 @pytest.mark.parametrize("mode", MODES)
-def test_an_interchange_puts_another_outputs_part_where_its_own_was(mode: str) -> None:
-    weight, directions, bias = random_weight(), orthonormal(2, D), torch.randn(D)
+def test_an_interchange_puts_another_outputs_part_where_its_own_was(mode: str, with_bias: bool) -> None:
+    weight, directions, bias = random_weight(), orthonormal(2, D), torch.randn(D) * with_bias
     x, other = torch.randn(5, IN), torch.randn(IN)
     f = factors([weight], directions, 1.0, mode)
     assert f.offset is None
     g = interchanged(f, weight @ other)
-    changed = apply_to_output(x @ weight.T + bias, g.left, g.right, g.scale, bias, offset=g.offset)
+    own = bias if with_bias else None
+    changed = apply_to_output(x @ weight.T + bias, g.left, g.right, g.scale, own, offset=g.offset)
     removed = apply_to_weight(weight, f)
     taken_out = weight @ other - (removed @ other if f.scale is None else (removed @ other) / f.scale)
     put_in = taken_out if f.scale is None else f.scale * taken_out

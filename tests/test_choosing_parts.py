@@ -30,7 +30,7 @@ from bruno_ray.settings import SearchSettings
 from bruno_ray.study.space import edit_from_params, search_space
 from tests.support import tiny_models
 from tests.support.engine_helpers import loaded_from
-from tests.support.inline_pool import InlinePool
+from tests.support.inline_pool import InlinePool, use_inline_pools
 from tests.support.live_helpers import KERNEL, NARROW, batch, difference, logits, make_bank
 from tests.support.saved_run import settings_for
 from tests.test_exports import baked, merged, source_of, written_weights
@@ -318,3 +318,68 @@ def test_the_lean_pass_steps_aside_for_what_is_read_and_carries_heads() -> None:
         found = engine.next_logits(prompts, [engine.editor.resolve(edit, bank), None])
         assert difference(found, expected[name]) < 1e-4
         assert difference(found[0], found[1]) > 1e-2
+
+
+# ----- the whole story -----
+
+
+@pytest.mark.slow
+def test_a_study_with_all_of_it_is_searched_saved_reported_and_exported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sampler, schedule, worker, saving, report and exports of the product; Ray alone is left out."""
+    from bruno_ray.ablation.edit import direction_sets_of
+    from bruno_ray.cli.main import main
+    from bruno_ray.pipeline.steps import evaluation_context
+    from bruno_ray.study.fingerprint import study_fingerprint
+    from bruno_ray.study.run import make_schedule
+    from bruno_ray.study.selection import load_trials
+    from bruno_ray.study.storage import open_study
+    from bruno_ray.workers.messages import Scored, edit_outcome
+
+    settings = settings_for(tiny_models.write(tmp_path / "m", "gpt_oss"), tmp_path, ("e", "a"))
+    search = SearchSettings(
+        further=("router", "attention_input", "mlp_input", "addition"), experts=("all", "target"), heads=("causal",)
+    )
+    study_settings = settings.study.model_copy(update={"n_trials": 4, "n_startup_trials": 4})
+    settings = settings.model_copy(update={"search": search, "study": study_settings})
+    pool, prompts = InlinePool(settings), load_prompts(settings)
+    info = pool.call("describe")
+    run = open_run(settings, settings.output.directory / "mine", info, prompts)
+    bank = find_directions(run, run.read(), info, prompts, pool)
+    assert SHIFTS in bank
+    assert SHIFTS not in direction_sets_of(bank)
+    record = choose_parts(run, info, prompts, bank, pool)
+    context = evaluation_context(record, prompts, "validation", bank)
+    pool.set_context(context)
+    fingerprint = study_fingerprint(settings, info, prompts.fingerprint)
+    with open_study("mine", None, run.path, settings.scoring.objectives, fingerprint) as study:
+        schedule = make_schedule(settings, study, context, info)
+        while due := schedule.take_due():
+            for batch in due:
+                edits = [batch.edits[number] for number in batch.missing]
+                outcomes = pool.call("evaluate", edits, batch.rivals, with_context=True)
+                schedule.bring(batch.batch_id, Scored("here", tuple(map(edit_outcome, outcomes))))
+        schedule.settle()
+        trials = load_trials(study)
+    assert [trial.state for trial in trials] == ["COMPLETE"] * 4
+    assert len({trial.values["kl_divergence"] for trial in trials}) == 4
+    last = trials[-1].edit
+    assert set(last["components"]) == {"attention", "mlp", *search.further}
+    assert set(last["parts"]) >= {"attention"}
+    use_inline_pools(monkeypatch)
+    monkeypatch.chdir(tmp_path)
+    assert main(["save", str(run.path), "--trial", "3"]) == 0
+    record = run.read()
+    assert record.selected.number == 3
+    tested, saved = record.selected.test.values, record.selected.saved.values
+    assert saved["kl_divergence"] == pytest.approx(tested["kl_divergence"], rel=1e-3)
+    assert "before" in record.extra["entropy_of_routing"]
+    report = (run.path / "report.html").read_text()
+    for text in ("entropy of routing", "heads in 3 layers", "addition"):
+        assert text in report
+    assert "heads in 3 layers" in (run.model_folder / "README.md").read_text()
+    assert main(["export", f"{run.path}:3", "--to", "directions", str(tmp_path / "file")]) == 0
+    assert main(["apply", str(tmp_path / "file"), str(tmp_path / "m"), "--to", str(tmp_path / "applied")]) == 0
+    pair = [tiny_models_from(folder) for folder in (run.model_folder, tmp_path / "applied")]
+    assert torch.equal(logits(pair[0], batch(2)), logits(pair[1], batch(2)))

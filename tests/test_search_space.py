@@ -102,8 +102,8 @@ def test_a_model_of_one_layer_has_a_space():
 
 
 def test_a_component_without_ranges_is_named():
-    with pytest.raises(SettingsError, match="embedding"):
-        search_space(SearchSettings(), SETS, LAYERS, ("attention", "embedding"))
+    with pytest.raises(SettingsError, match="conv"):
+        search_space(SearchSettings(), SETS, LAYERS, ("attention", "conv"))
 
 
 @pytest.mark.parametrize("cut", [3, 9])
