@@ -356,10 +356,10 @@ def test_a_study_with_all_of_it_is_searched_saved_reported_and_exported(
     with open_study("mine", None, run.path, settings.scoring.objectives, fingerprint) as study:
         schedule = make_schedule(settings, study, context, info)
         while due := schedule.take_due():
-            for batch in due:
-                edits = [batch.edits[number] for number in batch.missing]
-                outcomes = pool.call("evaluate", edits, batch.rivals, with_context=True)
-                schedule.bring(batch.batch_id, Scored("here", tuple(map(edit_outcome, outcomes))))
+            for one in due:
+                edits = [one.edits[number] for number in one.missing]
+                outcomes = pool.call("evaluate", edits, one.rivals, with_context=True)
+                schedule.bring(one.batch_id, Scored("here", tuple(map(edit_outcome, outcomes))))
         schedule.settle()
         trials = load_trials(study)
     assert [trial.state for trial in trials] == ["COMPLETE"] * 4

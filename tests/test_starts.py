@@ -1,5 +1,6 @@
 """Edits that are tried before any is sampled: what they are, and that they move no other trial."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import optuna
@@ -12,7 +13,7 @@ from bruno_ray.errors import StudyError
 from bruno_ray.settings import SearchSettings
 from bruno_ray.study.selection import load_trials
 from bruno_ray.study.space import edit_from_params, search_space
-from bruno_ray.study.starts import LITERATURE, Start, each_once, kept_starts, literature_edit, nearest_params
+from bruno_ray.study.starts import LITERATURE, Start, each_once, fitted, kept_starts, literature_edit, nearest_params
 from bruno_ray.study.tables import front_lines
 from tests.support.fakes import fake_scores
 from tests.support.schedules import OBJECTIVES, SPACE, memory_folder, opened, params
@@ -122,3 +123,10 @@ def test_a_trained_edit_is_no_start():
     trained = Start(Edit({"mlp": StrengthTable((0.5, 1.0))}, "learned:1", None, "none"), "RUN:7")
     with pytest.raises(StudyError, match="RUN:7 was trained"):
         kept_starts(optuna.create_study(directions=["minimize"]), [trained])
+
+
+def test_experts_of_a_model_of_other_depth_are_not_taken_over() -> None:
+    parts = {"mlp": ((0,), (1,), None)}
+    start = Start(replace(literature_edit(("x",), 3, ("mlp",)), parts=parts), "mine", n_layers=3)
+    assert fitted(start, ("x",), 3, ("mlp",)).edit.parts == parts
+    assert fitted(start, ("x",), 6, ("mlp",)).edit.parts == {}

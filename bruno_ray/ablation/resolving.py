@@ -18,7 +18,7 @@ from bruno_ray.ablation.closed_forms import (
     seen_through,
     shifts_of,
 )
-from bruno_ray.ablation.edit import ADDITION, Edit, NormMode
+from bruno_ray.ablation.edit import ADDITION, PART_NAMES, Edit, NormMode
 from bruno_ray.errors import ModelError
 from bruno_ray.model.architectures import Architecture
 from bruno_ray.model.readers import Reader, gain
@@ -102,6 +102,14 @@ class Resolver:
         return [ResolvedEdit(edit, tuple(of_edit)) for edit, of_edit in zip(edits, factors)]
 
     def _require_places(self, edit: Edit) -> None:
+        for writer in self._writers if edit.parts else ():
+            chosen = edit.parts.get(writer.component, (None,) * (writer.layer + 1))
+            part = chosen[writer.layer] if writer.layer < len(chosen) else (writer.n_parts,)
+            if writer.n_parts and part and max(part) >= writer.n_parts:
+                raise ModelError(
+                    f"the edit is of {PART_NAMES[writer.component]} that {writer.name} does not have: choose an edit"
+                    " that was found on this model"
+                )
         for component in edit.further:
             if edit.components[component].is_nothing:
                 continue

@@ -49,6 +49,8 @@ def gain(norm: nn.Module | None, d_model: int) -> tuple[Float[Tensor, " d_model"
         return torch.ones(d_model), False
     parameter = next(norm.parameters(), None)
     device, dtype = (torch.device("cpu"), torch.float32) if parameter is None else (parameter.device, parameter.dtype)
+    if device.type == "meta":  # offloaded: it is brought where it computes, and what it is given too
+        device = torch.device("cpu")
     given = torch.ones(1, 1, d_model, device=device, dtype=dtype)  # of mean 0, no value 0
     given[..., 1::2] = -1
     if d_model % 2:

@@ -64,7 +64,8 @@ def refuse_trained(starts: Sequence[Start]) -> None:
 
 def fitted(start: Start, direction_sets: Sequence[str], n_layers: int, components: Sequence[str]) -> Start:
     """An edit of another study as one of this: its layers at the same share of the depth, a direction set that there is
-    (the same or else the first), and no components that this model does not have."""
+    (the same or else the first), and no components that this model does not have. Of a model of other depth it is an
+    edit of all experts and heads."""
     scale = (n_layers - 1) / max(1, (start.n_layers or n_layers) - 1)
     kernels = {
         name: replace(
@@ -83,6 +84,7 @@ def fitted(start: Start, direction_sets: Sequence[str], n_layers: int, component
         components=kernels,
         direction_set=start.edit.direction_set if known else direction_sets[0],
         direction_index=None if index is None else scale * index,
+        parts={name: chosen for name, chosen in start.edit.parts.items() if len(chosen) == n_layers},
     )
     return replace(start, edit=edit)
 
