@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from cluster.network.mesh import listeners, listening_on
 from tests.cluster.conftest import KeyPair
 from tests.cluster.lab import Container, Lab
 from tests.cluster.lab.container import CHECKOUT
+from tests.cluster.lab.far_away import ROUND_TRIP_S
 from tests.cluster.lab.supervised import MAX_CPUS
 from tests.support.waiting import wait_for
 
@@ -343,16 +345,17 @@ class TestDirect:
 
 
 @pytest.fixture(scope="module")
-def head_only(network: Network, key: KeyPair) -> Network:
-    """Two workers that know of nobody but the head; what was there before is gone."""
+def head_only(network: Network, key: KeyPair) -> Iterator[Network]:
+    """Two workers, 60 ms away, that know of nobody but the head; what was there before is gone."""
     network.lab.close_containers()
-    network = Network(network.lab, key, "head-only")
-    for index, gateway_ports in enumerate(["clientspecified", "clientspecified", "no"]):
-        network.add(index, gateway_ports)
-    network.tell()
-    network.start_supervisor()
-    network.wait_until_up()
-    return network
+    with Lab(ROUND_TRIP_S) as lab:
+        network = Network(lab, key, "head-only")
+        for index, gateway_ports in enumerate(["clientspecified", "clientspecified", "no"]):
+            network.add(index, gateway_ports)
+        network.tell()
+        network.start_supervisor()
+        network.wait_until_up()
+        yield network
 
 
 @pytest.mark.cluster

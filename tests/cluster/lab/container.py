@@ -16,6 +16,7 @@ logger = logging.getLogger(__name__)
 CHECKOUT = Path(__file__).resolve().parents[3]
 INIT = Path(__file__).with_name("container_init.sh")
 BASHRC = Path(__file__).with_name("bashrc.sh")
+FAR_AWAY = Path(__file__).with_name("far_away.py")
 INSIDE = "172.17.0.2"
 ROUTER = "172.17.0.1"
 START_TIMEOUT_S = 30.0
@@ -36,7 +37,7 @@ Subsystem sftp /usr/lib/openssh/sftp-server
 """
 ROUTER_RULES = """\
 table ip nat {{
-  chain in {{ type nat hook prerouting priority -100; ip daddr {public} tcp dport {port} dnat to {inside}:22; }}
+  chain in {{ type nat hook prerouting priority -100; {sshd} }}
   chain out {{ type nat hook postrouting priority 100; oifname "wan" masquerade; }}
 }}
 table ip filter {{
@@ -48,6 +49,8 @@ table ip filter {{
   }}
 }}
 """
+TO_SSHD = "ip daddr {public} tcp dport {port} dnat to {inside}:22;"
+"""Left out where a proxy on the router stands for the distance."""
 REFUSAL_RULES = """\
 table ip refuse {{}}
 delete table ip refuse
@@ -85,6 +88,7 @@ class Container:
         gateway_ports: str,
         env: Mapping[str, str],
         onstart: str | None,
+        round_trip_s: float = 0.0,
     ) -> None:
         self.name = f"c{number}"
         self.namespace = f"{lab_name}-n{number}"
@@ -98,7 +102,9 @@ class Container:
         self._env = env
         self._onstart = onstart
         self._number = number
+        self._round_trip_s = round_trip_s
         self._process: subprocess.Popen[bytes] | None = None
+        self._proxy: subprocess.Popen[str] | None = None
 
     @property
     def home(self) -> Path:
@@ -119,13 +125,16 @@ class Container:
                 start_new_session=True,
             )
         self._wait_for_sshd()
+        if self._round_trip_s:
+            self._be_far_away()
 
     def stop(self) -> None:
         """Kill every process of the container and remove its network and files; twice is harmless."""
         for namespace in (self.namespace, self.router):
             remove_namespace(namespace)
-        if self._process is not None:
-            self._process.wait(timeout=10)
+        for process in (self._process, self._proxy):
+            if process is not None:
+                process.wait(timeout=10)
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def cut(self) -> None:
@@ -178,8 +187,24 @@ class Container:
         run("ip", "-n", self.router, "-batch", "-", input="\n".join(lines))
         run("ip", "-n", self._wan, "link", "set", port_name, "master", "bridge0", "up")
         run("ip", "netns", "exec", self.router, "sh", "-c", "echo 1 > /proc/sys/net/ipv4/ip_forward")
-        rules = ROUTER_RULES.format(public=self.public_address, port=self.ssh_port, inside=INSIDE)
+        place = {"public": self.public_address, "port": self.ssh_port, "inside": INSIDE}
+        rules = ROUTER_RULES.format(sshd="" if self._round_trip_s else TO_SSHD.format(**place))
         run("ip", "netns", "exec", self.router, "nft", "-f", "-", input=rules)
+
+    def _be_far_away(self) -> None:
+        """Let sshd be reached through a proxy on the router, which ends with the router's namespace."""
+        words = [self.public_address, str(self.ssh_port), INSIDE, "22", str(self._round_trip_s / 2)]
+        proxy = subprocess.Popen(
+            ["ip", "netns", "exec", self.router, sys.executable, str(FAR_AWAY), *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self._proxy = proxy
+        assert proxy.stdout is not None
+        if not proxy.stdout.readline():
+            raise RuntimeError(f"the proxy of container {self.name} ended with {proxy.wait()}")
 
     def _make_files(self) -> None:
         for part in ("rootfs", "root/.ssh", "tmp"):

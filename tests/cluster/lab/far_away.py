@@ -6,6 +6,9 @@ python far_away.py ADDRESS PORT HOST HOST_PORT SECONDS     each way; listens on 
 import asyncio
 import sys
 
+ROUND_TRIP_S = 0.06
+"""From one end of a continent to the other, or across an ocean."""
+
 
 async def carry(reader: asyncio.StreamReader, writer: asyncio.StreamWriter, delay_s: float) -> None:
     """Everything in order, each piece `delay_s` after it came."""

@@ -26,7 +26,9 @@ def wired_address(number: int) -> str:
 class Lab:
     """Use as a context manager: whatever happens inside, nothing is left of it."""
 
-    def __init__(self) -> None:
+    def __init__(self, round_trip_s: float = 0.0) -> None:
+        """``round_trip_s``: what the sshd of each machine is away from everybody else."""
+        self._round_trip_s = round_trip_s
         self.folder = Path(tempfile.mkdtemp(prefix=PREFIX))
         self.name = self.folder.name
         self.wan = f"{self.name}-wan"
@@ -77,7 +79,9 @@ class Lab:
         with self._guard:
             number = self._next
             self._next += 1
-        container = Container(self.name, self.folder, self.wan, number, keys, gateway_ports, env or {}, onstart)
+        container = Container(
+            *(self.name, self.folder, self.wan, number, keys, gateway_ports, env or {}, onstart, self._round_trip_s)
+        )
         self.containers[number] = container
         try:
             container.start()

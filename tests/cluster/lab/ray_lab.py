@@ -9,6 +9,7 @@ import shlex
 import sys
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from cluster.network.addresses import NodeAddress
@@ -17,13 +18,16 @@ from tests.cluster.lab.container import CHECKOUT, Container
 from tests.cluster.lab.lab import Lab, wired_address
 from tests.cluster.lab.supervised import MAX_CPUS
 
+PATIENCE_S = 600.0
+"""For a node that starts while other tests have the processors."""
+
 OPTIONS = "--num-cpus=2 --object-store-memory=700000000 --include-log-monitor=false"
 
 
 class RayLab:
     """Node 0 is the head. ``key`` and ``public`` are a key pair that all containers let in.
 
-    ``network`` is "star", "direct" or "veth".
+    ``network`` is "veth" or a kind of mesh.
     """
 
     def __init__(self, lab: Lab, key: Path, public: str, workers: int, network: str = "star") -> None:
@@ -36,22 +40,26 @@ class RayLab:
             (node.home / ".ray" / "auth_token").write_text(token)
             (node.home / ".ray" / "auth_token").chmod(0o600)
 
-    def start(self) -> float:
-        """Tunnels, then Ray on every node; returns the seconds it took."""
+    def start(self, at_once: int = 1) -> float:
+        """Tunnels, then Ray on every node, so many workers ``at_once``; returns the seconds it took."""
         began = time.monotonic()
         if self.network == "veth":
             self.lab.wire(self.nodes)
         else:
             self.start_tunnels()
-        for index in range(len(self.nodes)):
-            if self.network == "veth":
-                wire = ["--node-ip-address=" + wired_address(index)]
-                wire += ["--address=" + wired_address(0) + ":6379"] if index else []
-                start = f'eval "{shlex.join(command_line(self.address(index), wire))} ${OPTIONS_VARIABLE}"'
-            else:
-                start = f"{sys.executable} -m cluster.setup.ray_start {'worker' if index else 'head'}"
-            self.ssh(index, f"{self.environment(index)} {start}")
+        self._start_ray(0)
+        with ThreadPoolExecutor(at_once) as pool:
+            list(pool.map(self._start_ray, range(1, len(self.nodes))))
         return time.monotonic() - began
+
+    def _start_ray(self, index: int) -> None:
+        if self.network == "veth":
+            wire = ["--node-ip-address=" + wired_address(index)]
+            wire += ["--address=" + wired_address(0) + ":6379"] if index else []
+            start = f'eval "{shlex.join(command_line(self.address(index), wire))} ${OPTIONS_VARIABLE}"'
+        else:
+            start = f"{sys.executable} -m cluster.setup.ray_start {'worker' if index else 'head'}"
+        self.ssh(index, f"{self.environment(index)} {start}", PATIENCE_S)
 
     def start_tunnels(self) -> None:
         head = self.nodes[0].home
