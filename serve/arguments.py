@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("where")
     where.add_argument("--host", default="127.0.0.1", help="address to listen on [127.0.0.1: this machine only]")
     where.add_argument("--port", type=int, default=8000, metavar="N", help="[8000]")
-    where.add_argument("--route-prefix", default="/", metavar="PATH", help="path that everything is below [/]")
+    where.add_argument("--route-prefix", default="/", metavar="PATH", help="path that all routes start with [/]")
     where.add_argument(
         "--output-directory",
         type=Path,
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=f"keys, a sha256 a line; {VARIABLE} in the environment is one more key",
     )
-    who.add_argument("--no-key", action="store_true", help="let everyone in who can connect")
+    who.add_argument("--no-key", action="store_true", help="let anyone in who can connect")
     who.add_argument(
         "--cors-origin",
         dest="cors_origins",

@@ -40,7 +40,7 @@ def _save_arguments(parser: argparse.ArgumentParser) -> None:
         " again on prompts that the search has not seen; the one that leaves fewest of them without a proper answer is"
         " taken, and of those within one prompt of it the one with the lowest KL divergence",
     )
-    parser.add_argument("--to", type=Path, metavar="FOLDER", help="where to; must not exist [RUN/model]")
+    parser.add_argument("--to", type=Path, metavar="FOLDER", help="where to save it; must not exist [RUN/model]")
     parser.add_argument("--upload", metavar="REPO", help="also upload to this hub repository (owner/name), see publish")
     parser.add_argument("--public", action="store_true", help="make it public [a new repository is private]")
 

@@ -79,7 +79,7 @@ def _coverage(arguments: argparse.Namespace) -> None:
 
 def _show_config_arguments(parser: argparse.ArgumentParser) -> None:
     takes_settings(parser)
-    parser.add_argument("--describe", action="store_true", help="with what each setting means")
+    parser.add_argument("--describe", action="store_true", help="also say what each setting means")
     parser.add_argument("--toml", action="store_true", help="as a config file that gives the same settings")
 
 

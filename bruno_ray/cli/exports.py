@@ -24,7 +24,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(EXPORTERS)}: an adapter for PEFT, a file for llama.cpp, an edit for vLLM with our plug-in, a"
         " file for `bruno-ray apply`",
     )
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="must not exist")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where to write it; must not exist")
     parser.add_argument(
         "--max-error",
         type=values.share,
@@ -32,7 +32,9 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="X",
         help="lora: largest share of a weight's change that may be left out, for edits with norm_mode full [0.05]",
     )
-    parser.add_argument("--max-rank", type=values.count, default=64, metavar="N", help="lora: of such edits [64]")
+    parser.add_argument(
+        "--max-rank", type=values.count, default=64, metavar="N", help="lora: largest rank for such edits [64]"
+    )
     parser.add_argument(
         "--outtype", default="auto", choices=OUTTYPES, help="gguf: what the weights are written in [auto]"
     )

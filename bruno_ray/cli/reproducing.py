@@ -21,7 +21,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help="a reproduce.json, bruno-ray's or heretic's, or the folder of a run or a saved model with one in it",
     )
-    parser.add_argument("--model", metavar="MODEL", help="the base model, where it has another name or place here")
+    parser.add_argument("--model", metavar="MODEL", help="the base model, if it has another name or path here")
     parser.usage = "%(prog)s FILE [--model MODEL] [--prompts.SIDE.PART.source FILE] [OPTIONS]"
     parser.epilog = (
         "Settings come from the file; flags replace them, such as where the model and the prompts lie here. The last"

@@ -22,7 +22,7 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
         "--repeats",
         type=values.count,
         metavar="N",
-        help="make N runs, with seeds from study.seed on, and print how far apart they end; needs --auto-select",
+        help="make N runs, with seeds from study.seed upwards, and print how far apart they end; needs --auto-select",
     )
 
 
