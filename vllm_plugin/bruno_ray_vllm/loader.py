@@ -22,7 +22,7 @@ from vllm.model_executor.model_loader.base_loader import BaseModelLoader
 
 from bruno_ray_vllm.hooks import attach, edits_of
 
-logger = logging.getLogger(__name__)
+logger = logging.getLogger("vllm.bruno_ray")  # below vLLM's own, which is shown
 
 ENTRY = "bruno_ray"
 """Of config.json."""
@@ -56,10 +56,10 @@ class EditedModelLoader(BaseModelLoader):
         base = self._of_base(model_config)
         if vllm_config.lora_config is not None:
             raise ValueError("adapters and an edit cannot be served together: vLLM computes adapters past the hooks")
+        entry = None if _is_draft(vllm_config, model_config) else _entry(model_config)
         model = self._inner.load_model(vllm_config=vllm_config, model_config=base, **others)
-        if model_config is not vllm_config.model_config:
-            return model  # a draft model, which only proposes tokens
-        entry = _entry(model_config)
+        if entry is None:
+            return model
         hooked = attach(model, edits_of(load_file(_checked(model_config.model, entry))))
         logger.info(
             "%s: trial %s of %s on %s, %d modules edited", ENTRY, entry["trial"], entry["run"], base.model, len(hooked)
@@ -80,6 +80,12 @@ class EditedModelLoader(BaseModelLoader):
         changed = copy.copy(model_config)
         changed.model, changed.revision = where, None if self._base else entry["revision"]
         return changed
+
+
+def _is_draft(vllm_config: VllmConfig, model_config: ModelConfig) -> bool:
+    """Whether the model only proposes tokens, which the edited one accepts or not."""
+    speculative = vllm_config.speculative_config
+    return speculative is not None and model_config is speculative.draft_model_config
 
 
 def _entry(model_config: ModelConfig) -> dict[str, Any]:
