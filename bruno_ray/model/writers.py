@@ -42,8 +42,11 @@ class Matrix:
         return whole.numel() if self.index is None else whole[self.index].numel()
 
     def read(self) -> Float[Tensor, "d_model in"]:
-        """The weight in float32, dequantised if need be. Do not write into it: it may be a view of the model."""
-        weight = self._dequantized() if self.quantized else self._part(self._tensor().detach())
+        """The weight in float32, dequantised if need be. Do not write into it: it may be a view of the model.
+
+        Of a weight that is spread over several processes all of them get the whole: all of them must ask.
+        """
+        weight = self._dequantized() if self.quantized else self._part(_gathered(self._tensor().detach()))
         if weight.is_meta:
             raise ModelError(
                 f"{self.name} is offloaded and cannot be read: raise model.max_memory, quantise the model,"
@@ -57,6 +60,10 @@ class Matrix:
             raise ModelError(
                 f"{self.name} is quantised and cannot hold an edited weight:"
                 " load the model in full precision to save it"
+            )
+        if hasattr(self._tensor(), "full_tensor"):
+            raise ModelError(
+                f"{self.name} is spread over processes and cannot be written: load the model in one to save it"
             )
         if self._tensor().is_meta:
             raise ModelError(f"{self.name} is offloaded and cannot be written: load the model on one device to save it")
@@ -88,6 +95,12 @@ class Matrix:
             f"{self.name} is stored as {stored.dtype} in a {type(self.module).__name__}, which cannot be read:"
             " use search.norm_mode none, or an unquantised copy of the model"
         )
+
+
+def _gathered(stored: Tensor) -> Tensor:
+    """The whole of a DTensor (torch.distributed), which is known by its method; anything else as it is."""
+    gather = getattr(stored, "full_tensor", None)
+    return stored if gather is None else gather()
 
 
 @dataclass(frozen=True)
