@@ -12,6 +12,8 @@ from bruno_ray.ablation.edit import AblationParameters, Edit
 from bruno_ray.prompts.reasoning import final_answer, open_texts
 from bruno_ray.prompts.response_prefix import EMPTY_BLOCKS, closer_of
 from bruno_ray.prompts.sets import Prompt
+from bruno_ray.publishing.wording import before_and_after
+from bruno_ray.runs.records import ScoresRecord
 from bruno_ray.scoring.scores import Scores
 from bruno_ray.settings import ModelSettings, ResidualSettings, ScoringSettings
 from bruno_ray.workers.exchanged import EvaluationContext
@@ -175,6 +177,9 @@ def test_an_answer_that_is_cut_off_while_it_reasons_has_no_final_one(worker: Mod
     unedited = worker.baseline(given)
     assert unedited.counts["unclosed_rate"] == (12, 12)
     assert unedited.counts["reasoned_behaviour_rate"] == (0, 0)
+    rows = {row[0]: row[1:] for row in before_and_after(ScoresRecord.of(unedited), ScoresRecord.of(unedited))}
+    assert rows["Behaviour rate with reasoning open"] == ("0/0 (0.0 to 100.0 %)",) * 2, "as report and card say it"
+    assert rows["Reasoning never closed"][0].startswith("12/12 = 100.0 %")
 
 
 def test_a_model_without_reasoning_is_told_nothing_of_it(worker: ModelWorker) -> None:
