@@ -7,15 +7,7 @@ from bruno_ray.errors import SettingsError
 from bruno_ray.settings import SearchSettings
 from bruno_ray.settings.schema import ComponentRange
 from bruno_ray.study.sampler import NumberedTPESampler
-from bruno_ray.study.space import (
-    AtBound,
-    at_bounds,
-    bound_lines,
-    edit_from_params,
-    search_space,
-    suggest,
-    usual_ranges,
-)
+from bruno_ray.study.space import AtBound, at_bounds, bound_lines, edit_from_params, search_space, suggest
 
 SETS = ("difference_in_means@0", "difference_in_means@1")
 COMPONENTS = ("attention", "mlp")
@@ -223,25 +215,3 @@ def test_a_range_that_was_narrowed_has_bounds_and_one_of_a_single_value_has_none
     fixed = {"mlp.max_weight": 1.0, "mlp.min_weight": 0.2}
     front = [at_default(mlp__max_weight_position=6.0) | fixed] * 2
     assert at_bounds(narrowed, space, front, LAYERS) == [AtBound("mlp.max_weight_position", 6.0, 2, 2)]
-
-
-def test_every_second_startup_trial_lies_where_good_edits_usually_do():
-    usual = usual_ranges(SPACE, LAYERS)
-    assert usual["direction_index"] == (4.0, 9.0) and usual["mlp.max_weight_position"] == (6.0, 10.0)
-    assert usual["mlp.max_weight"] == (0.8, 1.5) and usual["attention.min_weight_distance"] == (1.0, 6.0)
-    sampler = NumberedTPESampler(40, 0, SPACE, usual=usual)
-    study = optuna.create_study(directions=["minimize", "minimize"], sampler=sampler)
-    given = [ask(study)[0].params for _ in range(40)]
-    for name, (low, high) in usual.items():
-        values = [params[name] for params in given]
-        assert all(low <= value <= high for value in values[1::2])
-        span = SPACE[name].high - SPACE[name].low
-        assert max(values[::2]) - min(values[::2]) > 0.9 * span, "the others leave no part of the space unvisited"
-
-
-def test_usual_ranges_never_leave_what_the_settings_allow():
-    early = ComponentRange(max_weight=(1.0, 1.2), max_weight_position=(0.0, 0.3))
-    space = search_space(SearchSettings(attention=early), SETS, LAYERS, COMPONENTS)
-    usual = usual_ranges(space, LAYERS)
-    assert usual["attention.max_weight"] == (1.0, 1.2)
-    assert "attention.max_weight_position" not in usual, "nothing of it is allowed"

@@ -33,7 +33,7 @@ from bruno_ray.study.samplers import make_sampler
 from bruno_ray.study.schedule import Schedule
 from bruno_ray.study.searcher import BatchOptunaSearch
 from bruno_ray.study.selection import load_trials, pareto_front
-from bruno_ray.study.space import bound_lines, edited_components, search_space, suggest, usual_ranges
+from bruno_ray.study.space import bound_lines, edited_components, search_space, suggest
 from bruno_ray.study.starts import (
     LITERATURE,
     Start,
@@ -185,7 +185,6 @@ def make_schedule(
         space,
         trainings,
         [nearest_params(start.edit, space) for start in starts],
-        usual_ranges(space, info.n_layers),
     )
 
     def suggested(trial: optuna.Trial) -> Edit | TrainingPlan:

@@ -31,11 +31,6 @@ EI_CANDIDATES = 64
 A trial of 10 parameters takes 7 ms to sample with 24 candidates, 14 ms with 128 (60 finished trials, one core)."""
 
 
-SEQUENCES = {"all": 0, "trained": 0, "usual": 1}
-"""Of startup points all over the space, of trained trials, and of startup points in its usual part; with what tells
-their seeds apart."""
-
-
 class Numbered:
     """What every sampler of a study has in common: which trials it does not sample, and what those get instead."""
 
@@ -46,12 +41,10 @@ class Numbered:
         space: Mapping[str, BaseDistribution],
         trainings: Trainings | None = None,
         starts: Sequence[Mapping[str, Any]] = (),
-        usual: Mapping[str, tuple[float, float]] | None = None,
     ) -> None:
         """
         Args:
             space: what searched trials are sampled from; the coordinates of the startup points, in this order.
-            usual: ranges within those of ``space`` that every second startup point is taken from.
             trainings: which trials are trained, and sampled from a space of their own.
             starts: parameters of the first searched trials (``starts.py``); they take the place of sampled ones.
         """
@@ -60,8 +53,7 @@ class Numbered:
         self._space = dict(space)
         self._trainings = trainings
         self._starts = list(starts)
-        self._usual = dict(usual or {})
-        self._point: tuple[tuple[str, int], np.ndarray] | None = None
+        self._point: tuple[tuple[bool, int], np.ndarray] | None = None
 
     def is_start(self, number: int) -> bool:
         """Whether the parameters of this trial are given."""
@@ -78,14 +70,9 @@ class Numbered:
         if self._is_trained(number):
             assert self._trainings is not None
             point, names = self._trainings.point(number), list(self._trainings.space())
-            return _place(distribution, self._sobol("trained", point, len(names))[names.index(name)])
+            return _place(distribution, self._sobol(True, point, len(names))[names.index(name)])
         names = list(self._space)
-        if self._usual and number % 2:  # a sequence of its own: every second point of one leaves out half of the space
-            share = self._sobol("usual", number // 2, len(names))[names.index(name)]
-            low, high = self._usual.get(name, (None, None))
-            return _place(distribution, share) if low is None else low + share * (high - low)
-        index = number // 2 if self._usual else number
-        return _place(distribution, self._sobol("all", index, len(names))[names.index(name)])
+        return _place(distribution, self._sobol(False, number, len(names))[names.index(name)])
 
     def sampled_space(self) -> dict[str, BaseDistribution]:
         """What a sampled trial has. Optuna would take what all trials have in common: nothing, where some are
@@ -99,14 +86,13 @@ class Numbered:
     def _is_trained(self, number: int) -> bool:
         return self._trainings is not None and self._trainings.is_trained(number)
 
-    def _sobol(self, sequence: str, number: int, dimensions: int) -> np.ndarray:
-        """Point of that number in the unit cube. ``sequence``: one of SEQUENCES."""
-        if self._point is None or self._point[0] != (sequence, number):
-            seeds = [self._study_seed, SEQUENCES[sequence]] if SEQUENCES[sequence] else self._study_seed
-            points = Sobol(dimensions, rng=np.random.default_rng(seeds))
+    def _sobol(self, of_trainings: bool, number: int, dimensions: int) -> np.ndarray:
+        """Point of that number in the unit cube."""
+        if self._point is None or self._point[0] != (of_trainings, number):
+            sequence = Sobol(dimensions, rng=np.random.default_rng(self._study_seed))
             if number:
-                points.fast_forward(number)  # which refuses 0
-            self._point = (sequence, number), points.random(1)[0]
+                sequence.fast_forward(number)  # which refuses 0
+            self._point = (of_trainings, number), sequence.random(1)[0]
         return self._point[1]
 
 
@@ -120,7 +106,6 @@ class NumberedTPESampler(Numbered, TPESampler):
         space: Mapping[str, BaseDistribution],
         trainings: Trainings | None = None,
         starts: Sequence[Mapping[str, Any]] = (),
-        usual: Mapping[str, tuple[float, float]] | None = None,
     ):
         """Arguments as of `Numbered.number`."""
         super().__init__(
@@ -130,7 +115,7 @@ class NumberedTPESampler(Numbered, TPESampler):
             n_ei_candidates=EI_CANDIDATES,
             seed=seed,
         )
-        self.number(n_startup_trials, seed, space, trainings, starts, usual)
+        self.number(n_startup_trials, seed, space, trainings, starts)
 
     def reseed_rng(self) -> None:
         """Optuna calls this in worker processes to tell streams apart; ours are told apart by trial number."""

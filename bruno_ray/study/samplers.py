@@ -43,11 +43,10 @@ class FreshSampler(Numbered, BaseSampler):
         space: Mapping[str, BaseDistribution],
         trainings: Trainings | None = None,
         starts: Sequence[Mapping[str, Any]] = (),
-        usual: Mapping[str, tuple[float, float]] | None = None,
     ):
         """Arguments as of `Numbered.number`."""
         self.kind = kind
-        self.number(n_startup_trials, seed, space, trainings, starts, usual)
+        self.number(n_startup_trials, seed, space, trainings, starts)
 
     def infer_relative_search_space(self, study: Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
         if self.is_placed(trial.number):
@@ -100,11 +99,10 @@ def make_sampler(
     space: Mapping[str, BaseDistribution],
     trainings: Trainings | None = None,
     starts: Sequence[Mapping[str, Any]] = (),
-    usual: Mapping[str, tuple[float, float]] | None = None,
 ) -> NumberedTPESampler | FreshSampler:
     """The sampler of that name. Raises SettingsError if it needs a package that is not installed."""
     if kind == "tpe":
-        return NumberedTPESampler(n_startup_trials, seed, space, trainings, starts, usual)
+        return NumberedTPESampler(n_startup_trials, seed, space, trainings, starts)
     if kind == "cmaes" and find_spec("cmaes") is None:  # Optuna imports it at the first trial, in mid-study
         raise SettingsError("study.sampler cmaes needs a package: pip install cmaes, or choose another")
-    return FreshSampler(kind, n_startup_trials, seed, space, trainings, starts, usual)
+    return FreshSampler(kind, n_startup_trials, seed, space, trainings, starts)

@@ -25,15 +25,6 @@ NEAR, OFTEN, FEWEST_AT_BOUND = 0.02, 0.3, 2
 IN_LAYERS = (INDEX, "max_weight_position", "min_weight_distance")
 """Parameters in layers whose ranges the settings have as fractions of the last layer's index."""
 
-USUAL = {
-    INDEX: (0.4, 0.9),
-    "max_weight": (0.8, 1.5),
-    "max_weight_position": (0.6, 1.0),
-    "min_weight_distance": (0.0, 0.6),
-}
-"""The ranges that heretic searches in, in layers as fractions of the last layer's index. Wider ones find more on some
-models and need more trials on the others (docs/search.md)."""
-
 Choices = Mapping[str, Parts]
 """Of experts and heads, "SETTING:CHOICE" ("experts:target") -> what is edited then; only those that a model has."""
 
@@ -81,20 +72,6 @@ def search_space(
         if len(possible) > 1:
             space[name] = CategoricalDistribution(possible)
     return space
-
-
-def usual_ranges(space: Mapping[str, BaseDistribution], n_layers: int) -> dict[str, tuple[float, float]]:
-    """Where in the space good edits of most models lie, by parameter: USUAL, as far as the space has it."""
-    last, ranges = n_layers - 1, {}
-    for name, distribution in space.items():
-        kind = name.rpartition(".")[2]
-        if kind not in USUAL or not isinstance(distribution, FloatDistribution) or distribution.single():
-            continue
-        scale = last if kind in IN_LAYERS else 1
-        low, high = (max(distribution.low, min(distribution.high, each * scale)) for each in USUAL[kind])
-        if low < high:
-            ranges[name] = low, high
-    return ranges
 
 
 def _possible(search: SearchSettings, name: str, choices: Choices) -> tuple[str, ...]:
