@@ -22,7 +22,7 @@ __all__ = ["memory_folder"]
 class NoPool:
     """The monitor's other source, which is not looked at here."""
 
-    def snapshot(self) -> list[WorkerState]:
+    def snapshot(self, timeout: float = 10.0) -> list[WorkerState]:
         return []
 
 

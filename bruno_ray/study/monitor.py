@@ -12,7 +12,7 @@ from bruno_ray.study.batches import Batch
 from bruno_ray.study.progress import Snapshot
 from bruno_ray.study.schedule import Schedule
 from bruno_ray.study.selection import COUNTED, TrialRecord, load_trials, pareto_front
-from bruno_ray.workers.pool import WorkerPool
+from bruno_ray.workers.pool import TO_SHOW_S, WorkerPool
 from bruno_ray.workers.worker_actor import WorkerState
 
 logger = logging.getLogger(__name__)
@@ -77,7 +77,7 @@ class Monitor:
     def _worker_states(self) -> tuple[WorkerState, ...]:
         if time.monotonic() - self._asked_at > 1.0:
             try:
-                self._workers = tuple(self._pool.snapshot())
+                self._workers = tuple(self._pool.snapshot(TO_SHOW_S))
             except (RayError, WorkerError):
                 logger.debug("the broker did not answer; showing the last known states")
             self._asked_at = time.monotonic()

@@ -26,6 +26,9 @@ from bruno_ray.workers.worker_actor import FAILED, IDLE, WorkerState
 
 logger = logging.getLogger(__name__)
 
+TO_SHOW_S = 3.0
+"""A line is due every ten seconds and does not wait longer for what the workers are at."""
+
 
 class WorkerPool:
     """N workers, each in its own actor, usable as soon as one of them is.
@@ -118,9 +121,12 @@ class WorkerPool:
             index = flying.pop(done)
             yield index, self._fetch(done, method, shards[index])
 
-    def snapshot(self) -> list[WorkerState]:
-        """State of every worker; logs what has happened to workers since the last time."""
-        states, events = self._ask(self.broker.snapshot.remote(self._events_seen), timeout=10)
+    def snapshot(self, timeout: float = 10.0) -> list[WorkerState]:
+        """State of every worker; logs what has happened to workers since the last time.
+
+        Raises RayError if the broker does not answer within ``timeout`` seconds.
+        """
+        states, events = self._ask(self.broker.snapshot.remote(self._events_seen), timeout=timeout)
         self._events_seen += len(events)
         for event in events:
             logger.warning("%s", event)
@@ -129,7 +135,7 @@ class WorkerPool:
     def progress(self) -> str:
         """What the workers are at, for a log."""
         try:
-            states = self.snapshot()
+            states = self.snapshot(TO_SHOW_S)
         except (RayError, WorkerError):
             return ""
         return "; ".join(f"{state.name} {state.doing or state.state}" for state in states if state.state != IDLE)
