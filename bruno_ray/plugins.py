@@ -1,4 +1,4 @@
-"""Direction methods and scorers of other people: from an installed package, or from a file.
+"""Direction methods, scorers, judges and exporters of other people: from an installed package, or from a file.
 
     [directions]
     methods = ["difference_in_means", "trimmed_difference"]     # a name of the entry-point group, see GROUPS
@@ -6,8 +6,14 @@
     [scoring]
     scorers = ["behaviour_rate", "kl_divergence", "length.py:Length"]    # FILE.py:NAME
 
-What is found is recorded with a hash of its source: a study is gone on with only while that is the same. A file must be
-there on every machine of a cluster; a package is installed there with the others.
+    [scoring.judge]
+    plugin = "judge.py:Judge"
+
+    bruno-ray export RUN --to table.py:export FOLDER
+
+What is found is recorded with a hash of its source: a study is gone on with only while that of its methods and scorers
+is the same. A file of those must be there on every machine of a cluster, a package is installed there with the others;
+judges and exporters run on the machine of the command.
 """
 
 import hashlib
@@ -20,8 +26,13 @@ from typing import Any
 
 from bruno_ray.errors import SettingsError, first_line
 
-GROUPS = {"directions.methods": "bruno_ray.direction_methods", "scoring.scorers": "bruno_ray.scorers"}
-"""Setting -> entry-point group in which packages name what they bring for it."""
+GROUPS = {
+    "directions.methods": "bruno_ray.direction_methods",
+    "scoring.scorers": "bruno_ray.scorers",
+    "scoring.judge.plugin": "bruno_ray.judges",
+    "export --to": "bruno_ray.exporters",
+}
+"""Setting, or option, -> entry-point group in which packages name what they bring for it."""
 
 
 def find(name: str, built_in: Mapping[str, Any], setting: str) -> Any:

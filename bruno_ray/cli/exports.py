@@ -19,10 +19,9 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--to",
         required=True,
-        choices=tuple(EXPORTERS),
         metavar="FORM",
         help=f"{', '.join(EXPORTERS)}: an adapter for PEFT, a file for llama.cpp, an edit for vLLM with our plug-in, a"
-        " file for `bruno-ray apply`",
+        " file for `bruno-ray apply`; or an exporter of an installed package, or FILE.py:NAME",
     )
     parser.add_argument("folder", metavar="FOLDER", type=Path, help="where to write it; must not exist")
     parser.add_argument(
@@ -39,6 +38,15 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         "--outtype", default="auto", choices=OUTTYPES, help="gguf: what the weights are written in [auto]"
     )
 
+    parser.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        type=values.pair,
+        metavar="NAME=VALUE",
+        help="for an exporter from outside; may be given several times",
+    )
+
 
 def _export(arguments: argparse.Namespace) -> None:
     run, trial = find_trial(arguments.run)
@@ -52,6 +60,7 @@ def _export(arguments: argparse.Namespace) -> None:
         max_error=arguments.max_error,
         max_rank=arguments.max_rank,
         outtype=arguments.outtype,
+        given=dict(arguments.option),
     )
     print(folder)
 

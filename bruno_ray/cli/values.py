@@ -40,3 +40,11 @@ def points(text: str) -> float:
     if not text.endswith("pp"):
         raise argparse.ArgumentTypeError(f"{text!r} is not in percentage points, such as 2pp")
     return _number(text.removesuffix("pp"), float, lambda x: 0 <= x <= 100, "a number of percentage points") / 100
+
+
+def pair(text: str) -> tuple[str, str]:
+    """NAME=VALUE."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=VALUE")
+    return name, value

@@ -1,7 +1,7 @@
 """What every exporter gets, and what it has in common with the others."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,9 @@ class Options:
 
     outtype: str = "auto"
     """`gguf`: what the weights are written in, as the converter calls it."""
+
+    given: Mapping[str, str] = field(default_factory=dict)
+    """For exporters from outside: what the user said with `--option NAME=VALUE`."""
 
 
 RELATIONS = {"peft": "adapter"}

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from bruno_ray.ablation.edit import Edit
-from bruno_ray.errors import OutputError
-from bruno_ray.exporting.registry import exporter
+from bruno_ray.errors import BrunoError, OutputError, first_line
+from bruno_ray.exporting.registry import exporter, source_hash
 from bruno_ray.pipeline.choosing import trials_of
 from bruno_ray.publishing.card import behaviour_name
 from bruno_ray.runs.directory import RunDirectory
@@ -18,9 +18,14 @@ logger = logging.getLogger(__name__)
 
 def export(path: Path, trial: int | None, form: str, folder: Path, **options: Any) -> Path:
     """Write a trial (the selected one, if none is named) to ``folder`` in a form of ``exporting.registry``; ``options``
-    are those of ``exporting.base``."""
+    are those of ``exporting.base``. run.json gets the hash of an exporter from outside.
+
+    Raises SettingsError if there is no such form, and what the exporter raises; one from outside that fails otherwise,
+    or writes nothing, is an OutputError.
+    """
     from bruno_ray.exporting.base import Options, Source
 
+    write, digest = exporter(form), source_hash(form)
     if folder.exists():
         raise OutputError(f"{folder} exists already: choose another folder or remove it first")
     run = RunDirectory.open(path)
@@ -40,7 +45,20 @@ def export(path: Path, trial: int | None, form: str, folder: Path, **options: An
         trial=trial,
         behaviour=behaviour_name(record.settings),
     )
-    done = exporter(form)(source, folder.absolute(), Options(**options))
+    try:
+        done = write(source, folder.absolute(), Options(**options))
+    except BrunoError:
+        raise
+    except Exception as error:
+        if not digest:  # a defect of ours
+            raise
+        raise OutputError(
+            f"the exporter {form} fails ({type(error).__name__}: {first_line(error)}): mend it"
+        ) from error
+    if not folder.exists():
+        raise OutputError(f"the exporter {form} has not written {folder}: mend it")
+    if digest:
+        run.update(hashes=digest)
     logger.info("%s", done)
     return folder
 

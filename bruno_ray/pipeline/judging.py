@@ -15,7 +15,7 @@ from bruno_ray.pipeline.steps import find_model, worker_pool
 from bruno_ray.prompts.sets import Prompt
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import ReadAnswer, Readings, RunRecord, ScoresRecord
-from bruno_ray.scoring.judge import TOP, Endpoint, Pair, Verdict, judged, question, remembered, verdict
+from bruno_ray.scoring.judge import TOP, Endpoint, Pair, Verdict, ask_plugin, judged, question, remembered, verdict
 from bruno_ray.scoring.scores import Scores
 from bruno_ray.settings import Settings
 from bruno_ray.workers.session import ray_session
@@ -33,6 +33,8 @@ def ask_judge(settings: Settings, pairs: Sequence[Pair], record: RunRecord) -> l
     Raises JudgeError if they cannot be had, ModelError or WorkerError if the judge is a model that cannot be loaded.
     """
     judge = settings.scoring.judge
+    if judge.plugin is not None:
+        return ask_plugin(judge, pairs)
     if judge.url is not None:
         return Endpoint(judge).verdicts(pairs)
     model = settings.model.model_copy(update={"id": judge.model, "gguf_file": None, "revision": None})

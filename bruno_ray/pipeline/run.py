@@ -22,6 +22,7 @@ from bruno_ray.pipeline.steps import (
     find_directions,
     find_model,
     find_response_prefix,
+    judge_hash,
     open_run,
     plugin_hashes,
     require_places,
@@ -74,6 +75,7 @@ def search(settings: Settings, path: Path) -> Path:
     auto = settings.selection.auto
     settings = with_plugins(settings)
     plugin_hashes(settings)  # a file that is not there is said before anything is loaded
+    judge_hash(settings)
     starts = starts_of(settings, path)
     with phase("reading the prompts"):
         prompts = load_prompts(settings)

@@ -70,17 +70,31 @@ def find_model(settings: Settings) -> Settings:
 
 
 def with_plugins(settings: Settings) -> Settings:
-    """Methods and scorers that lie in files by paths that workers find them under."""
-    directions = settings.directions.model_copy(update={"methods": plugins.absolute(settings.directions.methods)})
-    names = {name: plugins.absolute(getattr(settings.scoring, name)) for name in ("scorers", "report_scorers")}
-    return settings.model_copy(update={"directions": directions, "scoring": settings.scoring.model_copy(update=names)})
+    """What lies in files by paths that workers, and commands given elsewhere, find it under."""
+    directions, scoring = settings.directions, settings.scoring
+    directions = directions.model_copy(update={"methods": plugins.absolute(directions.methods)})
+    given: dict[str, Any] = {name: plugins.absolute(getattr(scoring, name)) for name in ("scorers", "report_scorers")}
+    if scoring.judge.plugin is not None:
+        (plugin,) = plugins.absolute([scoring.judge.plugin])
+        given["judge"] = scoring.judge.model_copy(update={"plugin": plugin})
+    if scoring.classifier.model:
+        model = absolute_if_folder(scoring.classifier.model)
+        given["classifier"] = scoring.classifier.model_copy(update={"model": model})
+    return settings.model_copy(update={"directions": directions, "scoring": scoring.model_copy(update=given)})
 
 
 def plugin_hashes(settings: Settings) -> dict[str, str]:
-    """ "plugin NAME" -> a hash of its source, of everything that is not part of this package."""
+    """ "plugin NAME" -> a hash of its source, of every method and scorer that is not part of this package."""
     scorers = (*settings.scoring.scorers, *settings.scoring.report_scorers)
     found = plugins.digests("directions.methods", settings.directions.methods)
     found |= plugins.digests("scoring.scorers", scorers)
+    return {f"plugin {name}": digest for name, digest in found.items()}
+
+
+def judge_hash(settings: Settings) -> dict[str, str]:
+    """The same of a judge, which a run that is gone on with may replace."""
+    names = [settings.scoring.judge.plugin] if settings.scoring.judge.plugin else []
+    found = plugins.digests("scoring.judge.plugin", names)
     return {f"plugin {name}": digest for name, digest in found.items()}
 
 
@@ -132,7 +146,7 @@ def open_run(settings: Settings, path: Path, info: ModelInfo, prompts: Prompts) 
     run.update(
         settings=settings,
         versions=installed_versions(),
-        hashes={"model": info.fingerprint, "prompts": prompts.fingerprint, **sources},
+        hashes={"model": info.fingerprint, "prompts": prompts.fingerprint, **sources, **judge_hash(settings)},
         seeds={"study": settings.study.seed},
         model={name: value for name, value in asdict(info).items() if name not in ("coverage", "further")},
         left_out=left_out(settings, info),
@@ -431,7 +445,7 @@ def evaluation_context(
         response_prefix=prefix,
         scoring=scoring,
         date=record.date,
-        readings=part == "test" and (scoring.judge.is_given or "detector" in scoring.scorers),
+        readings=part == "test" and (scoring.judge.is_given or bool(READERS & set(scoring.scorers))),
         training=training,
         choices={
             name: {
@@ -442,6 +456,9 @@ def evaluation_context(
         },
     )
 
+
+READERS = {"detector", "text_classifier"}
+"""Scorers whose verdict on each answer the report shows."""
 
 FEWEST_ANSWERS = 2
 """Desired answers to different prompts: what one of them says is not what they have in common."""

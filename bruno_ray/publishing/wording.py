@@ -108,6 +108,14 @@ METRICS = {
         "times the unedited model's",
         "tokens of reasoning and answer, on average over target prompts; 1 is unchanged.",
     ),
+    "classified_rate": Metric(
+        "Behaviour by the text classifier, mean",
+        "probability",
+        "how sure a classification model is, on average over target prompts, that the answer shows the behaviour.",
+    ),
+    "classified_shown": Metric(
+        "Behaviour rate by the text classifier", PERCENT, "target prompts of which it is more sure than not."
+    ),
     "judged_rate": Metric(
         "Behaviour by the judge, mean",
         "probability",

@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-from bruno_ray.errors import JudgeError, OutputError, ServerError
+from bruno_ray import plugins
+from bruno_ray.errors import JudgeError, OutputError, ServerError, SettingsError, first_line
 from bruno_ray.files import cache_folder, output_errors, write_json
 from bruno_ray.scoring.chat_server import ChatServer
 from bruno_ray.scoring.scores import Scores
@@ -70,7 +71,7 @@ def judged(verdicts: Sequence[Verdict]) -> Scores:
     known = [p for p in verdicts if p is not None]
     if not known:
         raise JudgeError(
-            "the judge says neither yes nor no to any answer: choose another scoring.judge.model, or mend"
+            "the judge says neither yes nor no to any answer: choose another scoring.judge.model or plugin, or mend"
             " scoring.judge.rubric"
         )
     shown = sum(p > 0.5 for p in known)
@@ -127,11 +128,51 @@ def remembered(
             f" ({judge.most_requests}): raise it, or lower prompts.n_test"
         )
     if missing:
-        logger.info("asking the judge %s about %d answers", judge.model, len(missing))
+        name = plugins.short(judge.plugin) if judge.plugin else judge.model
+        logger.info("asking the judge %s about %d answers", name, len(missing))
         ask(missing, keep)
     if unwritable:  # verdicts come from several threads, of which each may have tried
         logger.warning("the judge's verdicts are not kept for another time: %s", unwritable[0])
     return [found[pair] for pair in pairs]
+
+
+PLUGIN = "scoring.judge.plugin"
+
+
+def ask_plugin(judge: JudgeSettings, pairs: Sequence[Pair]) -> list[Verdict]:
+    """Verdicts of `judge.plugin`: a class made of the judge's settings, whose ``verdicts(pairs)`` gives for each pair
+    the probability that the answer shows the behaviour, or None. They are kept on disk by the hash of its source.
+
+    Raises JudgeError if it cannot be had, fails, or gives something else.
+    """
+    name = str(judge.plugin)
+    short = plugins.short(name)
+    try:
+        kind = plugins.find(name, {}, PLUGIN)
+        digest = plugins.digests(PLUGIN, [name])[short]
+    except SettingsError as error:
+        raise JudgeError(str(error)) from error
+
+    def ask(missing: list[Pair], keep: Callable[[Pair, Verdict], None]) -> None:
+        try:
+            given = list(kind(judge).verdicts(missing))
+        except Exception as error:  # whatever it does
+            raise JudgeError(
+                f"the judge {short} fails ({type(error).__name__}: {first_line(error)}): mend its code"
+            ) from error
+        if len(given) != len(missing) or not all(map(_is_verdict, given)):
+            raise JudgeError(
+                f"the judge {short} has to give a probability between 0 and 1, or None, for each of the"
+                f" {len(missing)} answers: mend it"
+            )
+        for pair, value in zip(missing, given):
+            keep(pair, None if value is None else float(value))
+
+    return remembered(pairs, judge, f"plugin {short} {digest}", ask)
+
+
+def _is_verdict(value: object) -> bool:
+    return value is None or (isinstance(value, (int, float)) and 0 <= value <= 1)
 
 
 class Endpoint:

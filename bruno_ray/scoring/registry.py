@@ -20,6 +20,7 @@ from bruno_ray.scoring.elicited_answers import ElicitedAnswers
 from bruno_ray.scoring.kl_divergence import KLDivergence
 from bruno_ray.scoring.neutral_text import NeutralText
 from bruno_ray.scoring.reasoning import Reasoning
+from bruno_ray.scoring.text_classifier import TextClassifier
 from bruno_ray.scoring.to_the_point import ToThePoint
 from bruno_ray.settings import ScoringSettings
 
@@ -39,6 +40,7 @@ SCORERS: dict[str, type[Scorer]] = {
         NeutralText,
         Detected,
         Reasoning,
+        TextClassifier,
     )
 }
 

@@ -3,6 +3,7 @@
 from bruno_ray.settings.fields import Range, Section
 from bruno_ray.settings.learned import LearnedSettings
 from bruno_ray.settings.schema import (
+    ClassifierSettings,
     ComponentRange,
     DatasetSettings,
     DirectionSettings,
@@ -22,6 +23,7 @@ from bruno_ray.settings.schema import (
 )
 
 __all__ = [
+    "ClassifierSettings",
     "ComponentRange",
     "DatasetSettings",
     "DirectionSettings",

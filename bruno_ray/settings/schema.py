@@ -282,7 +282,8 @@ class SearchSettings(Section):
 
 
 class JudgeSettings(Section):
-    """A language model that reads the answers of the report. It is off until a URL or a model is given."""
+    """A language model, or a program of your own, that reads the answers of the report. It is off until a URL, a model
+    or a plugin is given."""
 
     url: str | None = None
     """Address of any server with OpenAI's API, up to its /v1: http://localhost:8000/v1. It is asked from the machine
@@ -291,6 +292,10 @@ class JudgeSettings(Section):
     model: str = ""
     """The judge's name on that server. Without a URL, a model like those of `model.id`, loaded in a worker of its own
     when the others are gone."""
+
+    plugin: str | None = None
+    """A judge of an installed package, or FILE.py:NAME (docs/plugins.md), in place of `url` and `model`. It runs on the
+    machine of the command, and gets the rubric if there is one."""
 
     key_variable: str | None = None
     """Name of the environment variable that holds the server's API key. The key itself is no setting."""
@@ -309,10 +314,12 @@ class JudgeSettings(Section):
 
     @property
     def is_given(self) -> bool:
-        return bool(self.url or self.model)
+        return bool(self.url or self.model or self.plugin)
 
     @model_validator(mode="after")
     def _can_be_asked(self) -> "JudgeSettings":
+        if self.plugin is not None and (self.url or self.model):
+            raise ValueError("scoring.judge.plugin is given beside a url or model: keep one of them")
         if self.url is not None and not self.url.startswith(("http://", "https://")):
             raise ValueError(f"scoring.judge.url is {self.url!r}; write it as http://HOST:PORT/v1")
         if self.url is not None and (re.search("://[^/]*@", self.url) or without_password(self.url) != self.url):
@@ -327,12 +334,28 @@ class JudgeSettings(Section):
                 "scoring.judge.key_variable is no name of an environment variable; put the key into one, such as"
                 " JUDGE_API_KEY, and give that name"
             )
-        if self.is_given and not self.rubric.strip():
+        if (self.url or self.model) and not self.rubric.strip():
             raise ValueError(
                 "scoring.judge.rubric is empty; say in a sentence which answers show the behaviour, or leave the judge"
                 " out"
             )
         return self
+
+
+class ClassifierSettings(Section):
+    """The model of the `text_classifier` scorer."""
+
+    model: str = ""
+    """Any sequence-classification model of transformers: a folder, or its id on the hub."""
+
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+
+    label: str = ""
+    """The class that shows the behaviour, as the model's config names it (or its number)."""
+
+    reads: Literal["answer", "prompt_and_answer"] = "answer"
+    """What it is shown: the answer alone, or the user's message and the answer as a pair."""
 
 
 class ScoringSettings(Section):
@@ -379,6 +402,8 @@ class ScoringSettings(Section):
     """Tokens in one forward pass while scoring, padding included; 0 finds it from memory."""
 
     judge: JudgeSettings = setting(JudgeSettings(), resumable=True)
+
+    classifier: ClassifierSettings = ClassifierSettings()
 
     def for_report(self, further: bool = True) -> "ScoringSettings":
         """How what is reported is measured: with longer answers, by scorers that a search does without (unless not

@@ -16,6 +16,7 @@ LATER = {
     "protect_rank": 8,
     "protect_ridge": 0.01,
     "opened_positions": [],
+    "classifier": {"model": "", "revision": None, "label": "", "reads": "answer"},
 } | {
     name: _SEARCH[name]
     for name in (
@@ -50,7 +51,9 @@ def study_fingerprint(settings: Settings, info: Any, prompts_fingerprint: str) -
             "residuals": {name: dump["residuals"][name] for name in ("max_tokens", "answer_tokens")},
             "directions": _without_later(dump["directions"]),
             "search": _without_later(dump["search"] | {"require": []}),  # which changes no edit
-            "scoring": {name: value for name, value in dump["scoring"].items() if name not in NOT_OF_THE_SEARCH},
+            "scoring": _without_later(
+                {name: value for name, value in dump["scoring"].items() if name not in NOT_OF_THE_SEARCH}
+            ),
             "response_prefix": dump["prompts"]["response_prefix"],
         },
     }

@@ -497,7 +497,7 @@ class ModelWorker:
 
 def _reads_whole(scoring: ScoringSettings) -> bool:
     """Whether a scorer learns from the unedited model's answers as a whole."""
-    return bool({"to_the_point", "elicited_answers", "detector"} & set(scoring.scorers))
+    return bool({"to_the_point", "elicited_answers", "detector", "text_classifier"} & set(scoring.scorers))
 
 
 def logit_width(loaded: LoadedModel) -> int:
