@@ -14,7 +14,7 @@ from typing import Any
 from bruno_ray.pipeline.choosing import n_complete, pick, pick_automatically, study_of
 from bruno_ray.pipeline.finishing import finish, free_model_folder, has_room, score_selected, write_model
 from bruno_ray.pipeline.judging import judge_run
-from bruno_ray.pipeline.starting import starts_of
+from bruno_ray.pipeline.starting import effect_starts, starts_of
 from bruno_ray.pipeline.steps import (
     choose_parts,
     describe_model,
@@ -97,6 +97,7 @@ def search(settings: Settings, path: Path) -> Path:
             with timed(run, "study"):
                 asked = f"{prompts.fingerprint} of {record.date}" if info.prints_date else prompts.fingerprint
                 fingerprint = study_fingerprint(settings, info, asked)
+                starts = [*effect_starts(settings, path, info, prompts, tuple(bank), pool), *starts]
                 run_study(settings, pool, validation, info, path, fingerprint, starts=starts)
             picked = pick_automatically(run, prompts, pool) if auto else None
             if picked is not None:

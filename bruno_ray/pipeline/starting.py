@@ -12,19 +12,26 @@ part of the name. Its card does not say how rows are normalised: then it is as i
 """
 
 import json
+import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from bruno_ray.ablation.edit import AblationParameters, Edit, NormMode
 from bruno_ray.errors import NoStudyError, OutputError, SettingsError
 from bruno_ray.files import expanded
 from bruno_ray.pipeline.choosing import study_of, trials_of
+from bruno_ray.prompts.sets import Prompts
 from bruno_ray.runs.lookup import find_trial
 from bruno_ray.settings import Settings
 from bruno_ray.study.selection import find_trial as trial_of
 from bruno_ray.study.selection import pareto_front
-from bruno_ray.study.starts import STARTS, Start, refuse_trained
+from bruno_ray.study.starts import LITERATURE, STARTS, Start, literature_edit, refuse_trained
+from bruno_ray.workers.exchanged import ModelInfo
+from bruno_ray.workers.pool import WorkerPool
+
+logger = logging.getLogger(__name__)
 
 MOST_OF_A_FRONT = 8
 
@@ -33,6 +40,11 @@ PARTS = {"attn": "attention", "mlp": "mlp"}
 
 PREFERRED = "attn.o_proj"
 """Of two of heretic's components that are one of ours."""
+
+EFFECT_PROMPTS = 32
+"""Train prompts a side that the layers' directions are tried on; Arditi et al. take as many."""
+
+NAMES = {"causal": "causal effect", "cosmic": "COSMIC", "both": "COSMIC and causal effect"}
 
 ROW = re.compile(r"^\|\s*\**([\w.]+)\**\s*\|\s*([^|]+?)\s*\|\s*$", re.MULTILINE)
 HERETIC_SET = "difference_in_means@0"
@@ -43,15 +55,42 @@ def starts_of(settings: Settings, path: Path) -> list[Start]:
 
     Raises SettingsError, OutputError or StudyError, one line, for what cannot be read.
     """
-    try:
-        if STARTS in study_of(path, settings).user_attrs:
-            return []
-    except NoStudyError:
-        pass
+    if has_begun(settings, path):
+        return []
     norm_mode, directory = settings.search.norm_mode, settings.output.directory
     starts = [start for name in settings.study.start_from for start in read_starts(name, norm_mode, directory)]
     refuse_trained(starts)
     return starts
+
+
+def has_begun(settings: Settings, path: Path) -> bool:
+    """Whether there is a study, which then keeps the starts that it was begun with."""
+    try:
+        return STARTS in study_of(path, settings).user_attrs
+    except NoStudyError:
+        return False
+
+
+def effect_starts(
+    settings: Settings, path: Path, info: ModelInfo, prompts: Prompts, sets: Sequence[str], pool: WorkerPool
+) -> list[Start]:
+    """The literature's edit from the layer that `study.layer_by` takes; none if it is off or the study has been begun.
+
+    Args:
+        sets: names of the direction sets that compete.
+    """
+    how = settings.study.layer_by
+    if how == "off" or has_begun(settings, path):
+        return []
+    edit = literature_edit(sets, info.n_layers, info.components)
+    some = prompts.target.train[:EFFECT_PROMPTS], prompts.baseline.train[:EFFECT_PROMPTS]
+    found = pool.call("layer_by", *some, edit, how, with_context=True)
+    origin = f"{LITERATURE}, layer {found['layer']} by {NAMES[how]}"
+    logger.info(
+        "%s: bypass %.2f, induce %.2f, KL %.4f, COSMIC %.3f",
+        *(origin, *(found[name] for name in ("bypass", "induce", "kl", "cosmic"))),
+    )
+    return [Start(replace(edit, direction_index=float(found["layer"])), origin)]
 
 
 def read_starts(reference: str, norm_mode: NormMode, directory: Path | None = None) -> list[Start]:

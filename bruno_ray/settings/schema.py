@@ -447,6 +447,12 @@ class StudySettings(Section):
     """Trial 0 is the literature's edit (Arditi et al. 2024): one difference-in-means direction removed with strength 1
     at every layer, norm mode `none`. A study that has been begun keeps the trial it has."""
 
+    layer_by: Literal["off", "causal", "cosmic", "both"] = setting("off", resumable=True)
+    """One more given edit, tried after trial 0: the same, from the layer whose direction does most (docs/search.md).
+    causal: taken out it bypasses the behaviour, added it induces it, at little KL (Arditi et al. 2024); cosmic: by
+    residuals alone (COSMIC, Siu et al. 2025); both: COSMIC leaves half of the layers to causal. A study that has been
+    begun keeps the trials it has."""
+
     trials_per_batch: PositiveInt | None = setting(None, resumable=True)
     """Trials evaluated in one forward pass by one worker; when not given, 8, or 1 where a single trial keeps a CPU busy
     (models from 50 million parameters)."""

@@ -9,7 +9,7 @@ import gc
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -28,6 +28,7 @@ from bruno_ray.generation.engine import BatchEngine
 from bruno_ray.generation.kept import KeptAnswers
 from bruno_ray.generation.lean_forward import own_forward
 from bruno_ray.generation.parts import Routing, head_effects, head_projections, routing
+from bruno_ray.learning.layer_effects import LayerChoice, layer_by
 from bruno_ray.learning.material import Teacher
 from bruno_ray.learning.training import Trainer
 from bruno_ray.model.batching import TokenBudget, pad_left
@@ -335,6 +336,23 @@ class ModelWorker:
                 ) from error
             finally:
                 self.engine.editor.clear()
+
+    def layer_by(
+        self,
+        context: EvaluationContext,
+        target: Sequence[Prompt],
+        baseline: Sequence[Prompt],
+        edit: Edit,
+        how: LayerChoice,
+    ) -> dict[str, float]:
+        """The layer whose direction of the edit's set does most on these prompts, and what it does.
+
+        Raises PromptError if no answer shows the behaviour.
+        """
+        self._doing = "trying the layers' directions"
+        prompts = ScoringPrompts.rendered(self.engine, target, baseline, context.response_prefix, date=context.date)
+        unedited = Evaluation(self.engine, prompts, context.scoring, whole=True)
+        return asdict(layer_by(unedited, self._prepare(context).bank, edit, how))
 
     def measure_other(self, context: EvaluationContext, model: ModelSettings) -> Scores:
         """Scores of another model against this worker's own, which is dropped for it: only one is in memory at a time.
