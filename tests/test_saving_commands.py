@@ -11,6 +11,7 @@ import numpy as np
 import optuna
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from bruno_ray.pipeline import commands, finishing
 from bruno_ray.pipeline.steps import find_response_prefix, read_residuals
@@ -33,6 +34,7 @@ from bruno_ray.settings import (
 )
 from bruno_ray.study.space import suggest
 from bruno_ray.study.storage import open_storage
+from bruno_ray.workers.model_worker import ModelWorker
 from tests.support import tiny_models
 from tests.support.clock import move_clock
 from tests.support.dated_templates import LLAMA_32, MISTRAL
@@ -141,6 +143,38 @@ def test_a_model_in_the_run_agrees_with_run_and_report(
     assert record.extra == {} and "7/8" not in (run.model_folder / "README.md").read_text()
     report = run.report_file.read_text()
     assert "Trial 2 was selected" in report and "read back from disk" in report
+
+
+def test_what_an_edit_changes_and_what_it_keeps_is_in_report_and_card(
+    run: RunDirectory, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counted again by hand: the base's and the saved model's own answers, and the weights in the files."""
+    use_inline_pools(monkeypatch)
+    texts = [f"Tell me about cloud {i}." for i in range(6)]
+    (tmp_path / "clouds.txt").write_text("\n".join(texts) + "\n")
+    given = run.read().settings
+    protect = {"clouds": DatasetSettings(source=str(tmp_path / "clouds.txt"))}
+    prompts = given.prompts.model_copy(update={"protect": protect, "n_test": 8})
+    scoring = given.scoring.model_copy(update={"markers": ("e",), "report_tokens": 5})
+    run.update(settings=given.model_copy(update={"prompts": prompts, "scoring": scoring}))
+    commands.save(run.path, trial=1)
+    record, shown = run.read(), []
+    for folder in (given.model.id, str(run.model_folder)):
+        worker = ModelWorker(ModelSettings(id=folder, dtypes=("float32",)))
+        answers = worker.own_answers([Prompt(text) for text in texts], "", DAY, 5)
+        shown.append(["e" in answer for answer in answers])
+    same = sum(before == after for before, after in zip(*shown))
+    assert record.selected.kept == {"clouds": (same, 6)}
+
+    old, new = (load_file(Path(folder) / "model.safetensors") for folder in (given.model.id, run.model_folder))
+    for component, name in (("attention", "o_proj"), ("mlp", "down_proj")):
+        before, after = (torch.cat([x[key].flatten() for key in sorted(x) if name in key]) for x in (old, new))
+        share = float((after - before).norm() / before.norm())
+        assert record.selected.changed[component] == pytest.approx(share, rel=1e-3)
+    assert [method.method for method in record.methods] == ["difference_in_means"]
+    card, report = (run.model_folder / "README.md").read_text(), run.report_file.read_text()
+    assert f"| clouds | {same}/6 (" in card and "| Change of the weights | attention " in card
+    assert f"{same}/6 (" in report and "What each method changes" in report
 
 
 def test_a_judge_reads_what_is_tested_and_what_is_saved(

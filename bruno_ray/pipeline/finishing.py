@@ -15,6 +15,7 @@ from bruno_ray.errors import ModelError, TrialError
 from bruno_ray.files import write_json
 from bruno_ray.pipeline.choosing import study_of
 from bruno_ray.pipeline.judging import judge_run, read_answers, with_judge
+from bruno_ray.pipeline.side_effects import measure_changes, measure_kept
 from bruno_ray.pipeline.steps import evaluation_context, score_unedited, timed, worker_pool
 from bruno_ray.progress import phase
 from bruno_ray.prompts.rendering import render
@@ -86,6 +87,7 @@ def score_selected(
         runner_up = runner_up.model_copy(update={"test": ScoresRecord.of(second[0].scores)})
     selected = selected.model_copy(update={"test": ScoresRecord.of(outcome.scores), "runner_up": runner_up})
     if own:
+        selected = measure_kept(run, measure_changes(run, selected, pool), prompts, pool)
         select(run, selected)
         run.save_test_prompts(
             [

@@ -71,6 +71,8 @@ def render_card(
             strength_header=wording.strength_header(selected.edit),
             strengths=wording.strength_rows(selected.edit),
             coverage=wording.coverage_rows(record.coverage),
+            changed=", ".join(f"{name} {wording.percent(share)}" for name, share in selected.changed.items()),
+            kept=wording.kept_rows(record),
             measured_on=measured_on,
             warnings=comparing.suspicions(record),
             kl_where=" at the first answer token"

@@ -95,6 +95,8 @@ def render_report(run: RunDirectory, study: optuna.Study) -> str:
                 for found in comparing.comparisons(record)
             ],
             finalists=finalists(record),
+            methods=wording.method_rows(record),
+            kept=wording.kept_rows(record),
             categories=comparing.by_category(record, test_prompts),
             flips=comparing.flips(record, test_prompts),
             flip_rows=FLIP_ROWS,

@@ -1,12 +1,13 @@
 """How figures are worded, for the model card and the report alike: metrics, rates with intervals, edits, coverage."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from bruno_ray.ablation.edit import OPENED, PART_NAMES
 from bruno_ray.ablation.plan import PREFIX
+from bruno_ray.intervals import wilson_interval
 from bruno_ray.runs.records import RunRecord, ScoresRecord
 
 
@@ -291,3 +292,37 @@ def coverage_rows(coverage: Iterable[dict[str, Any]]) -> list[tuple[str, str, st
         modules = f"{row['modules']} x {row['detail']}"
         rows.append((row["component"], modules, f"{row['reached']:,} of {row['total']:,}", percent(share)))
     return rows
+
+
+def changed_cells(changed: Mapping[str, float], components: Iterable[str]) -> list[str]:
+    """Per component, what an edit changes of its weights."""
+    return [percent(changed[name]) if name in changed else "-" for name in components]
+
+
+def kept_rows(record: RunRecord) -> list[tuple[str, str]]:
+    """(protected set, how many of its prompts are handled as before, with the interval)."""
+    selected = record.selected
+    if selected is None:
+        return []
+    rows = []
+    for name, (kept, total) in selected.kept.items():
+        low, high = wilson_interval(kept, total)
+        rows.append((name, f"{kept}/{total} ({percent(low)} to {percent(high)})"))
+    return rows
+
+
+def method_rows(record: RunRecord) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of what the best trial of each method changes; empty where it was not measured."""
+    components = list(dict.fromkeys(name for method in record.methods for name in method.changed))
+    header = ["Method", "Trial", label("behaviour_rate"), label("kl_divergence"), *components]
+    rows = [
+        [
+            method.method,
+            str(method.trial),
+            count_or_value(method.validation, "behaviour_rate"),
+            count_or_value(method.validation, "kl_divergence"),
+            *changed_cells(method.changed, components),
+        ]
+        for method in record.methods
+    ]
+    return header, rows

@@ -101,6 +101,22 @@ class SelectedRecord(Record):
     training: dict[str, Any] | None = None
     """How a trained edit came about: its plan, loss curves, what it was trained on, cost."""
 
+    changed: dict[str, float] = {}
+    """Component -> relative Frobenius norm of what the edit changes of its weights."""
+
+    kept: dict[str, tuple[int, int]] = {}
+    """Protected set -> prompts that are handled as before, of how many."""
+
+
+class MethodRecord(Record):
+    """The best trial of one way to find directions, and how much of the weights it changes."""
+
+    method: str
+    trial: int
+    validation: ScoresRecord
+    changed: dict[str, float]
+    """Component -> relative Frobenius norm."""
+
 
 class Sample(Record):
     """One prompt's answers, for people to read."""
@@ -241,6 +257,9 @@ class RunRecord(Record):
     """The best trials by number, measured again before the rule took one of them."""
 
     selected: SelectedRecord | None = None
+    methods: list[MethodRecord] = []
+    """The best trial of each direction method that competed."""
+
     saved_elsewhere: dict[str, int] = {}
     """Folders outside of the run that a trial was saved to, whichever is selected: folder -> number of the trial."""
 

@@ -18,6 +18,7 @@ import torch
 import transformers
 from transformers import PreTrainedConfig
 
+from bruno_ray.ablation.changes import changed_shares
 from bruno_ray.ablation.edit import Edit, NormMode
 from bruno_ray.ablation.places import further_places
 from bruno_ray.ablation.plan import TrainedEdit, TrainingPlan
@@ -353,6 +354,13 @@ class ModelWorker:
         prompts = ScoringPrompts.rendered(self.engine, target, baseline, context.response_prefix, date=context.date)
         unedited = Evaluation(self.engine, prompts, context.scoring, whole=True)
         return asdict(layer_by(unedited, self._prepare(context).bank, edit, how))
+
+    def changed(self, context: EvaluationContext, edits: Sequence[Edit]) -> list[dict[str, float]]:
+        """Per edit: component -> relative Frobenius norm of what it changes. Raises ModelError for a weight that cannot
+        be read."""
+        bank = self._prepare(context).bank
+        self._doing = "measuring what edits change"
+        return changed_shares(self.loaded.architecture, self.engine.editor.resolve_all(list(edits), bank))
 
     def measure_other(self, context: EvaluationContext, model: ModelSettings) -> Scores:
         """Scores of another model against this worker's own, which is dropped for it: only one is in memory at a time.
