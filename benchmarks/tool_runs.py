@@ -130,22 +130,14 @@ def run_heretic(task: Task, reuse: bool = False) -> ToolRun:
     It works in a cache folder that is named by the task's content; with ``reuse``, what this machine measured there
     before is returned as it is.
     """
-    python = heretic_environment()
-    config, files = _heretic_config(task), _prompt_files(task)
-    states = [(file.name, file.stat()) for file in sorted(task.model.glob("*.safetensors"))]
-    weights = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
-    content = [HERETIC, TORCH, config, files, weights, task.max_kl, task.neighbours]
-    work = cache_folder("heretic-1.4.0-runs") / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
-    host = machine().split(";")[0]
-    if reuse and (work / "result.json").exists():
-        result = json.loads((work / "result.json").read_text())
-        if result.pop("host") == host:
-            return from_json(result | {"reused": True})
+    if reuse and (known := known_heretic(task, machine().split(";")[0])) is not None:
+        return known
+    python, work = heretic_environment(), _heretic_folder(task)
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
-    for name, text in files.items():
+    for name, text in _prompt_files(task).items():
         (work / name).write_text(text)
-    (work / "config.toml").write_text(config)
+    (work / "config.toml").write_text(_heretic_config(task))
     output, saved = work / "heretic.json", work / "model"
     command = [str(python), str(HERE / "heretic_driver.py"), str(work), str(output), str(saved), str(task.max_kl)]
     command.append(str(task.neighbours))
@@ -157,8 +149,26 @@ def run_heretic(task: Task, reuse: bool = False) -> ToolRun:
     run = _tool_run(
         trials, record["selected"], saved, record["neighbours"], usage, (first, last), whole=record["saved_at"]
     )
-    (work / "result.json").write_text(json.dumps(asdict(run) | {"host": host}))
+    (work / "result.json").write_text(json.dumps(asdict(run) | {"host": machine().split(";")[0]}))
     return run
+
+
+def known_heretic(task: Task, host: str | None = None) -> ToolRun | None:
+    """What `run_heretic` has measured of a task before, on that machine if one is named; None if it has not."""
+    file = _heretic_folder(task) / "result.json"
+    if not file.exists():
+        return None
+    result = json.loads(file.read_text())
+    if host not in (None, result.pop("host")):
+        return None
+    return from_json(result | {"reused": True})
+
+
+def _heretic_folder(task: Task) -> Path:
+    files = sorted(task.model.glob("*.safetensors"))
+    weights = [(file.name, hashlib.sha256(file.read_bytes()).hexdigest()) for file in files]
+    content = [HERETIC, TORCH, _heretic_config(task), _prompt_files(task), weights, task.max_kl, task.neighbours]
+    return cache_folder("heretic-1.4.0-runs") / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
 def _heretic_config(task: Task) -> str:
