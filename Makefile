@@ -78,7 +78,7 @@ test-fast: setup
 
 # The long forms: a thousand histories of the cluster, full load, long faults, clients in environments of their own.
 test-nightly: setup $(VENV)/.installed-docs
-	BRUNO_HISTORIES=$${BRUNO_HISTORIES:-1000} $(PYTEST) -m nightly $(PYTEST_ARGS)
+	HISTORIES=$${HISTORIES:-1000} $(PYTEST) -m nightly $(PYTEST_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

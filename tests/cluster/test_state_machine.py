@@ -45,7 +45,7 @@ from tests.cluster.fake_vast.state import FakeInstance
 RUNS = 60
 """The same histories in each run: the suite judges a change, not the luck of a draw."""
 
-NIGHTLY_RUNS = int(os.environ.get("BRUNO_HISTORIES", "1000"))
+NIGHTLY_RUNS = int(os.environ.get("HISTORIES", "1000"))
 """New ones each time."""
 
 STEPS = 18
