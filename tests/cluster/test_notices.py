@@ -363,7 +363,7 @@ class TestEvents:
         if broken:
             monkeypatch.setattr(watch, "look", lambda: 1 / 0)
         make(tmp_path / "runs" / "mine", n_trials=1)
-        mesh = Mesh(tmp_path, SshIdentity(tmp_path / "key", tmp_path / "hosts"), 8)
+        mesh = Mesh(tmp_path, SshIdentity(tmp_path / "key", tmp_path / "hosts"), 8, "star")
         watched = supervisor.Supervisor(tmp_path, mesh, lambda: [Node("1", 0, ())], [lambda: watch.look()])
 
         async def live() -> None:
