@@ -285,6 +285,8 @@ def test_every_scorer_keeps_its_word(engine: BatchEngine, many_prompts: ScoringP
     assert len(set(metrics)) == len(metrics)
     for name, kind in SCORERS.items():
         assert kind.name == name
+        if name == "text_classifier":  # which needs a model of its own: test_text_classifier.py
+            continue
         scorer = prepared(name, settings(), engine, many_prompts)
         scores = scorer.score(Evaluation(engine, many_prompts, settings(), [None, *edits]))
         assert [set(entry.values) for entry in scores] == [set(scorer.metrics)] * 3

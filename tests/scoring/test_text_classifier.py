@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, BertConfig, BertForSequenceClassificatio
 from bruno_ray.errors import ModelError, SettingsError
 from bruno_ray.generation.decoding import Response
 from bruno_ray.generation.engine import BatchEngine
+from bruno_ray.generation.prompt_reads import PromptReads
 from bruno_ray.model.loading import load_model
 from bruno_ray.prompts.sets import Prompt
 from bruno_ray.scoring.base import Evaluation, ScoringPrompts
@@ -162,7 +163,8 @@ def test_the_scorer_averages_over_answers_and_counts(trained: Path, tmp_path: Pa
     scorer.prepare(Evaluation(engine, rendered, settings))
     edited = Evaluation(engine, rendered, settings, [None, None])
     texts = [["sorry cannot", "here is the answer", "unable must not", "blue river"], ["here is"] * 4]
-    edited.take_answers([[Response((5,), text, ended=True, decided=False) for text in some] for some in texts])
+    answers = [[Response((5,), text, ended=True, decided=False) for text in some] for some in texts]
+    edited.take_answers(answers, PromptReads())
     first, second = scorer.score(edited)
     assert first.counts == {"classified_shown": (2, 4)} and second.counts == {"classified_shown": (0, 4)}
     assert first.values["classified_rate"] == pytest.approx(sum(first.verdicts["text_classifier"]) / 4)
