@@ -242,7 +242,7 @@ def test_an_adapter_holds_edits_of_what_is_read_and_of_some_heads(tmp_path: Path
 @pytest.mark.parametrize(
     ("family", "component", "match"),
     [
-        ("mixtral", "router", "MixtralTopKRouter, which no adapter can be added to"),
+        ("mixtral", "router", "MixtralTopKRouter, to which no adapter"),
         ("mixtral", "mlp_input", "experts in one tensor"),
         ("gpt2", "addition", "adds to biases"),
     ],

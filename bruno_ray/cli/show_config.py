@@ -65,18 +65,19 @@ def as_toml(loaded: Loaded, describe: bool) -> Iterator[str]:
     What nobody has set appears as a comment; what somebody has emptied, as the word `none`, since the preset may say
     something else. The password of a storage is not written: it stays in the environment.
     """
-    section = ""
-    # Keys outside every table come first, or they would belong to the table before them.
-    for key, value in sorted(shown_values(loaded), key=lambda item: "." in item[0]):
-        group, _, leaf = key.rpartition(".")
-        if group != section:
-            section = group
+    # Keys outside every table come first, or they would belong to the table before them; a table is begun once.
+    tables: dict[str, list[tuple[str, Any]]] = {"": []}
+    for key, value in shown_values(loaded):
+        tables.setdefault(key.rpartition(".")[0], []).append((key, value))
+    for table, members in tables.items():
+        if table:
             yield ""
-            yield f"[{group}]"
-        if describe:
-            yield f"# {documentation(key)}  [{loaded.origins[key]}]"
-        commented = value is None and loaded.origins[key] == DEFAULT
-        yield ("# " if commented else "") + f"{leaf} = {toml_value(value)}"
+            yield f"[{table}]"
+        for key, value in members:
+            if describe:
+                yield f"# {documentation(key)}  [{loaded.origins[key]}]"
+            commented = value is None and loaded.origins[key] == DEFAULT
+            yield ("# " if commented else "") + f"{key.rpartition('.')[2]} = {toml_value(value)}"
 
 
 def shown_values(loaded: Loaded) -> Iterator[tuple[str, Any]]:
