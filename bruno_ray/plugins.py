@@ -91,16 +91,18 @@ def digests(setting: str, names: Sequence[str]) -> dict[str, str]:
 
 def _from_file(name: str, setting: str) -> Any:
     path, attribute = _file(name, setting), _split(name)[1]
+    content = path.read_bytes()
     # Named by its content, so that classes of it can be sent between processes that have loaded it.
-    module_name = f"bruno_ray_plugin_{path.stem}_{hashlib.sha256(path.read_bytes()).hexdigest()[:12]}"
+    module_name = f"bruno_ray_plugin_{path.stem}_{hashlib.sha256(content).hexdigest()[:12]}"
     module = sys.modules.get(module_name)
     if module is None:
         spec = importlib.util.spec_from_file_location(module_name, path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[module_name] = module
         try:
-            spec.loader.exec_module(module)
+            # Python's own cache would take what has the same size and was written in the same second for the same.
+            exec(compile(content, path, "exec"), module.__dict__)
         except Exception as error:  # whatever it does when it is imported
             del sys.modules[module_name]
             raise SettingsError(f"{setting}: {path} cannot be imported ({first_line(error)}): mend it") from error
