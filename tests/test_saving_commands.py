@@ -297,7 +297,8 @@ def test_residuals_are_kept_by_what_the_model_reads(
         move_clock(monkeypatch, now)
         monkeypatch.setattr(pool.worker.loaded.tokenizer, "chat_template", template)
         pool.calls.clear()
-        return np.array(read_residuals(RunRecord(settings=settings, date=date), info, prompts, pool))
+        record = RunRecord(settings=settings, date=date)
+        return np.array(read_residuals(record, info, prompts, pool, settings.residuals))
 
     first = residuals(DAY, datetime.datetime(2026, 11, 28))
     assert "residuals" in pool.calls
