@@ -68,7 +68,7 @@ docs: $(VENV)/.installed-docs
 # Groups begin in the order of tests/conftest.py, the longest first.
 PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder
 
-# Everything but what needs a GPU and the long forms; about 25 minutes on two cores.
+# Everything but what needs a GPU and the long forms; about 20 minutes on two cores.
 test: check
 	$(PYTEST) -m "not gpu and not nightly" $(PYTEST_ARGS)
 
