@@ -1,8 +1,8 @@
 """The edit written into the weights."""
 
-from bruno_ray.ablation.closed_forms import DirectionBank, apply_to_columns, apply_to_weight
+from bruno_ray.ablation.closed_forms import DirectionBank, apply_to_columns
 from bruno_ray.ablation.edit import Edit
-from bruno_ray.ablation.resolving import ResolvedEdit, Resolver, part_of
+from bruno_ray.ablation.resolving import ResolvedEdit, Resolver, matrices_of
 from bruno_ray.model.architectures import Architecture
 from bruno_ray.model.writers import Writer
 
@@ -23,12 +23,7 @@ def bake(architecture: Architecture, edit: Edit | ResolvedEdit, bank: DirectionB
         for matrix in site.matrices:
             matrix.check_writable()
     for site, factors in work:
-        if isinstance(site, Writer):
-            part = part_of(edit.edit, site)
-            for matrix, columns in site.chosen(part):
-                matrix.write(apply_to_columns(matrix.read(), factors.to(matrix.device), columns))
-            if factors.offset is not None:
-                site.add_to_bias(factors.offset)
-        else:
-            for matrix in site.matrices:
-                matrix.write(apply_to_weight(matrix.read(), factors.to(matrix.device)))
+        for matrix, columns in matrices_of(edit.edit, site):
+            matrix.write(apply_to_columns(matrix.read(), factors.to(matrix.device), columns))
+        if isinstance(site, Writer) and factors.offset is not None:
+            site.add_to_bias(factors.offset)

@@ -4,13 +4,10 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 
-from torch import Tensor
-
-from bruno_ray.ablation.closed_forms import Factors, apply_to_columns, apply_to_weight
-from bruno_ray.ablation.resolving import ResolvedEdit, part_of
+from bruno_ray.ablation.closed_forms import apply_to_columns
+from bruno_ray.ablation.resolving import ResolvedEdit, matrices_of
 from bruno_ray.model.architectures import Architecture
-from bruno_ray.model.readers import Reader
-from bruno_ray.model.writers import Matrix, Writer
+from bruno_ray.model.writers import Writer
 
 
 def changed_shares(architecture: Architecture, edits: Sequence[ResolvedEdit]) -> list[dict[str, float]]:
@@ -30,25 +27,16 @@ def changed_shares(architecture: Architecture, edits: Sequence[ResolvedEdit]) ->
     for i, site in enumerate(architecture.sites):
         if site.component not in touched:
             continue
+        chosen = [{id(matrix): columns for matrix, columns in matrices_of(edit.edit, site)} for edit in edits]
         for matrix in site.matrices:
             weight = matrix.read().float()
             before[site.component] += float(weight.square().sum())
-            for edit, squares in zip(edits, changed):
+            for edit, columns, squares in zip(edits, chosen, changed):
                 factors = edit.factors[i]
-                if factors is not None:
-                    edited = _edited(site, matrix, weight, factors.to(weight.device), edit)
+                if factors is not None and id(matrix) in columns:
+                    edited = apply_to_columns(weight, factors.to(weight.device), columns[id(matrix)])
                     squares[site.component] += float((edited - weight).square().sum())
     return [
         {name: math.sqrt(squares[name] / total) if total else 0.0 for name, total in before.items()}
         for squares in changed
     ]
-
-
-def _edited(site: Writer | Reader, matrix: Matrix, weight: Tensor, factors: Factors, edit: ResolvedEdit) -> Tensor:
-    """As ``baking.bake`` writes it."""
-    if isinstance(site, Reader):
-        return apply_to_weight(weight, factors)
-    for chosen, columns in site.chosen(part_of(edit.edit, site)):
-        if chosen is matrix:
-            return apply_to_columns(weight, factors, columns)
-    return weight

@@ -22,7 +22,7 @@ from bruno_ray.ablation.edit import ADDITION, PART_NAMES, Edit, NormMode
 from bruno_ray.errors import ModelError
 from bruno_ray.model.architectures import Architecture
 from bruno_ray.model.readers import Reader, gain
-from bruno_ray.model.writers import Writer
+from bruno_ray.model.writers import Matrix, Writer
 
 Part = tuple[int, ...] | None
 
@@ -178,3 +178,10 @@ def part_of(edit: Edit, writer: Writer) -> Part:
     """The experts or heads of a writer that are edited; None is all, whatever it consists of."""
     part = edit.part(writer.component, writer.layer) if writer.n_parts else None
     return None if part is not None and len(part) == writer.n_parts else part
+
+
+def matrices_of(edit: Edit, site: Writer | Reader) -> list[tuple[Matrix, list[int] | None]]:
+    """The matrices of a site that an edit changes where it has factors, each with the columns (None: all)."""
+    if isinstance(site, Writer):
+        return site.chosen(part_of(edit, site))
+    return [(matrix, None) for matrix in site.matrices]
