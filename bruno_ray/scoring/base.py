@@ -88,7 +88,7 @@ class Evaluation:
     def target_answers(self) -> list[list[Response]]:
         """[edit][target prompt]. A row stops once a marker is seen."""
         if not self._whole:
-            return self.answers_to(self.prompts.target_ids)
+            return self.answers_to(self.prompts.target_ids, reads=self.reads)
         return [self._cut_at_markers(answers) for answers in self.whole_answers]
 
     @cached_property
@@ -159,11 +159,14 @@ class Evaluation:
         self.__dict__["target_answers"], self.reads = answers, reads
 
     def answers_to(
-        self, ids: Sequence[Sequence[int]], edits: Sequence[ResolvedEdit | None] | None = None
+        self,
+        ids: Sequence[Sequence[int]],
+        edits: Sequence[ResolvedEdit | None] | None = None,
+        reads: PromptReads | None = None,
     ) -> list[list[Response]]:
-        """[edit][prompt]; a row stops once a marker is seen. Of these edits, or of all."""
+        """[edit][prompt]; a row stops once a marker is seen. Of these edits, or all. ``reads`` keeps what was read."""
         edits = self.edits if edits is None else edits
-        return self.engine.generate(ids, edits, self.settings.response_tokens, self.markers.seen_in, self.reads)
+        return self.engine.generate(ids, edits, self.settings.response_tokens, self.markers.seen_in, reads)
 
 
 class Scorer(Protocol):

@@ -70,7 +70,7 @@ def race(
         running = [k for k in running if k not in out]
         if not running:
             break
-        found = whole.answers_to([prompts.target_ids[p] for p in block], [edits[k] for k in running])
+        found = whole.answers_to([prompts.target_ids[p] for p in block], [edits[k] for k in running], whole.reads)
         for k, responses in zip(running, found):
             answers[k].update(zip(block, responses))
             marked[k] += sum(whole.markers.shown_by(response.text) for response in responses)

@@ -6,6 +6,7 @@ from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.errors import TrialError
 from bruno_ray.generation.decoding import Response
 from bruno_ray.generation.engine import BatchEngine
+from bruno_ray.generation.prompt_reads import PromptReads
 from bruno_ray.scoring.base import Evaluation, Scorer, ScoringPrompts, score_evaluation
 from bruno_ray.scoring.scores import Answer, ComparedScores
 from bruno_ray.settings import ScoringSettings
@@ -39,7 +40,10 @@ class GivenEvaluation(Evaluation):
         ]
 
     def answers_to(
-        self, ids: Sequence[Sequence[int]], edits: Sequence[ResolvedEdit | None] | None = None
+        self,
+        ids: Sequence[Sequence[int]],
+        edits: Sequence[ResolvedEdit | None] | None = None,
+        reads: PromptReads | None = None,
     ) -> list[list[Response]]:
         return [self._target if ids is self.prompts.target_ids else self._baseline]
 
