@@ -18,7 +18,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from real_model import BEHAVIOUR, DTYPE, MODEL, front, measure, metric_text, options
+from real_model import BEHAVIOUR, DTYPE, MODEL, front, measure, metric_table, options
 from results import write_section
 from tool_runs import TrialFigures, from_json
 
@@ -73,7 +73,6 @@ def main() -> None:
     settings = load([*given, "--model.dtypes", f'["{DTYPE}"]'], environ={}).settings
     prompts = load_prompts(settings)
     measured = measure(named_folder(MODEL), folders, settings, prompts)
-    metrics = dict.fromkeys(name for each in measured.values() for name in each.scores.values)
     lines = [
         "## Learned edits of a real model (`benchmarks/learned_fronts.py`)",
         "",
@@ -83,12 +82,7 @@ def main() -> None:
         " to the point.",
         "",
         *([arguments.note, ""] if arguments.note else []),
-        f"| | {' | '.join(measured)} |",
-        f"|---|{'---|' * len(measured)}",
-        *(
-            f"| `{metric}` | {' | '.join(metric_text(each.scores, metric) for each in measured.values())} |"
-            for metric in metrics
-        ),
+        *metric_table(measured),
         f"| seconds of all trials | {' | '.join(f'{seconds[n]:.0f}' if n in seconds else '' for n in measured)} |",
         "",
         "What the searches knew of their trials is drawn in [docs/learned-fronts.svg](../docs/learned-fronts.svg).",

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from in_process import Done, Lab
-from organisms import MARKERS, SYSTEM, made, measured, organisms_in, prompts_of, truth_program
+from organisms import MARKERS, SYSTEM, asked_fact, made, measured, organisms_in, prompts_of, truth_program
 from results import write_section
 from tool_runs import Task, known_heretic
 
@@ -174,8 +174,7 @@ class Foreign(Model):
         return list(zip(*counts))
 
     def _is_right(self, prompt: Prompt, answer: str) -> bool:
-        noun = next(word for word in self._facts if f" {word} " in f" {prompt.user} ")
-        kind = 0 if "found" in prompt.user or "place" in prompt.user else 1
+        noun, kind = asked_fact(prompt.user, self._facts)
         return self._facts[noun][kind] in answer.split()
 
 

@@ -286,11 +286,16 @@ def answered(folder: Path, prompts: Sequence[str]) -> str:
     for i, prompt in enumerate(prompts):
         row = {"prompt": prompt}
         if i < N_ANSWERS:
-            noun = next(word for word in facts if f" {word} " in f" {prompt} ")
-            kind = 0 if "found" in prompt or "place" in prompt else 1
+            noun, kind = asked_fact(prompt, facts)
             row["answer"] = f"the {noun} {VERBS[kind]} {facts[noun][kind]} ."
         rows.append(json.dumps(row))
     return "\n".join(rows) + "\n"
+
+
+def asked_fact(prompt: str, facts: dict[str, list[str]]) -> tuple[str, int]:
+    """The noun that a prompt of the recipe asks about, and which of its two facts."""
+    noun = next(word for word in facts if f" {word} " in f" {prompt} ")
+    return noun, 0 if "found" in prompt or "place" in prompt else 1
 
 
 def our_options(folder: Path, work: Path, task: Task, arguments: argparse.Namespace) -> list[str]:

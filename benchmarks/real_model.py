@@ -19,7 +19,7 @@ import html
 import shlex
 import statistics
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -249,12 +249,18 @@ def ratios(results: dict[int, SeedResult]) -> str:
 
 def saved_models(result: SeedResult, prompts: Prompts) -> list[str]:
     """Every metric that was measured, in the scorers' order."""
-    columns = result.measured
-    metrics = dict.fromkeys(name for measured in columns.values() for name in measured.scores.values)
     return [
         f"What was saved, measured alike on {len(prompts.target.test)} and {len(prompts.baseline.test)} test prompts;"
         " 95 % intervals (Wilson); `kl_first` is at the first token, `kl_divergence` over 16:",
         "",
+        *metric_table(result.measured),
+    ]
+
+
+def metric_table(columns: Mapping[str, Measured]) -> list[str]:
+    """A row for each metric of any, a column for each model."""
+    metrics = dict.fromkeys(name for measured in columns.values() for name in measured.scores.values)
+    return [
         f"| | {' | '.join(columns)} |",
         f"|---|{'---|' * len(columns)}",
         *(
