@@ -201,22 +201,23 @@ def choose_parts(
         for how in getattr(search, name)
         if how != "all" and not info.further.get(name, "unknown") and f"{name}:{how}" not in record.choices
     ]
+    if not wanted:
+        return record
+    from bruno_ray.generation.parts import chosen_heads, target_experts
+
     for name, how in wanted:
         if name == "experts":
-            from bruno_ray.generation.parts import target_experts
-
             sides = [pool.call("routing", side.train, *prefix) for side in (prompts.target, prompts.baseline)]
-            found[f"{name}:{how}"] = {"mlp": target_experts(*sides)}
+            component, parts = "mlp", target_experts(*sides)
         else:
-            from bruno_ray.generation.parts import chosen_heads
-
             directions = bank[direction_sets_of(bank)[0]].numpy()
             some = [side.train[:HEAD_PROMPTS] for side in (prompts.target, prompts.baseline)]
             scores = pool.call("head_scores", how, *some, *prefix, directions)
-            found[f"{name}:{how}"] = {"attention": chosen_heads(scores, search.heads_share)}
-        chosen = [part for (parts,) in [found[f"{name}:{how}"].values()] for part in parts if part is not None]
+            component, parts = "attention", chosen_heads(scores, search.heads_share)
+        found[f"{name}:{how}"] = {component: parts}
+        chosen = [part for part in parts if part is not None]
         logger.info("%s %s: %d of them are edited, in %d layers", name, how, sum(map(len, chosen)), len(chosen))
-    return run.update(choices=found) if found else record
+    return run.update(choices=found)
 
 
 STAGES = {
