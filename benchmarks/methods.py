@@ -46,10 +46,11 @@ from bruno_ray.model.loading import load_model
 from bruno_ray.prompts.rendering import render
 from bruno_ray.prompts.sets import Prompt
 from bruno_ray.scoring.base import Evaluation, ScoringPrompts
-from bruno_ray.settings import ModelSettings
+from bruno_ray.settings import ModelSettings, StudySettings
 from bruno_ray.study.starts import LITERATURE, Start, literature_edit
 
 OWN, SMOLLM2, HERETIC = "own", "smollm2", "heretic 1.4.0, 60 trials"
+WHOLE = "the default study: 197 searched trials, then one training"
 DEFAULT = "difference_in_means"
 SEVERAL = ("contrastive_pca", "subspace", "concept_cones", "self_organising_map")
 """Methods that give several directions; they get RANK of them."""
@@ -75,6 +76,9 @@ class Entry:
     trained: int = 0
     """Trials that are trained, at the end."""
 
+    searched: int | None = None
+    """Trials before them; as many as the model's studies have when not given."""
+
     start: str = ""
     """`causal` or `cosmic`: trial 1 is the literature's edit with the layer that this selection takes."""
 
@@ -98,6 +102,7 @@ def entries(trained: int) -> list[Entry]:
     ]
     if trained:
         found.append(Entry(f"both: difference_in_means, then {trained} trained trials", (means,), trained=trained))
+        found.append(Entry(WHOLE, (means,), trained=3, searched=StudySettings().n_trials - 3))
     return found
 
 
@@ -287,10 +292,10 @@ def bank_of(lab: Lab, entry: Entry, known: dict[str, DirectionBank]) -> Directio
 def study_of(model: Model, entry: Entry, bank: DirectionBank, starts: Sequence[Start]) -> Done:
     return model.lab.search(
         seed=1,
-        n_trials=model.n_trials + entry.trained,
+        n_trials=(model.n_trials if entry.searched is None else entry.searched) + entry.trained,
         sets=list(bank),
         starts=starts,
-        n_startup_trials=model.n_startup,
+        n_startup_trials=model.n_startup if entry.searched is None else StudySettings().n_startup_trials,
         method="both" if entry.trained else "searched",
         learned={"trials": entry.trained},
     )

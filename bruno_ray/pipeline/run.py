@@ -17,6 +17,7 @@ from bruno_ray.pipeline.judging import judge_run
 from bruno_ray.pipeline.starting import effect_starts, starts_of
 from bruno_ray.pipeline.steps import (
     choose_parts,
+    decide_method,
     describe_model,
     evaluation_context,
     find_directions,
@@ -26,7 +27,6 @@ from bruno_ray.pipeline.steps import (
     open_run,
     plugin_hashes,
     require_places,
-    require_trainable,
     score_unedited,
     timed,
     with_name,
@@ -84,10 +84,10 @@ def search(settings: Settings, path: Path) -> Path:
             pool.wait_ready()
             info = describe_model(settings, pool)
             require_places(settings, info)
+            settings = decide_method(settings, prompts, pool)
             run = open_run(settings, path, info, prompts)
             with timed(run, "response_prefix", pool):
                 record = run.update(response_prefix=find_response_prefix(run.read(), prompts, pool))
-            require_trainable(settings, record, prompts, pool)
             with timed(run, "directions", pool):
                 bank = find_directions(run, record, info, prompts, pool)
                 record = choose_parts(run, info, prompts, bank, pool)

@@ -10,8 +10,9 @@ from bruno_ray.settings.fields import DepthRange, Range, Section
 class LearnedSettings(Section):
     """Edits that are trained by gradient, the last trials of a study (`--method`)."""
 
-    trials: NonNegativeInt = 24
-    """How many of `study.n_trials` are trained with `--method both`, at the end."""
+    trials: NonNegativeInt | None = None
+    """How many of `study.n_trials` are trained, at the end. When not given, 24 with `--method both`, and with `auto` as
+    many as cost about what the search costs, at most 24."""
 
     steps: PositiveInt = 160
     """Optimiser steps of one training."""

@@ -423,9 +423,10 @@ class StudySettings(Section):
     n_startup_trials: NonNegativeInt = 60
     """Trials spread evenly over the search space before TPE takes over."""
 
-    method: Literal["searched", "learned", "both"] = setting("searched", alias="--method", resumable=True)
+    method: Literal["auto", "searched", "learned", "both"] = setting("auto", alias="--method", resumable=True)
     """searched: kernels over directions that are read off the residual stream; learned: directions and strengths that
-    are trained by gradient; both: searched first, and the last `learned.trials` trained."""
+    are trained by gradient; both: searched first, and the last `learned.trials` trained. auto: both where a training
+    costs at most three times what the search costs, and the model and the settings allow it (docs/learned.md)."""
 
     seed: NonNegativeInt = setting(0, alias="--seed")
     """Seeds the sampler: the same seed and the same schedule of batches give the same parameters in every trial.
@@ -553,7 +554,7 @@ class Settings(Section):
                 f"study.sampler cmaes minimises one objective, scoring.objectives has {len(self.scoring.objectives)};"
                 " keep one of them, or choose tpe, gp or nsga2"
             )
-        if self.study.sampler != "tpe" and self.study.method != "searched":
+        if self.study.sampler != "tpe" and self.study.method in ("learned", "both"):
             raise ValueError(
                 f"study.sampler {self.study.sampler} cannot learn beside trained trials; use tpe with study.method"
                 f" {self.study.method}"

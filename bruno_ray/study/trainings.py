@@ -5,6 +5,9 @@ trials, its edit after all steps, after half of them, a quarter and so on: readi
 and how long to train is what a study has to find out. Trials of one training follow each other, in one batch.
 
 There are few trainings, so their parameters are points of a Sobol sequence throughout (``sampler``), not TPE's.
+
+Only so many trials are trained: what takes the place of one that failed is searched, so that a model on which no
+training succeeds still gets its search.
 """
 
 from dataclasses import dataclass
@@ -15,9 +18,19 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 from bruno_ray.ablation.edit import Edit
 from bruno_ray.ablation.plan import TrainingPlan
 from bruno_ray.errors import StudyError
-from bruno_ray.settings import Settings
+from bruno_ray.settings import LearnedSettings, Settings
 from bruno_ray.study.selection import auto_select, load_trials, pareto_front
 from bruno_ray.study.space import sampled
+
+DEAREST = 3.0
+"""A study that decides by itself trains as many edits as cost what its search costs, and one if that costs at most this
+many times as much."""
+
+WAY_BACK = 3
+"""A text that is trained on costs as much as so many that are read."""
+
+MOST_TRIALS = 24
+"""Trained trials of a study, where the settings do not say how many."""
 
 PEERS = 4
 """At most this many of the searched front are asked whether they agree with an answer."""
@@ -50,12 +63,19 @@ class Trainings:
             case "learned":
                 return 0
             case "both":
-                return max(0, study.n_trials - self.settings.learned.trials)
+                return max(0, study.n_trials - self._trials)
             case _:
                 return None
 
+    @property
+    def _trials(self) -> int:
+        trials = self.settings.learned.trials
+        return MOST_TRIALS if trials is None else trials
+
     def is_trained(self, number: int) -> bool:
-        return self.first is not None and number >= self.first
+        if self.first is None or number < self.first:
+            return False
+        return self.settings.study.method == "learned" or number < self.first + self._trials
 
     def training(self, number: int) -> tuple[int, int]:
         """Which training a trial belongs to, counted from the first, and which of its checkpoints it is."""
@@ -74,9 +94,12 @@ class Trainings:
             return usual
         if number < self.first:
             return min(usual, self.first - number)
+        if not self.is_trained(number):
+            return usual
         checkpoints = self.settings.learned.checkpoints
         _, checkpoint = self.training(number)
-        return max(1, usual // checkpoints) * checkpoints - checkpoint
+        size = max(1, usual // checkpoints) * checkpoints - checkpoint
+        return size if self.settings.study.method == "learned" else min(size, self.first + self._trials - number)
 
     def space(self) -> dict[str, BaseDistribution]:
         """Distribution per parameter of a training; a choice with one option is no parameter."""
@@ -132,15 +155,56 @@ class Trainings:
     def _peers(self, study: optuna.Study) -> tuple[Edit, ...]:
         """The first of the searched trials' front, which begins with those that show the behaviour least."""
         objectives = self.settings.scoring.objectives
-        searched = [trial for trial in load_trials(study) if not self.is_trained(trial.number)]
+        searched = [trial for trial in load_trials(study) if trial.training is None]
         front = pareto_front(searched, objectives)
         return tuple(Edit.from_dict(trial.edit) for trial in front if trial.edit)[:PEERS]
 
     def _best(self, study: optuna.Study) -> Edit | None:
         """What the rule takes of the searched trials so far."""
-        trials = [trial for trial in load_trials(study) if not self.is_trained(trial.number)]
+        trials = [trial for trial in load_trials(study) if trial.training is None]
         try:
             choice = auto_select(trials, self.settings.selection.max_kl, self.settings.scoring.objectives)
         except StudyError:
             return None
         return Edit.from_dict(choice.trial.edit) if choice.trial.edit else None
+
+
+@dataclass(frozen=True)
+class Affordable:
+    """How many trials a study should train, and what one training costs beside its search."""
+
+    trials: int
+    searched_trials: float
+    """Searched trials that cost as much as the first training."""
+
+
+def affordable(settings: Settings, validation_prompts: int) -> Affordable:
+    """What a study should train that decides by itself: as many edits as cost what its search costs, one if that costs
+    up to ``DEAREST`` times as much, none otherwise.
+
+    Cost is counted in texts of about equal length. A searched trial reads each validation prompt and its answer once; a
+    step of a training goes forward and back over ``target_rows`` + ``baseline_rows`` of them for each start that is
+    left. On the organisms of another recipe this gives 512 searched trials for a training, where 560 were measured.
+    """
+    learned = settings.learned
+    search = float(settings.study.n_trials * validation_prompts)
+    most = MOST_TRIALS if learned.trials is None else learned.trials
+    costs = [_texts(learned, polishes=learned.polish and i % 2 == 1) for i in range(most // learned.checkpoints)]
+    trainings, spent = 0, 0.0
+    for cost in costs:
+        spent += cost
+        if spent > search * (DEAREST if trainings == 0 else 1.0):
+            break
+        trainings += 1
+    first = _texts(learned, polishes=False)
+    return Affordable(trainings * learned.checkpoints, first / max(1, validation_prompts))
+
+
+def _texts(learned: LearnedSettings, polishes: bool) -> float:
+    """Texts that one training is worth; while several starts compete, each costs as much as one alone."""
+    share, begun = 0.0, 0.0
+    for checkpoint in range(learned.checkpoints):
+        ended = 1 / 2 ** (learned.checkpoints - 1 - checkpoint)
+        starts = 1 if polishes else max(1, learned.starts >> checkpoint)
+        share, begun = share + starts * (ended - begun), ended
+    return share * learned.steps * (learned.target_rows + learned.baseline_rows) * WAY_BACK

@@ -19,7 +19,7 @@ import transformers
 from transformers import PreTrainedConfig
 
 from bruno_ray.ablation.changes import changed_shares
-from bruno_ray.ablation.edit import Edit, NormMode
+from bruno_ray.ablation.edit import Edit
 from bruno_ray.ablation.places import further_places
 from bruno_ray.ablation.plan import TrainedEdit, TrainingPlan
 from bruno_ray.ablation.resolving import ResolvedEdit
@@ -29,10 +29,11 @@ from bruno_ray.generation.engine import BatchEngine
 from bruno_ray.generation.kept import KeptAnswers
 from bruno_ray.generation.lean_forward import own_forward
 from bruno_ray.generation.parts import Routing, head_effects, head_projections, routing
+from bruno_ray.learning.checkpointing import checkpointed
 from bruno_ray.learning.layer_effects import LayerChoice, layer_by
 from bruno_ray.learning.material import Teacher
 from bruno_ray.learning.training import Trainer
-from bruno_ray.model.batching import TokenBudget, pad_left
+from bruno_ray.model.batching import TokenBudget, is_out_of_memory, pad_left
 from bruno_ray.model.classes import hub_task
 from bruno_ray.model.coverage import coverage
 from bruno_ray.model.loading import LoadedModel, load_model
@@ -49,7 +50,7 @@ from bruno_ray.scoring.racing import race
 from bruno_ray.scoring.registry import SCORERS, make_scorers
 from bruno_ray.scoring.scores import Answer, ComparedScores, Scores
 from bruno_ray.scoring.side_by_side import LOGIT_SCORERS, score_edits_side_by_side, score_given_answers
-from bruno_ray.settings import ModelSettings, ResidualSettings, ScoringSettings
+from bruno_ray.settings import LearnedSettings, ModelSettings, ResidualSettings, ScoringSettings
 from bruno_ray.workers.exchanged import ComparedEdits, EvaluationContext, ModelInfo, TrainingPrompts, TrialOutcome
 
 logger = logging.getLogger(__name__)
@@ -312,11 +313,15 @@ class ModelWorker:
         teacher = Teacher(unedited, training.settings, protected)
         return Trainer(self.engine, teacher, bank, training.settings)
 
-    def require_gradient(self, prompts: Sequence[Prompt], date: datetime.date, norm_mode: NormMode = "none") -> None:
-        """Raise ModelError if no gradient comes through this model's kernels, or ``norm_mode`` asks for a weight that
-        cannot be read: nothing can be trained on it."""
+    def require_gradient(
+        self, prompts: Sequence[Prompt], date: datetime.date, learned: LearnedSettings, response_tokens: int
+    ) -> None:
+        """Raise ModelError if no gradient comes through this model's kernels, the norm mode asks for a weight that
+        cannot be read, or memory does not suffice for one prompt with an answer: nothing can be trained on it."""
         ids = render(self.loaded.tokenizer, prompts[:1], date=date)[0]
-        d_model = self.loaded.architecture.d_model
+        ids = (*ids, *ids[-1:] * response_tokens)
+        d_model, norm_mode = self.loaded.architecture.d_model, learned.norm_mode
+        layers = () if learned.checkpointing == "off" else self.loaded.architecture.layers
         with torch.enable_grad():
             rows = torch.eye(1, d_model, requires_grad=True)
             one = torch.ones(())
@@ -326,11 +331,17 @@ class ModelWorker:
             try:
                 padded = pad_left([ids], 0, self.engine.device)
                 arguments = padded.input_ids, padded.attention_mask, padded.position_ids
-                logits_1NV = own_forward(self.engine.model, *arguments, None, 1)
-                (gradient,) = torch.autograd.grad(logits_1NV.float().logsumexp(-1).sum(), rows)
+                with checkpointed(layers):
+                    logits_1NV = own_forward(self.engine.model, *arguments, None, response_tokens)
+                    (gradient,) = torch.autograd.grad(logits_1NV.float().logsumexp(-1).sum(), rows)
                 if not torch.isfinite(gradient).all():
                     raise RuntimeError("the gradient is not a number")
             except (RuntimeError, NotImplementedError) as error:
+                if is_out_of_memory(error):
+                    raise ModelError(
+                        f"edits cannot be trained on this model: memory does not suffice for one text of {len(ids)}"
+                        " tokens; search with --method searched, or use a larger device or model.quantization=bnb_4bit"
+                    ) from error
                 raise ModelError(
                     f"edits cannot be trained on this model, its kernels give no gradient ({first_line(str(error))}):"
                     " load it in full precision or with model.quantization=bnb_4bit, or search with --method searched"

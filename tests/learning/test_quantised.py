@@ -66,8 +66,8 @@ def test_a_4bit_base_trains_as_its_dequantised_weights_do(stored: Path) -> None:
 @pytest.mark.parametrize("quantization", ["bnb_4bit", "bnb_8bit"])
 def test_whether_a_base_gives_gradients_is_known_before_the_run(stored: Path, quantization: str) -> None:
     worker = ModelWorker(ModelSettings(id=str(stored), dtypes=("float32",), quantization=quantization))
-    worker.require_gradient(TARGET[:1], DATE, "full")
+    worker.require_gradient(TARGET[:1], DATE, LearnedSettings(norm_mode="full"), 8)
     # As a kernel does that knows no way back.
     worker.engine.model.lm_head.register_forward_hook(lambda module, args, output: output.detach())
     with pytest.raises(ModelError, match="cannot be trained on this model, its kernels give no gradient"):
-        worker.require_gradient(TARGET[:1], DATE)
+        worker.require_gradient(TARGET[:1], DATE, LEARNED, 8)

@@ -16,7 +16,7 @@ from bruno_ray.study.sampler import NumberedTPESampler
 from bruno_ray.study.selection import load_trials
 from bruno_ray.study.space import search_space, suggest
 from bruno_ray.study.storage import load_study
-from bruno_ray.study.trainings import Trainings
+from bruno_ray.study.trainings import Trainings, affordable
 from bruno_ray.study.trial_result import PLAN, TRAINING, TrialResult
 from tests.support.schedules import OBJECTIVES, SPACE, memory_folder, opened  # noqa: F401 - a fixture among them
 
@@ -68,8 +68,47 @@ def drive(study: BatchStudy, chosen: Trainings, usual: int = 8) -> list[Batch]:
 
 
 @pytest.mark.parametrize(
+    ("n_trials", "prompts", "trials"),
+    [
+        pytest.param(10, 80, 0, id="a training would cost 38 times the search"),
+        pytest.param(60, 60, 0, id="8 times"),
+        pytest.param(200, 60, 3, id="2.6 times: one, whose checkpoints are three trials"),
+        pytest.param(200, 200, 3, id="0.8 times"),
+        pytest.param(400, 200, 9, id="three cost less than the search: from four starts, polished, from four starts"),
+        pytest.param(5000, 400, 24, id="no more than that"),
+    ],
+)
+def test_a_study_trains_as_much_as_its_search_pays_for(n_trials: int, prompts: int, trials: int) -> None:
+    found = affordable(Settings(study=StudySettings(n_trials=n_trials)), prompts)
+    assert found.trials == trials
+    # 160 steps of 32 texts forward and back, from four starts for a quarter, two for a quarter, one for a half.
+    assert found.searched_trials == pytest.approx(160 * 32 * 3 * 2 / prompts)
+
+
+def test_what_takes_the_place_of_failed_trainings_is_searched(memory_folder: Path) -> None:  # noqa: F811
+    chosen, usual = trainings(), 8
+    with opened(memory_folder) as study:
+        batches = batch_study(study, chosen)
+        number, failed = 0, 0
+        while batches.n_complete() < N_TRIALS:
+            due = len(study.trials)
+            batch = batches.ask(number, min(chosen.batch_size(due, usual), N_TRIALS - batches.n_complete()))
+            results = {
+                n: TrialResult(error="it diverged") if isinstance(batch.edits[n], TrainingPlan) else result(n, edit)
+                for n, edit in batch.edits.items()
+            }
+            failed += sum(each.error is not None for each in results.values())
+            batches.store(batch, results)
+            batches.tell(batch)
+            number += 1
+        complete = [trial.number for trial in load_trials(study) if trial.state == "COMPLETE"]
+    assert failed == N_TRAINED
+    assert complete == [0, 1, 2, 3, *range(10, 16)]
+
+
+@pytest.mark.parametrize(
     ("method", "first", "sizes"),
-    [("searched", None, {0: 8, 4: 8}), ("both", 4, {0: 4, 2: 2, 4: 6, 7: 6, 8: 5}), ("learned", 0, {0: 6, 1: 5, 3: 6})],
+    [("searched", None, {0: 8, 4: 8}), ("both", 4, {0: 4, 2: 2, 4: 6, 7: 3, 8: 2}), ("learned", 0, {0: 6, 1: 5, 3: 6})],
 )
 def test_a_batch_is_searched_or_trained_and_holds_whole_trainings(
     method: str, first: int | None, sizes: dict[int, int]
@@ -121,6 +160,8 @@ def test_the_searched_front_is_asked_whether_it_agrees(memory_folder: Path) -> N
     with opened(memory_folder) as study:
         drive(batch_study(study, plain), plain)
         assert TrainingPlan.from_dict(study.trials[-1].user_attrs[PLAN]).peers == ()
+        more = asking.settings.study.model_copy(update={"n_trials": N_TRIALS + 3})
+        asking = dataclasses.replace(asking, settings=asking.settings.model_copy(update={"study": more}))
         plans = batch_study(study, asking).ask(9, 3).edits.values()
         best = Edit.from_dict(study.trials[0].user_attrs["edit"])
         # Of the four searched trials the first beats all others; see ``result``.
