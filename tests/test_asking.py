@@ -11,6 +11,7 @@ import pytest
 
 from bruno_ray.runs.directory import RunDirectory
 from tests.support.pseudo_terminal import CTRL_C, CTRL_D, ENTER, AtTerminal, environment
+from tests.support.waiting import wait_for
 
 pytest_plugins = ["tests.support.local_ray"]
 
@@ -34,17 +35,21 @@ def at_terminal() -> Callable[..., AtTerminal]:
             terminal.process.kill()
 
 
-@pytest.fixture(scope="module")
-def searched(organism: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, str]:
-    """A run of a few trials that was left by Ctrl-C at its question, and what it wrote until then."""
-    folder = tmp_path_factory.mktemp("asking")
-    command = [
-        *(*COMMAND, "run", str(organism / "model"), "--behaviour", "organism", "--study-name", "asked"),
+def command_of_a_run(organism: Path, folder: Path, name: str) -> list[str]:
+    return [
+        *(*COMMAND, "run", str(organism / "model"), "--behaviour", "organism", "--study-name", name),
         *("--trials", "4", "--study.n-startup-trials", "2", "--study.trials-per-batch", "2"),
         *("--prompts.n-train", "20", "--prompts.n-validation", "6", "--prompts.n-test", "6"),
         *("--output.directory", str(folder), "--residuals.cache-dir", str(folder / "residuals")),
         *("--ray.object-store-memory", "100000000"),
     ]
+
+
+@pytest.fixture(scope="module")
+def searched(organism: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[RunDirectory, str]:
+    """A run of a few trials that was left by Ctrl-C at its question, and what it wrote until then."""
+    folder = tmp_path_factory.mktemp("asking")
+    command = command_of_a_run(organism, folder, "asked")
     terminal = AtTerminal(command, folder)
     try:
         terminal.wait_for_text(SAVE)
@@ -70,6 +75,22 @@ def test_a_run_that_is_left_at_its_question_is_whole(searched: tuple[RunDirector
     record = run.read()
     assert record.n_trials == {"COMPLETE": 4} and record.selected is None
     assert not list(run.path.rglob("*.partial-*")) and json.loads(run.run_file.read_text())
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_a_run_that_is_left_early_says_how_to_go_on(
+    organism: Path, tmp_path: Path, at_terminal: Callable[..., AtTerminal]
+) -> None:
+    terminal = at_terminal(*command_of_a_run(organism, tmp_path, "left"), cwd=tmp_path)
+    wait_for(lambda: (tmp_path / "left" / "run.json").is_file(), "the run has begun", 300)
+    terminal.type(CTRL_C)
+    assert terminal.exit_code() == 130, terminal.text
+    last = " ".join(terminal.text.split()).rpartition("interrupted: ")[2]
+    assert last == f"`bruno-ray resume {tmp_path / 'left'}` goes on" and "Traceback" not in terminal.text
+    again = at_terminal(*COMMAND, "resume", str(tmp_path / "left"), "--auto-select", cwd=tmp_path)
+    assert again.exit_code() == 0, again.text
+    assert RunDirectory.open(tmp_path / "left").read().n_trials == {"COMPLETE": 4}
 
 
 @pytest.mark.ray

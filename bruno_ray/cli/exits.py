@@ -13,8 +13,8 @@ INTERRUPTED = 130
 def exit_code(program: Callable[[], int | None]) -> int:
     """Run ``program`` and return the exit code for the shell.
 
-    A `BrunoError` is one line and 2, Ctrl-C is 130, a reader of the output that has left is no error. Anything else
-    is a defect and keeps its traceback.
+    A `BrunoError` is one line and 2, Ctrl-C is one line and 130, a reader of the output that has left is no error.
+    Anything else is a defect and keeps its traceback.
     """
     try:
         code = program() or 0
@@ -23,8 +23,8 @@ def exit_code(program: Callable[[], int | None]) -> int:
     except BrunoError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
         return FAILED
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(str(interrupt) or "interrupted", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
         # The reader, `head` for instance, has seen enough. Python would complain once more at exit.

@@ -7,7 +7,9 @@ afterwards is in ``commands.py``.
 """
 
 import logging
-from collections.abc import Mapping
+import shlex
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +81,7 @@ def search(settings: Settings, path: Path) -> Path:
     starts = starts_of(settings, path)
     with phase("reading the prompts"):
         prompts = load_prompts(settings)
-    with ray_session(settings.ray):
+    with resumable(path), ray_session(settings.ray):
         with worker_pool(settings) as pool:
             pool.wait_ready()
             info = describe_model(settings, pool)
@@ -116,6 +118,17 @@ def search(settings: Settings, path: Path) -> Path:
     if not auto:
         ask_and_save(run, prompts)
     return path
+
+
+@contextmanager
+def resumable(path: Path) -> Iterator[None]:
+    """Ctrl-C says how to go on, once there is something to go on with."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        if not (path / "run.json").is_file():
+            raise
+        raise KeyboardInterrupt(f"interrupted: `bruno-ray resume {shlex.quote(str(path))}` goes on") from interrupt
 
 
 def ask_and_save(run: RunDirectory, prompts: Prompts) -> None:
