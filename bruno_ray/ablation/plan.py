@@ -49,8 +49,9 @@ class TrainingPlan:
 
     seed: int
     rivals: tuple[float, ...] = ()
-    """Layers of further starts. After ``heat`` steps, twice that, four times ... the better half of them goes on
-    (successive halving, Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943)."""
+    """Layers of further starts, beside ``start_layer`` or ``base``. After ``heat`` steps, twice that, four times ...
+    the better half of them goes on (successive halving, Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943).
+    """
 
     heat: int = 0
     base: Edit | None = None
@@ -99,13 +100,22 @@ class TrainedEdit:
     sources: dict[str, int] = field(default_factory=dict)
     """Where what it was trained on came from -> how many rows."""
 
+    start_layer: float | None = None
+    """Layer whose direction it started from; None if it is an edit that was polished."""
+
     seconds: float = 0.0
     tokens: int = 0
     """Tokens that went forward and back, padding not counted."""
 
     def account(self) -> dict[str, Any]:
         """All but the edit, for people."""
-        return {"curves": self.curves, "sources": self.sources, "seconds": self.seconds, "tokens": self.tokens}
+        return {
+            "curves": self.curves,
+            "sources": self.sources,
+            "start_layer": self.start_layer,
+            "seconds": self.seconds,
+            "tokens": self.tokens,
+        }
 
 
 def pack(directions: np.ndarray) -> dict[str, Any]:

@@ -87,6 +87,11 @@ class Trainee:
         self._sums: dict[str, float] = {}
         self._curves: dict[str, list[float]] = {}
 
+    def soften(self) -> None:
+        """Half of the strengths."""
+        with torch.no_grad():
+            self.strengths_LC.mul_(0.5)
+
     @property
     def parameters(self) -> list[Tensor]:
         return [self.rows_Grd, self.strengths_LC]
@@ -193,7 +198,9 @@ class Trainee:
         tables = {
             component: StrengthTable(tuple(strengths[:, c].tolist())) for c, component in enumerate(self._components)
         }
-        return TrainedEdit(Edit(tables, name, None, self.plan.norm_mode), array, self._recent(), self.sources())
+        edit = Edit(tables, name, None, self.plan.norm_mode)
+        start = None if self.plan.base is not None else self.plan.start_layer
+        return TrainedEdit(edit, array, self._recent(), self.sources(), start)
 
 
 def _start(plan: TrainingPlan, bank: DirectionBank, n_layers: int) -> Float[Tensor, "G r d"]:

@@ -50,6 +50,14 @@ logger = logging.getLogger(__name__)
 FEW_TOKENS = 512
 """A batch of so many leaves a device half idle: rather than halve it, activations are recomputed."""
 
+START_KL = 0.1
+"""Nats per token on baseline prompts: strengths of a start that costs more are halved, at most HALVINGS times."""
+
+HALVINGS = 4
+
+Row = tuple[int, str, Text, float]
+"""Trainee, term, text, its share of the trainee's loss per token."""
+
 CONFIDENCE = 0.5
 """Probability of each token from which on an edit's own answer is learned, where there are no desired ones."""
 
@@ -85,9 +93,10 @@ class Trainer:
                 distinct.append(plan.without_steps)
         given = self._engine, self._bank, self._teacher.material, self._settings
         votes = [self._votes(plan) for plan in distinct]
-        starts = [replace(plan, start_layer=layer) for plan in distinct for layer in (plan.start_layer, *plan.rivals)]
+        starts = [start for plan in distinct for start in _starts(plan)]
         plan_of = [p for p, plan in enumerate(distinct) for _ in range(1 + len(plan.rivals))]
         trainees = [Trainee(plan, *given, votes[p]) for plan, p in zip(starts, plan_of)]
+        self._soften(trainees)
         ended: set[int] = set()
         optimizer = torch.optim.Adam(
             [{"params": trainee.parameters, "lr": trainee.plan.learning_rate} for trainee in trainees]
@@ -126,11 +135,47 @@ class Trainer:
             for result in results
         ]
 
+    def _soften(self, trainees: Sequence[Trainee]) -> None:
+        """Halve a start's strengths until it changes answers to baseline prompts little.
+
+        On a real model one direction at strength 1 in every layer costs a nat per token. Training undoes that first,
+        and leaves the direction that it was to start from on the way.
+        """
+        harsh = list(trainees)
+        for _ in range(HALVINGS):
+            harsh = [trainee for trainee, kl in zip(harsh, self._divergences(harsh)) if not kl <= START_KL]
+            if not harsh:
+                break
+            for trainee in harsh:
+                trainee.soften()
+
+    def _divergences(self, trainees: Sequence[Trainee]) -> list[float]:
+        """KL from the unedited model by trainee, in nats per token of some of its answers to baseline prompts."""
+        texts = self._teacher.material.retain[: self._settings.baseline_rows]
+        total = sum(len(text.continuation) for text in texts)
+        running = range(len(trainees))
+        rows: list[Row] = [(k, "retain", text, 1 / total) for k in running for text in texts]
+        lengths = [len(text.prompt) + len(text.continuation) for _, _, text, _ in rows]
+        found = [0.0] * len(trainees)
+
+        def divergences(batch: list[int]) -> dict[tuple[int, str], float]:
+            try:
+                with torch.no_grad():
+                    return self._loss([rows[i] for i in batch], running, trainees)[1]
+            finally:
+                self._engine.editor.clear()
+
+        for batch in batches(lengths, self._budget):
+            for _, terms in run_with_backoff(divergences, batch, lengths, self._budget):
+                for (k, _), value in terms.items():
+                    found[k] += value
+        return found
+
     # ----- one step -----
 
     def _step(self, running: Sequence[int], trainees: Sequence[Trainee], optimizer: torch.optim.Optimizer) -> int:
         """One optimiser step of each running trainee; returns the tokens read."""
-        rows: list[tuple[int, str, Text, float]] = []  # trainee, term, text, its share of the trainee's loss per token
+        rows: list[Row] = []
         for k in running:
             rows += [(k, *row) for row in trainees[k].draw()]
         parameters = [parameter for k in running for parameter in trainees[k].parameters]
@@ -181,7 +226,7 @@ class Trainer:
         return sum(lengths)
 
     def _loss(
-        self, rows: Sequence[tuple[int, str, Text, float]], running: Sequence[int], trainees: Sequence[Trainee]
+        self, rows: Sequence[Row], running: Sequence[int], trainees: Sequence[Trainee]
     ) -> tuple[Tensor, dict[tuple[int, str], float]]:
         engine = self._engine
         edits = [trainees[k].resolved(engine) for k in running]
@@ -273,6 +318,11 @@ class Trainer:
                     continue
                 if math.exp(float(logprobs_N.min())) >= self._confidence:
                     trainee.sure[p] = teacher.as_desired(p, answer)
+
+
+def _starts(plan: TrainingPlan) -> list[TrainingPlan]:
+    """The starts that compete in one training: what is polished or the plan's own layer, then its rivals' layers."""
+    return [plan, *(replace(plan, start_layer=layer, base=None) for layer in plan.rivals)]
 
 
 def _places(plan: TrainingPlan, step: int) -> int:

@@ -26,7 +26,7 @@ def training_account(run: RunDirectory, selected: SelectedRecord | None) -> dict
     training = selected.training
     curves = training.get("curves", {})
     return {
-        "rows": plan_rows(training["plan"]),
+        "rows": plan_rows(training["plan"], training.get("start_layer", training["plan"]["start_layer"])),
         "sources": source_lines(selected),
         "curves": [(term, [f"{value:.4f}" for value in values]) for term, values in curves.items()],
         "points": max(map(len, curves.values()), default=0),
@@ -41,16 +41,22 @@ def source_lines(selected: SelectedRecord) -> list[str]:
     return [f"{n} {SOURCES.get(name, name)}" for name, n in sources.items()]
 
 
-def plan_rows(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    """What was asked for, in words."""
+def plan_rows(plan: dict[str, Any], start_layer: float | None) -> list[tuple[str, str]]:
+    """What was asked for, in words; ``start_layer``: of the start that it came from, None if that was polished."""
     shared = "shared by all layers" if plan["shared"] else "of each layer its own"
-    start = f"{plan['start_set']} after layer {plan['start_layer']:.1f}"
+    rivals = plan.get("rivals", ())
+    polished = plan["base"] and (start_layer is None or not rivals)
+    start = "the best searched trial by then, polished"
+    if not polished:
+        start = f"{plan['start_set']} after layer {plan['start_layer'] if start_layer is None else start_layer:.1f}"
+    if rivals:
+        start += f", the best of {1 + len(rivals)} starts"
     given = [(term, plan[term]) for term in ("answers", "suppress", "retain")]
     given += [(term, plan[term]) for term in ("induce", "protect") if plan.get(term)]
     weights = ", ".join(f"{term} {weight:.3g}" for term, weight in given)
     return [
         ("Subspace", f"rank {plan['rank']}, {shared}"),
-        ("Start", "the best searched trial by then, polished" if plan["base"] else start),
+        ("Start", start),
         ("Weights of the loss", weights),
         ("Steps", f"{plan['steps']} at a learning rate of {plan['learning_rate']:g}"),
     ]

@@ -41,7 +41,7 @@ class LearnedSettings(Section):
     step."""
 
     polish: bool = True
-    """Every other training starts from the best trial there is by then."""
+    """The best searched trial by then is one of a training's starts, and every other training's only one."""
 
     answers: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the likelihood of desired answers (`answer_column` of `prompts.target.train`)."""

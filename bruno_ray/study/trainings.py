@@ -123,8 +123,8 @@ class Trainings:
         training, checkpoint = self.training(trial.number)
         steps = max(1, learned.steps >> (learned.checkpoints - 1 - checkpoint))
         params = trial.params
-        base = self._best(trial.study) if learned.polish and training % 2 else None
-        rivals = () if base is not None else self._rivals(params[START_LAYER])
+        base = self._best(trial.study) if learned.polish else None
+        rivals = () if base is not None and training % 2 else self._rivals(params[START_LAYER])
         return TrainingPlan(
             rank=params.get(RANK, learned.ranks[0]),
             shared=params.get(SHARED, learned.shared[0]),

@@ -20,9 +20,11 @@ from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.directions import build_bank
 from bruno_ray.errors import TrialError
 from bruno_ray.generation.engine import BatchEngine
+from bruno_ray.learning.agreement import Votes
 from bruno_ray.learning.interchange import mean_outputs
 from bruno_ray.learning.material import Teacher
-from bruno_ray.learning.training import FEW_TOKENS, Trainer, _places
+from bruno_ray.learning.trainee import Trainee
+from bruno_ray.learning.training import FEW_TOKENS, START_KL, Trainer, _places, _starts
 from bruno_ray.model.batching import TokenBudget
 from bruno_ray.model.loading import load_model
 from bruno_ray.organism import truth_score
@@ -153,6 +155,41 @@ def test_of_several_starts_the_one_that_leads_is_what_it_would_be_alone(subject:
     assert len({one.edit.direction_set for one in (early, late, other)}) == 3
     (again,) = subject.trainer().train([replace(four, steps=8)])
     torch.testing.assert_close(torch.tensor(again.directions), torch.tensor(late.directions), rtol=0, atol=1e-5)
+
+
+def test_what_was_searched_competes_with_layers(subject: Subject) -> None:
+    kernels = {"attention": AblationParameters(1.0, 2.0, 0.5, 2.0)}
+    base = Edit(kernels, "difference_in_means@0", 2.0, "none")
+    three = plan(base=base, start_layer=0.0, rivals=(1.0, 3.0), heat=4)
+    assert [(start.base, start.start_layer) for start in _starts(three)] == [(base, 0.0), (None, 1.0), (None, 3.0)]
+    (trained,) = subject.trainer().train([three])
+    alone = subject.trainer().train([*(replace(start, rivals=()) for start in _starts(three))])
+    distances = [abs(trained.directions - each.directions).max() for each in alone]
+    assert min(distances) < 1e-5
+    assert trained.start_layer == (None, 1.0, 3.0)[int(np.argmin(distances))]
+
+
+def test_a_start_that_changes_too_much_begins_weaker(subject: Subject) -> None:
+    """Without the direction of the residual stream's mean a model says nothing any more."""
+    ids = render(subject.engine.tokenizer, subject.baseline, date=DATE)
+    residuals_NPLD = extract_residuals(subject.engine.loaded, ids, 0, TokenBudget.for_device("cpu"))
+    mean_LD = residuals_NPLD[:, 0].mean(0)
+    harsh = (mean_LD / mean_LD.norm(dim=-1, keepdim=True).clamp(min=1e-6))[:, None]
+    teacher = subject.teacher()
+    bank = subject.bank | {"mean": harsh}
+    trainer = Trainer(subject.engine, teacher, bank, LEARNED)
+    trainees = [
+        Trainee(start, subject.engine, bank, teacher.material, LEARNED, Votes(1, teacher.asked))
+        for start in (plan(), plan(start_set="mean"))
+    ]
+    before = trainer._divergences(trainees)
+    trainer._soften(trainees)
+    after = trainer._divergences(trainees)
+    assert before[0] <= START_KL < before[1]
+    assert after[0] == pytest.approx(before[0], rel=1e-4), "the other start is left as it is"
+    strengths = trainees[1].strengths_LC.unique().tolist()
+    assert strengths in ([0.5], [0.25], [0.125], [0.0625]) and after[1] < before[1]
+    assert after[1] <= START_KL or strengths == [0.0625]
 
 
 def test_half_of_the_starts_end_each_time_the_steps_have_doubled() -> None:

@@ -127,7 +127,8 @@ def test_trials_of_one_training_differ_in_their_steps_alone(memory_folder: Path)
     assert [plan.steps for plan in plans] == [10, 20, 40] * 2
     first, second = plans[:3], plans[3:]
     assert {repr(plan.without_steps) for plan in first} == {repr(first[0].without_steps)}
-    assert first[0].base is None and second[0].base is not None, "every other training polishes what was searched"
+    assert first[0].base is not None and len(first[0].rivals) == 3, "what was searched competes with three layers"
+    assert second[0].base is not None and not second[0].rivals, "every other training polishes it alone"
     assert first[0].start_layer != second[0].start_layer and first[0].seed != second[0].seed
 
 

@@ -1,0 +1,86 @@
+"""What a study does that is told no method: it decides before the search, and says what and why."""
+
+import logging
+
+import pytest
+
+from bruno_ray.errors import ModelError, SettingsError
+from bruno_ray.pipeline.steps import decide_method
+from bruno_ray.prompts.sets import Prompt, PromptParts, Prompts
+from bruno_ray.settings import LearnedSettings, ModelSettings, ScoringSettings, Settings, StudySettings
+from tests.support import tiny_models
+from tests.support.inline_pool import InlinePool
+
+CHEAP = LearnedSettings(steps=4, target_rows=4, baseline_rows=4, starts=1)
+"""96 texts a training."""
+
+
+def side(word: str, answers: tuple[str | None, ...] = (None,) * 4) -> PromptParts:
+    train = tuple(Prompt(f"Where is the {word} {i}?", answer=answer) for i, answer in enumerate(answers))
+    return PromptParts(train, *(tuple(Prompt(f"Which {word} {part} {i}?") for i in range(12)) for part in range(3)))
+
+
+def prompts(answers: tuple[str | None, ...] = (None,) * 4) -> Prompts:
+    return Prompts(side("cup", answers), side("pen"), "")
+
+
+@pytest.fixture(scope="module")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> InlinePool:
+    stored = tiny_models.write(tmp_path_factory.mktemp("tiny-method"), "llama")
+    return InlinePool(Settings(model=ModelSettings(id=str(stored), dtypes=("float32",))))
+
+
+def decided(pool: InlinePool, given: Prompts, learned: LearnedSettings = CHEAP, **study: object) -> Settings:
+    settings = Settings(
+        study=StudySettings(n_trials=8, **study), learned=learned, scoring=ScoringSettings(markers=("sorry",))
+    )
+    return decide_method(settings, given, pool)
+
+
+def test_it_trains_what_its_search_pays_for(pool: InlinePool, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO):
+        settings = decided(pool, prompts())
+    assert (settings.study.method, settings.learned.trials) == ("both", 6)
+    assert (
+        "the last 6 of 8 trials are trained by gradient; 3 of them cost about as much as 4 searched ones" in caplog.text
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        pytest.param({"learned": LearnedSettings()}, "would cost as much as some 1280 searched trials", id="too dear"),
+        pytest.param({"sampler": "gp"}, "study.sampler is gp", id="another sampler"),
+        pytest.param({"given": prompts(("Sorry.", "It is here.", None, None))}, "shows the behaviour", id="answers"),
+    ],
+)
+def test_it_says_why_it_trains_nothing(
+    pool: InlinePool, caplog: pytest.LogCaptureFixture, given: dict[str, object], why: str
+) -> None:
+    with caplog.at_level(logging.INFO):
+        settings = decided(pool, **{"given": prompts(), **given})
+    assert settings.study.method == "searched"
+    assert why in caplog.text and "`--method both` asks for it" in caplog.text
+
+
+def test_asked_for_by_name_the_same_is_an_error(pool: InlinePool) -> None:
+    with pytest.raises(SettingsError, match="shows the behaviour"):
+        decided(pool, prompts(("Sorry.", "It is here.", None, None)), method="both")
+
+
+def test_a_model_that_memory_does_not_suffice_for_is_searched(
+    pool: InlinePool, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*arguments: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    hook = pool.worker.engine.model.lm_head.register_forward_hook(refuse)
+    try:
+        with caplog.at_level(logging.INFO):
+            assert decided(pool, prompts()).study.method == "searched"
+        assert "memory does not suffice for one text" in caplog.text
+        with pytest.raises(ModelError, match="memory does not suffice for one text"):
+            decided(pool, prompts(), method="learned")
+    finally:
+        hook.remove()
+    assert decided(pool, prompts()).study.method == "both"
