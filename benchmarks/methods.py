@@ -87,7 +87,8 @@ def plain(name: str) -> tuple[str, Mapping[str, Any]]:
     return "", {"methods": (name,), "rank": RANK if name in SEVERAL else 1}
 
 
-def entries(trained: int) -> list[Entry]:
+def entries(trained: int, default: bool) -> list[Entry]:
+    """With ``trained``, also a study that ends with so many trained trials; with ``default``, the default study."""
     means = plain(DEFAULT)
     found = [Entry(name, (plain(name),)) for name in METHODS]
     found += [
@@ -100,9 +101,10 @@ def entries(trained: int) -> list[Entry]:
         Entry("difference_in_means, layer by causal effect first", (means,), start="causal"),
         Entry("difference_in_means, layer by COSMIC first", (means,), start="cosmic"),
     ]
+    if default:
+        found.append(Entry(WHOLE, (means,), trained=3, searched=StudySettings().n_trials - 3))
     if trained:
         found.append(Entry(f"both: difference_in_means, then {trained} trained trials", (means,), trained=trained))
-        found.append(Entry(WHOLE, (means,), trained=3, searched=StudySettings().n_trials - 3))
     return found
 
 
@@ -509,7 +511,9 @@ def main() -> None:
     parser.add_argument("--truth", type=Path, help="truth.py, if it lies elsewhere")
     parser.add_argument("--smollm2", action="store_true")
     parser.add_argument("--entries", nargs="+", help="only entries of these names")
-    parser.add_argument("--trained", type=int, default=6, help="trained trials of the trained entries on organisms")
+    parser.add_argument(
+        "--trained", type=int, default=0, help="one more entry on organisms, with this many trained trials"
+    )
     parser.add_argument("--check", action="store_true", help="ask truth.py itself about one baked pick a model")
     parser.add_argument("--dry", action="store_true", help="leave RESULTS.md alone")
     parser.add_argument("--only-table", action="store_true", help="write the table from what was measured before")
@@ -525,7 +529,8 @@ def main() -> None:
         makers += [(SmolLM2, None)] if arguments.smollm2 else []
         for make, heretic in makers:
             model = make()
-            wanted = entries(0 if isinstance(model, SmolLM2) else arguments.trained)
+            real = isinstance(model, SmolLM2)
+            wanted = entries(0 if real else arguments.trained, not real)
             if arguments.entries:
                 wanted = [entry for entry in wanted if entry.name in arguments.entries]
             program = truth_program(model.folder, arguments) if arguments.check and isinstance(model, Foreign) else None
