@@ -36,6 +36,12 @@ TERMS = ("answers", "suppress", "retain", "induce", "protect")
 NOISE = 0.05
 """Length of the rows that the start has no direction for."""
 
+RISE = 1.1
+"""Factor by which the weight of retain changes a step, where it does."""
+
+MEMORY = 0.8
+"""Share of the steps before in the smoothed KL divergence that decides it."""
+
 POINTS = 10
 """Of a loss curve."""
 
@@ -84,6 +90,8 @@ class Trainee:
         self._mask = torch.ones_like(strengths)
         self._mask[: plan.first_layer] = 0
         self.strengths_LC = (strengths * self._mask).requires_grad_(True)
+        self._retain = plan.retain
+        self._smoothed: float | None = None
         self._sums: dict[str, float] = {}
         self._curves: dict[str, list[float]] = {}
 
@@ -169,10 +177,28 @@ class Trainee:
     def note(self, term: str, value: float) -> None:
         self._sums[term] = self._sums.get(term, 0.0) + value
 
+    def weight(self, term: str) -> float:
+        """What a term of the loss counts by now: as planned, retain also more."""
+        return self._retain if term == "retain" else getattr(self.plan, term)
+
     def end_step(self) -> None:
         for term, value in self._sums.items():
             self._curves.setdefault(term, []).append(value)
+        self._hold(self._sums.get("retain"))
         self._sums = {}
+
+    def _hold(self, kl: float | None) -> None:
+        """Raise the weight of retain while the KL divergence is above its bound, and let it sink to what was planned
+        once it is well below: a multiplier of the bound, by the simplest of dual updates (Boyd and Vandenberghe 2004,
+        section 5). Which weight holds a bound differs by a factor of ten between models."""
+        bound = self._settings.retain_kl
+        if kl is None or not bound or not math.isfinite(kl):
+            return
+        self._smoothed = kl if self._smoothed is None else MEMORY * self._smoothed + (1 - MEMORY) * kl
+        if self._smoothed > bound:
+            self._retain *= RISE
+        elif self._smoothed < bound / 2:
+            self._retain = max(self.plan.retain, self._retain / RISE)
 
     def sources(self) -> dict[str, int]:
         """How many texts it is trained on by now, by where they come from."""

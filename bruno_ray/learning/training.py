@@ -264,7 +264,7 @@ class Trainer:
                     loss_N = retain_loss(logits_NV, text.unedited_NV.to(logits_NV.device))
             own = loss_N.sum() * share
             terms[k, term] = terms.get((k, term), 0.0) + float(own.detach())
-            loss = loss + own * getattr(trainees[k].plan, term)
+            loss = loss + own * trainees[k].weight(term)
         return loss, terms
 
     # ----- what an edit in training says by now -----

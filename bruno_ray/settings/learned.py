@@ -53,6 +53,10 @@ class LearnedSettings(Section):
     retain: Range = (1.5, 15.0)
     """Weight of the KL divergence on baseline prompts; spread evenly in its logarithm."""
 
+    retain_kl: Annotated[float, Field(ge=0)] = 0.03
+    """Nats per token. While the KL divergence on baseline prompts is above it, the weight of retain grows by a tenth a
+    step; once it is below half of that, the weight sinks again to where it began. 0 leaves the weight alone."""
+
     induce: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the behaviour's own text after baseline prompts, while the trained subspace holds what target prompts
     put there: what is taken out must be what causes the behaviour."""

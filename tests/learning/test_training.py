@@ -192,6 +192,36 @@ def test_a_start_that_changes_too_much_begins_weaker(subject: Subject) -> None:
     assert after[1] <= START_KL or strengths == [0.0625]
 
 
+def test_retain_counts_more_while_the_divergence_is_above_its_bound(subject: Subject) -> None:
+    teacher = subject.teacher()
+    bound = LEARNED.retain_kl
+
+    def weights(settings: LearnedSettings, kls: Sequence[float]) -> list[float]:
+        trainee = Trainee(plan(), subject.engine, subject.bank, teacher.material, settings, Votes(1, teacher.asked))
+        found = []
+        for kl in kls:
+            trainee.note("retain", kl)
+            trainee.end_step()
+            found.append(trainee.weight("retain"))
+        return found
+
+    above, between, below = [2 * bound] * 10, [0.7 * bound] * 10, [0.1 * bound] * 60
+    rising = weights(LEARNED, above)
+    assert rising == pytest.approx([1.5 * 1.1**n for n in range(1, 11)])
+    assert weights(LEARNED, [*above, *between])[-1] == weights(LEARNED, [*above, *between[:-1]])[-1] > rising[-1]
+    assert weights(LEARNED, [*above, *below])[-1] == weights(LEARNED, below)[-1] == 1.5, "never less than planned"
+    assert set(weights(LEARNED.model_copy(update={"retain_kl": 0.0}), above)) == {1.5}
+
+
+def test_a_bound_is_held_that_the_planned_weight_does_not_hold(subject: Subject) -> None:
+    """64 steps let a weight of 0.02 grow to 9."""
+    free, held = (
+        subject.trainer(LEARNED.model_copy(update={"retain_kl": bound})).train([plan(retain=0.02, steps=64)])[0]
+        for bound in (0.0, 0.001)
+    )
+    assert held.curves["retain"][-1] < 0.8 * free.curves["retain"][-1]
+
+
 def test_half_of_the_starts_end_each_time_the_steps_have_doubled() -> None:
     four = plan(rivals=(1.0, 2.0, 3.0), heat=40)
     assert [_places(four, step) for step in (1, 39, 40, 79, 80, 160, 1000)] == [4, 4, 2, 2, 1, 1, 1]
