@@ -117,20 +117,22 @@ def evaluate(settings: Settings, base: str | None = None) -> None:
 
 
 def coverage(settings: Settings) -> None:
-    """Print which share of the parameters that write to the residual stream an edit reaches."""
+    """Load the model, print where it is and which share of what writes to its residual stream an edit reaches."""
     from bruno_ray.ablation.places import further_places
     from bruno_ray.model.coverage import coverage as coverage_of
     from bruno_ray.model.loading import load_model
 
     loaded = load_model(find_model(settings).model, only_look=True)
-    print(format_coverage(coverage_of(loaded.model, loaded.architecture)))
-    print("\nother edits that this model has a place for (docs/search.md):")
-    for name, reason in further_places(loaded.architecture).items():
+    architecture = loaded.architecture
+    print(f"{settings.model.id}: {architecture.family}, {architecture.n_layers} layers, {loaded.dtype} on {loaded.device}")
+    print(format_coverage(coverage_of(loaded.model, architecture)))
+    print("\nother edits that apply to this model (docs/search.md):")
+    for name, reason in further_places(architecture).items():
         print(f"{name:<16} {f'no, {reason}' if reason else 'yes'}")
-    if loaded.architecture.probed:
+    if architecture.probed:
         print(
-            f"{loaded.architecture.family} is in no table of architectures: this was found by probing, and its checks"
-            " passed. Accept it for this model with --model.accept-probed true"
+            f"{architecture.family} is in no table of architectures: this was found by probing and has passed its"
+            " checks. Accept it for this model with --model.accept-probed true"
         )
 
 
