@@ -105,7 +105,7 @@ def _from_file(name: str, setting: str) -> Any:
             exec(compile(content, path, "exec"), module.__dict__)
         except Exception as error:  # whatever it does when it is imported
             del sys.modules[module_name]
-            raise SettingsError(f"{setting}: {path} cannot be imported ({first_line(error)}): mend it") from error
+            raise SettingsError(f"{setting}: {path} cannot be imported ({first_line(error)}): fix it") from error
     if not hasattr(module, attribute):
         raise SettingsError(f"{setting}: {path} has no {attribute}: give FILE.py:NAME with a name that it defines")
     return getattr(module, attribute)

@@ -79,4 +79,4 @@ def test_the_command_writes_figures_and_a_picture_and_compares(
     assert "has prompt_tokens = 5, this is 6" in capsys.readouterr().err
     (tmp_path / "c.json").write_text("[]")
     assert main([*words, "--compare", str(tmp_path / "c.json")]) == 2
-    assert "is no file of bruno-ray bench" in capsys.readouterr().err
+    assert "is not a file of bruno-ray bench" in capsys.readouterr().err

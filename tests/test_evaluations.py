@@ -85,7 +85,7 @@ def test_the_example_tasks_have_one_right_answer_each() -> None:
         ("[[task]]\nname = 'a'\nshots = 3", "task.0.shots"),
         ("[[task]]\nname = 'a b'", "task.0.name"),
         ("include = 'nowhere'\n[[task]]\nname = 'a'", "there is no folder"),
-        ("name = 3 [", "is no TOML file"),
+        ("name = 3 [", "is not a TOML file"),
         ("task = []", "task"),
     ],
 )
@@ -114,7 +114,7 @@ def test_without_lm_eval_one_line_says_how_to_install_it(monkeypatch: pytest.Mon
     with pytest.raises(SettingsError, match=r"venv lm-eval && .*pip install 'lm-eval\[api.*--lm-eval"):
         harness.find_lm_eval(None)
     program = tmp_path / "lm-eval"
-    with pytest.raises(SettingsError, match="no program that can be run"):
+    with pytest.raises(SettingsError, match="not an executable program"):
         harness.find_lm_eval(program)
     program.touch(0o755)
     assert harness.find_lm_eval(None) == harness.find_lm_eval(program) == program

@@ -179,7 +179,7 @@ def test_quantized(family: str, quantization: str, kind: str, error: float, tmp_
 
 
 def test_4bit_on_a_cpu_refuses_what_its_kernel_gets_wrong(llama: Path) -> None:
-    with pytest.raises(ModelError, match=r"q_proj in 4 bit on a CPU \(32 inputs are no multiple of 64\)"):
+    with pytest.raises(ModelError, match=r"q_proj in 4 bit on a CPU \(32 inputs are not a multiple of 64\)"):
         load(llama, quantization="bnb_4bit")
 
 
@@ -289,7 +289,7 @@ def with_template(llama: Path, folder: Path, template: str) -> Path:
 )
 def test_a_template_that_fails_is_one_line(llama: Path, tmp_path: Path, template: str) -> None:
     folder = with_template(llama, tmp_path / "m", template)
-    with pytest.raises(ModelError, match=r"chat template of .* fails \(.*mend its chat_template") as caught:
+    with pytest.raises(ModelError, match=r"chat template of .* fails \(.*fix its chat_template") as caught:
         load(folder)
     one_line(caught)
 

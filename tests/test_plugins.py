@@ -91,7 +91,7 @@ def test_a_scorer_from_a_file_can_be_an_objective() -> None:
         (None, "nowhere.py:Thing", r"there is no .*nowhere\.py"),
         ("1 / 0", "mine.py:Thing", r"mine\.py cannot be imported \(division by zero\)"),
         ("x = 1", "mine.py:Thing", r"mine\.py has no Thing"),
-        ("class Thing: name = 'thing'", "mine.py:Thing", "is no scorer, it has no metrics, needs_unedited, prepare"),
+        ("class Thing: name = 'thing'", "mine.py:Thing", "is not a scorer: it has no metrics, needs_unedited, prepare"),
     ],
 )
 def test_what_is_wrong_is_one_line(

@@ -189,7 +189,7 @@ def test_lines_that_do_not_fit_are_shown() -> None:
     message = refusal("a.csv", 'prompt,answer\n"over\ntwo lines",b\nWell, no, yes,c\n')
     assert message.startswith("a.csv:4: 4 fields, where the first line has 2: 'Well, no, yes,c'; quote texts")
     message = refusal("a.csv", 'id,prompt\n1,"fine"\n2,"open\n3,never closed\n')
-    assert message.startswith("a.csv:3: not CSV (unexpected end of data): '2,\"open'; mend that line")
+    assert message.startswith("a.csv:3: not CSV (unexpected end of data): '2,\"open'; fix that line")
     found = reading("a.csv", "prompt,answer\na,b\nc\n\n,d\n")
     assert [row.text for row in found.rows] == ["a", "c"]
     assert found.notes == ("column 'prompt'", "1 blank rows left out")
@@ -465,7 +465,7 @@ def test_files_of_the_hub_by_their_path(hub_cache: Path) -> None:
     assert "no file of that data set matches" in refusal(f"{path}/data/none-*.csv")
     assert "the hub cannot be reached and nothing is cached" in refusal(f"{path}/data/none.csv")
     assert "must be one of .jsonl" in refusal(f"{path}/data/train.arrow")
-    assert "is no path that is known" in refusal("hf://buckets/owner/name/a.csv")
+    assert "is not a known kind of path" in refusal("hf://buckets/owner/name/a.csv")
     (hub_cache / "train-1.csv").write_text("id;prompt\n1;a;b\n")
     assert "(train-1.csv):2: 3 fields, where the first line has 2: '1;a;b'" in refusal(f"{path}/data/train-*.csv")
 

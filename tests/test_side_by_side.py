@@ -176,7 +176,7 @@ def test_what_is_meant_by_a_name(home: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["runs/mine"], "one model is nothing to compare"),
+        (["runs/mine"], "nothing to compare one model with"),
         (["runs/mine", "base", "--behaviour", "verbosity"], "a run has its own prompts"),
         (["runs/mine", "x@http://127.0.0.1:9/v1"], "cannot be reached"),
         (["runs/mine:77", "base"], "no trial 77"),

@@ -152,7 +152,7 @@ def test_a_file_without_an_edit_is_one_line(name: str, text: str, tmp_path: Path
 
 
 def test_nothing_to_start_from_and_a_trained_edit_are_refused_before_anything_is_loaded(tmp_path: Path):
-    with pytest.raises(OutputError, match=r"is no run and has no bruno\.json"):
+    with pytest.raises(OutputError, match=r"is not a run and has no bruno\.json"):
         read_starts(str(tmp_path), "full")
     edit = Edit({"mlp": StrengthTable((0.5, 1.0))}, "learned:1", None, "none")
     (tmp_path / "bruno.json").write_text(json.dumps({"edit": edit.to_dict()}))

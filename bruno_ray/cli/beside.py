@@ -34,7 +34,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
 def _evaluate(arguments: argparse.Namespace) -> int | None:
     if arguments.suite is None:
         if arguments.gate is not None:
-            raise SettingsError("command line: --gate is about the tasks of a suite: add --suite")
+            raise SettingsError("command line: --gate applies to the tasks of a suite: add --suite")
         loaded = load_settings(arguments)
         from bruno_ray.pipeline import commands
 

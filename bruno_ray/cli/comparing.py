@@ -37,7 +37,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 def _compare(arguments: argparse.Namespace) -> None:
     if len(arguments.references) < 2:
-        raise SettingsError("command line: one model is nothing to compare; name two or more")
+        raise SettingsError("command line: there is nothing to compare one model with; name two or more")
     from rich.table import Table
 
     from bruno_ray.pipeline.side_by_side import Loadable, compare, parse_reference

@@ -39,7 +39,7 @@ def find_lm_eval(given: Path | None) -> Path:
         path = expanded(given).absolute()
         if path.is_file() and os.access(path, os.X_OK):
             return path
-        raise SettingsError(f"evaluation.lm_eval: {given} is no program that can be run: {MISSING}")
+        raise SettingsError(f"evaluation.lm_eval: {given} is not an executable program: {MISSING}")
     for program in PROGRAMS:
         beside = Path(sys.executable).parent / program
         if beside.is_file():

@@ -47,7 +47,7 @@ def read_result(folder: Path, task: Task) -> TaskResult:
         data = json.loads(files[-1].read_text(encoding="utf-8"))
         figures = {**data["results"], **data.get("groups", {})}[task.name]
     except (ValueError, KeyError, TypeError) as error:
-        raise OutputError(f"{files[-1]} is no result of {task.name}: remove {folder} and evaluate again") from error
+        raise OutputError(f"{files[-1]} is not a result of {task.name}: remove {folder} and evaluate again") from error
     metric, chosen_filter = _metric(task, figures)
     value = float(figures[f"{metric},{chosen_filter}"])
     stderr = figures.get(f"{metric}_stderr,{chosen_filter}")

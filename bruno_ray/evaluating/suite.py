@@ -93,7 +93,7 @@ def _read(file: Path) -> Suite:
             data["include"] = (file.parent / expanded(str(data["include"]))).resolve()
         suite = Suite.model_validate({"name": file.stem, **data})
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise SettingsError(f"--suite: {file} is no TOML file ({first_line(error)}): correct it") from error
+        raise SettingsError(f"--suite: {file} is not a TOML file ({first_line(error)}): correct it") from error
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"])) or "the file"
@@ -107,5 +107,5 @@ def _of_folder(folder: Path) -> Suite:
     files = sorted([*folder.rglob("*.yaml"), *folder.rglob("*.yml")])
     names = [name for file in files for name in TASK_NAME.findall(file.read_text(encoding="utf-8"))]
     if not names:
-        raise SettingsError(f"--suite: no task is in {folder} (a .yaml file with `task: NAME`): give another folder")
+        raise SettingsError(f"--suite: {folder} has no task (a .yaml file with `task: NAME`): give another folder")
     return Suite(name=folder.name, include=folder.resolve(), task=tuple(Task(name=name) for name in names))

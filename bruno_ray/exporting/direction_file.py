@@ -128,7 +128,7 @@ def read(file: Path) -> tuple[Description, Edit, DirectionBank]:
             text = (content.metadata() or {}).get(KEY)
             bank = {key.removeprefix("bank."): content.get_tensor(key) for key in content.keys() if "bank." in key}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
-        raise OutputError(f"{file} is damaged or no safetensors file: export the directions again") from error
+        raise OutputError(f"{file} is damaged or not a safetensors file: export the directions again") from error
     if text is None:
         raise OutputError(f"{file} holds no edit: give a file that `bruno-ray export RUN --to directions FOLDER` wrote")
     version = _format_of(text)

@@ -125,8 +125,8 @@ def tame_bitsandbytes(model: nn.Module) -> None:
             block = module.weight.quant_state.blocksize
             if module.weight.device.type == "cpu" and module.in_features % block:
                 raise ModelError(
-                    f"bitsandbytes cannot run {name} in 4 bit on a CPU ({module.in_features} inputs are no multiple of"
-                    f" {block}): use model.quantization bnb_8bit or none, or a GPU"
+                    f"bitsandbytes cannot run {name} in 4 bit on a CPU ({module.in_features} inputs are not a multiple"
+                    f" of {block}): use model.quantization bnb_8bit or none, or a GPU"
                 )
         elif type(module).__name__ == "Linear8bitLt":
             # one warning per matrix product that float32 inputs are cast

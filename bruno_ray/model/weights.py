@@ -140,7 +140,7 @@ def try_one_token(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, se
     if max(ids) >= rows:
         raise ModelError(
             f"the chat template of {settings.id} uses the token {tokenizer.convert_ids_to_tokens(max(ids))!r} (number"
-            f" {max(ids)}), and its embedding has {rows} rows: use a copy whose embedding was resized, or mend its"
+            f" {max(ids)}), and its embedding has {rows} rows: use a copy whose embedding was resized, or fix its"
             " chat_template"
         )
     given = torch.tensor([ids], device=input_device(embedding))

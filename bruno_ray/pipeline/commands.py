@@ -124,7 +124,8 @@ def coverage(settings: Settings) -> None:
 
     loaded = load_model(find_model(settings).model, only_look=True)
     architecture = loaded.architecture
-    print(f"{settings.model.id}: {architecture.family}, {architecture.n_layers} layers, {loaded.dtype} on {loaded.device}")
+    name = f"{settings.model.id}: {architecture.family}"
+    print(f"{name}, {architecture.n_layers} layers, {loaded.dtype} on {loaded.device}")
     print(format_coverage(coverage_of(loaded.model, architecture)))
     print("\nother edits that apply to this model (docs/search.md):")
     for name, reason in further_places(architecture).items():
@@ -176,7 +177,7 @@ def _earlier_bench(path: Path, load: dict[str, int]) -> dict[str, Any]:
         known = old["bench"] == 1 and rows and old["date"] and old["machine"] and old["model"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise SettingsError(
-            f"--compare: {path} is no file of bruno-ray bench ({first_line(error)}): give one"
+            f"--compare: {path} is not a file of bruno-ray bench ({first_line(error)}): give one"
         ) from error
     if not known:
         raise SettingsError(f"--compare: {path} is of another version of bruno-ray bench: measure both again")

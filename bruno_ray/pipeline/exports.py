@@ -52,11 +52,9 @@ def export(path: Path, trial: int | None, form: str, folder: Path, **options: An
     except Exception as error:
         if not digest:  # a defect of ours
             raise
-        raise OutputError(
-            f"the exporter {form} fails ({type(error).__name__}: {first_line(error)}): mend it"
-        ) from error
+        raise OutputError(f"the exporter {form} fails ({type(error).__name__}: {first_line(error)}): fix it") from error
     if not folder.exists():
-        raise OutputError(f"the exporter {form} has not written {folder}: mend it")
+        raise OutputError(f"the exporter {form} has not written {folder}: fix it")
     if digest:
         run.update(hashes=digest)
     logger.info("%s", done)

@@ -128,7 +128,7 @@ def resumable(path: Path) -> Iterator[None]:
     except KeyboardInterrupt as interrupt:
         if not (path / "run.json").is_file():
             raise
-        raise KeyboardInterrupt(f"interrupted: `bruno-ray resume {shlex.quote(str(path))}` goes on") from interrupt
+        raise KeyboardInterrupt(f"interrupted: `bruno-ray resume {shlex.quote(str(path))}` continues it") from interrupt
 
 
 def ask_and_save(run: RunDirectory, prompts: Prompts) -> None:

@@ -105,7 +105,9 @@ def read_starts(reference: str, norm_mode: NormMode, directory: Path | None = No
         inside = ("bruno.json", "reproduce/reproduce.json", "reproduce.json", "README.md")
         found = next((path / name for name in inside if (path / name).is_file()), None)
         if found is None:
-            raise OutputError(f"{reference} is no run and has no bruno.json, reproduce.json or README.md to start from")
+            raise OutputError(
+                f"{reference} is not a run and has no bruno.json, reproduce.json or README.md to start from"
+            )
         path = found
     if path.is_file():
         text = path.read_text(encoding="utf-8", errors="replace")

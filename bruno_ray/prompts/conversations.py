@@ -76,5 +76,5 @@ def _text(turn: dict[str, Any]) -> str:
         raise ValueError(f"its content is {type(content).__name__}")
     parts = [part.get("text") if isinstance(part, dict) else part for part in content]
     if not all(isinstance(part, str) for part in parts):
-        raise ValueError("a part of its content is no text")
+        raise ValueError("a part of its content is not text")
     return "\n".join(parts)

@@ -71,7 +71,7 @@ def hub_file(settings: DatasetSettings) -> HubFile | None:
     if match is None:
         if source.startswith(("hf://", "https://", "http://")):
             raise PromptError(
-                f"{source} is no path that is known; write hf://datasets/OWNER/NAME/PATH, or download the file"
+                f"{source} is not a known kind of path; write hf://datasets/OWNER/NAME/PATH, or download the file"
             )
         return None
     if not match["file"]:

@@ -86,7 +86,7 @@ def _wants_parts(tokenizer: Any, template: str) -> bool:
         else:
             raise ModelError(
                 f"the chat template of {getattr(tokenizer, 'name_or_path', '') or 'this model'} does not print what the"
-                f" user says (it gives {plain[:60]!r}): mend its chat_template"
+                f" user says (it gives {plain[:60]!r}): fix its chat_template"
             )
     return _forms[template]
 
@@ -153,7 +153,7 @@ def _text(
     except Exception as error:  # a template may do anything: syntax, undefined names, arithmetic with None
         name = getattr(tokenizer, "name_or_path", "") or "this model"
         raise ModelError(
-            f"the chat template of {name} fails ({type(error).__name__}: {first_line(error)}): mend its chat_template"
+            f"the chat template of {name} fails ({type(error).__name__}: {first_line(error)}): fix its chat_template"
         ) from error
 
 

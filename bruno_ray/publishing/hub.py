@@ -210,8 +210,8 @@ def _hub_errors(repo: str) -> Iterator[None]:
         raise OutputError(_broken_off(error.__cause__)) from error
     except (HTTPError, ConnectionError) as error:  # includes HF_HUB_OFFLINE
         raise OutputError(
-            f"the hub cannot be reached ({first_line(error)}): check the network and HF_HUB_OFFLINE; asked again, an"
-            " upload goes on where it was"
+            f"the hub cannot be reached ({first_line(error)}): check the network and HF_HUB_OFFLINE; the same"
+            " command then continues the upload"
         ) from error
 
 
@@ -228,7 +228,7 @@ def _validate_card(card: Path) -> None:
 
 
 def _broken_off(error: BaseException) -> str:
-    return f"the upload broke off ({first_line(error)}): run it again, it goes on where it was"
+    return f"the upload broke off ({first_line(error)}): run it again, it continues where it was"
 
 
 def _refused(repo: str, error: HfHubHTTPError) -> OutputError:
@@ -243,6 +243,6 @@ def _refused(repo: str, error: HfHubHTTPError) -> OutputError:
         return OutputError(f"the hub does not find {repo} (status 404): check its name, and what the token may see")
     if status == 429 or status >= 500:
         return OutputError(
-            f"the hub is busy or out of order (status {status}): run it again later, an upload goes on where it was"
+            f"the hub is busy or out of order (status {status}): run it again later, it continues where it was"
         )
     return OutputError(f"the hub refused {repo} (status {status}: {first_line(error)}): correct that, and run it again")

@@ -170,7 +170,7 @@ def parse(content: Mapping[str, Any], path: Path) -> HereticFile:
     except ValidationError as error:
         raise OutputError(f"{path} is damaged, or not heretic's ({first_mistake(error)}): get it again") from error
     except ValueError as error:
-        raise OutputError(f"{path} asks for what bruno-ray has not ({error}): use heretic") from error
+        raise OutputError(f"{path} needs what bruno-ray does not have ({error}): use heretic") from error
     notes = []
     if given.row_normalization == "full":
         notes.append("heretic approximates row_normalization full by an adapter of low rank, here it is exact")

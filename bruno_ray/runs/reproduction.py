@@ -116,9 +116,9 @@ def read_json(path: Path) -> tuple[Path, dict[str, Any]]:
     except FileNotFoundError:
         raise OutputError(f"{path} does not exist: give a {FILE}, or the folder of a run or a saved model") from None
     except (OSError, ValueError) as error:
-        raise OutputError(f"{path} is damaged or no {FILE}: get it again") from error
+        raise OutputError(f"{path} is damaged or not a {FILE}: get it again") from error
     if not isinstance(content, dict):
-        raise OutputError(f"{path} is no {FILE}: give one")
+        raise OutputError(f"{path} is not a {FILE}: give one")
     return path, content
 
 

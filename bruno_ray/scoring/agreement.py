@@ -94,9 +94,9 @@ def _row(path: Path, number: int, line: str) -> LabelledAnswer:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise PromptError(f"{path}, line {number} is no JSON ({first_line(error)}): mend it") from error
+        raise PromptError(f"{path}, line {number} is not JSON ({first_line(error)}): fix it") from error
     if not isinstance(row, dict):
-        raise PromptError(f"{path}, line {number} is no row: write an object with {', '.join(COLUMNS)}")
+        raise PromptError(f"{path}, line {number} is not a row: write an object with {', '.join(COLUMNS)}")
     wrong = [name for name, kind in COLUMNS.items() if not isinstance(row.get(name), kind)]
     if wrong:
         has = ", ".join(map(str, row)) or "none"

@@ -71,7 +71,7 @@ def judged(verdicts: Sequence[Verdict]) -> Scores:
     known = [p for p in verdicts if p is not None]
     if not known:
         raise JudgeError(
-            "the judge says neither yes nor no to any answer: choose another scoring.judge.model or plugin, or mend"
+            "the judge says neither yes nor no to any answer: choose another scoring.judge.model or plugin, or fix"
             " scoring.judge.rubric"
         )
     shown = sum(p > 0.5 for p in known)
@@ -158,12 +158,12 @@ def ask_plugin(judge: JudgeSettings, pairs: Sequence[Pair]) -> list[Verdict]:
             given = list(kind(judge).verdicts(missing))
         except Exception as error:  # whatever it does
             raise JudgeError(
-                f"the judge {short} fails ({type(error).__name__}: {first_line(error)}): mend its code"
+                f"the judge {short} fails ({type(error).__name__}: {first_line(error)}): fix its code"
             ) from error
         if len(given) != len(missing) or not all(map(_is_verdict, given)):
             raise JudgeError(
                 f"the judge {short} has to give a probability between 0 and 1, or None, for each of the"
-                f" {len(missing)} answers: mend it"
+                f" {len(missing)} answers: fix it"
             )
         for pair, value in zip(missing, given):
             keep(pair, None if value is None else float(value))

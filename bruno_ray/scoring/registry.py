@@ -63,6 +63,6 @@ def _kind(name: str) -> type[Scorer]:
     missing = [part for part in ("name", "metrics", "needs_unedited", "prepare", "score") if not hasattr(kind, part)]
     if missing:
         raise SettingsError(
-            f"scoring.scorers: {name} is no scorer, it has no {', '.join(missing)}: see docs/plugins.md"
+            f"scoring.scorers: {name} is not a scorer: it has no {', '.join(missing)}: see docs/plugins.md"
         )
     return kind

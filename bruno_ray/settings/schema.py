@@ -38,7 +38,7 @@ SMALLEST_STORE = 80 * 1024**2
 class ModelSettings(Section):
     id: str = setting("", resumable=True)
     """Hugging Face model id, a folder or a GGUF file on disk, or `smollm2`, a small model that comes as a package. Also
-    the positional argument of `bruno-ray run`. A run may be resumed from another place, with the same files."""
+    the positional argument of `bruno-ray run`. A run may be resumed with a copy of the same files in another place."""
 
     gguf_file: str | None = None
     """A .gguf file in that folder or hub repository; it is dequantised when it is loaded."""
@@ -50,7 +50,7 @@ class ModelSettings(Section):
     """Tried in this order; each must generate one token with finite logits."""
 
     quantization: Literal["none", "bnb_4bit", "bnb_8bit"] = "none"
-    """Load the base quantised by bitsandbytes. A saved model is baked into full-precision weights."""
+    """Load the base quantised by bitsandbytes. A saved model has full-precision weights."""
 
     device_map: str = setting("auto", resumable=True)
     """Accelerate's device map within one worker: auto, balanced, sequential, cpu, cuda:0 ..."""
@@ -62,12 +62,12 @@ class ModelSettings(Section):
     """Run Python code that comes with the model. Only for repositories you trust."""
 
     accept_probed: bool = setting(False, resumable=True)
-    """Edit a model of a family that is in no table where probing finds that it writes to its residual stream. Said once
-    for a model, it is remembered; `bruno-ray coverage MODEL` shows what was found."""
+    """Edit a model whose family is in no table, with the writers that probing found; `bruno-ray coverage MODEL` shows
+    them. Accepted once, a model is remembered."""
 
     lean_forward: Literal["auto", "off"] = setting("auto", resumable=True)
-    """`auto`: a faster forward pass of our own where the model is of a kind that it knows and it gives the model's own
-    logits, which is tried when the model is loaded. `off`: always transformers' own."""
+    """`auto`: use a faster forward pass if it knows this kind of model and gives the model's own logits, which is
+    checked when the model is loaded. `off`: always use transformers' forward pass."""
 
 
 class DatasetSettings(Section):
@@ -84,22 +84,22 @@ class DatasetSettings(Section):
 
     column: str | None = None
     """Column with the prompt; when not given, the first of prompt, text, instruction, question, messages and
-    conversations that exists. Of a conversation the last user turn is the prompt, and its system turn is kept."""
+    conversations that exists. In a conversation the last user turn is the prompt, and the system turn is kept."""
 
     answer_column: str | None = None
     """Optional column with a desired answer, used by the `desired_answers` and `to_the_point` scorers."""
 
     words_column: str | None = None
-    """Optional column with words, separated by spaces, that an answer to the point has to hold (`to_the_point`)."""
+    """Optional column with words, separated by spaces, that an answer to the point must contain (`to_the_point`)."""
 
     category_column: str | None = None
-    """Optional column with a category; the report has the rates of each."""
+    """Optional column with a category; the report gives a rate for each."""
 
     encoding: str | None = None
-    """Encoding of a text file, such as cp1251; when not given, UTF-8, UTF-16 or cp1252, and which is said."""
+    """Encoding of a text file, such as cp1251; when not given, UTF-8, UTF-16 or cp1252, detected and reported."""
 
     separator: str | None = None
-    """Character between the fields of a .csv file; when not given, the one that all its lines agree with."""
+    """Character between the fields of a .csv file; when not given, the one that splits all its lines alike."""
 
     revision: str | None = None
     """Commit of the hub data set."""
@@ -120,7 +120,7 @@ class DatasetSettings(Section):
 
 class PromptSet(Section):
     """One side of the contrast. Directions come from `train`, the search scores on `validation`, the report on `test`.
-    A part that is not given is taken out of `train`: which prompts depends on a hash of their texts."""
+    A part that is not given is split off from `train`, by a hash of each prompt's text."""
 
     train: DatasetSettings | None = None
     validation: DatasetSettings | None = None
@@ -132,15 +132,15 @@ class PromptSettings(Section):
     """Prompts that show the behaviour."""
 
     baseline: PromptSet = setting(PromptSet(), alias="--baseline", alias_of="train.source")
-    """Prompts that do not; the model must stay as it is on these."""
+    """Prompts that do not show it; on these the model should not change."""
 
     protect: dict[str, DatasetSettings] = setting({}, alias="--protect")
-    """Sets of prompts, by names of your own, whose handling must stay: what they have in common is taken out of the
-    directions (`directions.protect_strengths`), and a trained edit leaves its answers as they are
-    (`learned.protect`). As a flag NAME=FILE,NAME=FILE, in a file [prompts.protect.NAME]."""
+    """Named sets of prompts that the edit should not affect: what they have in common is removed from the directions
+    (`directions.protect_strengths`), and a trained edit is trained to keep the answers to them (`learned.protect`).
+    As a flag NAME=FILE,NAME=FILE; in a file [prompts.protect.NAME]."""
 
     system_prompt: str | None = None
-    """System message of every prompt; when not given, what the model's chat template does by itself."""
+    """System message of every prompt; when not given, the chat template's own default."""
 
     @field_validator("protect", mode="before")
     @classmethod
@@ -160,8 +160,8 @@ class PromptSettings(Section):
     """At most this many prompts per side for the report."""
 
     n_finalists: NonNegativeInt = 40
-    """At most this many prompts per side that the search does not see, on which the best trials are measured again
-    before `--auto-select` takes one. Taken out of where the test prompts come from, half as many as those at most."""
+    """At most this many prompts per side, unseen by the search, on which the best trials are measured again before
+    `--auto-select` picks one. They come from the source of the test prompts and are at most half as many."""
 
     response_prefix: str = "auto"
     """Text that every answer starts with (a closed reasoning block, for thinking models). `auto` detects what
@@ -176,7 +176,7 @@ class ResidualSettings(Section):
     """Also read the residual stream at this many tokens of the model's own greedy answer."""
 
     batch_tokens: NonNegativeInt = setting(0, resumable=True)
-    """Tokens in one forward pass, padding included; 0 finds it by doubling until memory or speed says stop."""
+    """Tokens in one forward pass, padding included; 0 doubles it until memory or speed sets the limit."""
 
     cache_dir: Path | None = setting(None, resumable=True)
     """Where residuals are kept; when not given, ~/.cache/bruno-ray/residuals."""
@@ -190,7 +190,7 @@ class DirectionSettings(Section):
     """Keep only the part of each direction that is orthogonal to the baseline mean."""
 
     winsorize_quantile: Annotated[float, Field(gt=0.5, le=1.0)] = 1.0
-    """Clamp each residual vector to this quantile of its own magnitudes; 1 leaves it alone."""
+    """Clamp each residual vector to this quantile of its own magnitudes; 1 changes nothing."""
 
     rank: PositiveInt = 1
     """Directions per layer for methods that yield a subspace."""
@@ -200,22 +200,22 @@ class DirectionSettings(Section):
     `residuals.answer_tokens` >= i). Several compete within one study."""
 
     protect_strengths: Annotated[tuple[Share, ...], Field(min_length=1)] = (0.5, 1.0)
-    """How much of what `prompts.protect` protects is taken out of each direction, 0 to 1; several compete within one
-    study, and 0 is the direction as it is. Without protected prompts it says nothing."""
+    """How much of the protected subspaces (`prompts.protect`) is removed from each direction, 0 to 1; several compete
+    within one study, and 0 leaves the direction as it is. Without protected prompts it has no effect."""
 
     protect_rank: PositiveInt = 8
     """Principal components per protected set."""
 
     protect_ridge: Annotated[float, Field(gt=0, le=1)] = 0.01
-    """Spares directions of which the protected prompts say little: a component counts half whose squared singular value
-    is this share of the largest."""
+    """Spares directions about which the protected prompts say little: a component counts half if its squared singular
+    value is this share of the largest."""
 
     opened_positions: tuple[PositiveInt, ...] = ()
-    """Directions are also read at these answer tokens of an answer that is made to begin as baseline answers do
-    (`scoring.compliant_opening`; when that is not given, the commonest beginning of theirs)."""
+    """Also read directions at these tokens of an answer that is made to begin as baseline answers do: with
+    `scoring.compliant_opening` or, when that is not given, with their commonest beginning."""
 
     joined: bool = False
-    """Let what all positions together span compete as well, as one subspace."""
+    """Let the subspace that all positions span together compete as well."""
 
 
 class ComponentRange(Section):
@@ -241,20 +241,20 @@ class SearchSettings(Section):
     """none: plain; pre: directions measured against row-normalised weights; full: row norms preserved as well."""
 
     direction_scopes: tuple[Literal["global", "per_layer"], ...] = ("global", "per_layer")
-    """global: one direction, from a layer that is searched, for all layers; per_layer: each layer its own."""
+    """global: one direction for all layers, from a layer that is searched; per_layer: each layer has its own."""
 
     direction_index: DepthRange = (0.2, 1.0)
     """Layer that the global direction is read at, as a fraction of the last layer's index."""
 
     kernels: Annotated[tuple[Literal["linear", "flat", "cosine", "gaussian"], ...], Field(min_length=1)] = ("linear",)
-    """How the strength falls from the peak to the edge of the kernel; of several, each component samples its own."""
+    """How the strength falls from the peak to the edge of the kernel; with several, each component samples its own."""
 
     attention: ComponentRange = ComponentRange()
     mlp: ComponentRange = ComponentRange(max_weight=(-0.25, 1.5))
 
     further: tuple[Literal["router", "attention_input", "mlp_input", "addition"], ...] = ()
     """Components that are edited too (docs/search.md): router, which expert a token is sent to; attention_input and
-    mlp_input, what queries, keys, values, gates and up projections read; addition, the difference of means itself,
+    mlp_input, what queries, keys, values, gates and up projections read; addition, the difference in means itself,
     added to the bias of attention's output."""
 
     router: ComponentRange = ComponentRange(max_weight=(-0.25, 1.0))
@@ -263,13 +263,13 @@ class SearchSettings(Section):
     addition: ComponentRange = ComponentRange(max_weight=(-0.25, 1.0), min_weight_distance=(0.0, 0.25))
 
     experts: Annotated[tuple[Literal["all", "target"], ...], Field(min_length=1)] = ("all",)
-    """Which experts of a mixture are edited. target: in each layer those that a larger share of the tokens of target
-    prompts is sent to than of baseline prompts. Several compete within one study."""
+    """Which experts of a mixture are edited. target: in each layer, those that receive a larger share of the tokens of
+    target prompts than of baseline prompts. Several compete within one study."""
 
     heads: Annotated[tuple[Literal["all", "causal", "projection"], ...], Field(min_length=1)] = ("all",)
     """Which attention heads are edited. projection: those whose outputs differ most along the direction between target
-    and baseline prompts; causal: those without which the direction is least in the last layer. Several compete within
-    one study."""
+    and baseline prompts; causal: those whose removal leaves least of the direction in the last layer. Several
+    compete within one study."""
 
     heads_share: Annotated[float, Field(gt=0, le=1)] = 0.25
     """Share of all heads of the model that `search.heads` chooses."""
@@ -277,8 +277,8 @@ class SearchSettings(Section):
     require: tuple[Literal["router", "attention_input", "mlp_input", "addition", "experts", "heads"], ...] = setting(
         (), resumable=True
     )
-    """Of `search.further`, `experts` and `heads` what must be possible: a model that has no place for it is an error
-    before the run. Otherwise it is left out, which is said there and in the report."""
+    """Which of `search.further`, `experts` and `heads` must apply: a model to which they do not is an error before the
+    run. Otherwise what does not apply is left out; the log and the report say so."""
 
 
 class JudgeSettings(Section):
@@ -290,27 +290,27 @@ class JudgeSettings(Section):
     that runs the command, not from workers."""
 
     model: str = ""
-    """The judge's name on that server. Without a URL, a model like those of `model.id`, loaded in a worker of its own
-    when the others are gone."""
+    """The judge's name on that server. Without a URL, a model as in `model.id`, loaded in a separate worker when
+    the others have ended."""
 
     plugin: str | None = None
     """A judge of an installed package, or FILE.py:NAME (docs/plugins.md), in place of `url` and `model`. It runs on the
     machine of the command, and gets the rubric if there is one."""
 
     key_variable: str | None = None
-    """Name of the environment variable that holds the server's API key. The key itself is no setting."""
+    """Name of the environment variable that holds the server's API key. The key itself is never a setting."""
 
     rubric: str = ""
     """In a sentence or two, which answers show the behaviour. The judge gets it with each prompt and answer."""
 
     timeout: PositiveFloat = 60.0
-    """Seconds that the server has for one verdict."""
+    """Seconds allowed for one verdict."""
 
     concurrency: PositiveInt = 8
-    """Requests that the server gets at a time."""
+    """Requests sent at the same time."""
 
     most_requests: PositiveInt = 2000
-    """More verdicts than this are not asked for at once; those that are on disk do not count."""
+    """The judge is left out if the report needs more new verdicts than this; those on disk do not count."""
 
     @property
     def is_given(self) -> bool:
@@ -331,7 +331,7 @@ class JudgeSettings(Section):
             raise ValueError("scoring.judge.url is given without a name; set scoring.judge.model to one of its models")
         if self.key_variable is not None and not re.fullmatch(r"[A-Za-z_]\w*", self.key_variable):
             raise ValueError(
-                "scoring.judge.key_variable is no name of an environment variable; put the key into one, such as"
+                "scoring.judge.key_variable is not the name of an environment variable; put the key into one, such as"
                 " JUDGE_API_KEY, and give that name"
             )
         if (self.url or self.model) and not self.rubric.strip():
@@ -360,8 +360,8 @@ class ClassifierSettings(Section):
 
 class ScoringSettings(Section):
     scorers: tuple[str, ...] = ("behaviour_rate", "kl_divergence", "coherence", "to_the_point", "elicited_answers")
-    """Names in `bruno_ray.scoring.SCORERS`, of installed packages, or FILE.py:NAME. Metrics that are no objective
-    decide between equals in --auto-select."""
+    """Names in `bruno_ray.scoring.SCORERS`, of installed packages, or FILE.py:NAME. Metrics that are not
+    objectives break ties in --auto-select."""
 
     objectives: tuple[str, ...] = ("behaviour_rate", "kl_divergence")
     """Metrics the study minimises, in this order."""
@@ -373,10 +373,10 @@ class ScoringSettings(Section):
     """An empty answer counts as showing the behaviour."""
 
     response_tokens: PositiveInt = 30
-    """Longest answer generated for scoring, in tokens. Rows that are decided leave earlier."""
+    """Longest answer generated for scoring, in tokens. An answer ends earlier once it is decided."""
 
     report_tokens: PositiveInt = 256
-    """Longest answer generated for what is reported: test prompts, saved models, `evaluate`."""
+    """Longest answer generated for the report, for saved models and by `evaluate`, in tokens."""
 
     report_scorers: tuple[str, ...] = (
         "behaviour_by_length",
@@ -385,10 +385,10 @@ class ScoringSettings(Section):
         "detector",
         "reasoning",
     )
-    """Scorers that measure what is reported, beside those of the search."""
+    """Further scorers for the report, beside those of the search."""
 
     reasoning_tokens: PositiveInt = 1024
-    """Longest answer where a model that can is let to reason before it answers (`reasoning`, in the report)."""
+    """Longest answer, in tokens, of a model that reasons before it answers (scorer `reasoning`, in the report)."""
 
     kl_tokens: PositiveInt = 16
     """Answer positions the KL divergence is taken over, teacher-forced on the unedited model's answer. 1 is what other
@@ -425,19 +425,19 @@ class StudySettings(Section):
 
     method: Literal["auto", "searched", "learned", "both"] = setting("auto", alias="--method", resumable=True)
     """searched: kernels over directions that are read off the residual stream; learned: directions and strengths that
-    are trained by gradient; both: searched first, and the last `learned.trials` trained. auto: both where a training
-    costs at most three times what the search costs, and the model and the settings allow it (docs/learned.md)."""
+    are trained by gradient; both: searched first, and the last `learned.trials` trained. auto: both if a training costs
+    at most three times as much as the search, and the model and the settings allow it (docs/learned.md)."""
 
     seed: NonNegativeInt = setting(0, alias="--seed")
     """Seeds the sampler: the same seed and the same schedule of batches give the same parameters in every trial.
-    `ray.workers` and `study.trials_per_batch` make the schedule; with others, trials after the first batches differ."""
+    `ray.workers` and `study.trials_per_batch` set the schedule; with other values later batches differ."""
 
     sampler: SamplerName = setting("tpe", alias="--sampler")
     """What proposes edits after the startup trials (docs/search.md): tpe; gp, a Gaussian process; nsga2; cmaes, for one
-    objective. All but tpe are for searches without trained trials."""
+    objective. Only tpe works beside trained trials."""
 
     prune: bool = setting(False, alias="--prune", resumable=True)
-    """Leave a trial half-way once a trial told before is known to dominate it (docs/search.md). Only with the
+    """Stop a trial half-way once an earlier one is known to dominate it (docs/search.md). Only with the
     objectives behaviour_rate and kl_divergence; pruned trials count, and cannot be selected."""
 
     start_from: tuple[str, ...] = setting((), alias="--start-from")
@@ -446,21 +446,21 @@ class StudySettings(Section):
 
     literature_first: bool = setting(True, resumable=True)
     """Trial 0 is the literature's edit (Arditi et al. 2024): one difference-in-means direction removed with strength 1
-    at every layer, norm mode `none`. A study that has been begun keeps the trial it has."""
+    at every layer, norm mode `none`. A study that has begun keeps its trials."""
 
     layer_by: Literal["off", "causal", "cosmic", "both"] = setting("off", resumable=True)
-    """One more given edit, tried after trial 0: the same, from the layer whose direction does most (docs/search.md).
-    causal: taken out it bypasses the behaviour, added it induces it, at little KL (Arditi et al. 2024); cosmic: by
-    residuals alone (COSMIC, Siu et al. 2025); both: COSMIC leaves half of the layers to causal. A study that has been
-    begun keeps the trials it has."""
+    """Try, after trial 0, the same edit from the layer whose direction has most effect (docs/search.md). causal:
+    removing it suppresses the behaviour and adding it induces it, at little KL (Arditi et al. 2024); cosmic: by
+    residuals alone (COSMIC, Siu et al. 2025); both: COSMIC leaves half of the layers to causal. A study that has begun
+    keeps its trials."""
 
     trials_per_batch: PositiveInt | None = setting(None, resumable=True)
     """Trials evaluated in one forward pass by one worker; when not given, 8, or 1 where a single trial keeps a CPU busy
     (models from 50 million parameters)."""
 
     storage: str | None = setting(None, alias="--storage")
-    """Any Optuna storage URL; when not given, a journal file in the run directory. A password in it is not kept: give
-    the same URL in BRUNO_STUDY__STORAGE to whatever reads the run."""
+    """Any Optuna storage URL; when not given, a journal file in the run directory. A password in it is not
+    stored: set BRUNO_STUDY__STORAGE to the same URL for every command that reads the run."""
 
     take_over: bool = setting(False, resumable=True)
     """Continue a study whose driver on another machine is believed dead."""
@@ -472,14 +472,14 @@ class StudySettings(Section):
 
 class RaySettings(Section):
     workers: PositiveInt = setting(1, alias="--workers")
-    """Model copies, each in its own actor. More than the cluster holds makes the autoscaler ask for machines."""
+    """Model copies, each in its own actor. If they do not fit on the cluster, the autoscaler asks for machines."""
 
     gpus_per_worker: float | None = Field(None, ge=0)
     """GPUs of one worker; when not given, 1 if the cluster has any, else 0."""
 
     cpus_per_worker: float | None = Field(None, gt=0)
-    """CPUs of one worker, also its torch thread count (at least 1). When not given, 1; without GPUs, on this machine
-    alone, its share of the cores (of OMP_NUM_THREADS, where that is set)."""
+    """CPUs of one worker, also its torch thread count (at least 1). When not given, 1; on this machine
+    without GPUs, its share of the cores (of OMP_NUM_THREADS, if set)."""
 
     address: str | None = None
     """Ray cluster to join; when not given, RAY_ADDRESS or a local one."""
@@ -496,20 +496,20 @@ class SelectionSettings(Section):
     """Pick and save a trial without asking (`--auto-select`)."""
 
     max_kl: PositiveFloat = 0.1
-    """Auto-select takes none whose mean KL is above this, in nats."""
+    """Auto-select picks no trial whose mean KL is above this, in nats."""
 
     finalists: PositiveInt = 6
     """This many of the best trials are measured again, with answers of `scoring.report_tokens` to the prompts of
-    `prompts.n_finalists`; auto-select takes one of them by what it shows there."""
+    `prompts.n_finalists`; auto-select picks one of them by these results."""
 
 
 class OutputSettings(Section):
     directory: Path = setting(Path("runs"), alias="--output")
-    """Run directories are made in here."""
+    """Folder in which run directories are made."""
 
     max_shard_size: str = setting("5GB", resumable=True)
-    """Largest safetensors file of a saved model whose base had to be loaded to be saved (docs/models.md). Any other has
-    files like those of its base."""
+    """Largest safetensors file of a saved model whose base had to be loaded to be saved (docs/models.md). Any other
+    model gets files like those of its base."""
 
     mtp: Literal["leave", "edit"] = setting("leave", resumable=True)
     """What is done with layers for multi-token prediction, the drafts of speculative decoding, which the search never
@@ -526,8 +526,8 @@ class Settings(Section):
 
     model: ModelSettings = ModelSettings()
     behaviour: str = setting("refusal", alias="--behavior")
-    """A preset in `bruno_ray/presets/` by name, or the path of a .toml file like those. With prompts of your own for
-    both sides, any name for what they differ in."""
+    """A preset in `bruno_ray/presets/` by name, or the path of a .toml file like those. With your own prompts for
+    both sides, any name for the behaviour."""
 
     prompts: PromptSettings = PromptSettings()
     residuals: ResidualSettings = ResidualSettings()

@@ -222,6 +222,6 @@ class Schedule:
         if self.failed > max(FEWEST_FAILURES, FAILURE_SHARE * self.target):
             number, error = list(told.errors.items())[-1]
             self.failure = StudyError(
-                f"{self.failed} trials failed, the last one with: trial {number}: {error}; see to that, then resume"
+                f"{self.failed} trials failed, the last one with: trial {number}: {error}; fix the cause, then resume"
                 " the run"
             )

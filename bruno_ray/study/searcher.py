@@ -80,8 +80,8 @@ class BatchOptunaSearch(OptunaSearch):
         if self._lanes_lost >= LANES_LOST_IN_A_ROW:
             self.schedule.give_up(
                 WorkerError(
-                    "scheduling processes die one after another (is the driver's machine out of memory?): see to that,"
-                    " then resume the run"
+                    "scheduling processes die one after another (is the driver's machine out of memory?): fix the"
+                    " cause, then resume the run"
                 )
             )
 

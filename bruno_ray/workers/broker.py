@@ -154,7 +154,7 @@ class PoolBroker:
             )
         except BrunoError as error:
             if error is self._failure:
-                raise NoWorkerLeft(f"no worker is left ({error}): see to that, then resume the run") from error
+                raise NoWorkerLeft(f"no worker is left ({error}): fix the cause, then resume the run") from error
             raise
 
     async def begin_study(self) -> None:

@@ -60,8 +60,8 @@ def start_local(**options: Any) -> None:
                 raise
             if not left:
                 raise WorkerError(
-                    f"Ray did not start within 30 s, {STARTS} times: end what else keeps this machine busy, or join a"
-                    " cluster with ray.address"
+                    f"Ray did not start within 30 s, {STARTS} times: stop other programs that keep this machine busy,"
+                    " or join a cluster with ray.address"
                 ) from error
             logger.warning("Ray did not start within 30 s: trying again")
 

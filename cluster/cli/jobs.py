@@ -35,7 +35,7 @@ def checked_excludes(folder: Path, more: Sequence[str], included: Sequence[str])
     Raises `ClusterSettingsError` where the folder or a file that is to go along does not exist.
     """
     if not folder.is_dir():
-        raise ClusterSettingsError(f"--working-dir {folder} is no folder: give the one whose files the job needs")
+        raise ClusterSettingsError(f"--working-dir {folder} is not a folder: give the one with the job's files")
     for name in included:
         if not (folder / name).resolve().is_relative_to(folder.resolve()) or not (folder / name).exists():
             raise ClusterSettingsError(f"command line: --include {name} is not in {folder}: name it relative to that")

@@ -45,7 +45,7 @@ def pause(arguments: argparse.Namespace) -> int:
         left = session.provider.pause()
     except VastError as error:
         raise NodeError(
-            f"the head could not be stopped ({error}): it goes on costing, without Ray; repeat the command, or"
+            f"the head could not be stopped ({error}): it still costs money, without Ray; repeat the command, or"
             " `bruno-ray cluster up --restart` goes on"
         ) from error
     if left:

@@ -120,7 +120,7 @@ def _alone(aside: Path, name: str) -> Generator[None, None, None]:
         except (BlockingIOError, FileNotFoundError):  # another fills it, or has just put it in place
             held = False
         if not held:
-            raise FetchError(f"another fetch of run {name} is at work here: wait for it, then repeat the command")
+            raise FetchError(f"another fetch of run {name} is running here: wait for it, then repeat the command")
         yield
     finally:
         os.close(descriptor)

@@ -17,7 +17,7 @@ def _is_text(value: str) -> str:
     try:
         value.encode()
     except UnicodeEncodeError:
-        raise ValueError("the text has half of a surrogate pair, which is no character") from None
+        raise ValueError("the text has half of a surrogate pair, which is not a character") from None
     return value
 
 

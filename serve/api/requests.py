@@ -178,7 +178,7 @@ class ChatRequest(Generation):
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
             raise Unsupported("max_tokens", "max_tokens and max_completion_tokens differ: send one of them")
         if self.messages[-1].role == "assistant":
-            raise Unsupported("messages", "the last message is the assistant's; going on with it is not supported")
+            raise Unsupported("messages", "the last message is the assistant's; continuing it is not supported")
         return self
 
     @property

@@ -42,7 +42,7 @@ class OneStudy(BaseStorage):
         return study_id
 
     def _write(self, *args: Any, **kwargs: Any) -> NoReturn:
-        raise StudyError("this study is shown read only: use `bruno-ray resume` to go on with it")
+        raise StudyError("this study is shown read only: use `bruno-ray resume` to continue it")
 
     create_new_study = create_new_trial = delete_study = _write
     set_study_user_attr = set_study_system_attr = _write

@@ -46,8 +46,8 @@ def test_the_example_is_read() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (json.dumps(ROW) + "\nhello", "line 2 is no JSON"),
-        ("[1]", "line 1 is no row"),
+        (json.dumps(ROW) + "\nhello", "line 2 is not JSON"),
+        ("[1]", "line 1 is not a row"),
         (json.dumps({"prompt": "a", "text": "b"}), r"side, answer, shows missing .*its columns are prompt, text"),
         (json.dumps({**ROW, "shows": "yes"}), "shows missing or of another type"),
         (json.dumps({**ROW, "side": "left"}), "side is 'left': write target or baseline"),

@@ -125,7 +125,7 @@ def _table(parsed: Parsed, text: str, given: Given, *notes: str | None) -> Table
     if parsed.problem is not None:
         number, reason = parsed.problem
         raise PromptError(
-            f"{given.place}:{number}: not CSV ({reason}): {excerpt(_source(text, number))}; mend that line, and write"
+            f"{given.place}:{number}: not CSV ({reason}): {excerpt(_source(text, number))}; fix that line, and write"
             ' "" for a quotation mark within quotes'
         )
     if not parsed.lines:

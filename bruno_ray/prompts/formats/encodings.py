@@ -63,7 +63,7 @@ def _strictly(content: bytes, place: str, encoding: str) -> str:
     except UnicodeDecodeError as error:
         line = content[: error.start].decode(encoding, "replace").count("\n") + 1
         raise PromptError(
-            f"{place}:{line}: {_around(content, error.start)} is not {encoding}; mend that line, or set `encoding` to"
+            f"{place}:{line}: {_around(content, error.start)} is not {encoding}; fix that line, or set `encoding` to"
             " what the file is in"
         ) from None
     except (LookupError, UnicodeError) as error:
@@ -92,7 +92,7 @@ def _western(content: bytes, place: str, position: int) -> Decoded:
     if strange < SURE * len(found):
         raise PromptError(
             f"{place}:{_line(content, position)}: {_around(content, position)} is not UTF-8, though parts of the file"
-            " are; mend that line, or set `encoding` to what the file is in"
+            " are; fix that line, or set `encoding` to what the file is in"
         )
     try:
         text = content.decode("cp1252")

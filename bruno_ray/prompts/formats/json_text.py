@@ -55,12 +55,12 @@ def _loads(text: str, place: str, line: int = 1) -> Any:
     except json.JSONDecodeError as error:
         shown = _lines(text)[error.lineno - 1]
         raise PromptError(
-            f"{place}:{line + error.lineno - 1}: not JSON ({error.msg}, column {error.colno}): {excerpt(shown)}; mend"
+            f"{place}:{line + error.lineno - 1}: not JSON ({error.msg}, column {error.colno}): {excerpt(shown)}; fix"
             " that line"
         ) from None
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
         raise PromptError(
-            f"{place}:{line}: not JSON that can be read ({first_line(error)}): {excerpt(text)}; mend that line"
+            f"{place}:{line}: not JSON that can be read ({first_line(error)}): {excerpt(text)}; fix that line"
         ) from None
 
 
