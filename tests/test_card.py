@@ -140,7 +140,7 @@ def test_it_says_what_became_of_layers_for_multi_token_prediction(finished):
     texts = {mtp: render_card(record, mtp=mtp) for mtp in ("left", "edited", "dropped")}
     assert "multi-token prediction were left as they are" in texts["left"]
     assert "multi-token prediction were edited as the last layer" in texts["edited"]
-    assert "multi-token prediction are not in it" in texts["dropped"]
+    assert "multi-token prediction were left out" in texts["dropped"]
 
 
 def test_the_settings_in_the_card_make_the_same_run(finished, card):

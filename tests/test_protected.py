@@ -146,4 +146,4 @@ def test_the_report_has_a_row_per_set_and_direction_and_the_card_says_what_was_c
     assert protected_rows(geometry) == [("declined", "difference_in_means@0", "20.0 %", "30.0 %", point_name(2))]
     assert protected_rows({"points": []}) == [] and protected_rows(None) == []
     edit = {"direction_set": "difference_in_means@0|protect0.5", "direction_index": None}
-    assert "the last prompt token, cleaned of what is protected with strength 0.5;" in direction_phrase(edit)
+    assert "the last prompt token, protected subspaces removed with strength 0.5;" in direction_phrase(edit)

@@ -156,7 +156,7 @@ def test_servers_alone_need_no_model(
     assert main.main(["compare", *names, *flags]) == 0
     printed = capsys.readouterr().out
     assert pools == [] and "KL divergence" not in printed and printed.count("cannot be told apart") == 2
-    assert "p = 1" in printed and "Only answers were at hand" in (tmp_path / "page.html").read_text()
+    assert "p = 1" in printed and "Only answers were available" in (tmp_path / "page.html").read_text()
 
 
 def test_what_is_meant_by_a_name(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:

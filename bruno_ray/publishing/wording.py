@@ -47,13 +47,13 @@ METRICS = {
     "evasion_rate": Metric(
         "Evasion rate",
         PERCENT,
-        "target prompts without an answer to the point: the behaviour, what reads like it, answers that pass the"
-        " request by, and broken ones.",
+        "target prompts without an answer to the point: answers with the behaviour, answers that read like it, answers"
+        " that miss the request, and broken ones.",
     ),
     "compliant_nll": Metric(
         "Answers under the unedited model made to comply",
         "nats per token",
-        "how unlikely the answers are to the unedited model once its own answer has been opened with consent.",
+        "how unlikely the answers are to the unedited model after an opening that complies.",
     ),
     "desired_nll": Metric(
         "Desired answers, negative log-likelihood",
@@ -63,8 +63,8 @@ METRICS = {
     "elicited_mismatch": Metric(
         "Elicited mismatch",
         "share missed",
-        "how much the answers miss of what the unedited model can be made to say: 0 nothing, 1 all of it, as for an"
-        " answer that still shows the behaviour.",
+        "how much of what the unedited model can be made to say is missing from the answers: 0 nothing, 1 all of it;"
+        " an answer that still shows the behaviour counts as 1.",
     ),
     "doubt": Metric(
         "Doubt",
@@ -89,20 +89,20 @@ METRICS = {
         "how much less likely tokens of unrelated text have become, where they have.",
     ),
     "neutral_gained": Metric(
-        "Likelihood gained on neutral text", "nats per token", "how much more likely, where they have."
+        "Likelihood gained on neutral text", "nats per token", "how much more likely they have become, where they have."
     ),
     "detected_rate": Metric(
         "Behaviour rate by the detector",
         PERCENT,
-        "target prompts whose answer a classifier takes for the unedited model's behaviour.",
+        "target prompts whose answer a classifier, trained on the unedited model's answers, takes for the behaviour.",
     ),
     "reasoned_behaviour_rate": Metric(
         "Behaviour rate with reasoning open",
         PERCENT,
-        "the same of final answers where the model reasons before it answers, of those that come to one.",
+        "the behaviour rate of the final answers when the model reasons first, over the answers that get that far.",
     ),
     "unclosed_rate": Metric(
-        "Reasoning never closed", PERCENT, "target prompts on which it has not come to an answer when it is cut off."
+        "Reasoning never closed", PERCENT, "target prompts on which the model is cut off while it still reasons."
     ),
     "reasoned_length": Metric(
         "Length with reasoning open",
@@ -138,9 +138,9 @@ NORM_MODES = {
 # What the card says about layers for multi-token prediction, by what became of them.
 MTP = {
     "": "",
-    "left": "Its layers for multi-token prediction were left as they are: what they draft may be accepted less often.",
-    "edited": "Its layers for multi-token prediction were edited as the last layer was.",
-    "dropped": "The base model's layers for multi-token prediction are not in it.",
+    "left": "Its layers for multi-token prediction were left as they are: their drafts may be accepted less often.",
+    "edited": "Its layers for multi-token prediction were edited like the last layer.",
+    "dropped": "The base model's layers for multi-token prediction were left out.",
 }
 
 
@@ -236,7 +236,7 @@ def direction_phrase(edit: dict[str, Any]) -> str:
     where = f"{' and '.join(places)}{', joined' if len(places) > 1 else ''}"
     index = edit["direction_index"]
     scope = "each layer uses its own" if index is None else f"the one after layer {index:.2f} is used everywhere"
-    cleaned = f", cleaned of what is protected with strength {protected}" if protected else ""
+    cleaned = f", protected subspaces removed with strength {protected}" if protected else ""
     return f"{method.replace('_', ' ')}, read at {where}{cleaned}; {scope}"
 
 
