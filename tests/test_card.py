@@ -139,7 +139,7 @@ def test_it_says_what_became_of_layers_for_multi_token_prediction(finished):
     assert "multi-token" not in render_card(record)
     texts = {mtp: render_card(record, mtp=mtp) for mtp in ("left", "edited", "dropped")}
     assert "multi-token prediction were left as they are" in texts["left"]
-    assert "multi-token prediction were edited as the last layer" in texts["edited"]
+    assert "multi-token prediction were edited like the last layer" in texts["edited"]
     assert "multi-token prediction were left out" in texts["dropped"]
 
 
