@@ -32,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--output-directory",
         type=Path,
         metavar="FOLDER",
-        help="where runs are looked for by name [output.directory of the settings]",
+        help="folder in which runs are looked up by name [output.directory of the settings]",
     )
     where.add_argument("--address", metavar="ADDRESS", help="Ray cluster to join [RAY_ADDRESS, or a local one]")
     who = parser.add_argument_group("who")
@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=f"keys, a sha256 a line; {VARIABLE} in the environment is one more key",
     )
-    who.add_argument("--no-key", action="store_true", help="let anyone in who can connect")
+    who.add_argument("--no-key", action="store_true", help="require no key: anyone who can connect may use it")
     who.add_argument(
         "--cors-origin",
         dest="cors_origins",
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--quantization",
         default=defaults.quantization,
         choices=("none", "bnb_4bit", "bnb_8bit"),
-        help="of --model; a run's base is loaded as its search did [none]",
+        help="for --model; a run's base is loaded as in its search [none]",
     )
     size.add_argument(
         "--lean-forward",
@@ -64,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="off: always transformers' own forward pass [auto]",
     )
     size.add_argument("--replicas", type=int, default=1, metavar="N", help="copies of each base model [1]")
-    size.add_argument("--max-replicas", type=int, default=None, metavar="N", help="more of them when busy [--replicas]")
+    size.add_argument(
+        "--max-replicas", type=int, default=None, metavar="N", help="up to this many when busy [--replicas]"
+    )
     size.add_argument("--gpus-per-replica", type=float, default=None, metavar="X", help="[1 if there is one, else 0]")
     size.add_argument("--cpus-per-replica", type=float, default=1.0, metavar="X", help="also torch's threads [1]")
     size.add_argument(

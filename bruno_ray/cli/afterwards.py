@@ -73,7 +73,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 def _chat_arguments(parser: argparse.ArgumentParser) -> None:
     _trial_argument(parser)
-    parser.add_argument("--unedited", action="store_true", help="talk to the model as it was")
+    parser.add_argument("--unedited", action="store_true", help="talk to the unedited model")
     parser.add_argument("--max-tokens", type=values.count, default=1024, metavar="N", help="longest answer [1024]")
     parser.add_argument("--temperature", type=values.not_negative, default=0.7, metavar="X", help="0 is greedy [0.7]")
     parser.add_argument("--top-p", type=values.share, default=0.95, metavar="X", help="nucleus sampling [0.95]")

@@ -11,13 +11,19 @@ from bruno_ray.settings.keys import FLAGS
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     takes_settings(parser)
-    parser.add_argument("--at-once", type=values.count, default=32, metavar="N", help="most trials at once [32]")
+    parser.add_argument(
+        "--at-once", type=values.count, default=32, metavar="N", help="largest number of trials at once [32]"
+    )
     parser.add_argument("--prompt-tokens", type=values.count, default=40, metavar="N", help="of each prompt [40]")
     parser.add_argument(
         "--seconds", type=values.positive, default=300.0, metavar="S", help="try no more at once after this [300]"
     )
     parser.add_argument(
-        "--to", type=Path, default=Path("bench.json"), metavar="FILE.json", help="figures; a picture, .svg, goes beside"
+        "--to",
+        type=Path,
+        default=Path("bench.json"),
+        metavar="FILE.json",
+        help="file for the figures; a picture (.svg) is written beside it",
     )
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="an earlier bench to compare with")
     parser.epilog = (

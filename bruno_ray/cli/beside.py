@@ -27,7 +27,7 @@ def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
         "--gate",
         type=values.points,
         metavar="Npp",
-        help="with --suite: exit code 1 if any task loses more than so many percentage points, such as 2pp",
+        help="with --suite: exit code 1 if any task loses more than this many percentage points, such as 2pp",
     )
 
 
@@ -79,8 +79,8 @@ def _coverage(arguments: argparse.Namespace) -> None:
 
 def _show_config_arguments(parser: argparse.ArgumentParser) -> None:
     takes_settings(parser)
-    parser.add_argument("--describe", action="store_true", help="also say what each setting means")
-    parser.add_argument("--toml", action="store_true", help="as a config file that gives the same settings")
+    parser.add_argument("--describe", action="store_true", help="also explain each setting")
+    parser.add_argument("--toml", action="store_true", help="print a config file that gives the same settings")
 
 
 def _show_config(arguments: argparse.Namespace) -> None:

@@ -19,7 +19,7 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="RUN, RUN:TRIAL, a model (hub id, folder, saved model, GGUF file), or MODEL@URL with OpenAI's API",
     )
     parser.usage = "%(prog)s A B [C ...] [--to FILE.html] [OPTIONS]"
-    parser.add_argument("--config", type=Path, metavar="FILE", help="config file, where none of them is a run")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="config file, if none of them is a run")
     parser.add_argument(
         "--to",
         type=Path,

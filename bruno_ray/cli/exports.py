@@ -23,7 +23,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(EXPORTERS)}: an adapter for PEFT, a file for llama.cpp, an edit for vLLM with our plug-in, a"
         " file for `bruno-ray apply`; or an exporter of an installed package, or FILE.py:NAME",
     )
-    parser.add_argument("folder", metavar="FOLDER", type=Path, help="where to write it; must not exist")
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="folder to write it to; must not exist")
     parser.add_argument(
         "--max-error",
         type=values.share,
@@ -34,9 +34,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-rank", type=values.count, default=64, metavar="N", help="lora: largest rank for such edits [64]"
     )
-    parser.add_argument(
-        "--outtype", default="auto", choices=OUTTYPES, help="gguf: what the weights are written in [auto]"
-    )
+    parser.add_argument("--outtype", default="auto", choices=OUTTYPES, help="gguf: type of the weights [auto]")
 
     parser.add_argument(
         "--option",
@@ -69,7 +67,7 @@ def _apply_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", type=Path, help="what `export --to directions` wrote, or its folder")
     takes_settings(parser)
     parser.usage = "%(prog)s FILE [MODEL] --to FOLDER [OPTIONS] [--model.SETTING VALUE ...]"
-    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="where the model goes; must not exist")
+    parser.add_argument("--to", type=Path, required=True, metavar="FOLDER", help="folder for the model; must not exist")
 
 
 def _apply(arguments: argparse.Namespace) -> None:

@@ -59,7 +59,7 @@ def make_parser() -> tuple[Parser, Mapping[str, argparse.ArgumentParser]]:
     commands = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", parser_class=Parser)
     noise = argparse.ArgumentParser(add_help=False)
     volume = noise.add_mutually_exclusive_group()
-    volume.add_argument("-v", "--verbose", action="store_true", help="also log what helps when something fails")
+    volume.add_argument("-v", "--verbose", action="store_true", help="also log details that help when something fails")
     volume.add_argument("-q", "--quiet", action="store_true", help="log warnings and errors only")
     for name, command in all_commands().items():
         text = command.description

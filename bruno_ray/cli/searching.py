@@ -46,7 +46,9 @@ def _resume_arguments(parser: argparse.ArgumentParser) -> None:
     number.add_argument(
         "--trials", type=values.count, metavar="N", help="completed trials in total [as the run was set]"
     )
-    number.add_argument("--more", type=values.count, metavar="N", help="this many trials on top of those completed")
+    number.add_argument(
+        "--more", type=values.count, metavar="N", help="this many trials in addition to those completed"
+    )
 
 
 def _resume(arguments: argparse.Namespace) -> None:

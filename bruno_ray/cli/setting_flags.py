@@ -103,7 +103,7 @@ def takes_settings(parser: argparse.ArgumentParser) -> None:
 
 
 def _takes_config(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", type=Path, metavar="FILE", help="config file [config.toml, if it is there]")
+    parser.add_argument("--config", type=Path, metavar="FILE", help="config file [config.toml, if it exists]")
 
 
 def load_settings(arguments: argparse.Namespace, model_needed: bool = True) -> Loaded:

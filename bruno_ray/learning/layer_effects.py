@@ -81,7 +81,10 @@ def best_by_effect(effects: Sequence[LayerEffect]) -> LayerEffect:
     """Of those that induce the behaviour and keep the KL, the one that bypasses it best; of all, where none does."""
     passing = [effect for effect in effects if effect.passes]
     if not passing:
-        logger.info("no layer's direction keeps to KL %g and induces the behaviour: chosen by bypass alone", HIGHEST_KL)
+        logger.info(
+            "no layer's direction both stays within KL %g and induces the behaviour: chosen by removal alone",
+            HIGHEST_KL,
+        )
     return min(passing or effects, key=lambda effect: (effect.bypass, effect.layer))
 
 

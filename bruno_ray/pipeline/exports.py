@@ -72,5 +72,5 @@ def apply(file: Path, settings: Settings, folder: Path) -> Path:
     from bruno_ray.exporting import applying
 
     saved = applying.apply(file, settings.model, folder.absolute())
-    logger.info("saved %s in %s; what it does was measured in the run that the edit comes from", folder, saved.dtype)
+    logger.info("saved %s in %s; the edit was measured in the run that it comes from", folder, saved.dtype)
     return folder

@@ -277,4 +277,4 @@ def _say_model(recorded: str, info: ModelInfo) -> None:
     if recorded.rpartition(":")[2] == info.fingerprint.rpartition(":")[2]:
         logger.info("the base model is another copy with the same tensors")
     else:
-        logger.warning("the base model has other weights, or was loaded otherwise, than the one of the file")
+        logger.warning("the base model has other weights than the one of the file, or was loaded differently")

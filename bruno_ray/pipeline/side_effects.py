@@ -55,7 +55,7 @@ def measure_changes(run: RunDirectory, selected: SelectedRecord, pool: WorkerPoo
     try:
         shares, *others = pool.call("changed", [Edit.from_dict(selected.edit), *edits], with_context=True)
     except ModelError as error:
-        logger.info("how much of the weights is changed is not known: %s", error)
+        logger.info("the change of the weights is not known: %s", error)
         return selected
     methods = [
         MethodRecord(method=method, trial=trial.number, validation=ScoresRecord.of(trial), changed=changed)

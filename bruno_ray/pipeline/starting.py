@@ -98,7 +98,7 @@ def read_starts(reference: str, norm_mode: NormMode, directory: Path | None = No
 
     Args:
         norm_mode: that of edits that do not say theirs.
-        directory: where runs are looked for by name; when not given, where the settings say.
+        directory: folder in which runs are looked up by name; when not given, where the settings say.
     """
     path = expanded(reference)
     if path.is_dir() and not (path / "run.json").is_file():

@@ -274,5 +274,5 @@ def _gate(found: Sequence[TaskRecord], gate: float | None) -> int:
         logger.warning("gate: %s loses %.1f pp, more than %g", each.task, 100 * each.loss, 100 * gate)
     ungated = [each.task for each in found if not task_table.is_share(each)]
     if ungated:
-        logger.warning("gate: %s is not a share and was not looked at", ", ".join(ungated))
+        logger.warning("gate: %s is not a share and was not checked", ", ".join(ungated))
     return GATED if lost else 0

@@ -160,7 +160,9 @@ def find_stored(base: BaseModel, edit_mtp: bool = False) -> StoredModel | None:
     blocks = mtp_blocks(writers, names.unused)
     further = mtp_writers(writers, blocks, tensors) if edit_mtp else []
     if edit_mtp and blocks and not further:
-        logger.warning("what writes in the layers for multi-token prediction is not found: they are left as they are")
+        logger.warning(
+            "the writers in the layers for multi-token prediction were not found: these layers are left as they are"
+        )
     architecture = replace(architecture, writers=[*writers, *further])
     return StoredModel(files, tensors, architecture, ("edited" if further else "left") if blocks else "")
 

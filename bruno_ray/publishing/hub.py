@@ -179,7 +179,7 @@ def send(plan: Plan) -> str:
         _validate_card(plan.folder / "README.md")
         address = str(api.create_repo(name, private=plan.repository.private, exist_ok=True))
         if not plan.to_send:
-            logger.info("%s has all of it already", name)
+            logger.info("%s has all files already", name)
             return address
         additions = {file.path: CommitOperationAdd(file.path, str(plan.folder / file.path)) for file in plan.to_send}
         large = [file for file in plan.to_send if file.size >= LARGE]

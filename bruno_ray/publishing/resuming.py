@@ -87,7 +87,7 @@ def resumable_directory(path: Path, key: str) -> Iterator[PartialFolder]:
             shutil.rmtree(place, ignore_errors=True)
             raise
         except BaseException:
-            logger.info("what is written so far is kept in %s: the same command goes on from it", place)
+            logger.info("what is written so far is kept in %s: the same command continues from there", place)
             raise
         finally:
             os.close(lock)

@@ -132,7 +132,7 @@ def remembered(
         logger.info("asking the judge %s about %d answers", name, len(missing))
         ask(missing, keep)
     if unwritable:  # verdicts come from several threads, of which each may have tried
-        logger.warning("the judge's verdicts are not kept for another time: %s", unwritable[0])
+        logger.warning("the judge's verdicts cannot be kept for later: %s", unwritable[0])
     return [found[pair] for pair in pairs]
 
 

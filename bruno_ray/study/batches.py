@@ -205,7 +205,7 @@ class BatchStudy:
                 unasked = sizes[number] - len(batches[number]) if number == max(batches) else 0
                 adopted.append(self._adopted(number, running, sizes[number], unasked))
         if adopted:
-            logger.info("adopting %d trials that were under way", sum(len(batch.edits) for batch in adopted))
+            logger.info("adopting %d unfinished trials", sum(len(batch.edits) for batch in adopted))
         return adopted, max(batches, default=-1) + 1
 
     def _find_repeats(self, batch: Batch) -> None:

@@ -218,10 +218,10 @@ def interruptible(search: BatchOptunaSearch, pool: WorkerPool) -> Iterator[None]
         presses += 1
         if presses == 1:
             search.schedule.stopping = True
-            logger.warning("stopping: waiting for the trials under way (Ctrl-C again to stop at once)")
+            logger.warning("stopping: waiting for running trials (Ctrl-C again to stop at once)")
         elif presses == 2:
             search.cancelled = True
-            logger.warning("stopping at once: the trials under way will be evaluated when the run is resumed")
+            logger.warning("stopping at once: unfinished trials will be evaluated when the run is resumed")
             threading.Thread(target=pool.cancel, daemon=True).start()
             stop_tuner()
         else:

@@ -60,7 +60,7 @@ class RunJournal(BaseJournalBackend):
             content = file.read()
             end = content.rfind(b"\n") + 1
             if end < len(content):
-                logger.warning("%s ended in half a record, which is removed", self._path)
+                logger.warning("%s ended in half a record, which was removed", self._path)
                 file.truncate(end)
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:

@@ -43,7 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-hours",
         type=float,
         metavar="N",
-        help="stop the jobs and destroy the workers so many hours after the head's beginning [budget.max_hours]",
+        help="stop the jobs and destroy the workers this many hours after the head started [budget.max_hours]",
     )
     _add_study(sub)
 
@@ -73,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="send a file or folder although it looks like a secret (.env, keys ...); may be repeated",
+        help="send a file or folder even if it looks like a secret (.env, keys ...); may be repeated",
     )
     sub.add_argument(
         "--env",
@@ -87,13 +87,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sub = command("logs", "jobs:logs", "follow a job from its beginning, or show an instance's last lines")
     sub.add_argument("job", nargs="?", metavar="JOB|INSTANCE", help="a number is an instance [the newest job]")
     sub.add_argument("--tail", type=int, default=1000, metavar="N", help="lines of an instance [1000]")
-    sub.add_argument("--host", action="store_true", help="of the host's service that makes the container, instead")
+    sub.add_argument("--host", action="store_true", help="show the log of the host's container service instead")
 
     sub = command("cancel", "jobs:cancel", "stop one job; the machines stay until they are idle", yes=True)
     sub.add_argument("job", nargs="?", metavar="JOB", help="[the newest]")
 
     sub = command("progress", "runs:progress", "trials and Pareto front of a study on the head, with raw counts")
-    sub.add_argument("run", nargs="?", metavar="RUN", help="[the one that runs, or the newest]")
+    sub.add_argument("run", nargs="?", metavar="RUN", help="[the running one, or the newest]")
 
     sub = command("fetch", "runs:fetch", "bring runs and saved models home, verified; goes on where it stopped")
     sub.add_argument("runs", nargs="*", metavar="RUN", help="[all]")

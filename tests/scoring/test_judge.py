@@ -89,7 +89,7 @@ def test_verdicts_that_cannot_be_kept_are_given_all_the_same(
     monkeypatch.setenv("BRUNO_CACHE", "/proc/none")
     assert Endpoint(settings(judge)).verdicts(PAIRS) == first
     assert [record.message for record in caplog.records if record.levelname == "WARNING"] == [
-        "the judge's verdicts are not kept for another time: cannot write /proc/none/judge: no folder can be made"
+        "the judge's verdicts cannot be kept for later: cannot write /proc/none/judge: no folder can be made"
         " there: set BRUNO_CACHE to another folder"
     ]
 
