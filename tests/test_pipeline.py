@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import venv
 import zipfile
 from pathlib import Path
@@ -21,9 +22,10 @@ REPOSITORY = Path(__file__).parent.parent
 
 
 @pytest.fixture(scope="module")
-def finished(organism: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole run of the command line on the organism."""
+def command(organism: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, float]:
+    """A whole run of the command line on the organism, and its seconds."""
     folder = tmp_path_factory.mktemp("pipeline")
+    start = time.perf_counter()
     code = main.main(
         [
             *("run", str(organism / "model"), "--behaviour", "organism", "--auto-select", "--study-name", "whole"),
@@ -32,7 +34,12 @@ def finished(organism: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
     )
     assert code == 0
-    return folder / "whole"
+    return folder / "whole", time.perf_counter() - start
+
+
+@pytest.fixture(scope="module")
+def finished(command: tuple[Path, float]) -> Path:
+    return command[0]
 
 
 @pytest.mark.ray
@@ -55,6 +62,16 @@ def test_a_run_ends_in_a_model_that_tells_the_truth(finished: Path) -> None:
     assert all(word in card for word in ("directional-ablation", "attention", "mlp", "| 110 |", "95 %"))
     # What the truth says, the metric that needs no judge says as well.
     assert saved.counts["evasion_rate"][0] <= 0.2 * saved.counts["evasion_rate"][1]
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_the_stages_of_a_run_add_up_to_the_time_of_the_command(command: tuple[Path, float]) -> None:
+    path, seconds = command
+    found = RunDirectory.open(path).read().timings
+    stages = ("program", "prompts", "ray", "model", "directions", "unedited", "study", "finalists", "test", "save")
+    assert found.keys() >= {*stages, "truth", "stopping", "report"}
+    assert 0.8 * seconds <= sum(found.values()) <= seconds, found
 
 
 @pytest.mark.ray

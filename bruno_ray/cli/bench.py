@@ -43,6 +43,7 @@ def _bench(arguments: argparse.Namespace) -> None:
         seconds=arguments.seconds,
         to=arguments.to,
         compare=arguments.compare,
+        began=arguments.began,
     )
     print(arguments.to)
 

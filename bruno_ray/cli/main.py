@@ -8,9 +8,11 @@ import argparse
 import logging
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from bruno_ray.cli.beginning import process_began
 from bruno_ray.cli.exits import exit_code
 from bruno_ray.cli.parser import parse
 from bruno_ray.progress import listen
@@ -18,11 +20,14 @@ from bruno_ray.progress import listen
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    return exit_code(lambda: _run(sys.argv[1:] if argv is None else list(argv)))
+    began = process_began() if argv is None else time.perf_counter()
+    return exit_code(lambda: _run(sys.argv[1:] if argv is None else list(argv), began))
 
 
-def _run(argv: Sequence[str]) -> int | None:
+def _run(argv: Sequence[str], began: float) -> int | None:
+    """``began`` is when the command began; commands that note where their time goes count from there."""
     arguments = parse(argv)
+    arguments.began = began
     _prepare_logging(arguments)
     _require_home()
     # Threads that wait must not spin: on a busy machine that is ten times slower. Read when torch is imported.

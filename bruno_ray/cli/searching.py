@@ -37,7 +37,7 @@ def _run(arguments: argparse.Namespace) -> None:
     with phase(LOADING):
         from bruno_ray.pipeline.run import run
 
-    print(run(loaded.settings))
+    print(run(loaded.settings, began=arguments.began))
 
 
 def _resume_arguments(parser: argparse.ArgumentParser) -> None:
@@ -58,7 +58,9 @@ def _resume(arguments: argparse.Namespace) -> None:
     with phase(LOADING):
         from bruno_ray.pipeline.run import resume
 
-    print(resume(run.path, total=arguments.trials, more=arguments.more, overrides=nest(overrides)))
+    print(
+        resume(run.path, total=arguments.trials, more=arguments.more, overrides=nest(overrides), began=arguments.began)
+    )
 
 
 COMMANDS = {

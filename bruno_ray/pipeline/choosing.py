@@ -14,7 +14,8 @@ import optuna
 
 from bruno_ray.ablation.edit import Edit
 from bruno_ray.errors import NoStudyError, StudyError
-from bruno_ray.pipeline.steps import evaluation_context, timed
+from bruno_ray.pipeline.stages import timed
+from bruno_ray.pipeline.steps import evaluation_context
 from bruno_ray.prompts.sets import Prompts
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import RunnerUpRecord, ScoresRecord, SelectedRecord

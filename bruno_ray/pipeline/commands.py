@@ -5,6 +5,7 @@ What computes in this process is imported where it does: torch and transformers 
 
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -138,9 +139,18 @@ def coverage(settings: Settings) -> None:
 
 
 def bench(
-    settings: Settings, at_once: int, prompt_tokens: int, seconds: float, to: Path, compare: Path | None = None
+    settings: Settings,
+    at_once: int,
+    prompt_tokens: int,
+    seconds: float,
+    to: Path,
+    compare: Path | None = None,
+    began: float | None = None,
 ) -> None:
     """Time trials of a model in this process; figures go to ``to``, a picture beside it.
+
+    Args:
+        began: when the command began, of ``time.perf_counter``; now when not given.
 
     Raises:
         SettingsError: ``compare`` is no earlier bench, or one of another load.
@@ -152,21 +162,28 @@ def bench(
         "response_tokens": settings.scoring.response_tokens,
         "kl_tokens": settings.scoring.kl_tokens,
     }
+    began = time.perf_counter() if began is None else began
     old = _earlier_bench(compare, load_fields) if compare is not None else None
     with output_errors(to):
         to.parent.mkdir(parents=True, exist_ok=True)
     from bruno_ray.model.loading import load_model
     from bruno_ray.pipeline import benching
 
+    def say(line: str) -> None:
+        console().print(line, highlight=False)
+
+    start = time.perf_counter()
     loaded = load_model(find_model(settings).model)
+    before = {"program": start - began, "model": time.perf_counter() - start}
+    say(f"loading the program {before['program']:.1f} s, the model {before['model']:.1f} s")
     load = benching.Load(**load_fields, most_trials=at_once, seconds=seconds)
-    result = benching.bench(loaded, load, lambda line: console().print(line, highlight=False))
+    result = benching.bench(loaded, load, say) | {"seconds_before": before}
     with output_errors(to):
         write_json(to, result)
         write_text(to.with_suffix(".svg"), bench_svg(result))
     if old is not None:
         for line in compared(old, result):
-            console().print(line, highlight=False)
+            say(line)
 
 
 def _earlier_bench(path: Path, load: dict[str, int]) -> dict[str, Any]:

@@ -16,7 +16,8 @@ from bruno_ray.files import write_json
 from bruno_ray.pipeline.choosing import study_of
 from bruno_ray.pipeline.judging import judge_run, read_answers, with_judge
 from bruno_ray.pipeline.side_effects import measure_changes, measure_kept
-from bruno_ray.pipeline.steps import evaluation_context, score_unedited, timed, worker_pool
+from bruno_ray.pipeline.stages import Laps, timed
+from bruno_ray.pipeline.steps import evaluation_context, score_unedited, worker_pool
 from bruno_ray.progress import phase
 from bruno_ray.prompts.rendering import render
 from bruno_ray.prompts.sets import Prompt, Prompts
@@ -182,9 +183,14 @@ def finish(run: RunDirectory, prompts: Prompts, choose: Choose, folder: Path | N
         folder: where the model goes; None only tests.
         own: the trial becomes the selected one, and the report follows. Otherwise selection and report stay.
     """
+    laps = Laps()
+    if own:
+        laps.note_in(run)
     with ray_session(run.read().settings.ray):
+        laps.end("ray")
         with worker_pool(run.read().settings, workers=1) as pool:
             pool.wait_ready()
+            laps.end("model")
             picked = choose(pool)
             with timed(run, "test", pool) if own else nullcontext():
                 picked = score_selected(run, picked, prompts, pool, own)
@@ -194,12 +200,18 @@ def finish(run: RunDirectory, prompts: Prompts, choose: Choose, folder: Path | N
             if folder is not None and has_room(run.read()):
                 write_model(run, prompts, folder, other, pool)
                 folder = None
+            laps.begin()
+        laps.end("stopping")
         if own:
             judge_run(run)  # the worker is gone
+            laps.end("judge")
         if folder is not None:
             write_model(run, prompts, folder, other)
+        laps.begin()
+    laps.end("stopping")
     if own:
         write_report(run, study_of(run.path, run.read().settings))
+        laps.end("report")
     return picked.number
 
 
@@ -270,8 +282,11 @@ def write_model(
         " KL %.4f",
         *(saved.folder, shown, total, 100 * low, 100 * high, scores.values["kl_divergence"]),
     )
+    laps = Laps()
     truth = score_truth(record, saved.folder)
     if truth and other is None:
+        laps.note_in(run)
+        laps.end("truth")
         run.update(extra=truth)
 
 

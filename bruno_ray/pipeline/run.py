@@ -16,6 +16,7 @@ from typing import Any
 from bruno_ray.pipeline.choosing import n_complete, pick, pick_automatically, study_of
 from bruno_ray.pipeline.finishing import finish, free_model_folder, has_room, score_selected, write_model
 from bruno_ray.pipeline.judging import judge_run
+from bruno_ray.pipeline.stages import Laps, timed
 from bruno_ray.pipeline.starting import effect_starts, starts_of
 from bruno_ray.pipeline.steps import (
     choose_parts,
@@ -30,7 +31,6 @@ from bruno_ray.pipeline.steps import (
     plugin_hashes,
     require_places,
     score_unedited,
-    timed,
     with_name,
     with_plugins,
     worker_pool,
@@ -48,27 +48,41 @@ from bruno_ray.workers.session import ray_session
 logger = logging.getLogger(__name__)
 
 
-def run(settings: Settings) -> Path:
-    """A new run; returns its directory. Raises OutputError if there is one of that name."""
+def run(settings: Settings, began: float | None = None) -> Path:
+    """A new run; returns its directory. Raises OutputError if there is one of that name.
+
+    Args:
+        began: when the command began, of ``time.perf_counter``; now when not given.
+    """
+    laps = Laps(began)
+    laps.end("program")
     settings = with_name(find_model(settings))
     path = settings.output.directory / str(settings.study.name)
     refuse_existing(path)
-    return search(settings, path)
+    laps.end("model")  # an organism is trained, others come from the hub
+    return search(settings, path, laps)
 
 
 def resume(
-    path: Path, total: int | None = None, more: int | None = None, overrides: Mapping[str, Any] | None = None
+    path: Path,
+    total: int | None = None,
+    more: int | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    began: float | None = None,
 ) -> Path:
     """Go on with a run: trials under way when it stopped are evaluated, then new ones until the target."""
+    laps = Laps(began)
+    laps.end("program")
     settings = find_model(apply(RunDirectory.open(path).read().settings, flatten(overrides or {}, "overrides")))
     if more is not None:
         total = n_complete(path, settings) + more
     if total is not None:
         settings = settings.model_copy(update={"study": settings.study.model_copy(update={"n_trials": total})})
-    return search(settings, path)
+    laps.end("model")
+    return search(settings, path, laps)
 
 
-def search(settings: Settings, path: Path) -> Path:
+def search(settings: Settings, path: Path, laps: Laps) -> Path:
     """The run itself. Every step finds what an earlier, interrupted run has left and goes on from there.
 
     A person is asked for a trial last, when the report is written and the workers and Ray are gone: nobody can say how
@@ -81,13 +95,17 @@ def search(settings: Settings, path: Path) -> Path:
     starts = starts_of(settings, path)
     with phase("reading the prompts"):
         prompts = load_prompts(settings)
+    laps.end("prompts")
     with resumable(path), ray_session(settings.ray):
+        laps.end("ray")
         with worker_pool(settings) as pool:
             pool.wait_ready()
             info = describe_model(settings, pool)
             require_places(settings, info)
             settings = decide_method(settings, prompts, pool)
             run = open_run(settings, path, info, prompts)
+            laps.end("model")
+            laps.note_in(run)
             with timed(run, "response_prefix", pool):
                 record = run.update(response_prefix=find_response_prefix(run.read(), prompts, pool))
             with timed(run, "directions", pool):
@@ -109,12 +127,18 @@ def search(settings: Settings, path: Path) -> Path:
             if folder is not None and has_room(run.read()):
                 write_model(run, prompts, folder, pool=pool)
                 folder = None
+            laps.begin()
+        laps.end("stopping")
         if picked is not None:  # the workers are gone: their memory is free for a judge, and for what is saved
             judge_run(run)
+            laps.end("judge")
         if folder is not None:
             write_model(run, prompts, folder)
+        laps.begin()
+    laps.end("stopping")
     with phase("writing the report"):
         report.write_report(run, study_of(path, settings))
+    laps.end("report")
     if not auto:
         ask_and_save(run, prompts)
     return path

@@ -7,9 +7,7 @@ import hashlib
 import logging
 import re
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +21,6 @@ from bruno_ray.errors import ModelError, SettingsError, StudyError
 from bruno_ray.files import cache_folder
 from bruno_ray.model.coverage_table import format_coverage
 from bruno_ray.model.locating import locate
-from bruno_ray.progress import phase
 from bruno_ray.prompts.sets import PARTS, Prompt, Prompts
 from bruno_ray.publishing.plots import geometry_record
 from bruno_ray.residuals.store import ResidualStore, residual_key
@@ -219,32 +216,6 @@ def choose_parts(
         chosen = [part for part in parts if part is not None]
         logger.info("%s %s: %d of them are edited, in %d layers", name, how, sum(map(len, chosen)), len(chosen))
     return run.update(choices=found)
-
-
-STAGES = {
-    "response_prefix": "looking for what all answers begin with",
-    "directions": "reading residuals",
-    "unedited": "preparing the scorers",
-    "study": "searching",
-    "finalists": "measuring the best trials again",
-    "test": "testing the selected trial",
-    "save": "saving the model",
-}
-"""Stages of a run, as run.json has them, and what they are called while they last."""
-
-
-@contextmanager
-def timed(run: RunDirectory, stage: str, pool: WorkerPool | None = None) -> Iterator[None]:
-    """Note the seconds of a stage in run.json, and say now and then how far it has come.
-
-    A stage that goes on after a resume adds up.
-    """
-    start = time.perf_counter()
-    try:
-        with phase(STAGES[stage], pool.progress if pool else None):
-            yield
-    finally:
-        run.add_seconds(stage, time.perf_counter() - start)
 
 
 def describe_model(settings: Settings, pool: WorkerPool) -> ModelInfo:

@@ -225,7 +225,7 @@ class RunRecord(Record):
 
     seeds: dict[str, int] = {}
     timings: dict[str, float] = {}
-    """Seconds per stage of the pipeline."""
+    """Seconds per stage (`pipeline/stages.py`), of all commands that this run took; together about their wall time."""
 
     model: dict[str, Any] = {}
     """Family, layers, width, dtype, parameters."""
