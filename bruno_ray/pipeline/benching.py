@@ -97,7 +97,7 @@ def bench(loaded: LoadedModel, load: Load, say: Callable[[str], None]) -> dict[s
     held = _held(engine)
     limits, sizes = measure_limits(engine.device, engine.model.dtype), sizes_of(loaded)
     say(f"copy {limits.copy_bytes / 1e9:.4g} GB/s, matmul {limits.matmul_flops / 1e12:.4g} Tflop/s")
-    trial = _Trial(engine, load)
+    trial = TrialLoad(engine, load)
     rows: list[dict[str, Any]] = []
     n = 1
     while n <= load.most_trials:
@@ -142,7 +142,7 @@ def bench(loaded: LoadedModel, load: Load, say: Callable[[str], None]) -> dict[s
     }
 
 
-class _Trial:
+class TrialLoad:
     """K trials at a time, as a study's worker runs them."""
 
     def __init__(self, engine: BatchEngine, load: Load) -> None:
@@ -206,7 +206,7 @@ class _Trial:
         }
 
 
-def _row(trial: _Trial, n: int, limits: Limits, sizes: Sizes, load: Load) -> dict[str, Any]:
+def _row(trial: TrialLoad, n: int, limits: Limits, sizes: Sizes, load: Load) -> dict[str, Any]:
     edits = trial.edits(n)
     before = trial.engine.tokens
     trial.run(edits)  # on a GPU the budgets may still grow
