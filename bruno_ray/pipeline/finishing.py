@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, nullcontext
+from importlib import import_module
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
@@ -189,6 +190,8 @@ def finish(run: RunDirectory, prompts: Prompts, choose: Choose, folder: Path | N
     with ray_session(run.read().settings.ray):
         laps.end("ray")
         with worker_pool(run.read().settings, workers=1) as pool:
+            if folder is not None:
+                import_module("bruno_ray.publishing.saving")  # takes as long as the worker needs for its model
             pool.wait_ready()
             laps.end("model")
             picked = choose(pool)

@@ -4,20 +4,20 @@
 
 Each step is a function of ``steps.py`` or of the module that is named after it; what can be done with a run
 afterwards is in ``commands.py``.
+
+What the search and the end of a run compute with here (Optuna, Tune, transformers) takes ten seconds to import. That is
+done while the workers load the model, which takes as long, and not at the top.
 """
 
 import logging
 import shlex
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from bruno_ray.pipeline.choosing import n_complete, pick, pick_automatically, study_of
-from bruno_ray.pipeline.finishing import finish, free_model_folder, has_room, score_selected, write_model
-from bruno_ray.pipeline.judging import judge_run
 from bruno_ray.pipeline.stages import Laps, timed
-from bruno_ray.pipeline.starting import effect_starts, starts_of
 from bruno_ray.pipeline.steps import (
     choose_parts,
     decide_method,
@@ -37,12 +37,10 @@ from bruno_ray.pipeline.steps import (
 )
 from bruno_ray.progress import phase
 from bruno_ray.prompts.sets import Prompts, load_prompts
-from bruno_ray.publishing import report
 from bruno_ray.runs.directory import RunDirectory, refuse_existing
 from bruno_ray.settings import Settings
 from bruno_ray.settings.sources import apply, flatten
 from bruno_ray.study.fingerprint import study_fingerprint
-from bruno_ray.study.run import run_study
 from bruno_ray.workers.session import ray_session
 
 logger = logging.getLogger(__name__)
@@ -75,6 +73,8 @@ def resume(
     laps.end("program")
     settings = find_model(apply(RunDirectory.open(path).read().settings, flatten(overrides or {}, "overrides")))
     if more is not None:
+        from bruno_ray.pipeline.choosing import n_complete
+
         total = n_complete(path, settings) + more
     if total is not None:
         settings = settings.model_copy(update={"study": settings.study.model_copy(update={"n_trials": total})})
@@ -92,13 +92,26 @@ def search(settings: Settings, path: Path, laps: Laps) -> Path:
     settings = with_plugins(settings)
     plugin_hashes(settings)  # a file that is not there is said before anything is loaded
     judge_hash(settings)
-    starts = starts_of(settings, path)
+    starts = []
+    if settings.study.start_from:
+        from bruno_ray.pipeline.starting import starts_of
+
+        starts = starts_of(settings, path)
     with phase("reading the prompts"):
         prompts = load_prompts(settings)
     laps.end("prompts")
     with resumable(path), ray_session(settings.ray):
         laps.end("ray")
         with worker_pool(settings) as pool:
+            from bruno_ray.pipeline.choosing import pick_automatically, study_of
+            from bruno_ray.pipeline.finishing import free_model_folder, has_room, score_selected, write_model
+            from bruno_ray.pipeline.judging import judge_run
+            from bruno_ray.pipeline.starting import effect_starts
+            from bruno_ray.publishing import report
+            from bruno_ray.study.run import run_study
+
+            if auto:
+                import_module("bruno_ray.publishing.saving")
             pool.wait_ready()
             info = describe_model(settings, pool)
             require_places(settings, info)
@@ -157,6 +170,9 @@ def resumable(path: Path) -> Iterator[None]:
 
 def ask_and_save(run: RunDirectory, prompts: Prompts) -> None:
     """Save the trial that somebody at the terminal picks, and write the report once more."""
+    from bruno_ray.pipeline.choosing import pick
+    from bruno_ray.pipeline.finishing import finish, free_model_folder
+
     if (picked := pick(run)) is None:
         logger.info(
             "no trial was saved: `bruno-ray save %s` asks again, with --trial N or --auto it does not", run.name

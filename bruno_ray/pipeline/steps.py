@@ -22,7 +22,6 @@ from bruno_ray.files import cache_folder
 from bruno_ray.model.coverage_table import format_coverage
 from bruno_ray.model.locating import locate
 from bruno_ray.prompts.sets import PARTS, Prompt, Prompts
-from bruno_ray.publishing.plots import geometry_record
 from bruno_ray.residuals.store import ResidualStore, residual_key
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import RunRecord, ScoresRecord, installed_versions, today
@@ -319,6 +318,7 @@ def read_bank(
     """Every method at every position of the train prompts' residuals, and what the report shows of these."""
     from bruno_ray.directions import build_bank
     from bruno_ray.directions.protected import protect
+    from bruno_ray.publishing.plots import geometry_record
 
     chosen = record.settings.directions
     opening = find_opening(record, prompts, pool) if chosen.opened_positions else ()
