@@ -13,6 +13,10 @@ useless), and percentiles are over all answers of all rounds:
   short ones;
 * per token: from an answer's first text to its last, over its tokens.
 
+With one stream both are asked the same prompts in the same order, so first texts are also compared prompt by prompt:
+the mean difference has a bootstrap interval, and is given apart for the shorter and the longer half of the prompts,
+since what a server adds does not grow with a prompt and what it computes does.
+
 CPU seconds are those of all processes of a server: what other programs on the machine do does not change them.
 The second table is by ``serve_copies``. Both go to ``RESULTS.md``.
 """
@@ -34,11 +38,12 @@ import httpx
 
 from benchmarks.results import write_section
 from benchmarks.serve_parts import Measured, end_in_order, make_model, make_prompts, measure, percentiles, tree
+from bruno_ray.intervals import mean_difference
 from tests.serve.server import environment, free_port, serving
 
 PATH = "/v1/chat/completions"
 STREAMS = (1, 8, 32)
-REQUESTS = {1: 12, 8: 24, 32: 64}
+REQUESTS = {1: 24, 8: 24, 32: 64}
 """Per round, by the number of streams."""
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -97,9 +102,13 @@ def wait_for(url: str, process: subprocess.Popen, seconds: float = 300) -> None:
         time.sleep(0.3)
 
 
-def bodies(contender: Contender, n: int, tokens: int, seed: int) -> list[dict]:
+def asked_prompts(streams: int, number: int) -> list[str]:
+    """Of both servers in the round of that number."""
+    return make_prompts(REQUESTS[streams], seed=1000 * number + streams)
+
+
+def bodies(contender: Contender, prompts: list[str], tokens: int) -> list[dict]:
     common = {"max_tokens": tokens, "temperature": 0, "stream": True, "stream_options": {"include_usage": True}}
-    prompts = make_prompts(n, seed)
     return [{**common, **contender.fields, "messages": [{"role": "user", "content": prompt}]} for prompt in prompts]
 
 
@@ -109,7 +118,7 @@ def compare(contenders: list[Contender], tokens: int, rounds: int, say: Callable
     for number in range(-1, rounds):  # the first one warms up
         for n in STREAMS:
             for contender in contenders if number % 2 else contenders[::-1]:
-                asked = bodies(contender, REQUESTS[n], tokens, seed=1000 * number + n)
+                asked = bodies(contender, asked_prompts(n, number), tokens)
                 got = measure(contender.port, PATH, asked, n, tokens, lambda pid=contender.pid: tree(pid))
                 say(f"round {number}, {n} streams, {contender.name}: {got.tokens_per_second:.0f} tokens/s,"
                     f" CPU {got.cpu_per_1000:.2f} s per 1,000, client {got.client_share:.0%},"
@@ -130,6 +139,25 @@ def mean(rounds: list[Measured], name: str) -> float:
 
 def median_ttft(rounds: list[Measured]) -> float:
     return statistics.median(seconds for measured in rounds for seconds in measured.first)
+
+
+def first_texts(ours: list[float], theirs: list[float], words: list[int]) -> str:
+    """Of answers to the same prompts, of so many words, one at a time; seconds."""
+    middle = statistics.median(words)
+    halves = {
+        "all prompts": range(len(words)),
+        f"up to {middle:.0f} words": [i for i, n in enumerate(words) if n <= middle],
+        "longer ones": [i for i, n in enumerate(words) if n > middle],
+    }
+    parts = []
+    for name, which in halves.items():
+        mean, low, high = (1000 * x for x in mean_difference([ours[i] for i in which], [theirs[i] for i in which]))
+        earlier = sum(ours[i] < theirs[i] for i in which)
+        parts.append(f"{name} {mean:+.1f} ms ({low:+.1f} to {high:+.1f}), earlier in {earlier} of {len(which)}")
+    return (
+        "First text at one stream, ours minus theirs on the same prompts, mean and 95 % interval (bootstrap over"
+        f" prompts): {'; '.join(parts)}."
+    )
 
 
 def table(found: dict, names: list[str], head: str) -> str:
@@ -158,7 +186,9 @@ def table(found: dict, names: list[str], head: str) -> str:
         faster = speed(found[ours, n]) / speed(found[theirs, n])
         wait = median_ttft(found[ours, n]) / median_ttft(found[theirs, n])
         ratios.append(f"{n} streams: {faster:.2f}x the throughput, {wait:.2f}x the TTFT")
-    return "\n".join([*lines, "", f"Ours over theirs: {'; '.join(ratios)}."])
+    first = [[seconds for measured in found[name, 1] for seconds in measured.first] for name in (ours, theirs)]
+    words = [len(prompt.split()) for number in range(len(found[ours, 1])) for prompt in asked_prompts(1, number)]
+    return "\n".join([*lines, "", f"Ours over theirs: {'; '.join(ratios)}.", "", first_texts(*first, words)])
 
 
 def main() -> None:
