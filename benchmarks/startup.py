@@ -42,8 +42,8 @@ class Command:
 def run(checkout: Path, trials: int) -> Command:
     with tempfile.TemporaryDirectory(prefix="startup-") as name:
         folder = Path(name)
-        words = [sys.executable, "-m", "bruno_ray.cli.main", "run", "--behaviour", "organism", "--auto-select"]
-        words += ["--study-name", "run", "--trials", str(trials), "--output.directory", str(folder)]
+        words = [sys.executable, "-m", "bruno_ray.cli.main", "run", "--behaviour", "organism", "--method", "searched"]
+        words += ["--auto-select", "--study-name", "run", "--trials", str(trials), "--output.directory", str(folder)]
         words += [f"--prompts.n-{part}={PROMPTS}" for part in ("train", "validation")]
         words += ["--residuals.cache-dir", str(folder / "residuals"), "--ray.object-store-memory", "100000000"]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
