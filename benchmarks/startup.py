@@ -47,7 +47,6 @@ def run(checkout: Path, trials: int) -> Command:
         words += [f"--prompts.n-{part}={PROMPTS}" for part in ("train", "validation")]
         words += ["--residuals.cache-dir", str(folder / "residuals"), "--ray.object-store-memory", "100000000"]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-        # What an earlier run had the unedited model say is kept in the cache: each begins alike.
         usage = run_measured(words, folder / "log", environment | {"PYTHONPATH": str(checkout)})
         stages = RunDirectory.open(folder / "run").read().timings
         return Command(usage.finished - usage.started, usage.samples[-1][1], stages)
