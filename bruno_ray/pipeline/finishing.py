@@ -191,7 +191,8 @@ def finish(run: RunDirectory, prompts: Prompts, choose: Choose, folder: Path | N
         laps.end("ray")
         with worker_pool(run.read().settings, workers=1) as pool:
             if folder is not None:
-                import_module("bruno_ray.publishing.saving")  # takes as long as the worker needs for its model
+                with phase("starting workers", pool.progress):  # importing takes as long as the worker needs
+                    import_module("bruno_ray.publishing.saving")
             pool.wait_ready()
             laps.end("model")
             picked = choose(pool)

@@ -93,7 +93,7 @@ def search(settings: Settings, path: Path, laps: Laps) -> Path:
     plugin_hashes(settings)  # a file that is not there is said before anything is loaded
     judge_hash(settings)
     starts = []
-    if settings.study.start_from:
+    if settings.study.start_from or settings.study.storage or path.exists():  # else there is no study to look at
         from bruno_ray.pipeline.starting import starts_of
 
         starts = starts_of(settings, path)
@@ -103,15 +103,16 @@ def search(settings: Settings, path: Path, laps: Laps) -> Path:
     with resumable(path), ray_session(settings.ray):
         laps.end("ray")
         with worker_pool(settings) as pool:
-            from bruno_ray.pipeline.choosing import pick_automatically, study_of
-            from bruno_ray.pipeline.finishing import free_model_folder, has_room, score_selected, write_model
-            from bruno_ray.pipeline.judging import judge_run
-            from bruno_ray.pipeline.starting import effect_starts
-            from bruno_ray.publishing import report
-            from bruno_ray.study.run import run_study
+            with phase("starting workers", pool.progress):
+                from bruno_ray.pipeline.choosing import pick_automatically, study_of
+                from bruno_ray.pipeline.finishing import free_model_folder, has_room, score_selected, write_model
+                from bruno_ray.pipeline.judging import judge_run
+                from bruno_ray.pipeline.starting import effect_starts
+                from bruno_ray.publishing import report
+                from bruno_ray.study.run import run_study
 
-            if auto:
-                import_module("bruno_ray.publishing.saving")
+                if auto:
+                    import_module("bruno_ray.publishing.saving")
             pool.wait_ready()
             info = describe_model(settings, pool)
             require_places(settings, info)
