@@ -4,14 +4,19 @@ The job lasts until these tests have done to it what they want to. test_long_fau
 itself, at night.
 """
 
+import contextlib
 import json
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
+import httpx
 import pytest
 
 from bruno_ray.study.storage import load_study
 from tests.cluster.fake_vast.api import Fault
+from tests.cluster.lab import Container
 from tests.cluster.lab.laptop import Laptop
 from tests.cluster.lab.life import NAME, RunningJob
 from tests.cluster.lab.ray_cluster import PATIENCE_S, RayCluster
@@ -117,9 +122,17 @@ def test_a_cancelled_job_is_resumed_and_every_trial_is_complete_once(job: Runnin
     assert f"{total}/{total} trials complete, not running" in laptop.run("progress")
 
 
-def test_what_is_served_on_the_head_is_reached_through_a_tunnel_and_cancelled(laptop: Laptop, job: RunningJob) -> None:
+COPIES = 2
+
+
+def test_what_is_served_by_copies_on_workers_is_reached_through_a_tunnel_and_cancelled(
+    laptop: Laptop, job: RunningJob
+) -> None:
+    """Workers that reach nobody but the head, from which each has the directions of the edit."""
     assert "nothing is served" in laptop.run("serve", "--port", "0", code=2)
-    laptop.run("submit", "--detach", "--", "bruno-ray", "serve", NAME)
+    laptop.give_organism_to_workers()
+    copies = ("--replicas", str(COPIES), "--gpus-per-replica", "1")
+    laptop.run("submit", "--detach", "--", "bruno-ray", "serve", NAME, *copies)
     follower = laptop.start("logs")
     try:
         assert follower.stdout is not None
@@ -129,17 +142,36 @@ def test_what_is_served_on_the_head_is_reached_through_a_tunnel_and_cancelled(la
             assert said[-1], f"the server ended with {follower.wait(60)}:\n{''.join(said)[-4000:]}"
     finally:
         follower.kill()
+    engines = [container.name for container in job.containers() if runs_engine(container)]
+    assert len(engines) == COPIES and job.cluster.head().name not in engines
     with laptop.door("serve") as url:
         models = [model["id"] for model in laptop.ask(f"{url}/v1/models").json()["data"]]
-        answer = laptop.ask(
-            f"{url}/v1/chat/completions",
-            model=models[0],
-            messages=[{"role": "user", "content": "Hello"}],
-            max_tokens=4,
-        )
-        assert answer.status_code == 200 and answer.json()["choices"], answer.text
+        assert NAME in models
+
+        def answer(number: int) -> httpx.Response:
+            message = {"role": "user", "content": f"Hello {number}"}
+            return laptop.ask(f"{url}/v1/chat/completions", model=NAME, messages=[message], max_tokens=16)
+
+        with ThreadPoolExecutor(4 * COPIES) as pool:  # more at once than one copy is given
+            for each in pool.map(answer, range(8 * COPIES)):
+                assert each.status_code == 200 and each.json()["choices"], each.text
+
+        def heard_of() -> list[int]:
+            engines = laptop.ask(f"{url}/api/stats").json()["engines"].values()
+            return [engine["replicas"] for engine in engines]
+
+        wait_for(lambda: heard_of() == [COPIES], "figures of every copy", PATIENCE_S)
         assert laptop.ask(f"{url}/chat/").status_code == 200
     said = job.cluster.shell(job.cluster.head(), "python -m cluster.jobs.at_head stop-jobs")  # as when money is over
     assert len(json.loads(said.splitlines()[-1])) == 1
     assert "has ended" in laptop.run("cancel", "--yes")
     assert "nothing is served" in laptop.run("serve", "--port", "0", code=2)
+
+
+def runs_engine(container: Container) -> bool:
+    """Whether a copy of a model is served there."""
+    for pid in container.processes():
+        with contextlib.suppress(OSError):  # it has just ended
+            if b"ServeReplica:bruno-ray:Engine" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                return True
+    return False

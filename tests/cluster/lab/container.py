@@ -19,7 +19,8 @@ BASHRC = Path(__file__).with_name("bashrc.sh")
 FAR_AWAY = Path(__file__).with_name("far_away.py")
 INSIDE = "172.17.0.2"
 ROUTER = "172.17.0.1"
-START_TIMEOUT_S = 30.0
+START_TIMEOUT_S = 120.0
+"""For a machine whose processors others have as well."""
 UNSHARE = ("unshare", "--mount", "--uts", "--ipc", "--pid", "--fork", "--kill-child")
 SSHD_CONFIG = """\
 Port 22

@@ -16,7 +16,7 @@ import httpx
 import yaml
 
 from bruno_ray.files import cache_folder
-from tests.cluster.lab.container import CHECKOUT
+from tests.cluster.lab.container import CHECKOUT, Container
 from tests.cluster.lab.ray_cluster import RayCluster
 
 logger = logging.getLogger(__name__)
@@ -91,5 +91,16 @@ class Laptop:
 
     def give_organism(self) -> None:
         """The head alone has it, as if it had trained it; workers must get it from there."""
-        target = self.cluster.head().home / ".cache" / "bruno-ray" / "organisms"
-        shutil.copytree(cache_folder("organisms"), target)
+        copy_organism(self.cluster.head())
+
+    def give_organism_to_workers(self) -> None:
+        """Those that are there and those that come have it as well, as they would have a model of the hub."""
+        self.cluster.furnish = copy_organism
+        for instance in self.cluster.billed("worker"):
+            if (container := self.cluster.machines[instance.id].container) is not None:
+                copy_organism(container)
+
+
+def copy_organism(container: Container) -> None:
+    target = container.home / ".cache" / "bruno-ray" / "organisms"
+    shutil.copytree(cache_folder("organisms"), target, dirs_exist_ok=True)

@@ -1,7 +1,8 @@
 """One cluster for all tests that need a whole one: they live through it in the order of `LIFE`.
 
 It is brought up once, runs one job that lasts until the tests have done to it what they want to, and is taken down by
-the last of them. Each step is a fixture, so that a file can be run alone as well.
+the last of them. Its machines are 60 ms away, and workers reach the head alone. Each step is a fixture, so that a file
+can be run alone as well.
 """
 
 import json
@@ -18,6 +19,7 @@ from bruno_ray.study.storage import load_study
 from tests.cluster.fake_vast.api import Fault
 from tests.cluster.fake_vast.state import FakeInstance
 from tests.cluster.lab import Container, Lab, far_judge
+from tests.cluster.lab.far_away import ROUND_TRIP_S
 from tests.cluster.lab.laptop import Laptop
 from tests.cluster.lab.ray_cluster import PATIENCE_S, RayCluster
 from tests.support.waiting import wait_for
@@ -116,8 +118,8 @@ def laptop(namespaces: None, organism: Path, tmp_path_factory: pytest.TempPathFa
     """The user's machine, after `bruno-ray cluster up`."""
     folder = tmp_path_factory.mktemp("laptop")
     (folder / "work").mkdir()
-    waits = {"boot_timeout_s": 60, "join_timeout_s": 300}
-    with Lab() as lab, RayCluster(lab, folder, provider=waits) as cluster:
+    settings = {"mesh": "head-only", "boot_timeout_s": 60, "join_timeout_s": 300}
+    with Lab(ROUND_TRIP_S) as lab, RayCluster(lab, folder, provider=settings) as cluster:
         laptop = Laptop(cluster, folder / "work")
         try:
             laptop.run("up", "--yes")

@@ -1,6 +1,7 @@
 """The machine behind an imitated instance: a container of the lab."""
 
 import threading
+from collections.abc import Callable
 
 from tests.cluster.fake_vast.machines import MachineOrder, SshEndpoint
 from tests.cluster.lab.container import Container
@@ -10,15 +11,23 @@ from tests.cluster.lab.lab import Lab
 class NamespaceMachine:
     """Implements `tests.cluster.fake_vast.machines.Machine`."""
 
-    def __init__(self, lab: Lab, gateway_ports: str = "clientspecified") -> None:
+    def __init__(
+        self,
+        lab: Lab,
+        gateway_ports: str = "clientspecified",
+        furnish: Callable[[Container], None] = lambda container: None,
+    ) -> None:
+        """``furnish`` puts files into it before anybody knows its address."""
         self.container: Container | None = None
         self._lab = lab
         self._gateway_ports = gateway_ports
+        self._furnish = furnish
         self._guard = threading.Lock()
 
     def start(self, order: MachineOrder) -> SshEndpoint:
         with self._guard:
             self.container = self._lab.add(order.ssh_keys, self._gateway_ports, order.env, order.onstart)
+            self._furnish(self.container)
             return SshEndpoint(self.container.public_address, self.container.ssh_port)
 
     def attach_key(self, public_key: str) -> None:

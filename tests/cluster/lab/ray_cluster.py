@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,8 @@ class RayCluster:
         """Of the laptop that commands run on."""
         self.config_file = folder / "cluster.yaml"
         self.machines: dict[int, NamespaceMachine] = {}
+        self.furnish: Callable[[Container], None] = lambda container: None
+        """Called with each machine that boots."""
         self.vast = FakeVast(make_machine=self._machine, boot_s=BOOT_S, listing_lag_s=1.0, destroying_lag_s=1.0)
         self.vast.add_offers(6, gpu_name="RTX 3060", gpu_ram=12288.0, dph_base=0.06)
         self.vast.add_offers(12)
@@ -88,7 +91,7 @@ class RayCluster:
         self.vast.close()
 
     def _machine(self, instance: FakeInstance) -> NamespaceMachine:
-        self.machines[instance.id] = NamespaceMachine(self.lab)
+        self.machines[instance.id] = NamespaceMachine(self.lab, furnish=lambda container: self.furnish(container))
         return self.machines[instance.id]
 
     # The laptop.
