@@ -1,26 +1,35 @@
 """What the tunnels cost: actor calls and 200 MB between two workers, star and direct, against a plain wire.
 
     python -m benchmarks.network [--rounds 2]
+    python -m benchmarks.network join [--rounds 2]     how long eight workers take to join from 60 ms away
 
-Head and two workers are containers behind their own NAT on this machine (tests/cluster/lab), so all of them, and the
+Head and workers are containers behind their own NAT on this machine (tests/cluster/lab), so all of them, and the
 encryption, share its cores; the wire is a veth bridge between the same containers. Needs root.
 """
 
 import argparse
 import json
 import logging
+import os
 import statistics
 import subprocess
 import tempfile
 from pathlib import Path
 
+from benchmarks.mesh_size import MESHES, Size
 from benchmarks.results import write_section
+from cluster.settings import MeshKind
 from tests.cluster.lab import Lab, missing_for_lab, sweep
-from tests.cluster.lab.ray_lab import RayLab
+from tests.cluster.lab.far_away import ROUND_TRIP_S
+from tests.cluster.lab.ray_lab import Joined, RayLab
 
 logger = logging.getLogger(__name__)
 
 NETWORKS = {"veth": "plain wire", "star": "star", "direct": "direct links"}
+WORKERS, MAX_CPUS = 8, 32
+"""Of the clusters that are joined; the ports are those of machines of 32 CPUs, though each offers one to Ray."""
+STORE = 80_000_000
+
 DRIVER = """
 import json, time
 import numpy as np, ray
@@ -65,23 +74,62 @@ def measure(network: str, key: Path) -> dict[str, list[float]]:
     return json.loads(next(line for line in output.splitlines() if line.startswith("RESULT "))[7:])
 
 
+def joining(mesh: MeshKind, key: Path) -> Joined:
+    """Workers that are all known at once to a head that is up."""
+    with Lab(ROUND_TRIP_S) as lab:
+        public = key.with_suffix(".pub").read_text()
+        cluster = RayLab(lab, key, public, WORKERS, mesh, max_cpus=MAX_CPUS, cpus=1, store=STORE)
+        cluster.start_head()
+        return cluster.join()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="?", choices=["cost", "join"], default="cost")
     parser.add_argument("--rounds", type=int, default=2, help="clusters per network, taken in turn")
-    rounds = parser.parse_args().rounds
+    arguments = parser.parse_args()
+    rounds = arguments.rounds
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     if reason := missing_for_lab():
         raise SystemExit(reason)
     sweep()
-    seen: dict[str, dict[str, list[float]]] = {network: {} for network in NETWORKS}
     with tempfile.TemporaryDirectory() as folder:
         key = Path(folder) / "key"
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
-        for _ in range(rounds):
-            for network in NETWORKS:
-                for name, values in measure(network, key).items():
-                    seen[network].setdefault(name, []).extend(values)
-    write_section("network", table(seen, rounds))
+        if arguments.what == "join":
+            write_section("network_join", joining_table(key, rounds))
+        else:
+            write_section("network", cost_table(key, rounds))
+
+
+def cost_table(key: Path, rounds: int) -> str:
+    seen: dict[str, dict[str, list[float]]] = {network: {} for network in NETWORKS}
+    for _ in range(rounds):
+        for network in NETWORKS:
+            for name, values in measure(network, key).items():
+                seen[network].setdefault(name, []).extend(values)
+    return table(seen, rounds)
+
+
+def joining_table(key: Path, rounds: int) -> str:
+    rows = [
+        "| mesh | forwards of a worker | tunnels up | Ray started | a task has run on each | load before |",
+        "|---" * 6 + "|",
+    ]
+    for _ in range(rounds):
+        for mesh in MESHES:
+            load = os.getloadavg()[0]
+            joined = joining(mesh, key)
+            logger.info("%s: %s at a load of %.1f", mesh, joined, load)
+            forwards = Size(WORKERS, MAX_CPUS, mesh).of_a_worker
+            cells = [f"{seconds:.0f} s" for seconds in (joined.tunnels_s, joined.nodes_s, joined.tasks_s)]
+            rows.append(f"| {' | '.join([mesh, f'{forwards:,}', *cells, f'{load:.1f}'])} |")
+    return (
+        "## Eight workers join from 60 ms away (`python -m benchmarks.network join`)\n\n"
+        f"Seconds from when {WORKERS} machines that have booted are known to the head. They are behind NAT, 60 ms away,"
+        f" with the ports of machines of {MAX_CPUS} CPUs; each runs Ray with one CPU, and all share this"
+        " machine's cores, so starting Ray's processes takes most of the time. One cluster a row.\n\n" + "\n".join(rows)
+    )
 
 
 def table(seen: dict[str, dict[str, list[float]]], rounds: int) -> str:

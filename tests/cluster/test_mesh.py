@@ -55,7 +55,7 @@ class Network:
     def start_supervisor(self) -> None:
         (self.nodes[0].home / "key").write_text(self.key.private.read_text())
         (self.nodes[0].home / "key").chmod(0o600)
-        self.shell(0, self.python("tests.cluster.lab.supervised", "start", self.mode))
+        self.shell(0, self.python("tests.cluster.lab.supervised", "start", self.mode, MAX_CPUS))
 
     def shell(self, index: int, command: str) -> str:
         return self.lab.ssh(self.nodes[index], self.key.private, command)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.network.addresses import NodeAddress
@@ -17,11 +18,35 @@ from cluster.setup.ray_start import ENVIRONMENT, INDEX_VARIABLE, MAX_CPUS_VARIAB
 from tests.cluster.lab.container import CHECKOUT, Container
 from tests.cluster.lab.lab import Lab, wired_address
 from tests.cluster.lab.supervised import MAX_CPUS
+from tests.support.waiting import wait_for
 
 PATIENCE_S = 600.0
 """For a node that starts while other tests have the processors."""
 
-OPTIONS = "--num-cpus=2 --object-store-memory=700000000 --include-log-monitor=false"
+OPTIONS = "--num-cpus={cpus} --object-store-memory={store} --include-log-monitor=false"
+
+ALIVE = """
+import ray
+ray.init(address="auto", log_to_driver=False)
+
+@ray.remote(num_cpus=0)
+def where():
+    return ray.util.get_node_ip_address()
+
+print("ALIVE " + " ".join(ray.get([where.options(resources={name: 0.1}).remote() for name in NAMES], timeout=300)))
+"""
+
+
+@dataclass(frozen=True)
+class Joined:
+    """Seconds from when machines that have booted are known to the head."""
+
+    tunnels_s: float
+    """All connections carry all they should."""
+    nodes_s: float
+    """Ray runs on each."""
+    tasks_s: float
+    """A task has run on each."""
 
 
 class RayLab:
@@ -30,9 +55,22 @@ class RayLab:
     ``network`` is "veth" or a kind of mesh.
     """
 
-    def __init__(self, lab: Lab, key: Path, public: str, workers: int, network: str = "star") -> None:
+    def __init__(
+        self,
+        lab: Lab,
+        key: Path,
+        public: str,
+        workers: int,
+        network: str = "star",
+        max_cpus: int = MAX_CPUS,
+        cpus: int = 2,
+        store: int = 700_000_000,
+    ) -> None:
+        """``cpus`` and ``store`` (bytes of the object store) are what each node offers to Ray, ``max_cpus`` decides
+        about its ports."""
         self.lab, self.key = lab, key
-        self.network = network
+        self.network, self.max_cpus = network, max_cpus
+        self._options = OPTIONS.format(cpus=cpus, store=store)
         self.nodes: list[Container] = [lab.add([public]) for _ in range(1 + workers)]
         token = secrets.token_hex(32)
         for node in self.nodes:
@@ -52,6 +90,46 @@ class RayLab:
             list(pool.map(self._start_ray, range(1, len(self.nodes))))
         return time.monotonic() - began
 
+    def start_head(self) -> None:
+        """Tunnels and Ray on the head, which knows of no other machine."""
+        self._start_supervisor(1)
+        self._start_ray(0)
+
+    def join(self) -> Joined:
+        """Let the head know of all workers, and start Ray on all of them at once."""
+        workers = len(self.nodes) - 1
+        began = time.monotonic()
+        self._tell(1 + workers)
+        with ThreadPoolExecutor(1 + workers) as pool:
+            tunnels = pool.submit(self._wait_for_tunnels)
+            list(pool.map(self._start_ray, range(1, 1 + workers)))
+            nodes_s = time.monotonic() - began
+            tunnels_s = tunnels.result() - began
+        names = [f"node{index}" for index in range(1, 1 + workers)]
+        said = self.python(ALIVE.replace("NAMES", repr(names)))
+        (line,) = [line for line in said.splitlines() if line.startswith("ALIVE ")]
+        assert line.split()[1:] == [self.address(index).alias for index in range(1, 1 + workers)]
+        return Joined(tunnels_s, nodes_s, time.monotonic() - began)
+
+    def links(self) -> list[dict]:
+        """What the supervisor says of each worker's connection."""
+        file = self.nodes[0].home / ".bruno-ray/mesh/status.json"
+        return list(json.loads(file.read_text())["nodes"].values())
+
+    def _wait_for_tunnels(self) -> float:
+        """When all of them were up; the supervisor says so once a second."""
+        workers = len(self.nodes) - 1
+        peers = 0 if self.network == "head-only" else workers - 1
+
+        def up() -> bool:
+            links = self.links()
+            return len(links) == workers and all(
+                link["state"] == "up" and len(link["peers"]) == peers for link in links
+            )
+
+        wait_for(up, "all tunnels", PATIENCE_S, detail=self.links)
+        return time.monotonic()
+
     def _start_ray(self, index: int) -> None:
         if self.network == "veth":
             wire = ["--node-ip-address=" + wired_address(index)]
@@ -62,15 +140,25 @@ class RayLab:
         self.ssh(index, f"{self.environment(index)} {start}", PATIENCE_S)
 
     def start_tunnels(self) -> None:
-        head = self.nodes[0].home
+        self._start_supervisor(len(self.nodes))
+
+    def _tell(self, number: int) -> None:
+        """Let the head know of the first so many machines."""
         rows = [
             {"id": node.name, "index": index, "endpoints": [[node.public_address, node.ssh_port]]}
-            for index, node in enumerate(self.nodes)
+            for index, node in enumerate(self.nodes[:number])
         ]
-        (head / "nodes.json").write_text(json.dumps(rows))
+        fresh = self.nodes[0].home / "nodes.new"
+        fresh.write_text(json.dumps(rows))
+        fresh.replace(self.nodes[0].home / "nodes.json")
+
+    def _start_supervisor(self, known: int) -> None:
+        head = self.nodes[0].home
+        self._tell(known)
         (head / "key").write_text(self.key.read_text())
         (head / "key").chmod(0o600)
-        self.ssh(0, f"cd {CHECKOUT}; {sys.executable} -m tests.cluster.lab.supervised start {self.network}")
+        program = f"{sys.executable} -m tests.cluster.lab.supervised start {self.network} {self.max_cpus}"
+        self.ssh(0, f"cd {CHECKOUT}; {program}")
 
     def environment(self, index: int) -> str:
         """Shell commands that a setup command would have put into ~/.bashrc."""
@@ -79,8 +167,8 @@ class RayLab:
             "PATH": f"{Path(sys.executable).parent}:/usr/sbin:/usr/bin:/sbin:/bin",
             "PYTHONPATH": str(CHECKOUT),
             INDEX_VARIABLE: str(index),
-            MAX_CPUS_VARIABLE: str(MAX_CPUS),
-            OPTIONS_VARIABLE: f"{OPTIONS} --resources={shlex.quote(json.dumps({f'node{index}': 1}))}",
+            MAX_CPUS_VARIABLE: str(self.max_cpus),
+            OPTIONS_VARIABLE: f"{self._options} --resources={shlex.quote(json.dumps({f'node{index}': 1}))}",
             "OMP_NUM_THREADS": "1",
         }
         return (
@@ -99,4 +187,4 @@ class RayLab:
         return self.ssh(0, command, timeout)
 
     def address(self, index: int) -> NodeAddress:
-        return NodeAddress(index, MAX_CPUS)
+        return NodeAddress(index, self.max_cpus)

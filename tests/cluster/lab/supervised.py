@@ -1,6 +1,8 @@
 """The supervisor as it runs on a head, with the list of machines in a file where the API would be.
 
-python -m tests.cluster.lab.supervised start|keep|run     reads ~/nodes.json; "unavailable" there is an outage
+python -m tests.cluster.lab.supervised start|keep|run MESH MAX_CPUS
+
+Reads ~/nodes.json; "unavailable" there is an outage.
 """
 
 import asyncio
@@ -28,18 +30,18 @@ def nodes() -> list[Node]:
 
 
 def main() -> None:
-    action, kind = sys.argv[1:3]
+    action, kind, max_cpus = sys.argv[1:4]
     (mode,) = (known for known in get_args(MeshKind) if known == kind)
     if action == "start":
-        supervisor.start([*PROGRAM, "keep", mode], FOLDER)
+        supervisor.start([*PROGRAM, "keep", mode, max_cpus], FOLDER)
     elif action == "keep":
-        supervisor.keep([*PROGRAM, "run", mode], FOLDER)
+        supervisor.keep([*PROGRAM, "run", mode, max_cpus], FOLDER)
     else:
         supervisor.log_to(FOLDER)
         supervisor.ASK_S = 0.3
-        mesh = Mesh(FOLDER, SshIdentity(Path("~/key").expanduser(), FOLDER / "known_hosts"), MAX_CPUS, mode)
+        mesh = Mesh(FOLDER, SshIdentity(Path("~/key").expanduser(), FOLDER / "known_hosts"), int(max_cpus), mode)
         asyncio.run(supervisor.Supervisor(FOLDER, mesh, nodes).run(int(sys.argv[-1])))
-        supervisor.spawn([*PROGRAM, "keep", mode], FOLDER)
+        supervisor.spawn([*PROGRAM, "keep", mode, max_cpus], FOLDER)
 
 
 if __name__ == "__main__":
