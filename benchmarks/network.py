@@ -74,19 +74,20 @@ def measure(network: str, key: Path) -> dict[str, list[float]]:
     return json.loads(next(line for line in output.splitlines() if line.startswith("RESULT "))[7:])
 
 
-def joining(mesh: MeshKind, key: Path) -> Joined:
-    """Workers that are all known at once to a head that is up."""
+def joining(mesh: MeshKind, key: Path, ray: bool = True) -> Joined:
+    """Workers that are all known at once to a head that is up; the tunnels alone unless `ray`."""
     with Lab(ROUND_TRIP_S) as lab:
         public = key.with_suffix(".pub").read_text()
         cluster = RayLab(lab, key, public, WORKERS, mesh, max_cpus=MAX_CPUS, cpus=1, store=STORE)
-        cluster.start_head()
-        return cluster.join()
+        cluster.start_head(ray)
+        return cluster.join(ray)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="?", choices=["cost", "join"], default="cost")
     parser.add_argument("--rounds", type=int, default=2, help="clusters per network, taken in turn")
+    parser.add_argument("--tunnels-alone", action="store_true", help="join: start no Ray, for which cores are missing")
     arguments = parser.parse_args()
     rounds = arguments.rounds
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -97,7 +98,7 @@ def main() -> None:
         key = Path(folder) / "key"
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(key)], check=True)
         if arguments.what == "join":
-            write_section("network_join", joining_table(key, rounds))
+            write_section("network_join", joining_table(key, rounds, not arguments.tunnels_alone))
         else:
             write_section("network", cost_table(key, rounds))
 
@@ -111,7 +112,7 @@ def cost_table(key: Path, rounds: int) -> str:
     return table(seen, rounds)
 
 
-def joining_table(key: Path, rounds: int) -> str:
+def joining_table(key: Path, rounds: int, ray: bool) -> str:
     rows = [
         "| mesh | forwards of a worker | tunnels up | Ray started | a task has run on each | load before |",
         "|---" * 6 + "|",
@@ -119,16 +120,19 @@ def joining_table(key: Path, rounds: int) -> str:
     for _ in range(rounds):
         for mesh in MESHES:
             load = os.getloadavg()[0]
-            joined = joining(mesh, key)
+            joined = joining(mesh, key, ray)
             logger.info("%s: %s at a load of %.1f", mesh, joined, load)
             forwards = Size(WORKERS, MAX_CPUS, mesh).of_a_worker
-            cells = [f"{seconds:.0f} s" for seconds in (joined.tunnels_s, joined.nodes_s, joined.tasks_s)]
+            times = (joined.tunnels_s, joined.nodes_s, joined.tasks_s)
+            cells = ["-" if seconds is None else f"{seconds:.0f} s" for seconds in times]
             rows.append(f"| {' | '.join([mesh, f'{forwards:,}', *cells, f'{load:.1f}'])} |")
+    with_ray = "Each runs Ray with one CPU, and all share this machine's cores: starting Ray takes most of the time."
+    without = "The tunnels alone: no Ray was started, for which this machine's cores were not to be had."
     return (
         "## Eight workers join from 60 ms away (`python -m benchmarks.network join`)\n\n"
         f"Seconds from when {WORKERS} machines that have booted are known to the head. They are behind NAT, 60 ms away,"
-        f" with the ports of machines of {MAX_CPUS} CPUs; each runs Ray with one CPU, and all share this"
-        " machine's cores, so starting Ray's processes takes most of the time. One cluster a row.\n\n" + "\n".join(rows)
+        f" with the ports of machines of {MAX_CPUS} CPUs. {with_ray if ray else without} One cluster a row.\n\n"
+        + "\n".join(rows)
     )
 
 

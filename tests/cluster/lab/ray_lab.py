@@ -43,9 +43,9 @@ class Joined:
 
     tunnels_s: float
     """All connections carry all they should."""
-    nodes_s: float
-    """Ray runs on each."""
-    tasks_s: float
+    nodes_s: float | None
+    """Ray runs on each; None where no Ray was started."""
+    tasks_s: float | None
     """A task has run on each."""
 
 
@@ -90,16 +90,19 @@ class RayLab:
             list(pool.map(self._start_ray, range(1, len(self.nodes))))
         return time.monotonic() - began
 
-    def start_head(self) -> None:
+    def start_head(self, ray: bool = True) -> None:
         """Tunnels and Ray on the head, which knows of no other machine."""
         self._start_supervisor(1)
-        self._start_ray(0)
+        if ray:
+            self._start_ray(0)
 
-    def join(self) -> Joined:
+    def join(self, ray: bool = True) -> Joined:
         """Let the head know of all workers, and start Ray on all of them at once."""
         workers = len(self.nodes) - 1
         began = time.monotonic()
         self._tell(1 + workers)
+        if not ray:
+            return Joined(self._wait_for_tunnels() - began, None, None)
         with ThreadPoolExecutor(1 + workers) as pool:
             tunnels = pool.submit(self._wait_for_tunnels)
             list(pool.map(self._start_ray, range(1, 1 + workers)))
