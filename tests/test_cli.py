@@ -99,7 +99,7 @@ def test_errors_of_the_pipeline_interrupts_and_defects(
     from bruno_ray.pipeline import run as pipeline
 
     def raising(error: BaseException) -> Any:
-        def run(settings: Settings) -> Path:
+        def run(settings: Settings, began: float) -> Path:
             raise error
 
         return run
@@ -142,7 +142,9 @@ def test_what_commands_ask_for(
         (["organism", "--recipe", "hard"], ("organism", {"recipe": "hard", "to": None})),
     ]:
         assert main.main(argv) == 0, argv
-        assert calls.pop() == expected
+        name, arguments = calls.pop()
+        assert isinstance(arguments.pop("began", 0.0), float)  # when the command was started
+        assert (name, arguments) == expected
     assert main.main(["chat", "mine:12", "--temperature", "0"]) == 0
     name, arguments = calls.pop()
     assert (name, arguments["trial"]) == ("chat", 12) and arguments["options"]["temperature"] == 0
