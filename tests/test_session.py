@@ -26,6 +26,8 @@ from bruno_ray.workers.starting import STARTS, local_options, start_local
     [
         (STARTS - 1, "The current node timed out during startup.", None, STARTS),
         (STARTS, "The current node timed out during startup.", WorkerError, STARTS),
+        (STARTS - 1, "System error: Failed to connect to GCS.", None, STARTS),
+        (STARTS, "System error: Failed to connect to GCS.", WorkerError, STARTS),
         (1, "no room for sockets", WorkerError, 1),
         (1, "the object store is larger than the memory", SettingsError, 1),
     ],

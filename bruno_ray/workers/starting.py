@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 STARTS = 3
 
 TIMED_OUT = "timed out during startup"
+NOT_REACHED = "Failed to connect to GCS"
 
 ENVIRONMENT = {
     "RAY_worker_niceness": "0",  # Ray lets workers give way to whatever else runs; a study would wait for it
@@ -49,14 +50,14 @@ def start_local(**options: Any) -> None:
         except OSError as error:
             raise WorkerError(
                 f"Ray cannot be started here ({first_line(error)}): set RAY_TMPDIR to a folder that can be written, and"
-                " see that the disk has room"
+                " make sure that the disk has room"
             ) from error
         except ValueError as error:
             raise SettingsError(
                 f"Ray cannot be started with these settings ({first_line(error)}): lower ray.object_store_memory"
             ) from error
         except Exception as error:  # Ray has no type of its own for it
-            if TIMED_OUT not in str(error):
+            if not any(slow in str(error) for slow in (TIMED_OUT, NOT_REACHED)):
                 raise
             if not left:
                 raise WorkerError(
