@@ -40,7 +40,7 @@ def test_ray_gets_more_time_on_a_busy_machine_and_for_nothing_else(
     def init(**options):
         calls.append(options)
         if len(calls) <= failures:
-            kind = {"The": Exception, "no": OSError, "the": ValueError}[message.partition(" ")[0]]
+            kind = {"The": Exception, "System": Exception, "no": OSError, "the": ValueError}[message.partition(" ")[0]]
             raise kind(message)
 
     monkeypatch.setattr(ray, "init", init)
