@@ -2,9 +2,9 @@
 
     python benchmarks/learned_fronts.py searched=RUN "learned, 8 answers=RUN" ... [--heretic FOLDER] [--prompts 40]
 
-RUN is the folder of a `bruno-ray run smollm2 --behaviour disclaimers`, made with the options that
-`real_model.py` gives (``--print-options`` prints them); FOLDER is one of heretic's in the cache that
-`real_model.py` makes, or heretic's saved model in it.
+RUN is the folder of a `bruno-ray run smollm2 --behaviour disclaimers`, made with the options that `real_model.py` gives
+(``--print-options`` prints them); if it has searched and trained, both kinds of trials are drawn. ``--model NAME=FOLDER``
+measures one more saved model. FOLDER of ``--heretic`` is one of heretic's in the cache that `real_model.py` makes.
 
 Every saved model is loaded and scored as `real_model.py` does it, so that the rows can stand beside its own. The
 picture, `docs/learned-fronts.svg`, has each run's trials by what the search knew of them: the behaviour rate and the KL
@@ -42,6 +42,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("runs", nargs="*", metavar="NAME=RUN")
     parser.add_argument("--heretic", type=Path)
+    parser.add_argument("--model", action="append", default=[], metavar="NAME=FOLDER", help="one more saved model")
     parser.add_argument("--prompts", type=int, default=40)
     parser.add_argument("--tokens", type=int, default=30)
     parser.add_argument("--report-tokens", type=int, default=256)
@@ -67,6 +68,7 @@ def main() -> None:
         name, folder = text.split("=", 1)
         found, folders[name], seconds[name] = own_study(Path(folder))
         studies |= {f"{name}, {kind}" if len(found) > 1 else name: study for kind, study in found.items()}
+    folders |= dict(text.split("=", 1) for text in arguments.model)
     if arguments.picture_only:
         PICTURE.write_text(picture(studies))
         return
