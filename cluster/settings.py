@@ -220,7 +220,7 @@ class ClusterSettings(Section):
     notify_file: UserPath | None = None
     """Where `notify` is instead; filled in by `ray up`."""
 
-    mesh: MeshKind = "star"
+    mesh: MeshKind = "head-only"
     """head-only: workers reach the head and no other worker. star: they reach each other through the head. direct: they
     also dial each other (cluster/network/mesh.py)."""
 
