@@ -3,8 +3,9 @@
     python benchmarks/learned_fronts.py searched=RUN "learned, 8 answers=RUN" ... [--heretic FOLDER] [--prompts 40]
 
 RUN is the folder of a `bruno-ray run smollm2 --behaviour disclaimers`, made with the options that `real_model.py` gives
-(``--print-options`` prints them); if it has searched and trained, both kinds of trials are drawn. ``--model NAME=FOLDER``
-measures one more saved model. FOLDER of ``--heretic`` is one of heretic's in the cache that `real_model.py` makes.
+(``--print-options`` prints them); if it has searched and trained, both kinds of trials are drawn. ``--model
+NAME=FOLDER`` measures one more saved model. FOLDER of ``--heretic`` is one of heretic's in the cache that
+`real_model.py` makes.
 
 Every saved model is loaded and scored as `real_model.py` does it, so that the rows can stand beside its own. The
 picture, `docs/learned-fronts.svg`, has each run's trials by what the search knew of them: the behaviour rate and the KL

@@ -516,6 +516,7 @@ def main() -> None:
     )
     parser.add_argument("--check", action="store_true", help="ask truth.py itself about one baked pick a model")
     parser.add_argument("--dry", action="store_true", help="leave RESULTS.md alone")
+    parser.add_argument("--note", default="", help="a paragraph after the tables")
     parser.add_argument("--only-table", action="store_true", help="write the table from what was measured before")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -542,7 +543,7 @@ def main() -> None:
             file.write_text(json.dumps(merged))
             print("\n".join((real_table if isinstance(model, SmolLM2) else organism_table)(rows)), flush=True)
     found = {file.stem: [Row(**row) for row in json.loads(file.read_text())] for file in sorted(kept.glob("*.json"))}
-    text = section(found)
+    text = "\n\n".join(filter(None, [section(found), arguments.note]))
     print(text)
     if not arguments.dry:
         write_section("methods", text)
