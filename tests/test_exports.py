@@ -291,7 +291,7 @@ def test_files_that_are_none_of_ours_are_refused_in_one_line(tmp_path: Path) -> 
     refused("is damaged", with_text(text, {"bank.b": tensors["bank.b"]}))
     refused("is damaged", with_text(text, {**tensors, "bank.a": tensors["bank.a"][:2].clone()}))
     (tmp_path / "cut").write_bytes(good.read_bytes()[:-100])
-    refused("damaged or no safetensors", tmp_path / "cut")
+    refused("damaged or not a safetensors", tmp_path / "cut")
 
 
 # ----- gguf -----
