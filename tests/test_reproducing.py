@@ -207,7 +207,7 @@ def test_a_file_from_somebody_else_runs_no_code(home: Path, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("{", "damaged or no reproduce.json"),
+        ("{", "damaged or not a reproduce.json"),
         ("[]", "is not a reproduce.json"),
         ('{"format": 9, "bruno_ray": "3.0"}', "has format 9 and this bruno-ray reads 1: use bruno-ray 3.0"),
         ('{"format": 1, "bruno_ray": "3.0"}', "damaged (versions: Field required)"),
