@@ -93,7 +93,7 @@ def test_another_tokenizer_has_rates_and_no_divergence(home: Path, pools: list[I
     found = of(compare([str(home / "runs" / "mine"), str(folder)], None, {}, tmp_path / "page.html"))["other"]
     assert "kl_divergence" not in found and {"behaviour_rate", "evasion_rate"} <= found.keys()
     page = (tmp_path / "page.html").read_text()
-    assert "there is none where a model has another tokenizer" in page
+    assert "it is missing if a model has another tokenizer" in page
 
 
 class Reader(HTMLParser):
