@@ -34,7 +34,8 @@ class Worker:
 first, second = (Worker.options(resources={f"node{index}": 0.1}).remote() for index in (1, 2))
 where = ray.get([first.where.remote(), second.where.remote()], timeout=300)
 totals = ray.get([first.total.remote(second.give.remote(2)), second.total.remote(first.give.remote(1))], timeout=120)
-called = ray.get([first.ask.remote(second), second.ask.remote(first)], timeout=120)
+# One after the other: an actor that asks does not answer meanwhile.
+called = [ray.get(one.ask.remote(other), timeout=120) for one, other in ((first, second), (second, first))]
 print("RESULT " + json.dumps({"where": where, "totals": totals, "called": called}))
 """
 
