@@ -115,7 +115,9 @@ def own_study(folder: Path) -> tuple[dict[str, Study], str, float]:
         kinds.setdefault(kind, []).append(TrialFigures(t.number, *t.counts["behaviour_rate"], *values))
     seconds = sum(t.seconds or 0.0 for t in trials)
     chosen = record.selected.number
-    return {kind: (figures, chosen) for kind, figures in kinds.items()}, str(folder / "model"), seconds
+    later = folder / f"model-{chosen}"  # where another trial was saved before
+    model = later if later.is_dir() else folder / "model"
+    return {kind: (figures, chosen) for kind, figures in kinds.items()}, str(model), seconds
 
 
 # ----- the picture -----

@@ -17,10 +17,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+from bruno_ray.pipeline.method import decide_method
 from bruno_ray.pipeline.stages import Laps, timed
 from bruno_ray.pipeline.steps import (
     choose_parts,
-    decide_method,
     describe_model,
     evaluation_context,
     find_directions,

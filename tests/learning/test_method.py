@@ -5,7 +5,7 @@ import logging
 import pytest
 
 from bruno_ray.errors import ModelError, SettingsError
-from bruno_ray.pipeline.steps import decide_method
+from bruno_ray.pipeline.method import decide_method
 from bruno_ray.prompts.sets import Prompt, PromptParts, Prompts
 from bruno_ray.settings import LearnedSettings, ModelSettings, ScoringSettings, Settings, StudySettings
 from tests.support import tiny_models
