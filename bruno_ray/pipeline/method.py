@@ -24,7 +24,8 @@ def decide_method(settings: Settings, prompts: Prompts, pool: WorkerPool) -> Set
     """
     study = settings.study
     if study.method != "auto":
-        require_trainable(settings, prompts, pool)
+        if study.method != "searched":
+            require_trainable(settings, prompts, pool)
         return settings
     n_prompts = len(prompts.target.validation) + len(prompts.baseline.validation)
     found, trials = affordable(settings, n_prompts), 0
@@ -34,7 +35,7 @@ def decide_method(settings: Settings, prompts: Prompts, pool: WorkerPool) -> Set
         elif not found.trials:
             reason = f"one training would cost as much as some {found.searched_trials:.0f} searched trials"
         else:
-            require_trainable(settings, prompts, pool, method="both")
+            require_trainable(settings, prompts, pool)
             trials, reason = found.trials, ""
     except (SettingsError, ModelError) as error:
         reason = str(error)
@@ -51,16 +52,14 @@ def decide_method(settings: Settings, prompts: Prompts, pool: WorkerPool) -> Set
     return settings.model_copy(update={"study": study, "learned": learned})
 
 
-def require_trainable(settings: Settings, prompts: Prompts, pool: WorkerPool, method: str | None = None) -> None:
-    """Nothing if the study trains no edits. Otherwise what would stop a training is said before the search.
+def require_trainable(settings: Settings, prompts: Prompts, pool: WorkerPool) -> None:
+    """What would stop a training is said before the search.
 
     Raises:
         SettingsError: a desired answer shows the behaviour, or there is only one.
         ModelError: the model's kernels give no gradient, a weight that the norm mode asks for cannot be read, or memory
             does not suffice for one text.
     """
-    if (method or settings.study.method) == "searched":
-        return
     markers = Markers(settings.scoring.markers, settings.scoring.empty_counts)
     answered = {prompt.user: prompt.answer for prompt in prompts.target.train if prompt.answer}
     for asked, answer in answered.items():

@@ -10,6 +10,7 @@ Only so many trials are trained: what takes the place of one that failed is sear
 training succeeds still gets its search.
 """
 
+import math
 from dataclasses import dataclass
 
 import optuna
@@ -63,19 +64,19 @@ class Trainings:
             case "learned":
                 return 0
             case "both":
-                return max(0, study.n_trials - self._trials)
+                return max(0, study.n_trials - most_trials(self.settings.learned))
             case _:
                 return None
 
     @property
-    def _trials(self) -> int:
-        trials = self.settings.learned.trials
-        return MOST_TRIALS if trials is None else trials
+    def end(self) -> float:
+        """Number of the first trial after the trained ones; infinite if all are trained, 0 if none is."""
+        if self.first is None:
+            return 0
+        return math.inf if self.settings.study.method == "learned" else self.first + most_trials(self.settings.learned)
 
     def is_trained(self, number: int) -> bool:
-        if self.first is None or number < self.first:
-            return False
-        return self.settings.study.method == "learned" or number < self.first + self._trials
+        return self.first is not None and self.first <= number < self.end
 
     def training(self, number: int) -> tuple[int, int]:
         """Which training a trial belongs to, counted from the first, and which of its checkpoints it is."""
@@ -99,7 +100,7 @@ class Trainings:
         checkpoints = self.settings.learned.checkpoints
         _, checkpoint = self.training(number)
         size = max(1, usual // checkpoints) * checkpoints - checkpoint
-        return size if self.settings.study.method == "learned" else min(size, self.first + self._trials - number)
+        return int(min(size, self.end - number))
 
     def space(self) -> dict[str, BaseDistribution]:
         """Distribution per parameter of a training; a choice with one option is no parameter."""
@@ -169,6 +170,11 @@ class Trainings:
         return Edit.from_dict(choice.trial.edit) if choice.trial.edit else None
 
 
+def most_trials(learned: LearnedSettings) -> int:
+    """How many trials of a study are trained at most."""
+    return MOST_TRIALS if learned.trials is None else learned.trials
+
+
 @dataclass(frozen=True)
 class Affordable:
     """How many trials a study should train, and what one training costs beside its search."""
@@ -188,8 +194,8 @@ def affordable(settings: Settings, validation_prompts: int) -> Affordable:
     """
     learned = settings.learned
     search = float(settings.study.n_trials * validation_prompts)
-    most = MOST_TRIALS if learned.trials is None else learned.trials
-    costs = [_texts(learned, polishes=learned.polish and i % 2 == 1) for i in range(most // learned.checkpoints)]
+    most = most_trials(learned) // learned.checkpoints
+    costs = [_texts(learned, polishes=learned.polish and i % 2 == 1) for i in range(most)]
     trainings, spent = 0, 0.0
     for cost in costs:
         spent += cost
