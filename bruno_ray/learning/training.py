@@ -18,8 +18,9 @@ import math
 import random
 import time
 from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -55,6 +56,7 @@ START_KL = 0.1
 
 HALVINGS = 4
 
+T = TypeVar("T")
 Row = tuple[int, str, Text, float]
 """Trainee, term, text, its share of the trainee's loss per token."""
 
@@ -155,7 +157,7 @@ class Trainer:
         total = sum(len(text.continuation) for text in texts)
         running = range(len(trainees))
         rows: list[Row] = [(k, "retain", text, 1 / total) for k in running for text in texts]
-        lengths = [len(text.prompt) + len(text.continuation) for _, _, text, _ in rows]
+        lengths = _lengths(rows)
         found = [0.0] * len(trainees)
 
         def divergences(batch: list[int]) -> dict[tuple[int, str], float]:
@@ -165,11 +167,16 @@ class Trainer:
             finally:
                 self._engine.editor.clear()
 
-        for batch in batches(lengths, self._budget):
-            for _, terms in run_with_backoff(divergences, batch, lengths, self._budget):
-                for (k, _), value in terms.items():
-                    found[k] += value
+        for terms in self._over(lengths, divergences):
+            for (k, _), value in terms.items():
+                found[k] += value
         return found
+
+    def _over(self, lengths: Sequence[int], work: Callable[[list[int]], T]) -> Iterator[T]:
+        """What ``work`` gives for each batch of rows of these lengths, as large as memory allows."""
+        for batch in batches(lengths, self._budget):
+            for _, result in run_with_backoff(work, batch, lengths, self._budget):
+                yield result
 
     # ----- one step -----
 
@@ -180,7 +187,7 @@ class Trainer:
             rows += [(k, *row) for row in trainees[k].draw()]
         parameters = [parameter for k in running for parameter in trainees[k].parameters]
         totals = [torch.zeros_like(parameter) for parameter in parameters]
-        lengths = [len(text.prompt) + len(text.continuation) for _, _, text, _ in rows]
+        lengths = _lengths(rows)
 
         def gradients(batch: list[int]) -> tuple[Sequence[Tensor | None], dict[tuple[int, str], float]]:
             layers = self._engine.loaded.architecture.layers if self._checkpoints else ()
@@ -207,13 +214,12 @@ class Trainer:
             )
             return gradients(batch)
 
-        for batch in batches(lengths, self._budget):
-            for _, (found, terms) in run_with_backoff(fitting, batch, lengths, self._budget):
-                for total, gradient in zip(totals, found):
-                    if gradient is not None:
-                        total += gradient
-                for (k, term), value in terms.items():
-                    trainees[k].note(term, value)
+        for found, terms in self._over(lengths, fitting):
+            for total, gradient in zip(totals, found):
+                if gradient is not None:
+                    total += gradient
+            for (k, term), value in terms.items():
+                trainees[k].note(term, value)
         for parameter, total in zip(parameters, totals):
             parameter.grad = total
         for k in running:
@@ -318,6 +324,11 @@ class Trainer:
                     continue
                 if math.exp(float(logprobs_N.min())) >= self._confidence:
                     trainee.sure[p] = teacher.as_desired(p, answer)
+
+
+def _lengths(rows: Sequence[Row]) -> list[int]:
+    """Tokens of each row."""
+    return [len(text.prompt) + len(text.continuation) for _, _, text, _ in rows]
 
 
 def _starts(plan: TrainingPlan) -> list[TrainingPlan]:
