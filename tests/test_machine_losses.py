@@ -39,6 +39,7 @@ def test_a_machine_that_goes_is_not_the_workers_fault(bound: Losses) -> None:
 
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
+    ray.shutdown()  # of the one that other tests of this process share
     cluster = Cluster(
         initialize_head=True,
         head_node_args={"num_cpus": 0, "object_store_memory": STORE, "include_dashboard": False},

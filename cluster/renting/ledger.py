@@ -135,9 +135,10 @@ class Ledger:
             for launch in over.union(settled) & entries.pending.keys():
                 del entries.pending[launch]
 
-    def open_contracts(self) -> set[str]:
-        """Contracts that existed when this machine last looked."""
-        return {name for name, contract in self._read().contracts.items() if contract.ended is None}
+    def open_contracts(self) -> dict[str, float]:
+        """Contracts that existed when this machine last looked, with their highest prices in dollars per hour."""
+        contracts = self._read().contracts
+        return {name: contract.price for name, contract in contracts.items() if contract.ended is None}
 
     def ended_cost(self) -> float:
         """Dollars for contracts that are gone."""

@@ -14,7 +14,7 @@ Who remembers what about a machine is a table in cluster/renting/registry.py.
 
 import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cluster.clock import Clock
@@ -82,6 +82,8 @@ class NodeList:
         self._known: dict[str, _Known] = {}
         self._inherited: set[str] = set()
         """Contracts of an earlier process of which it is not known whether they ended."""
+        self._dearest: dict[str, float] = {}
+        """The highest price of each contract so far, dollars per hour."""
         self._destructions: dict[str, _Destruction] = {}
         self._unconfirmed_launches: dict[str, float] = {}
         """Mark of the launch to the time until which the list is searched for it."""
@@ -119,10 +121,12 @@ class NodeList:
             raise VastUnavailableError(str(self._error)) from self._error
         return self._view()
 
-    def expect(self, contracts: Iterable[str]) -> None:
-        """These existed when an earlier process last looked: the list must show them, or the API not know them."""
+    def expect(self, contracts: Mapping[str, float]) -> None:
+        """These, with their prices, existed when an earlier process last looked: the list must show them, or the API
+        not know them."""
         with self._lock:
             self._inherited.update(contracts)
+            self._dearest.update(contracts)
 
     def unaccounted(self) -> list[str]:
         """Contracts of an earlier process that the list did not show and that could not be asked for one by one."""
@@ -201,11 +205,15 @@ class NodeList:
         self._clear_away(instances, begun)
 
     def _priced(self, instance: Instance) -> Instance:
-        """With the last known price where the row does not say it: what it costs counts all the same."""
-        known = self._known.get(str(instance.id))
-        if instance.dph_total or known is None:
+        """With the price that it had, where the row says none or less: a machine that its host has stopped may be
+        listed at the price of its disk, and starts again when it likes. One that we paused does not."""
+        node = node_of(instance, self._cluster)
+        if node is None or (node.is_paused and instance.dph_total):
             return instance
-        return instance.model_copy(update={"dph_total": known.node.instance.dph_total})
+        with self._lock:
+            dearest = max(instance.dph_total, self._dearest.get(node.id, 0.0))
+            self._dearest[node.id] = dearest
+        return instance.model_copy(update={"dph_total": dearest})
 
     def _missing(self, instances: dict[str, Instance]) -> dict[str, Instance]:
         """Nodes that the list lacks although they exist; those that do not are forgotten."""

@@ -567,3 +567,15 @@ def test_what_nobody_can_be_asked_about_counts_for_the_budget() -> None:
     history.the_budget_holds()
     history.the_dust_settles()
     history.folder.cleanup()
+
+
+def test_a_machine_that_its_host_has_stopped_counts_in_full() -> None:
+    """Found by a history: the API lists it at the price of its disk, and it may start again at any time."""
+    history = ClusterHistory()
+    history.begin(boot_s=5.0, listing_lag_s=0.0, destroying_lag_s=0.0, foreign=1, workers=1, stopped_is_cheap=True)
+    [head] = [instance for instance in history._ours() if ":h0" in instance.label]
+    history.world.vast.outbid(head.id)
+    history.autoscaler_dies_while_renting()
+    history.the_budget_holds()
+    history.the_dust_settles()
+    history.folder.cleanup()
