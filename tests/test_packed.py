@@ -7,9 +7,10 @@ from torch import nn
 from bruno_ray.ablation.baking import bake
 from bruno_ray.ablation.edit import Edit
 from bruno_ray.generation import packed
-from bruno_ray.generation.lean_forward import lean_forward, own_forward
+from bruno_ray.generation.lean_forward import FAMILIES, lean_forward, own_forward
 from bruno_ray.model.architectures import find_architecture
 from tests.support import tiny_models
+from tests.support.engine_helpers import answers, engine_of, loaded_from, prompt, request
 from tests.test_generation import KERNEL
 
 pytestmark = pytest.mark.skipif(
@@ -40,9 +41,11 @@ def test_modules_of_other_kinds_are_called() -> None:
     assert packed.called(quantised, True) is quantised
 
 
-def test_an_edit_that_is_baked_shows() -> None:
+@pytest.mark.parametrize("for_inference", [False, True])
+def test_an_edit_that_is_baked_shows(for_inference: bool) -> None:
     model = tiny_models.build("llama").bfloat16()
-    lean, architecture = lean_forward(model), find_architecture(model)
+    with torch.inference_mode(for_inference):  # as the server makes it
+        lean, architecture = lean_forward(model), find_architecture(model)
     assert lean is not None and packed.packs(model)
     ids = torch.arange(12).view(2, 6)
     given = ids, torch.ones_like(ids), torch.arange(6).expand_as(ids), None, 6
@@ -55,6 +58,15 @@ def test_an_edit_that_is_baked_shows() -> None:
         after = own_forward(model, *given)
         near(lean(*given), after)
     assert (before - after).abs().max() > 0.1 * after.abs().max()
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_server_s_engine_answers_in_bfloat16(family: str) -> None:
+    loaded = loaded_from(tiny_models.build(family).bfloat16())
+    assert packed.packs(loaded.model)
+    with engine_of(loaded) as engine:
+        [answer] = answers(engine, [request(prompt(7), ignore_eos=True)])
+    assert len(answer.token_ids) > 1
 
 
 def test_nothing_is_packed_in_float32_or_where_memory_is_short(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -49,7 +49,8 @@ def lean_forward(model: nn.Module) -> "LeanForward | None":
     """The lean form of ``model``, or None if it has to compute for itself. Call it when all hooks are in place."""
     if not _is_known(model):
         return None
-    lean = LeanForward(model)
+    with torch.inference_mode(False):  # in which weights would be made that do not know when they are changed
+        lean = LeanForward(model)
     with torch.inference_mode():
         difference = lean.difference_from_model()
     if not difference <= TOLERANCE[model.dtype]:
