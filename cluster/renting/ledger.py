@@ -35,6 +35,8 @@ class Contract:
     pauses: list[list[float]] = field(default_factory=list)
     """Begin and end of each time for which it was paused, at `paused_price`."""
     paused_price: float = 0.0
+    is_partial: bool = False
+    """Whether it was seen only while its host had stopped it: `price` may be that of its disk."""
 
     def cost(self, now: float) -> float:
         return self.cost_between(self.begin, now if self.ended is None else self.ended) + self.traffic
@@ -89,7 +91,7 @@ class Entries:
     def to_json(self) -> dict[str, Any]:
         content = asdict(self)
         for values in content["contracts"].values():
-            for later in ("traffic", "pauses", "paused_price"):  # code from before they were counted knows none of them
+            for later in ("traffic", "pauses", "paused_price", "is_partial"):  # older code knows none of them
                 if not values[later]:
                     del values[later]
         content["intents"] = content.pop("pending")
@@ -120,9 +122,10 @@ class Ledger:
                 instance = node.instance
                 begin = min(instance.start_date or now, now)
                 contract = entries.contracts.setdefault(
-                    contract_id, Contract(instance.dph_total, begin, traffic=node.traffic)
+                    contract_id, Contract(instance.dph_total, begin, traffic=node.traffic, is_partial=True)
                 )
                 contract.price, contract.ended = max(contract.price, instance.dph_total), None
+                contract.is_partial &= node.is_stopped_by_host
                 if node.label.pause is not None:
                     contract.note_pauses(node.label.pause.total(now), storage_price(instance), now)
             for contract_id, contract in entries.contracts.items():
@@ -136,9 +139,10 @@ class Ledger:
                 del entries.pending[launch]
 
     def open_contracts(self) -> dict[str, float]:
-        """Contracts that existed when this machine last looked, with their highest prices in dollars per hour."""
-        contracts = self._read().contracts
-        return {name: contract.price for name, contract in contracts.items() if contract.ended is None}
+        """Contracts that existed when this machine last looked, with their highest prices in dollars per hour; 0 where
+        the whole price was never seen."""
+        contracts = {name: contract for name, contract in self._read().contracts.items() if contract.ended is None}
+        return {name: 0.0 if contract.is_partial else contract.price for name, contract in contracts.items()}
 
     def ended_cost(self) -> float:
         """Dollars for contracts that are gone."""

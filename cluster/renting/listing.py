@@ -83,7 +83,7 @@ class NodeList:
         self._inherited: set[str] = set()
         """Contracts of an earlier process of which it is not known whether they ended."""
         self._dearest: dict[str, float] = {}
-        """The highest price of each contract so far, dollars per hour."""
+        """The highest price of each contract that was seen when it was not stopped, dollars per hour."""
         self._destructions: dict[str, _Destruction] = {}
         self._unconfirmed_launches: dict[str, float] = {}
         """Mark of the launch to the time until which the list is searched for it."""
@@ -122,22 +122,32 @@ class NodeList:
         return self._view()
 
     def expect(self, contracts: Mapping[str, float]) -> None:
-        """These, with their prices, existed when an earlier process last looked: the list must show them, or the API
-        not know them."""
+        """These existed when an earlier process last looked: the list must show them, or the API not know them.
+
+        With their prices in dollars per hour, 0 where the whole price was never seen.
+        """
         with self._lock:
             self._inherited.update(contracts)
-            self._dearest.update(contracts)
+            self._dearest.update({name: price for name, price in contracts.items() if price})
 
     def unaccounted(self) -> list[str]:
         """Contracts of an earlier process that the list did not show and that could not be asked for one by one."""
         with self._lock:
             return sorted(self._inherited)
 
+    def unpriced(self) -> list[str]:
+        """Nodes that may start again at a price that is not known: they were stopped whenever they were seen."""
+        with self._lock:
+            return [
+                node.id for node in self._view().values() if node.is_stopped_by_host and node.id not in self._dearest
+            ]
+
     def created(self, node: ClusterNode) -> None:
         """A creation was answered."""
         self._instances.outdate()
         with self._lock:
             self._known.setdefault(node.id, _Known(node, self._clock.time() + LISTING_LAG_S))
+            self._dearest.setdefault(node.id, node.instance.dph_total)
             self.version += 1
 
     def relabelled(self) -> None:
@@ -212,7 +222,8 @@ class NodeList:
             return instance
         with self._lock:
             dearest = max(instance.dph_total, self._dearest.get(node.id, 0.0))
-            self._dearest[node.id] = dearest
+            if not node.is_stopped_by_host:
+                self._dearest[node.id] = dearest
         return instance.model_copy(update={"dph_total": dearest})
 
     def _missing(self, instances: dict[str, Instance]) -> dict[str, Instance]:

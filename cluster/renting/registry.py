@@ -285,6 +285,11 @@ class NodeRegistry:
                 f"an earlier process rented {', '.join(unaccounted)}, which the API does not list (yet) and could not"
                 " be asked for: what the machines cost together is not known; try again"
             )
+        if unpriced := self._nodes.unpriced():
+            raise NodeError(
+                f"instance {', '.join(unpriced)} was stopped by its host before this head first saw it, and may start"
+                " again at a price that is not listed: what the machines cost together is not known; try again"
+            )
         if self._settings.role == "head" and not has_head:
             raise NodeError(
                 "the API does not list this head itself (yet), so its list is not to be relied on; try again"

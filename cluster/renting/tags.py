@@ -165,6 +165,11 @@ class ClusterNode:
         return self.label.pause is not None and self.label.pause.paused
 
     @property
+    def is_stopped_by_host(self) -> bool:
+        """Stopped, and not on purpose: it may start again at any time, and be billed in full."""
+        return self.instance.state is State.STOPPED and not self.is_paused
+
+    @property
     def tags(self) -> dict[str, str]:
         """Ray's tags as the API knows them."""
         tags = {**self.label.tags, **self.creation_tags, TAG_RAY_NODE_STATUS: self.label.status}

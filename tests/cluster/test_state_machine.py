@@ -579,3 +579,19 @@ def test_a_machine_that_its_host_has_stopped_counts_in_full() -> None:
     history.the_budget_holds()
     history.the_dust_settles()
     history.folder.cleanup()
+
+
+def test_nothing_is_rented_beside_a_machine_that_was_stopped_before_its_head_first_saw_it() -> None:
+    """Found by a history: a new head remembers nothing, and finds an outbid worker at the price of its disk."""
+    history = ClusterHistory()
+    history.begin(boot_s=5.0, listing_lag_s=0.0, destroying_lag_s=0.0, foreign=1, workers=3, stopped_is_cheap=True)
+    history.world.vast.host_deletes(next(each.id for each in history._ours() if ":h0" in each.label))
+    history._head_process_lives_with_its_machine()
+    history._wait(20, step=5.0)
+    history.world.vast.outbid(next(each.id for each in history._ours() if ":w" in each.label))
+    history.ray_up()
+    assert history.head is not None
+    history.autoscaler_dies_while_renting()
+    history.the_budget_holds()
+    history.the_dust_settles()
+    history.folder.cleanup()
