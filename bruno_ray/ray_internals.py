@@ -8,6 +8,10 @@ import re
 import signal
 from typing import Any
 
+AUTOSCALER = "ray.autoscaler.v2.monitor"
+"""The module that `ray start --head` runs as the autoscaler's process, given --gcs-address, --autoscaling-config and
+--logs-dir. A public command that runs the autoscaler of a cluster elsewhere would replace this."""
+
 
 def drop_worker_output(pattern: str) -> None:
     """Drop what Ray prints to this driver's stdout wherever a line matches ``pattern``.

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +31,7 @@ from ray.autoscaler.tags import (
 
 from cluster.clock import Clock, SystemClock
 from cluster.errors import BudgetError, ClusterError, NodeError, NoOfferError
+from cluster.keeper import end_for_good
 from cluster.network.addresses import NodeAddress
 from cluster.network.keys import ensure_key_pair, public_key
 from cluster.network.mesh import Node
@@ -72,6 +74,8 @@ CREDIT_S = 60.0
 """How long one answer about the account's credit stands."""
 
 LAUNCH_LOCK_S = 180.0
+LAUNCHER_FOLDER, LAUNCHER_CONFIG = "launcher", "config.yaml"
+"""In the cluster's folder, where workers are launched from this machine (cluster/launcher.py)."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +116,7 @@ class VastNodeProvider(NodeProvider):
         self.notices = Notices(self.folder, cluster_name, self.settings, self._clock)
         self._registry = NodeRegistry(
             *(self._client, self._nodes, self._ledger, self.settings, self._clock),
-            *(stop_jobs or stop_all_jobs, self.notices),
+            *(stop_jobs or partial(stop_all_jobs, self.settings, self.folder), self.notices),
         )
         self._pausing = Pausing(self._client, self._nodes, self._clock)
         self._drought = Drought(self._clock, self.notices)
@@ -135,6 +139,8 @@ class VastNodeProvider(NodeProvider):
     def nodes_for_teardown(self, tag_filters: dict[str, str]) -> list[str]:
         """As above, but never from memory: what `ray down` does not see goes on costing money."""
         self._tearing_down = True
+        if self.settings.role == "laptop":
+            end_for_good(self.folder / LAUNCHER_FOLDER)  # or it would rent others
         nodes = self._registry.current(force=True)
         return [name for name in nodes if _matches(self._registry.tags_of(nodes[name]), tag_filters)]
 
@@ -255,7 +261,7 @@ class VastNodeProvider(NodeProvider):
         if node is None:
             logger.info("node %s is already gone, or not of this cluster", node_id)
             return None
-        if node.is_head and self.settings.role == "laptop" and not self._tearing_down:
+        if node.is_head and self.settings.role != "head" and not self._tearing_down:
             raise NodeError(
                 f"head {node_id} was rented by another computer or with another node_config; it is not replaced,"
                 " because the runs on it would be lost: undo the change in cluster.yaml, or take the cluster down first"
@@ -344,7 +350,7 @@ class VastNodeProvider(NodeProvider):
         docker_config: dict[str, Any] | None = None,
     ) -> CommandRunnerInterface:
         """On a laptop with the key in this home's folder: Ray caches `auth` under the text of cluster.yaml alone."""
-        if self.settings.role == "laptop":
+        if self.settings.role != "head":
             key = ensure_key_pair(self.folder, self.cluster_name)
             auth_config = {**auth_config, "ssh_private_key": str(key)}
         return VastCommandRunner(
@@ -427,9 +433,12 @@ class VastNodeProvider(NodeProvider):
         return self.settings.public_key or public_key(ensure_key_pair(self.folder, self.cluster_name))
 
 
-def stop_all_jobs() -> None:
-    """On the head: in a process of its own, because Ray waits for each job."""
+def stop_all_jobs(settings: ClusterSettings, folder: Path) -> None:
+    """On the head, perhaps from a launcher elsewhere: in a process of its own, because Ray waits for each job."""
     command = [sys.executable, "-m", "cluster.jobs.at_head", "stop-jobs"]
+    if settings.role == "launcher":
+        config = folder / LAUNCHER_FOLDER / LAUNCHER_CONFIG
+        command = [sys.executable, "-m", "cluster.launcher", "stop-jobs", "--config", str(config)]
     subprocess.Popen(command, stdin=subprocess.DEVNULL, start_new_session=True)
 
 

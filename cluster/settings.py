@@ -36,6 +36,9 @@ RAY_KEYS = frozenset(
 MeshKind = Literal["head-only", "star", "direct"]
 """Whom a worker reaches beside the head: nobody, the other workers through the head, or those that it dials itself."""
 
+LauncherPlace = Literal["head", "laptop"]
+"""Where workers are rented, watched and given back, and so where an API key has to be."""
+
 CUDA_OF_IMAGE = re.compile(r"cuda-?(\d+\.\d+)")
 
 CLUSTER_NAME = re.compile(r"[a-z0-9]([a-z0-9-]{0,22}[a-z0-9])?")
@@ -220,6 +223,11 @@ class ClusterSettings(Section):
     notify_file: UserPath | None = None
     """Where `notify` is instead; filled in by `ray up`."""
 
+    launcher: LauncherPlace = "head"
+    """head: the autoscaler runs on the head, with a restricted key, and the cluster lives while this computer is off.
+    laptop: it runs on the machine where `bruno-ray cluster up` was called, and the head has no key; without that
+    machine workers end themselves after `dead_mans_switch_s` (cluster/launcher.py)."""
+
     mesh: MeshKind = "head-only"
     """head-only: workers reach the head and no other worker. star: they reach each other through the head. direct: they
     also dial each other (cluster/network/mesh.py)."""
@@ -249,8 +257,8 @@ class ClusterSettings(Section):
     """What the internet may reach on a machine. One that publishes more, as images that EXPOSE ports do, is destroyed:
     some of Ray's services listen on all interfaces."""
 
-    role: Literal["laptop", "head"] = "laptop"
-    """Who reads this; `ray up` sets it to head in the copy for the head, which then looks after the workers."""
+    role: Literal["laptop", "head", "launcher"] = "laptop"
+    """Who reads this: `ray up` sets it to head in the copy for the head, `up` to launcher in that for the launcher."""
 
     public_key: str = ""
     """The cluster's ssh public key; filled in by `ray up`."""
@@ -266,6 +274,11 @@ class ClusterSettings(Section):
     def _url_of_the_environment(cls, values: Any) -> Any:
         url = os.environ.get("VAST_URL")
         return {**values, "vast_url": url} if url else values
+
+    @property
+    def looks_after_workers(self) -> bool:
+        """Whether this is the process that destroys workers which are no use, and keeps to the limits."""
+        return self.role != "laptop"
 
     def folder(self, cluster_name: str) -> Path:
         """The folder of one cluster, made on demand by whoever writes to it."""

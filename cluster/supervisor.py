@@ -12,27 +12,30 @@ keeper dies the supervisor starts another.
 import argparse
 import asyncio
 import dataclasses
-import fcntl
 import json
 import logging
-import logging.handlers
 import os
-import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
+from typing import TYPE_CHECKING
 
 import yaml
 
 from bruno_ray.files import write_json
 from cluster.clock import SystemClock
 from cluster.errors import ClusterError, NodeError
+from cluster.keeper import end, end_tunnels, keep, log_to, read_status, spawn, start
 from cluster.network.mesh import Mesh, Node
-from cluster.network.ssh_master import Endpoint, SshIdentity
+from cluster.network.ssh_master import SshIdentity
+from cluster.network.told import Told, node_of
+from cluster.notices.notices import Notices
 from cluster.notices.runs import RUNS, RunWatch
+from cluster.settings import ClusterSettings
+
+if TYPE_CHECKING:
+    from cluster.renting.ledger import Ledger
 
 logger = logging.getLogger(__name__)
 
@@ -43,8 +46,6 @@ BOOTSTRAP_CONFIG = Path("~/ray_bootstrap_config.yaml").expanduser()
 ASK_S = 3.0
 """Between two questions; the API itself is asked by one process of the machine (cluster/renting/polling.py)."""
 STATUS_S = 1.0
-RESTART_S = 1.0
-START_TIMEOUT_S = 60.0
 ABSENCES = 2
 """Successive answers that must lack a machine before its tunnel is closed."""
 
@@ -138,9 +139,7 @@ class Supervisor:
             rows = json.loads((self.folder / "nodes.json").read_text())
         except FileNotFoundError:
             return
-        for row in rows:
-            endpoints = tuple(Endpoint(**endpoint) for endpoint in row["endpoints"])
-            self._nodes[row["id"]] = Node(row["id"], row["index"], endpoints)
+        self._nodes.update({row["id"]: node_of(row) for row in rows})
         await self.mesh.update(self._nodes.values())
 
     def _write_status(self) -> None:
@@ -157,104 +156,38 @@ class Supervisor:
 
 
 def configured(config_file: Path) -> Supervisor:
-    """The supervisor that asks the API as the provider does, from the configuration that `ray up` left on the head."""
-    from cluster.node_provider import VastNodeProvider
+    """The supervisor by the configuration that `ray up` left on the head: it asks the API as the provider does, or is
+    told by a launcher elsewhere."""
     from cluster.renting.ledger import Ledger
     from cluster.renting.run_cost import CostWriter
 
     config = yaml.safe_load(config_file.read_text())
-    provider = VastNodeProvider(config["provider"], config["cluster_name"])
-    key = Path(config["auth"]["ssh_private_key"]).expanduser()
-    identity = SshIdentity(key, FOLDER / "known_hosts")
-    mesh = Mesh(FOLDER, identity, provider.settings.max_cpus, provider.settings.mesh)
-    costs = CostWriter(RUNS, Ledger(provider.folder, SystemClock()), SystemClock())
-    looks = (costs.look, RunWatch(RUNS, provider.notices).look)
-    return Supervisor(FOLDER, mesh, provider.nodes_for_mesh, looks)
+    settings, name = ClusterSettings.from_provider(config["provider"]), config["cluster_name"]
+    ledger = Ledger(settings.folder(name), SystemClock())
+    costs: list[Callable[[], None]] = [CostWriter(RUNS, ledger, SystemClock()).look]
+    if settings.launcher == "laptop":
+        if settings.role == "head":
+            settings.api_key_file.unlink(missing_ok=True)  # of a time when workers were launched from here
+        told = Told(FOLDER)
+        source, is_looked_after = told.nodes, told.is_fresh
+        notices = Notices(settings.folder(name), name, settings, SystemClock())
+        costs.insert(0, lambda: take_costs(told, ledger))
+    else:
+        from cluster.node_provider import VastNodeProvider
+
+        provider = VastNodeProvider(config["provider"], name)
+        source, notices, is_looked_after = provider.nodes_for_mesh, provider.notices, lambda: True
+    identity = SshIdentity(Path(config["auth"]["ssh_private_key"]).expanduser(), FOLDER / "known_hosts")
+    mesh = Mesh(FOLDER, identity, settings.max_cpus, settings.mesh, is_looked_after)
+    return Supervisor(FOLDER, mesh, source, [*costs, RunWatch(RUNS, notices).look])
 
 
-def keep(command: Sequence[str], folder: Path) -> None:
-    """Be the keeper: run ``command`` and run it again whenever it ends; one keeper per folder."""
-    lock = hold(folder)
-    if lock is None:
-        logger.info("another keeper is at work")
-        return
-    with lock:
-        while True:
-            started = time.monotonic()
-            child = subprocess.Popen([*command, "--parent", str(os.getpid())], stdin=subprocess.DEVNULL)
-            (folder / "supervisor.pid").write_text(str(child.pid))
-            status = child.wait()
-            logger.warning("the supervisor ended with %d after %.0f s", status, time.monotonic() - started)
-            time.sleep(RESTART_S)
-
-
-def hold(folder: Path) -> IO[str] | None:
-    """The lock of the keeper with our process id in it, or None when a living keeper holds it."""
-    lock = open(folder / "keeper.lock", "a+")  # noqa: SIM115 - held for the life of the process
+def take_costs(told: Told, ledger: "Ledger") -> None:
+    """The account that the launcher keeps becomes this machine's, for what runs have cost."""
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        lock.close()
-        return None
-    lock.truncate(0)
-    lock.write(str(os.getpid()))
-    lock.flush()
-    return lock
-
-
-def start(keeper: Sequence[str], folder: Path) -> None:
-    """Have a keeper in the background that runs the code of today; wait until its supervisor has reported.
-
-    Raises `NodeError` with the end of the log when it does not.
-    """
-    end(folder)
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    begun = time.time()
-    process = spawn(keeper, folder)
-    while time.time() < begun + START_TIMEOUT_S and process.poll() is None:
-        if read_status(folder).get("written", 0.0) > begun:
-            return
-        time.sleep(0.2)
-    log = (folder / "keeper.log").read_text(errors="replace")[-1500:]
-    raise NodeError(f"the supervisor did not report; look into {folder}/supervisor.log; the keeper said: {log}")
-
-
-def spawn(keeper: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
-    """Start a keeper that outlives us; what it and its supervisors write to standard error is kept."""
-    with open(folder / "keeper.log", "wb") as log:
-        return subprocess.Popen(keeper, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-
-
-def end(folder: Path) -> None:
-    """End keeper and supervisor; the tunnels stay."""
-    for name in ("keeper.lock", "supervisor.pid"):  # the keeper first, or it would start another supervisor
-        try:
-            pid = int((folder / name).read_text())
-            command = Path(f"/proc/{pid}/cmdline").read_bytes()
-            if b"supervisor" in command:
-                os.kill(pid, signal.SIGKILL)
-        except (OSError, ValueError):
-            continue
-
-
-def read_status(folder: Path) -> dict:
-    """What the supervisor last wrote; empty before it wrote anything."""
-    try:
-        return json.loads((folder / "status.json").read_text())
-    except FileNotFoundError:
-        return {}
-
-
-def end_tunnels(folder: Path) -> None:
-    for socket in folder.glob("*.sock"):
-        subprocess.run(["ssh", "-S", str(socket), "-O", "exit", socket.stem], capture_output=True, timeout=20)
-
-
-def log_to(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    handler = logging.handlers.RotatingFileHandler(folder / "supervisor.log", maxBytes=2_000_000, backupCount=2)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", handlers=[handler])
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+        ledger.replace(told.costs())
+    except NodeError as error:
+        logger.debug("no account of the launcher: %s", error)
 
 
 def main() -> None:

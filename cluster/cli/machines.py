@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from bruno_ray import terminal
+from cluster import launcher
 from cluster.cli.asking import agree
 from cluster.cli.planning import asked_study, plan
 from cluster.errors import ClusterError, ClusterSettingsError, FetchError, NodeError, RefusedError
@@ -106,6 +107,8 @@ def up(arguments: argparse.Namespace) -> int:
         out.print(line, highlight=False)
     is_stopped = any(head.instance.state is State.STOPPED for head in heads)
     restart = [] if arguments.restart or not heads or is_stopped else ["--no-restart"]
+    place = "this machine; the head gets no API key" if session.settings.launcher == "laptop" else "the head"
+    out.print(f"launcher: {place}", highlight=False)
     agree("Go on?", arguments.yes)
     if is_stopped:
         out.print(f"starting head {heads[0].id} again ...")
@@ -115,6 +118,9 @@ def up(arguments: argparse.Namespace) -> int:
         out.print(f"ray up ended with {code}", style="red")
         show_billed(Session.open(arguments.cluster_config).nodes(), out)
         return code
+    if session.settings.launcher == "laptop":
+        launcher.start_here(session.config, session.config_file, session.settings, session.folder)
+        out.print("workers are launched from this machine: keep it on, without it they end themselves")
     out.print(f"cluster {session.name} is up; `bruno-ray cluster submit -- bruno-ray run MODEL` starts a job")
     return 0
 
@@ -173,7 +179,9 @@ def status_view(session: Session) -> RenderableType:
             gpus.get(node.id, "-"),
         )
     notes += ending_notes(nodes)
-    lines = [*losses, Text(cost_line(session, cost)), credit_text(session, cost)]
+    said, in_order = launcher.standing(session.settings, session.folder)
+    lines = [*losses, Text(said, style="" if in_order else "bold red")]
+    lines += [Text(cost_line(session, cost)), credit_text(session, cost)]
     stand = session.provider.limit()
     if stand.phase is not Phase.OPEN:
         said = f"{stand.reason}: workers are destroyed, the head goes on costing until `bruno-ray cluster down`"
@@ -277,6 +285,7 @@ def _take_down(arguments: argparse.Namespace, stop_jobs: bool) -> int:
         out.print(f"cluster {session.name}: no machines, nothing is billed")
         return 0
     show_billed(nodes, out)
+    out.print(launcher.standing(session.settings, session.folder)[0], highlight=False)
     keep_what_is_worth_it(session, arguments, stop_jobs, out)
     per_hour = sum(node.instance.dph_total for node in nodes)
     agree(f"Destroy these {len(nodes)} machines ({per_hour:.3f} $/h) with all that is on them?", arguments.yes)

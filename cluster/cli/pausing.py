@@ -14,6 +14,8 @@ from cluster.cli.machines import unfetched
 from cluster.errors import NodeError
 from cluster.jobs import submitting
 from cluster.jobs.session import Session
+from cluster.keeper import end_for_good
+from cluster.node_provider import LAUNCHER_FOLDER
 from cluster.renting.pausing import cost_per_day
 from cluster.renting.tags import ClusterNode
 from cluster.vast.errors import VastError
@@ -40,6 +42,7 @@ def pause(arguments: argparse.Namespace) -> int:
     agree("Go on?", arguments.yes)
     for job in working:
         submitting.stop(session, job)
+    end_for_good(session.folder / LAUNCHER_FOLDER)
     shell.run(END_RAY, timeout_s=END_RAY_S)
     try:
         left = session.provider.pause()

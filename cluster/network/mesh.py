@@ -27,7 +27,7 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address
 from pathlib import Path
@@ -107,7 +107,14 @@ class Link:
     """Keeps the connection from this machine to one node, with its forwards, until it is cancelled."""
 
     def __init__(
-        self, node: Node, here: NodeAddress, folder: Path, identity: SshIdentity, max_cpus: int, kind: MeshKind
+        self,
+        node: Node,
+        here: NodeAddress,
+        folder: Path,
+        identity: SshIdentity,
+        max_cpus: int,
+        kind: MeshKind,
+        is_looked_after: Callable[[], bool],
     ) -> None:
         self.node = node
         self.status = LinkStatus()
@@ -122,6 +129,7 @@ class Link:
         self._dialer = PeerDialer(self._master, self._there, folder) if kind == "direct" else None
         self._dial_at = 0.0
         self._beat_at = 0.0
+        self._is_looked_after = is_looked_after
 
     async def keep(self) -> None:
         """Connect, watch, connect again, for ever. Cancelling leaves the connection as it is; see `close`."""
@@ -235,7 +243,7 @@ class Link:
             self.status.last_up = time.time()
             if self._dialer is not None and time.monotonic() >= self._dial_at:
                 await self._dial(self._dialer)
-            if time.monotonic() >= self._beat_at:
+            if time.monotonic() >= self._beat_at and self._is_looked_after():
                 await self._beat()
             peers = self._peers_through_head()
             if peers != set(self.status.peers):
@@ -266,7 +274,16 @@ class Link:
 class Mesh:
     """Keeps one `Link` per worker. Call `update` whenever it is known which nodes exist."""
 
-    def __init__(self, folder: Path, identity: SshIdentity, max_cpus: int, kind: MeshKind) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        identity: SshIdentity,
+        max_cpus: int,
+        kind: MeshKind,
+        is_looked_after: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Workers are shown that their head is there while the cluster `is_looked_after`, else they end themselves."""
+        self._is_looked_after = is_looked_after
         self.links: dict[str, Link] = {}
         self._kind: MeshKind = kind
         self._tasks: dict[str, asyncio.Task[None]] = {}
@@ -284,8 +301,8 @@ class Mesh:
             await make_peer_key(self._folder)
         for name, node in workers.items():
             if name not in self.links:
-                here = NodeAddress(0, self._max_cpus)
-                self.links[name] = Link(node, here, self._folder, self._identity, self._max_cpus, self._kind)
+                here, place = NodeAddress(0, self._max_cpus), (self._folder, self._identity, self._max_cpus)
+                self.links[name] = Link(node, here, *place, self._kind, self._is_looked_after)
                 self._tasks[name] = asyncio.create_task(self.links[name].keep(), name=f"link-{name}")
             elif self.links[name].node.endpoints != node.endpoints:
                 self.links[name].renew(node)

@@ -200,6 +200,16 @@ class Ledger:
             entries.contracts.clear()
             entries.pending.clear()
 
+    def content(self) -> dict[str, Any]:
+        """All of it, for `replace` on another machine."""
+        return self._read().to_json()
+
+    def replace(self, content: dict[str, Any]) -> None:
+        """Raises KeyError or TypeError for what is no ledger."""
+        entries = Entries.from_json(content)
+        with self._lock:
+            write_json(self._file, entries.to_json(), durable=False)
+
     @contextmanager
     def _changed(self) -> Iterator[Entries]:
         with self._lock:

@@ -144,7 +144,7 @@ class NodeRegistry:
         self._yield_to_older_head(nodes)
         for name in unwritten:
             self._write_label(nodes[name])
-        if self._settings.role == "head":
+        if self._settings.looks_after_workers:
             self._keep_limit(nodes)
             self._look_at_money(nodes)
             self._destroy_unfit_workers(nodes)
@@ -287,13 +287,11 @@ class NodeRegistry:
             )
         if unpriced := self._nodes.unpriced():
             raise NodeError(
-                f"instance {', '.join(unpriced)} was stopped by its host before this head first saw it, and may start"
-                " again at a price that is not listed: what the machines cost together is not known; try again"
+                f"instance {', '.join(unpriced)} was stopped by its host before it was first seen here, and may"
+                " start again at a price that is not listed: what the machines cost together is not known; try again"
             )
-        if self._settings.role == "head" and not has_head:
-            raise NodeError(
-                "the API does not list this head itself (yet), so its list is not to be relied on; try again"
-            )
+        if self._settings.looks_after_workers and not has_head:
+            raise NodeError("the API does not list the head (yet), so its list is not to be relied on; try again")
 
     def _check_image(self) -> None:
         if fault := self._health.image_fault(self._clock.time()):

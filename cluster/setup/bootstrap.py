@@ -71,7 +71,8 @@ def bootstrapped(config: dict[str, Any]) -> dict[str, Any]:
     auth.update(ssh_private_key=str(key))
     auth.setdefault("ssh_user", "root")
     key_mount = config["provider"].get("api_key_file", ClusterSettings.model_fields["api_key_file"].default)
-    add_mounts(config, settings.folder(name), str(key_mount), settings.head_api_key_file)
+    head_key = None if settings.launcher == "laptop" else settings.head_api_key_file
+    add_mounts(config, settings.folder(name), str(key_mount), head_key)
     add_notify(config, settings.folder(name), settings.notify)
     return config
 

@@ -24,21 +24,24 @@ HEAD_FILES = "head_files"
 """Key of the provider section that names the mounts which are for the head only."""
 
 
-def add_mounts(config: dict[str, Any], folder: Path, key_mount: str, key_file: Path) -> None:
+def add_mounts(config: dict[str, Any], folder: Path, key_mount: str, key_file: Path | None) -> None:
     """Add token, versions and the head's API key to ``config["file_mounts"]``.
 
     ``folder`` is the cluster's folder on the laptop, ``key_mount`` where the head looks for the key and ``key_file``
-    the restricted key on the laptop. Raises `ClusterSettingsError` when there is no such key.
+    the restricted key on the laptop, None for a head without. Raises `ClusterSettingsError` when there is no such key.
     """
-    if not key_file.is_file():
+    if key_file is not None and not key_file.is_file():
         raise ClusterSettingsError(
             f"the head's API key {key_file} does not exist; docs/cluster.md says how to make a restricted one"
         )
     versions = folder / "laptop_versions.json"
     write_json(versions, installed_versions())
     mounts = config.setdefault("file_mounts", {})
-    mounts.update({TOKEN_MOUNT: str(ensure_token(folder)), VERSIONS_MOUNT: str(versions), key_mount: str(key_file)})
-    config["provider"][HEAD_FILES] = [key_mount]
+    mounts.update({TOKEN_MOUNT: str(ensure_token(folder)), VERSIONS_MOUNT: str(versions)})
+    config["provider"][HEAD_FILES] = []
+    if key_file is not None:
+        mounts[key_mount] = str(key_file)
+        config["provider"][HEAD_FILES].append(key_mount)
 
 
 def add_notify(config: dict[str, Any], folder: Path, settings: NotifySettings) -> None:

@@ -16,6 +16,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import yaml
 
 from cluster.errors import ClusterSettingsError, NodeError
 from cluster.network.addresses import CLIENT_PORT, DASHBOARD_PORT, GCS_PORT, NodeAddress
@@ -29,6 +32,7 @@ RAYS_PATIENCE_S = 30.0
 """How long `ray start` waits for the processes that it has started. What fails sooner fails for another reason."""
 
 OPTIONS_VARIABLE = "BRUNO_RAY_START_OPTIONS"
+CONFIG_OPTION = "--autoscaling-config="
 
 TUNNEL_TIMEOUT_S = 180.0
 """How long a worker waits for the supervisor to bring it the head's ports; then its start fails and the autoscaler
@@ -90,6 +94,17 @@ def command_line(here: NodeAddress, more: Sequence[str] = ()) -> list[str]:
     ]
 
 
+def without_autoscaler(more: Sequence[str]) -> list[str]:
+    """The head's options; where its configuration says that a launcher elsewhere launches workers, none of Ray's own
+    autoscaler, which would need a key."""
+    for option in more:
+        if option.startswith(CONFIG_OPTION):
+            config = yaml.safe_load(Path(option.removeprefix(CONFIG_OPTION)).expanduser().read_text())
+            if config["provider"].get("launcher") == "laptop":
+                return [*(other for other in more if other != option), "--no-monitor"]
+    return list(more)
+
+
 def wait_for_head(here: NodeAddress, timeout_s: float = TUNNEL_TIMEOUT_S) -> None:
     """Return when the head's ports listen on this worker. Raises `NodeError` when the supervisor does not come."""
     head = NodeAddress(0, here.max_cpus)
@@ -120,6 +135,8 @@ def main() -> int:
             )
         if here.index:
             wait_for_head(here)
+        else:
+            more = without_autoscaler(more)
     except (ClusterSettingsError, NodeError) as error:
         logger.error("%s", error)
         return 2

@@ -11,7 +11,9 @@ from typing import Any
 
 import yaml
 
+from cluster.keeper import end_for_good
 from cluster.network.keys import KEY_NAME
+from cluster.node_provider import LAUNCHER_FOLDER
 from tests.cluster.fake_vast.api import API_KEY, HEAD_KEY, FakeApi
 from tests.cluster.fake_vast.server import FakeServer
 from tests.cluster.fake_vast.state import FakeInstance, FakeVast
@@ -87,6 +89,7 @@ class RayCluster:
         return self
 
     def __exit__(self, *exception: object) -> None:
+        end_for_good(self.folder / LAUNCHER_FOLDER)
         self.server.close()
         self.vast.close()
 
