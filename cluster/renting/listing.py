@@ -197,7 +197,7 @@ class NodeList:
     def _refresh(self, *, force: bool = False) -> None:
         try:
             listed, begun = self._instances.get(LIST_DEADLINE_S, force=force)
-            instances = {str(instance.id): self._priced(instance) for instance in listed}
+            instances = {str(instance.id): instance for instance in listed}
         except VastError as error:
             with self._lock:
                 self._asked, self._error = self._clock.time(), error
@@ -205,7 +205,8 @@ class NodeList:
             return
         missing = self._missing(instances)
         with self._lock:
-            ours = {name: node_of(instance, self._cluster) for name, instance in (instances | missing).items()}
+            rows = {name: self._priced(instance) for name, instance in (instances | missing).items()}
+            ours = {name: node_of(instance, self._cluster) for name, instance in rows.items()}
             unshown = {name: known for name, known in self._known.items() if not known.is_shown and name not in ours}
             self._known = unshown | {name: _Known(node) for name, node in ours.items() if node is not None}
             self._asked = self._answered = self._clock.time()

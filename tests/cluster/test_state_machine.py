@@ -595,3 +595,17 @@ def test_nothing_is_rented_beside_a_machine_that_was_stopped_before_its_head_fir
     history.the_budget_holds()
     history.the_dust_settles()
     history.folder.cleanup()
+
+
+def test_a_stopped_machine_that_is_asked_for_by_itself_counts_in_full() -> None:
+    """Found by a history: the list lags, and what an earlier process rented is asked for one by one."""
+    history = ClusterHistory()
+    history.begin(boot_s=5.0, listing_lag_s=40.0, destroying_lag_s=0.0, foreign=1, workers=None, stopped_is_cheap=True)
+    history.ray_up()
+    history._wait(60, step=20.0)
+    history.autoscaler_dies_while_renting()
+    history.world.vast.outbid(next(each.id for each in history._ours() if ":w" in each.label))
+    history.autoscaler_dies_while_renting()
+    history.the_budget_holds()
+    history.the_dust_settles()
+    history.folder.cleanup()
