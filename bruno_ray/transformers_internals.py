@@ -118,12 +118,14 @@ def mend_ragged_fp8() -> None:
 
     def dequantize_one(self: Any, quantized: "Tensor", scales: "Tensor", *arguments: Any, **keywords: Any) -> "Tensor":
         block = getattr(self.hf_quantizer.quantization_config, "weight_block_size", None)
-        if block and quantized.dtype == torch.float8_e4m3fn and scales.ndim >= 2:
+        # transformers 5.20, the last for Python 3.10, has made float32 of them by now; packed FP4 is int8.
+        if block and quantized.is_floating_point() and scales.ndim >= 2:
             rows, columns = quantized.shape[-2:]
             grid = (-(-rows // block[0]), -(-columns // block[1]))
             if tuple(scales.shape[-2:]) == grid and (rows % block[0] or columns % block[1]):
                 missing = (0, grid[1] * block[1] - columns, 0, grid[0] * block[0] - rows)
-                whole = torch.nn.functional.pad(quantized.view(torch.uint8), missing).view(quantized.dtype)
+                plain = quantized.view(torch.uint8) if quantized.element_size() == 1 else quantized
+                whole = torch.nn.functional.pad(plain, missing).view(quantized.dtype)
                 return original(self, whole, scales, *arguments, **keywords)[..., :rows, :columns].contiguous()
         return original(self, quantized, scales, *arguments, **keywords)
 

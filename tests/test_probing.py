@@ -1,6 +1,7 @@
 """Probing: what a model's own computation says about where it writes, held against the table, and its refusals."""
 
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,8 @@ from tests.support import all_families, tiny_models
 
 THIRD_WRITE = "gemma4_text"
 """Its table row leaves a gated write alone, on purpose."""
+
+NEW = pytest.mark.skipif(sys.version_info < (3, 11), reason="of a later transformers than Python 3.10 has")
 
 
 @pytest.mark.parametrize("family", [name for name in tiny_models.FAMILIES if name != THIRD_WRITE])
@@ -103,7 +106,7 @@ def test_what_was_probed_is_accepted_once(unknown: Path) -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("norm_mode", ["none", "pre", "full"])
-@pytest.mark.parametrize("family", ["opt", "bloom", "nemotron_h", "lfm3", "llama4_text"])
+@pytest.mark.parametrize("family", ["opt", "bloom", "nemotron_h", pytest.param("lfm3", marks=NEW), "llama4_text"])
 def test_live_is_baked_where_probing_found_the_writers(family: str, norm_mode: str) -> None:
     model = all_families.tiny_model(family)
     architecture = find_architecture(model) if family in FAMILIES else probe(model)[0]
@@ -123,6 +126,7 @@ def test_live_is_baked_where_probing_found_the_writers(family: str, norm_mode: s
     assert (live[0] - baked[0]).abs().max() < 1e-4 < 1e-2 < (live[0] - before[0]).abs().max()
 
 
+@NEW
 def test_every_model_type_of_the_table_is_one_of_transformers() -> None:
     from transformers import CONFIG_MAPPING
 

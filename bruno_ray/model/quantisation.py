@@ -92,6 +92,13 @@ def make_plain(model: PreTrainedModel, settings: ModelSettings, stored: str) -> 
     return model
 
 
+def widen(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Bring up to ``dtype`` what was unpacked to less: transformers 5.20 makes bfloat16 of MXFP4, whatever is asked."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point() and 2 <= parameter.element_size() < dtype.itemsize:
+            parameter.data = parameter.data.to(dtype)
+
+
 def _stored(config: PreTrainedConfig) -> dict[str, Any] | None:
     """The config's own `quantization_config`; of multimodal models it may lie with the language model."""
     for holder in (config, config.get_text_config()):

@@ -18,7 +18,14 @@ from bruno_ray.errors import ModelError
 from bruno_ray.model.batching import input_device, is_out_of_memory
 from bruno_ray.model.classes import auto_class
 from bruno_ray.model.loading_errors import explained, named
-from bruno_ray.model.quantisation import loading_arguments, make_plain, stored_format, tame_bitsandbytes
+from bruno_ray.model.quantisation import (
+    DEQUANTISED_BY_LOADING,
+    loading_arguments,
+    make_plain,
+    stored_format,
+    tame_bitsandbytes,
+    widen,
+)
 from bruno_ray.prompts.rendering import render
 from bruno_ray.prompts.sets import Prompt
 from bruno_ray.settings import ModelSettings
@@ -70,7 +77,10 @@ def load_weights(
             )
             require_complete(found, settings)
             model.eval().requires_grad_(False)
-            if full_precision and (stored := stored_format(config)):
+            stored = stored_format(config)
+            if stored in DEQUANTISED_BY_LOADING:
+                widen(model, dtype)
+            if full_precision and stored:
                 model = make_plain(model, settings, stored)
             tame_bitsandbytes(model)
             if not full_precision:

@@ -22,13 +22,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedConfig
-from transformers.cache_utils import DummyLayer, DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer
 
 from bruno_ray.errors import ModelError
 from bruno_ray.generation.decoding import BufferedLayer
 
 RESERVE = 16  # free columns that every row must have before it is let in
 MIN_SLACK, SLACK_SHARE = 64, 4  # a new buffer has at least so many free columns, and 1 / SLACK_SHARE of its width
+
+KNOWN = {"DynamicLayer", "DynamicSlidingWindowLayer", "LinearAttentionLayer", "DummyLayer"}
+"""Kinds of layers of a cache, by name: transformers 5.20 has not the last, of layers that keep nothing."""
 
 
 @dataclass
@@ -218,9 +221,7 @@ def _grows(layer: object) -> bool:
 
 
 def _known(layers: list, config: PreTrainedConfig) -> list:
-    strange = {type(layer).__name__ for layer in layers} - {
-        kind.__name__ for kind in (DynamicLayer, DynamicSlidingWindowLayer, LinearAttentionLayer, DummyLayer)
-    }
+    strange = {type(layer).__name__ for layer in layers} - KNOWN
     if strange or not any(map(_grows, layers)):
         what = ", ".join(sorted(strange)) or "no attention layer"
         raise ModelError(
