@@ -3,6 +3,7 @@
 import argparse
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -142,7 +143,14 @@ def deploy(application, route_prefix: str, stopped: threading.Event) -> None:
         if status.status == ApplicationStatus.RUNNING:
             return
         reasons = [d.message for d in status.deployments.values() if d.message] or [status.message]
-        raise SettingsError(f"the server could not be started: {' '.join(reasons[0].split())[-500:]}")
+        raise SettingsError(f"the server could not be started: {reason_of(reasons[0])}")
+
+
+def reason_of(message: str) -> str:
+    """What a replica died of, on one line: Ray gives its whole traceback, which ends with that."""
+    lines = message.strip().splitlines()
+    errors = [i for i, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception): ", line)]
+    return " ".join(" ".join(lines[errors[-1] if errors else 0 :]).split())[-500:]
 
 
 def url_of(host: str, port: int, route_prefix: str) -> str:

@@ -27,6 +27,8 @@ START_SECONDS = 900.0
 
 STOP_SECONDS = 60.0
 
+FAILED = "the server could not be started: "
+
 
 @dataclass(frozen=True)
 class Server:
@@ -110,7 +112,8 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     while time.monotonic() < until:
         if process.poll() is not None:
             said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            raise ServerError(f"the server could not be started: {first_line(said[-1]) if said else 'it said nothing'}")
+            last = said[-1].removeprefix("error: ").removeprefix(FAILED) if said else "it said nothing"
+            raise ServerError(FAILED + first_line(last))
         try:
             if httpx.get(f"{url}/ready", trust_env=False, timeout=10).status_code == 200:
                 return

@@ -56,6 +56,6 @@ def _table(settings: Settings, proposals: list[Proposal], n_target: int, n_basel
     table.add_column(f"of {n_baseline} baseline answers", justify="right")
     table.add_column("covered by a present marker")
     for proposal in proposals:
-        covered = "yes" if proposal.covered else f"no, {proposal.not_marked} answers are not"
+        covered = "yes" if proposal.covered else f"no, in {proposal.not_marked} without a marker"
         table.add_row(escape(proposal.phrase), str(proposal.in_target), str(proposal.in_baseline), covered)
     return table

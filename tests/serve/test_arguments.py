@@ -7,6 +7,7 @@ import pytest
 
 from bruno_ray.errors import SettingsError
 from serve.arguments import add_arguments, serve_args
+from serve.command import reason_of
 from serve.settings import ServeArgs
 
 
@@ -44,3 +45,15 @@ def test_a_config_file_that_is_not_ours_gets_in_the_way_of_names_only() -> None:
 def test_a_store_that_ray_would_refuse_is_refused_at_once() -> None:
     with pytest.raises(SettingsError, match="--object-store-memory"):
         made("./demo", "--object-store-memory", "1000")
+
+
+def test_of_what_a_replica_died_of_only_the_end_is_said() -> None:
+    traceback = """The deployment failed to start 3 times in a row. Error:
+ray::ServeReplica:bruno-ray:Engine-0.initialize_and_get_metadata() (pid=7, ip=127.0.0.1)
+  File "packed.py", line 83, in _pack
+    self._version = self._weight._version
+                    ^^^^^^^^^^^^^^^^^^^^^
+RuntimeError: Inference tensors do not
+ track version counter."""
+    assert reason_of(traceback) == "RuntimeError: Inference tensors do not track version counter."
+    assert reason_of("no room\nfor it") == "no room for it"
