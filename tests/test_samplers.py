@@ -56,8 +56,6 @@ def test_startup_points_are_those_of_tpe_and_what_follows_is_not(memory_folder: 
 
 @pytest.mark.parametrize("cut", [14, 25])
 def test_a_new_process_goes_on_with_cma_es_where_the_old_one_was(cut: int):
-    pytest.importorskip("cmaes")
-
     def run(study: optuna.Study, until: int) -> None:
         study.sampler = make_sampler("cmaes", 12, seed=0, space=space())
         while len(study.trials) < until:
@@ -75,8 +73,6 @@ def test_a_new_process_goes_on_with_cma_es_where_the_old_one_was(cut: int):
 @pytest.mark.parametrize(("sampler", "objectives"), [("gp", 2), ("nsga2", 2), ("cmaes", 1)])
 def test_it_learns(sampler: str, objectives: int):
     """Of a bowl around attention.max_weight 1.2 and position 2, later proposals are nearer to the bottom."""
-    if sampler == "cmaes":
-        pytest.importorskip("cmaes")
     study = optuna.create_study(
         directions=["minimize"] * objectives, sampler=make_sampler(sampler, 12, seed=0, space=space())
     )

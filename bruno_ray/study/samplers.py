@@ -104,5 +104,5 @@ def make_sampler(
     if kind == "tpe":
         return NumberedTPESampler(n_startup_trials, seed, space, trainings, starts)
     if kind == "cmaes" and find_spec("cmaes") is None:  # Optuna imports it at the first trial, in mid-study
-        raise SettingsError("study.sampler cmaes needs a package: pip install cmaes, or choose another")
+        raise SettingsError("study.sampler cmaes needs a package: pip install 'bruno-ray[cmaes]', or choose another")
     return FreshSampler(kind, n_startup_trials, seed, space, trainings, starts)
