@@ -51,6 +51,11 @@ ENVIRONMENT = {
     "RAY_health_check_period_ms": str(HEALTH_CHECK_PERIOD_MS),
     "RAY_health_check_failure_threshold": str(HEALTH_CHECK_FAILURES),
     "RAY_gcs_rpc_server_reconnect_timeout_s": str(GCS_RECONNECT_S),
+    # An object that two nodes have is fetched from either, by chance. In `mesh: head-only` one of them may be a worker,
+    # which cannot be reached, and the next try comes after 10, 20, 40 ... s. So what calls and actors are given travels
+    # with them up to 8 MB, not 100 KB, and the waits begin with 2 s.
+    "RAY_max_direct_call_object_size": str(8 * 1024**2),
+    "RAY_object_manager_pull_timeout_ms": "2000",
     "RAY_USAGE_STATS_ENABLED": "0",
     # A job that is cancelled gives back what it holds before it is killed: a server its replicas, with their GPUs.
     "RAY_JOB_STOP_WAIT_TIME_S": "30",
