@@ -1,9 +1,12 @@
 """How Ray is started on a node, what is copied there, and that cluster.yaml is what Ray and the provider accept."""
 
 import json
+import os
 import re
 import socket
 import stat
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,6 +28,7 @@ from cluster.setup.mounts import (
     without_head_files,
 )
 from cluster.setup.ray_start import (
+    ENVIRONMENT,
     GCS_RECONNECT_S,
     HEALTH_CHECK_FAILURES,
     HEALTH_CHECK_PERIOD_MS,
@@ -162,3 +166,32 @@ def test_ray_is_started_again_where_it_ran_out_of_time(
     assert log.read_text().split() == ["start", "stop"] * (attempts - 1) + ["start"]
     program.write_text("#!/bin/sh\nexit 0\n")
     assert ray_start.start([str(program), "start"]) == 0
+
+
+STORED = """
+import numpy, ray
+from ray._private.internal_api import memory_summary
+
+ray.init("local", num_cpus=1, object_store_memory=200 * 1024**2, include_dashboard=False, log_to_driver=False)
+
+@ray.remote(num_cpus=0)
+class Holder:
+    def __init__(self, given): self.given = given
+    def size(self): return self.given.nbytes
+
+holder = Holder.remote(numpy.zeros(2_000_000, dtype=numpy.uint8))
+assert ray.get(holder.size.remote()) == 2_000_000
+print(memory_summary(ray.get_runtime_context().gcs_address, stats_only=True))
+"""
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+@pytest.mark.xdist_group("ray")
+@pytest.mark.parametrize(("of_ours", "objects"), [(False, 1), (True, 0)])
+def test_what_an_actor_is_given_is_no_object_of_its_own(of_ours: bool, objects: int) -> None:
+    """Of an object, the worker that an actor was offered to first may keep a copy, which others cannot fetch."""
+    names = ("RAY_max_direct_call_object_size", "RAY_object_manager_pull_timeout_ms")
+    environment = {**os.environ, **({name: ENVIRONMENT[name] for name in names} if of_ours else {})}
+    said = subprocess.run([sys.executable, "-c", STORED], env=environment, capture_output=True, text=True, check=True)
+    assert f", {objects} objects," in said.stdout
