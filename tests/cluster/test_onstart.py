@@ -1,5 +1,6 @@
 """What a machine does when it has booted: its own end, with a real shell and the imitation's server."""
 
+import contextlib
 import os
 import shutil
 import signal
@@ -75,7 +76,8 @@ def machine(tmp_path: Path) -> Iterator[Booted]:
         booted.home.mkdir()
         yield booted
         for pid in booted.switches():
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_sessions_run_commands_and_the_cluster_is_let_in(machine: Booted) -> None:
