@@ -26,7 +26,7 @@ import yaml
 from bruno_ray.files import write_json
 from cluster.clock import SystemClock
 from cluster.errors import ClusterError, NodeError
-from cluster.keeper import end, end_tunnels, keep, log_to, read_status, spawn, start
+from cluster.keeper import STATUS, end, end_tunnels, keep, log_to, read_status, spawn, start
 from cluster.network.mesh import Mesh, Node
 from cluster.network.ssh_master import SshIdentity
 from cluster.network.told import Told, node_of
@@ -152,7 +152,7 @@ class Supervisor:
                 for name, link in sorted(self.mesh.links.items())
             },
         }
-        write_json(self.folder / "status.json", status, durable=False)  # a slow disk must not hold up the links
+        write_json(self.folder / STATUS, status, durable=False)  # a slow disk must not hold up the links
 
 
 def configured(config_file: Path) -> Supervisor:

@@ -17,6 +17,7 @@ gone end themselves, and when the cluster is taken down nothing is left at all.
 import contextlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -557,55 +558,52 @@ def live_through(runs: int, derandomize: bool) -> None:
     assert ClusterHistory.begun - begun >= runs
 
 
+@contextlib.contextmanager
+def found_history(listing_lag_s: float, workers: int | None, cheap: bool = True) -> Iterator[ClusterHistory]:
+    """A history that was found: it begins so, and the budget holds after what is done in it."""
+    history = ClusterHistory()
+    try:
+        history.begin(5.0, listing_lag_s, 0.0, foreign=1, workers=workers, stopped_is_cheap=cheap)
+        yield history
+        history.the_budget_holds()
+        history.the_dust_settles()
+    finally:
+        history.folder.cleanup()
+
+
 def test_what_nobody_can_be_asked_about_counts_for_the_budget() -> None:
     """Found by a history: two successors in a row, while the list lags and single instances cannot be asked for."""
-    history = ClusterHistory()
-    history.begin(boot_s=5.0, listing_lag_s=100.0, destroying_lag_s=0.0, foreign=1, workers=3)
-    history.autoscaler_dies_while_renting()
-    history.the_api_goes_and_comes(Fault.TOO_FREQUENT, ONE_INSTANCE)
-    history.autoscaler_dies_while_renting()
-    history.the_budget_holds()
-    history.the_dust_settles()
-    history.folder.cleanup()
+    with found_history(100.0, workers=3, cheap=False) as history:
+        history.autoscaler_dies_while_renting()
+        history.the_api_goes_and_comes(Fault.TOO_FREQUENT, ONE_INSTANCE)
+        history.autoscaler_dies_while_renting()
 
 
 def test_a_machine_that_its_host_has_stopped_counts_in_full() -> None:
     """Found by a history: the API lists it at the price of its disk, and it may start again at any time."""
-    history = ClusterHistory()
-    history.begin(boot_s=5.0, listing_lag_s=0.0, destroying_lag_s=0.0, foreign=1, workers=1, stopped_is_cheap=True)
-    [head] = [instance for instance in history._ours() if ":h0" in instance.label]
-    history.world.vast.outbid(head.id)
-    history.autoscaler_dies_while_renting()
-    history.the_budget_holds()
-    history.the_dust_settles()
-    history.folder.cleanup()
+    with found_history(0.0, workers=1) as history:
+        [head] = [instance for instance in history._ours() if ":h0" in instance.label]
+        history.world.vast.outbid(head.id)
+        history.autoscaler_dies_while_renting()
 
 
 def test_nothing_is_rented_beside_a_machine_that_was_stopped_before_its_head_first_saw_it() -> None:
     """Found by a history: a new head remembers nothing, and finds an outbid worker at the price of its disk."""
-    history = ClusterHistory()
-    history.begin(boot_s=5.0, listing_lag_s=0.0, destroying_lag_s=0.0, foreign=1, workers=3, stopped_is_cheap=True)
-    history.world.vast.host_deletes(next(each.id for each in history._ours() if ":h0" in each.label))
-    history._head_process_lives_with_its_machine()
-    history._wait(20, step=5.0)
-    history.world.vast.outbid(next(each.id for each in history._ours() if ":w" in each.label))
-    history.ray_up()
-    assert history.head is not None
-    history.autoscaler_dies_while_renting()
-    history.the_budget_holds()
-    history.the_dust_settles()
-    history.folder.cleanup()
+    with found_history(0.0, workers=3) as history:
+        history.world.vast.host_deletes(next(each.id for each in history._ours() if ":h0" in each.label))
+        history._head_process_lives_with_its_machine()
+        history._wait(20, step=5.0)
+        history.world.vast.outbid(next(each.id for each in history._ours() if ":w" in each.label))
+        history.ray_up()
+        assert history.head is not None
+        history.autoscaler_dies_while_renting()
 
 
 def test_a_stopped_machine_that_is_asked_for_by_itself_counts_in_full() -> None:
     """Found by a history: the list lags, and what an earlier process rented is asked for one by one."""
-    history = ClusterHistory()
-    history.begin(boot_s=5.0, listing_lag_s=40.0, destroying_lag_s=0.0, foreign=1, workers=None, stopped_is_cheap=True)
-    history.ray_up()
-    history._wait(60, step=20.0)
-    history.autoscaler_dies_while_renting()
-    history.world.vast.outbid(next(each.id for each in history._ours() if ":w" in each.label))
-    history.autoscaler_dies_while_renting()
-    history.the_budget_holds()
-    history.the_dust_settles()
-    history.folder.cleanup()
+    with found_history(40.0, workers=None) as history:
+        history.ray_up()
+        history._wait(60, step=20.0)
+        history.autoscaler_dies_while_renting()
+        history.world.vast.outbid(next(each.id for each in history._ours() if ":w" in each.label))
+        history.autoscaler_dies_while_renting()
