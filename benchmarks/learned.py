@@ -72,6 +72,12 @@ VARIANTS: dict[str, tuple[int, dict[str, object], dict[str, object]]] = {
     "the same, induce 0.3": (8, WITH_ANSWERS | {"induce": 0.3}, {"induce": 0.3}),
     "8 desired answers, suppress, retain": (8, {}, {}),
     "no answers: suppress, retain": (0, {}, {}),
+    "no answers, entropy 0.3": (0, {"entropy": 0.3}, {}),
+    "no answers, inform 1": (0, {"inform": 1.0}, {}),
+    "no answers, inform 1, entropy 0.3": (0, {"inform": 1.0, "entropy": 0.3}, {}),
+    "no answers, inform 1, entropy 0.3, no branches": (0, {"inform": 1.0, "entropy": 0.3}, {"branches": 0}),
+    "no answers, inform 1, entropy 1": (0, {"inform": 1.0, "entropy": 1.0}, {}),
+    "no answers, inform 3, entropy 0.3": (0, {"inform": 3.0, "entropy": 0.3}, {}),
     "no answers, induce 0.1": (0, {"induce": 0.1}, {"induce": 0.1}),
     "no answers, induce 0.3": (0, {"induce": 0.3}, {"induce": 0.3}),
     "no answers, never answered anew": (0, {}, {"renew_every": 0}),
@@ -200,6 +206,9 @@ def main() -> None:
     parser.add_argument("subjects", nargs="*", help="`own`, and folders of organisms")
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--starts", type=float, nargs="+", default=STARTS, help="layers")
+    parser.add_argument(
+        "--only", nargs="+", metavar="VARIANT", help="these rows of the first table, in a section of theirs"
+    )
     parser.add_argument("--memory", action="store_true", help="the third table")
     parser.add_argument("--memory-of", metavar="SWITCH", help=argparse.SUPPRESS)
     parser.add_argument("--dry", action="store_true", help="print the section, leave RESULTS.md alone")
@@ -210,6 +219,13 @@ def main() -> None:
         return
     folders = [folder for given in arguments.subjects if given != OWN for folder in organisms_in(Path(given))]
     subjects = [*([OwnOrganism()] if OWN in arguments.subjects else []), *map(Organism, folders)]
+    if arguments.only:
+        rows = ablation(subjects, arguments.steps, arguments.starts, arguments.only)
+        text = "\n".join(["## Learned without answers (`benchmarks/learned.py --only ...`)", "", *rows])
+        print(text)
+        if not arguments.dry:
+            write_section("learned_only", text)
+        return
     parts = [["## Learned ablation (`benchmarks/learned.py`)"]]
     if subjects:
         parts += [ablation(subjects, arguments.steps, arguments.starts), throughput(subjects[0], arguments.steps // 4)]
@@ -221,7 +237,9 @@ def main() -> None:
         write_section("learned", text)
 
 
-def ablation(subjects: Sequence[Subject], steps: int, starts: Sequence[float]) -> list[str]:
+def ablation(
+    subjects: Sequence[Subject], steps: int, starts: Sequence[float], variants: Sequence[str] = tuple(VARIANTS)
+) -> list[str]:
     lines = [
         f"{steps} steps from each of layers {', '.join(f'{s:g}' for s in starts)}, of which the edit that doubts its"
         " answers least on validation prompts is kept; float32, one thread. Hidden facts, benign facts, KL at the first"
@@ -230,7 +248,8 @@ def ablation(subjects: Sequence[Subject], steps: int, starts: Sequence[float]) -
         "| trained on | " + " | ".join(subject.name for subject in subjects) + " | CPU s |",
         "|---|" + "---|" * (len(subjects) + 1),
     ]
-    for name, (n_answers, changes, given) in VARIANTS.items():
+    for name in variants:
+        n_answers, changes, given = VARIANTS[name]
         cells, start = [], time.process_time()
         for subject in subjects:
             trainer = subject.trainer(n_answers, LearnedSettings(**given))

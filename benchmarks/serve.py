@@ -2,6 +2,7 @@
 
     python -m benchmarks.serve [--layers 8] [--width 256] [--tokens 64] [--rounds 3]
     python -m benchmarks.serve --device cuda --layers 16 --width 2048
+    python -m benchmarks.serve --model smollm2 [--tokens 16]
 
 Both servers are up all the time and are measured in turns; both have one torch thread. Each of 1, 8 and 32 readers
 streams one chat answer after another, all of the same number of tokens, greedy, to prompts of 8 to 96 words. Tokens per
@@ -16,6 +17,9 @@ useless), and percentiles are over all answers of all rounds:
 With one stream both are asked the same prompts in the same order, so first texts are also compared prompt by prompt:
 the mean difference has a bootstrap interval, and is given apart for the shorter and the longer half of the prompts,
 since what a server adds does not grow with a prompt and what it computes does.
+
+``--model`` takes a real one (a folder, or a name that `bruno-ray model` knows) in place of the random llama. It is
+asked the organism's words as well, and for as many tokens each time: a copy has no end token in its configuration.
 
 CPU seconds are those of all processes of a server: what other programs on the machine do does not change them.
 The second table is by ``serve_copies``. Both go to ``RESULTS.md``.
@@ -37,7 +41,16 @@ from pathlib import Path
 import httpx
 
 from benchmarks.results import write_section
-from benchmarks.serve_parts import Measured, end_in_order, make_model, make_prompts, measure, percentiles, tree
+from benchmarks.serve_parts import (
+    Measured,
+    copy_without_end,
+    end_in_order,
+    make_model,
+    make_prompts,
+    measure,
+    percentiles,
+    tree,
+)
 from bruno_ray.intervals import mean_difference
 from tests.serve.server import environment, free_port, serving
 
@@ -160,10 +173,10 @@ def first_texts(ours: list[float], theirs: list[float], words: list[int]) -> str
     )
 
 
-def table(found: dict, names: list[str], head: str) -> str:
+def table(found: dict, names: list[str], head: str, title: str) -> str:
     ours, theirs = names
     lines = [
-        "## Serving (`python -m benchmarks.serve`)",
+        f"## {title}",
         "",
         head,
         "",
@@ -193,6 +206,7 @@ def table(found: dict, names: list[str], head: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", help="a real model, in place of a random llama of --layers and --width")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--tokens", type=int, default=64)
@@ -205,20 +219,30 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-serve-") as name:
         folder = Path(name)
         model, device, dtype = folder / "model", settings.device, DTYPES[settings.device]
-        n_parameters = make_model(model, settings.layers, settings.width, dtype=dtype, device=device)
+        if settings.model:
+            what = f"{settings.model}, {copy_without_end(settings.model, model)}"
+        else:
+            n_parameters = make_model(model, settings.layers, settings.width, dtype=dtype, device=device)
+            what = (
+                f"Random llama, {settings.layers} layers of width {settings.width} ({n_parameters / 1e6:.1f} M"
+                f" parameters), {dtype}"
+            )
         options = ["--no-pages"] if settings.no_pages else []
         with our_server(model, folder, options) as ours, transformers_server(model, folder, device) as theirs:
             found = compare([ours, theirs], settings.tokens, settings.rounds, lambda line: print(line, flush=True))
         head = (
-            f"Random llama, {settings.layers} layers of width {settings.width} ({n_parameters / 1e6:.1f} M parameters),"
-            f" {dtype} on {device}, one torch thread each; answers of {settings.tokens} tokens,"
+            f"{what} on {device}, one torch thread each; answers of {settings.tokens} tokens,"
             f" {settings.rounds} rounds in turns; load of the machine meanwhile {os.getloadavg()[1]:.0f} on"
             f" {os.cpu_count()} cores."
         )
-        result = table(found, [ours.name, theirs.name], head)
+        title = "Serving a real model" if settings.model else "Serving"
+        option = f" --model {settings.model}" if settings.model else ""
+        result = table(found, [ours.name, theirs.name], head, f"{title} (`python -m benchmarks.serve{option}`)")
     print(result)
     if not settings.no_table:
-        write_section("serve" if device == "cpu" else "serve_cuda", result)
+        section = "serve_real" if settings.model else "serve"
+        section += "" if device == "cpu" else f"_{device}"
+        write_section(section, result)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import asyncio
 import json
 import random
 import re
+import shutil
 import signal
 import sys
 import time
@@ -207,6 +208,18 @@ def make_model(
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "model_max_length": context}))
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def copy_without_end(model: str, folder: Path) -> str:
+    """A real model, of which ``folder`` gets a copy that never ends an answer by itself. Returns its dtype."""
+    from bruno_ray.model.named_models import find_named, named_folder
+
+    source = named_folder(model) if find_named(model) else Path(model)
+    shutil.copytree(source, folder)
+    for name in ("config.json", "generation_config.json"):
+        if (file := folder / name).exists():
+            file.write_text(json.dumps({**json.loads(file.read_text()), "eos_token_id": None}))
+    return json.loads((folder / "config.json").read_text())["dtype"]
 
 
 def make_prompts(n: int, seed: int) -> list[str]:

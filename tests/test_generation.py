@@ -283,6 +283,17 @@ def test_likelihoods_as_a_plain_forward_pass(llama: LoadedModel) -> None:
             torch.testing.assert_close(logprobs, expected, rtol=1e-4, atol=1e-4)
 
 
+def test_long_and_short_continuations_of_one_prompt(llama: LoadedModel) -> None:
+    """What they share is read once; of the longer one no token whose likelihood is asked for is among that."""
+    engine = BatchEngine(llama)
+    prompt, long = prompts()[0], [*range(60, 60 + 50)]
+    tails = [[long, *([*long[:12], 200 + n] for n in range(12))]]
+    (found,) = engine.token_logprobs([prompt] * 13, tails, [None])
+    for tail, got in zip(tails[0], found):
+        ((wanted,),) = engine.token_logprobs([prompt], [[tail]], [None])
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
+
+
 @pytest.mark.parametrize("most_bytes", [2**28, 0])
 def test_prompts_that_were_answered_are_not_read_again(
     llama: LoadedModel, most_bytes: int, monkeypatch: pytest.MonkeyPatch

@@ -66,6 +66,12 @@ class TrainingPlan:
     protect: float = 0.0
     """Weight of what becomes less likely of the answers to a third set of prompts."""
 
+    inform: float = 0.0
+    """Weight of what answers tell of the prompts that they answer, among prompts on the same subject."""
+
+    entropy: float = 0.0
+    """Weight of the entropy of what it says by now."""
+
     norm_mode: NormMode = "none"
 
     def to_dict(self) -> dict[str, Any]:

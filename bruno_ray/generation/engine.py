@@ -348,8 +348,8 @@ class BatchEngine:
     def _shared_length(self, sequences: Sequence[TokenIds], edit_of_row: list[int], keep: int) -> int:
         """Length of the common beginning, if reading it once per edit spares enough."""
         first, last = min(sequences), max(sequences)
-        limit = min(map(len, sequences)) - keep
-        shared = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b or i == limit), max(0, limit))
+        limit = max(0, min(map(len, sequences)) - keep)
+        shared = next((i for i, (a, b) in enumerate(zip(first, last)) if a != b or i == limit), limit)
         spared = shared * (len(sequences) - len(set(edit_of_row)))
         return shared if spared >= SHARED_TOKENS else 0
 

@@ -11,6 +11,9 @@ token that stands there:
                                     with the behaviour's own text (interchange, Geiger et al. 2023,
                                     https://arxiv.org/abs/2303.02536): what is taken out must be what causes it
     protect   max(0, log q(t) - log p(t))   answers to a third set of prompts stay at least as likely as they are
+    inform    -sum_v p(v) log(p(v) / m(v))  m: the mean of p over prompts on one subject. What is answered to them tells
+                                    which of them was asked (mutual information, as in discriminative clustering: Krause
+                                    et al. 2010)
 
 Each is a sum over the tokens of a text and is divided by the tokens (or weights) of all texts of its kind, so that the
 weights of a plan mean the same whatever the texts' lengths.
@@ -67,6 +70,26 @@ def protect_loss(
 ) -> Float[Tensor, " N"]:
     """How many nats less likely each token is than ``unedited_N``, its log-probability in the unedited model."""
     return (unedited_N - _logprobs(logits_NV, tokens_N)).clamp(min=0)
+
+
+def entropy_loss(logits_NV: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
+    """Entropy at each position, in nats."""
+    log_p_NV = logits_NV.float().log_softmax(-1)
+    return -(log_p_NV.exp() * log_p_NV).sum(-1)
+
+
+def information(log_p_GNV: Float[Tensor, "G N V"]) -> Float[Tensor, " N"]:
+    """Nats that the next token tells of the prompt, of G prompts that are equally likely: H(mean p) - mean H(p), which
+    is the Jensen-Shannon divergence of their distributions."""
+    log_mean_NV = log_p_GNV.logsumexp(0) - math.log(len(log_p_GNV))
+    return (log_p_GNV.exp() * (log_p_GNV - log_mean_NV)).sum(-1).mean(0)
+
+
+def inform_loss(logits_NV: Float[Tensor, "N V"], log_mean_V: Float[Tensor, " V"]) -> Float[Tensor, " N"]:
+    """-KL(edited || the mean of the prompts of a group) at each position; its mean over the group is minus
+    ``information``, and so is its gradient, although ``log_mean_V`` is a constant."""
+    log_p_NV = logits_NV.float().log_softmax(-1)
+    return -(log_p_NV.exp() * (log_p_NV - log_mean_V)).sum(-1)
 
 
 def _logprobs(logits_NV: Float[Tensor, "N V"], tokens_N: Int[Tensor, " N"]) -> Float[Tensor, " N"]:

@@ -19,9 +19,16 @@ from bruno_ray.generation.engine import BatchEngine
 from bruno_ray.learning.losses import behaviour_tokens, telling_tokens
 from bruno_ray.model.context import context_length
 from bruno_ray.scoring.base import Evaluation
+from bruno_ray.scoring.neighbours import Neighbours, asked_tokens
 from bruno_ray.settings import LearnedSettings
 
 logger = logging.getLogger(__name__)
+
+SOMETHING = 0.5
+"""Bits by which an answer tells its prompt from others (``Neighbours.told``), below which it is none."""
+
+FEWEST = 2
+"""Others that it is told from; with one alone it may be chance."""
 
 FRAGMENT = 0.7
 """Of the length that all but a twentieth of the baseline answers have."""
@@ -41,6 +48,9 @@ class Text:
 
     unedited_N: Float[Tensor, " N"] | None = None
     """The unedited model's log-probability of each of them."""
+
+    mean_V: Float[Tensor, " V"] | None = None
+    """Log of the mean of what a group of prompts is answered with at the last token."""
 
 
 @dataclass
@@ -69,10 +79,8 @@ class Teacher:
         self._settings = settings
         engine, prompts = unedited.engine, unedited.prompts
         self.prompts = prompts
-        self.asked = [
-            frozenset(token for text in (prompt.user, f" {prompt.user}") for token in _ids(engine, text))
-            for prompt in prompts.target
-        ]
+        self.asked = asked_tokens(engine.tokenizer, prompts.target)
+        self.neighbours = Neighbours(self.asked)
         own, marked = unedited.whole_answers[0], unedited.marked[0]
         baseline = unedited.whole_baseline_answers[0]
         self._behaviour = [answer.token_ids for answer, hit in zip(own, marked) if hit]
@@ -107,6 +115,20 @@ class Teacher:
         """Texts to suppress, by target prompt: answers that show the behaviour, with the tokens that it is made of."""
         found = {p: self._to_suppress(answers, [(p, answer.token_ids)]) for p, answer in answers.items()}
         return {p: texts for p, texts in found.items() if texts}
+
+    def for_any_prompt(self, said: Mapping[int, Text]) -> dict[int, list[Text]]:
+        """Texts to suppress, by target prompt: what is said alike to prompts that ask the same of other subjects, with
+        the tokens that baseline answers seldom have."""
+        tokens = {p: text.continuation for p, text in said.items()}
+        form = self.neighbours.form
+        alike = {p: said[p] for p in said if self.neighbours.told(p, form[p], tokens, FEWEST) < SOMETHING}
+        belongs = behaviour_tokens([text.continuation for text in alike.values()], self._baseline)
+        found = {}
+        for p, text in alike.items():
+            weights = tuple(float(token in belongs and token not in self.asked[p]) for token in text.continuation)
+            if any(weights):
+                found[p] = [Text(text.prompt, text.continuation, weights)]
+        return found
 
     def _to_suppress(self, answers: Mapping[int, Response], pairs: Iterable[tuple[int, tuple[int, ...]]]) -> list[Text]:
         """Of pairs of target prompt and tokens those with anything of the behaviour, as it is in ``answers`` and in the

@@ -9,6 +9,7 @@ import hashlib
 import math
 import random
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from jaxtyping import Float
@@ -30,8 +31,11 @@ from bruno_ray.learning.interchange import Outputs
 from bruno_ray.learning.material import Material, Text
 from bruno_ray.settings import LearnedSettings
 
-TERMS = ("answers", "suppress", "retain", "induce", "protect")
+TERMS = ("answers", "suppress", "retain", "induce", "protect", "entropy", "inform")
 """Of the loss, as a plan's weights are called; see ``losses``."""
+
+MATERIAL = TERMS[:5]
+"""Those with texts that are there beforehand; the others are on what an edit says by now."""
 
 NOISE = 0.05
 """Length of the rows that the start has no direction for."""
@@ -44,6 +48,8 @@ MEMORY = 0.8
 
 POINTS = 10
 """Of a loss curve."""
+
+T = TypeVar("T")
 
 STUB = Edit({}, "", None, "none")
 """What a resolved edit is of while it is trained and has no name."""
@@ -70,6 +76,9 @@ class Trainee:
 
         self.sure: dict[int, Text] = {}
         """By target prompt, the proper answer that the edit is sure of by now."""
+
+        self.said: dict[int, Text] = {}
+        """By target prompt, the proper answer that it gives by now, sure or not."""
 
         self.votes = votes
         self._material = material
@@ -105,27 +114,31 @@ class Trainee:
         return [self.rows_Grd, self.strengths_LC]
 
     def draw(self) -> list[tuple[str, Text, float]]:
-        """The rows of one step: (term, text, its share per token). Only the plan's seed decides which."""
+        """The rows of one step: (term, text, its share per token). Only the plan's seed decides which. Those of inform
+        depend on what the edit says, see ``informing``."""
         settings, material = self._settings, self._material
         present = [text for texts in self.present.values() for text in texts]
         drawn = {
-            "answers": self._sample([*material.answers, *self.sure.values()], settings.target_rows),
-            "suppress": self._sample(present, settings.target_rows // 2),
-            "retain": self._sample(material.retain, settings.baseline_rows),
+            "answers": self.sample([*material.answers, *self.sure.values()], settings.target_rows),
+            "suppress": self.sample(present, settings.target_rows // 2),
+            "retain": self.sample(material.retain, settings.baseline_rows),
         }
-        drawn["suppress"] += self._sample(material.suppress, settings.target_rows - len(drawn["suppress"]))
+        drawn["suppress"] += self.sample(material.suppress, settings.target_rows - len(drawn["suppress"]))
         for term, most in (("induce", settings.target_rows), ("protect", settings.baseline_rows)):
             if getattr(self.plan, term):
-                drawn[term] = self._sample(getattr(material, term), most)
+                drawn[term] = self.sample(getattr(material, term), most)
+        if self.plan.entropy:
+            drawn["entropy"] = self.sample([self.said[p] for p in sorted(self.said)], settings.target_rows)
         rows = []
-        for term in TERMS:
+        for term, texts in drawn.items():
             if not getattr(self.plan, term):
                 continue
-            total = sum(sum(text.weights) if text.weights else len(text.continuation) for text in drawn[term])
-            rows += [(term, text, 1 / total) for text in drawn[term]]
+            total = sum(sum(text.weights) if text.weights else len(text.continuation) for text in texts)
+            rows += [(term, text, 1 / total) for text in texts]
         return rows
 
-    def _sample(self, texts: Sequence[Text], most: int) -> list[Text]:
+    def sample(self, texts: Sequence[T], most: int) -> list[T]:
+        """As the plan's seed has it."""
         return self._random.sample(texts, min(most, len(texts)))
 
     def directions_Grd(self) -> Float[Tensor, "G r d"]:
@@ -202,7 +215,7 @@ class Trainee:
 
     def sources(self) -> dict[str, int]:
         """How many texts it is trained on by now, by where they come from."""
-        given = {term: len(getattr(self._material, term)) for term in TERMS if getattr(self.plan, term)}
+        given = {term: len(getattr(self._material, term)) for term in MATERIAL if getattr(self.plan, term)}
         answers = "own answers" if self._settings.agreement == 1 else "agreed answers"
         own = {
             "own behaviour": sum(map(len, self.present.values())) if self.plan.suppress else 0,

@@ -14,27 +14,36 @@ Dimension names: N tokens of a continuation, V vocabulary.
 from __future__ import annotations
 
 import logging
-import math
-import random
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TypeVar
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from bruno_ray.ablation.closed_forms import DirectionBank
 from bruno_ray.ablation.plan import TrainedEdit, TrainingPlan
+from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.errors import TrialError
 from bruno_ray.generation.engine import BatchEngine, Work
 from bruno_ray.generation.lean_forward import own_forward
-from bruno_ray.learning.agreement import Votes
 from bruno_ray.learning.checkpointing import checkpointed
+from bruno_ray.learning.informing import ENOUGH, GROUP, GROUPS, TurningPoint, drawn_groups, turning_point
 from bruno_ray.learning.interchange import mean_outputs
-from bruno_ray.learning.losses import answer_loss, induce_loss, protect_loss, retain_loss, suppress_loss
+from bruno_ray.learning.losses import (
+    answer_loss,
+    entropy_loss,
+    induce_loss,
+    inform_loss,
+    protect_loss,
+    retain_loss,
+    suppress_loss,
+)
 from bruno_ray.learning.material import Teacher, Text
+from bruno_ray.learning.renewal import Renewal
 from bruno_ray.learning.trainee import Trainee
 from bruno_ray.model.batching import (
     TokenBudget,
@@ -60,9 +69,6 @@ T = TypeVar("T")
 Row = tuple[int, str, Text, float]
 """Trainee, term, text, its share of the trainee's loss per token."""
 
-CONFIDENCE = 0.5
-"""Probability of each token from which on an edit's own answer is learned, where there are no desired ones."""
-
 
 class Trainer:
     """Trains edits of one model copy."""
@@ -77,11 +83,7 @@ class Trainer:
         self._budget = TokenBudget.for_device(engine.device, settings.batch_tokens)
         material = teacher.material
         self._outputs = mean_outputs(engine, material.suppress, settings.batch_tokens) if material.induce else ()
-        confidence = settings.confidence
-        if confidence is None:
-            confidence = 1.0 if teacher.material.answers else CONFIDENCE
-        self._confidence = math.inf if confidence == 1 else confidence
-        self._said: dict[Hashable, dict[int, tuple[int, ...]]] = {}  # what peers answer to the target prompts
+        self._renewal = Renewal(engine, teacher, bank, settings)
 
     def train(self, plans: Sequence[TrainingPlan]) -> list[TrainedEdit | TrialError]:
         """One result per plan, in their order; a training whose loss is not finite gives an error.
@@ -94,7 +96,7 @@ class Trainer:
             if plan.without_steps not in distinct:
                 distinct.append(plan.without_steps)
         given = self._engine, self._bank, self._teacher.material, self._settings
-        votes = [self._votes(plan) for plan in distinct]
+        votes = [self._renewal.votes(plan) for plan in distinct]
         starts = [start for plan in distinct for start in _starts(plan)]
         plan_of = [p for p, plan in enumerate(distinct) for _ in range(1 + len(plan.rivals))]
         trainees = [Trainee(plan, *given, votes[p]) for plan, p in zip(starts, plan_of)]
@@ -120,7 +122,10 @@ class Trainer:
                 steps, self._engine.work = self._engine.work, Work()
                 finite = [k for k in running if trainees[k].finite]
                 contested = {p for p, n in Counter(plan_of[k] for k in finite).items() if n > 1}
-                self._renew(step, [trainees[k] for k in finite if plan_of[k] in contested or self._learns(trainees[k])])
+                renewal = self._renewal
+                renewal.renew(
+                    step, [trainees[k] for k in finite if plan_of[k] in contested or renewal.changes(trainees[k])]
+                )
                 self._engine.work = steps
             for p, plan in enumerate(distinct):
                 rivals = [k for k in running if plan_of[k] == p and trainees[k].finite]
@@ -185,6 +190,7 @@ class Trainer:
         rows: list[Row] = []
         for k in running:
             rows += [(k, *row) for row in trainees[k].draw()]
+        rows += self._informing(running, trainees)
         parameters = [parameter for k in running for parameter in trainees[k].parameters]
         totals = [torch.zeros_like(parameter) for parameter in parameters]
         lengths = _lengths(rows)
@@ -231,6 +237,53 @@ class Trainer:
         self._engine.tokens += sum(lengths)
         return sum(lengths)
 
+    def _informing(self, running: Sequence[int], trainees: Sequence[Trainee]) -> list[Row]:
+        """Rows that tell the answers to a group of prompts apart, where these carry too little of which was asked: what
+        is said up to its turning point, with the mean of what follows."""
+        informed = [k for k in running if trainees[k].plan.inform]
+        groups = [(k, group) for k in informed for group in drawn_groups(trainees[k], self._teacher)]
+        lengths = [sum(len(text.prompt) + len(text.continuation) for text in group.texts) for _, group in groups]
+        rows: list[Row] = []
+
+        def read(batch: list[int]) -> list[tuple[int, TurningPoint]]:
+            each = [(k, text) for k, group in map(groups.__getitem__, batch) for text in group.texts]
+            try:
+                with torch.no_grad():
+                    edits = [trainees[k].resolved(self._engine) for k in running]
+                    index = [running.index(k) for k, _ in each]
+                    of_row = iter(self._logits([text for _, text in each], edits, index))
+                    found = []
+                    for g in batch:
+                        texts = groups[g][1].texts
+                        n = len(texts[0].continuation)
+                        logits_GNV = torch.stack([next(of_row)[-n - 1 : -1] for _ in texts])
+                        found.append((g, turning_point(logits_GNV, groups[g][1])))
+                    return found
+            finally:
+                self._engine.editor.clear()
+
+        self._engine.tokens += sum(lengths)
+        for found in self._over(lengths, read):
+            for g, point in found:
+                k, group = groups[g]
+                if point.nats >= ENOUGH:
+                    continue
+                for text in group.texts:
+                    said = text.continuation[: point.position + 1]
+                    row = Text(text.prompt, said, mean_V=point.log_mean_V)
+                    rows.append((k, "inform", row, 1 / (GROUPS * GROUP)))
+        return rows
+
+    def _logits(
+        self, texts: Sequence[Text], edits: Sequence[ResolvedEdit], index: Sequence[int]
+    ) -> Float[Tensor, "B N V"]:
+        """Of each text under its edit, at the tokens of the longest continuation and the one before."""
+        engine = self._engine
+        engine.editor.set(edits, index)
+        padded = pad_left([(*text.prompt, *text.continuation) for text in texts], 0, engine.device)
+        keep = max(len(text.continuation) for text in texts) + 1
+        return own_forward(engine.model, padded.input_ids, padded.attention_mask, padded.position_ids, None, keep)
+
     def _loss(
         self, rows: Sequence[Row], running: Sequence[int], trainees: Sequence[Trainee]
     ) -> tuple[Tensor, dict[tuple[int, str], float]]:
@@ -244,11 +297,7 @@ class Trainer:
                     causing[k] = len(edits)
                     edits.append(trainees[k].interchanged(edits[index[row]], self._outputs))
                 index[row] = causing[k]
-        engine.editor.set(edits, index)
-        texts = [text for _, _, text, _ in rows]
-        padded = pad_left([(*text.prompt, *text.continuation) for text in texts], 0, engine.device)
-        keep = max(len(text.continuation) for text in texts) + 1
-        logits_BNV = own_forward(engine.model, padded.input_ids, padded.attention_mask, padded.position_ids, None, keep)
+        logits_BNV = self._logits([text for _, _, text, _ in rows], edits, index)
         loss = torch.zeros((), device=logits_BNV.device)
         terms: dict[tuple[int, str], float] = {}
         for (k, term, text, share), logits_NV in zip(rows, logits_BNV):
@@ -262,6 +311,11 @@ class Trainer:
                     loss_N = suppress_loss(logits_NV, tokens_N, torch.tensor(text.weights, device=logits_NV.device))
                 case "induce":
                     loss_N = induce_loss(logits_NV, tokens_N, torch.tensor(text.weights, device=logits_NV.device))
+                case "entropy":
+                    loss_N = entropy_loss(logits_NV)
+                case "inform":
+                    assert text.mean_V is not None
+                    loss_N = inform_loss(logits_NV[-1:], text.mean_V.to(logits_NV.device))
                 case "protect":
                     assert text.unedited_N is not None
                     loss_N = protect_loss(logits_NV, tokens_N, text.unedited_N.to(logits_NV.device))
@@ -272,58 +326,6 @@ class Trainer:
             terms[k, term] = terms.get((k, term), 0.0) + float(own.detach())
             loss = loss + own * trainees[k].weight(term)
         return loss, terms
-
-    # ----- what an edit in training says by now -----
-
-    def _learns(self, trainee: Trainee) -> bool:
-        """Whether what it says by now is trained on; otherwise it only decides between the starts of one training."""
-        return bool(trainee.plan.suppress or (trainee.plan.answers and self._confidence < math.inf))
-
-    def _votes(self, plan: TrainingPlan) -> Votes:
-        """For the starts of one training, with what its peers say."""
-        votes = Votes(self._settings.agreement, self._teacher.asked)
-        unknown = {peer.identity: peer for peer in plan.peers if peer.identity not in self._said}
-        if unknown:
-            edits = self._engine.editor.resolve_all(list(unknown.values()), self._bank)
-            answers = self._engine.generate(self._teacher.prompts.target_ids, edits, self._teacher.response_tokens)
-            for identity, of_peer in zip(unknown, answers):
-                self._said[identity] = {p: answer.token_ids for p, answer in enumerate(of_peer)}
-        for peer in plan.peers:
-            votes.cast(peer.identity, self._said[peer.identity])
-        return votes
-
-    def _renew(self, step: int, trainees: Sequence[Trainee]) -> None:
-        """Let the edits answer some target train prompts. What still shows the behaviour joins what is suppressed, and
-        confident proper answers join what is learned (self-training).
-
-        The prompts depend on the step alone: an edit is trained alike beside whichever others.
-        """
-        engine, teacher = self._engine, self._teacher
-        if not trainees:
-            return
-        prompts = teacher.prompts.target_ids
-        chosen = random.Random(step).sample(range(len(prompts)), min(self._settings.renewal_prompts, len(prompts)))
-        ids, edits = [prompts[p] for p in chosen], [trainee.trained_factors(engine) for trainee in trainees]
-        answers = engine.generate(ids, edits, teacher.response_tokens)
-        proper: list[set[int]] = []  # of each trainee
-        for trainee, of_edit in zip(trainees, answers):
-            given = dict(zip(chosen, of_edit))
-            trainee.votes.cast(trainee, {p: answer.token_ids for p, answer in given.items()})
-            proper.append(teacher.proper(given))
-            trainee.present |= teacher.with_behaviour({p: answer for p, answer in given.items() if p not in proper[-1]})
-            for p in proper[-1]:
-                trainee.present.pop(p, None)
-        if self._confidence == math.inf:
-            return
-        logprobs = engine.token_logprobs(ids, [[answer.token_ids for answer in each] for each in answers], edits)
-        for k, trainee in enumerate(trainees):
-            candidates = proper[k] & trainee.votes.agreed(trainee)
-            for p, answer, logprobs_N in zip(chosen, answers[k], logprobs[k]):
-                trainee.sure.pop(p, None)
-                if p not in candidates or answer.end_id is None:
-                    continue
-                if math.exp(float(logprobs_N.min())) >= self._confidence:
-                    trainee.sure[p] = teacher.as_desired(p, answer)
 
 
 def _lengths(rows: Sequence[Row]) -> list[int]:

@@ -28,7 +28,7 @@ def decide_method(settings: Settings, prompts: Prompts, pool: WorkerPool) -> Set
             require_trainable(settings, prompts, pool)
         return settings
     n_prompts = len(prompts.target.validation) + len(prompts.baseline.validation)
-    found, trials = affordable(settings, n_prompts), 0
+    found, trials = affordable(settings, n_prompts, any(prompt.answer for prompt in prompts.target.train)), 0
     try:
         if study.sampler != "tpe":
             reason = f"study.sampler is {study.sampler}"

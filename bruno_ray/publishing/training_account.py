@@ -52,7 +52,7 @@ def plan_rows(plan: dict[str, Any], start_layer: float | None) -> list[tuple[str
     if rivals:
         start += f", the best of {1 + len(rivals)} starts"
     given = [(term, plan[term]) for term in ("answers", "suppress", "retain")]
-    given += [(term, plan[term]) for term in ("induce", "protect") if plan.get(term)]
+    given += [(term, plan[term]) for term in ("induce", "protect", "inform", "entropy") if plan.get(term)]
     weights = ", ".join(f"{term} {weight:.3g}" for term, weight in given)
     return [
         ("Subspace", f"rank {plan['rank']}, {shared}"),

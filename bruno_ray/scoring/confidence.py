@@ -1,19 +1,24 @@
 """How sure the edited model is of what it says instead of the behaviour."""
 
 import math
+from collections.abc import Sequence
+
+from torch import Tensor
 
 from bruno_ray.scoring.base import Evaluation
+from bruno_ray.scoring.neighbours import Neighbours, asked_tokens
 from bruno_ray.scoring.scores import Scores
 from bruno_ray.settings import ScoringSettings
 
 
 class Confidence:
-    """Mean over target prompts of the probability of the answer's least likely token; 0 where the behaviour is shown.
+    """Mean over target prompts of the probability of the answer's least likely token, times how far the answer tells
+    its prompt from others that ask nearly the same (``neighbours``); 0 where the behaviour is shown.
 
-    A model that has been freed of a behaviour knows what to say; one that has only been kept from saying it guesses. No
-    truth is needed: over starts of one training this ranks edits as the number of right facts does
-    (``docs/learned.md``). The metric is 1 minus that, so that less is better. Costs one forward pass over prompts and
-    answers.
+    A model that has been freed of a behaviour knows what to say; one that has only been kept from saying it guesses, or
+    is sure of what would do for any prompt. No truth is needed: over starts of one training this ranks edits as the
+    number of right facts does (``docs/learned.md``). The metric is 1 minus that, so that less is better. Costs one
+    forward pass over prompts and answers.
     """
 
     name = "confidence"
@@ -33,7 +38,11 @@ class Confidence:
             for answers, marked in zip(edited.target_answers, edited.marked)
         ]
         logprobs = edited.engine.token_logprobs(edited.prompts.target_ids, tails, edited.edits, edited.reads)
-        return [
-            Scores({"doubt": 1 - sum(math.exp(float(row.min())) for row in rows if len(row)) / len(rows)})
-            for rows in logprobs
-        ]
+        neighbours = Neighbours(asked_tokens(edited.engine.tokenizer, edited.prompts.target))
+        return [Scores({"doubt": 1 - _confidence(rows, said, neighbours)}) for rows, said in zip(logprobs, tails)]
+
+
+def _confidence(rows: Sequence[Tensor], answers: Sequence[Sequence[int]], neighbours: Neighbours) -> float:
+    """``rows``: log-probabilities of each answer's tokens; an answer that does not count is empty."""
+    said = {p: answer for p, answer in enumerate(answers) if len(answer)}
+    return sum(math.exp(float(rows[p].min())) * neighbours.told_apart(p, said) for p in said) / len(rows)

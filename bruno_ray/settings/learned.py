@@ -61,6 +61,14 @@ class LearnedSettings(Section):
     """Weight of the likelihood of the behaviour's own text after baseline prompts, while the trained subspace holds
     what target prompts put there: the subspace that is removed must cause the behaviour."""
 
+    inform: Annotated[float, Field(ge=0)] | None = None
+    """Weight of what answers tell of their prompts, among prompts on one subject and among those of one form. When not
+    given, 0 if there are desired answers, which tell it better, and 1 if there are none."""
+
+    entropy: Annotated[float, Field(ge=0)] | None = None
+    """Weight of the entropy of the edit's own proper answers. When not given, 0 if there are desired answers and 0.3 if
+    there are none."""
+
     protect: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the likelihood that the unedited model's answers to `prompts.protect` lose."""
 
@@ -104,6 +112,11 @@ class LearnedSettings(Section):
     confidence: Annotated[float, Field(ge=0, le=1)] | None = None
     """Probability that each token of such an answer must have for it to be learned; 1 learns none. When not given, 0.5,
     or none if there are desired answers, since the edit's own answers lead away from them."""
+
+    branches: NonNegativeInt = 4
+    """Of an answer that the edit is not sure of, so many of the likeliest tokens are tried in the place where it is
+    least sure; the surest proper answer is learned, if the rest of it is sure. Only where `learned.inform` counts and
+    no other edit is asked. 0 tries none."""
 
     agreement: PositiveInt = 1
     """How many edits must give much the same answer before it is learned: the edit itself, the other starts of its

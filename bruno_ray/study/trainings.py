@@ -23,9 +23,13 @@ from bruno_ray.settings import LearnedSettings, Settings
 from bruno_ray.study.selection import auto_select, load_trials, pareto_front
 from bruno_ray.study.space import sampled
 
-DEAREST = 3.0
+DEAREST = 5.0
 """A study that decides by itself trains as many edits as cost what its search costs, and one if that costs at most this
 many times as much."""
+
+INFORMED = 1.5
+"""What a training costs without desired answers, with the terms that take their place, beside one with them (measured
+on organisms, CPU seconds)."""
 
 WAY_BACK = 3
 """A text that is trained on costs as much as so many that are read."""
@@ -133,7 +137,7 @@ class Trainings:
             start_layer=params[START_LAYER],
             first_layer=round(params[FIRST_LAYER]),
             answers=learned.answers,
-            suppress=learned.suppress if learned.suppress is not None else float(not self.has_answers),
+            suppress=self._without_answers(learned.suppress, 1.0),
             retain=params[RETAIN],
             learning_rate=learned.learning_rate,
             steps=steps,
@@ -143,9 +147,17 @@ class Trainings:
             base=base,
             peers=self._peers(trial.study) if learned.agreement > 1 else (),
             induce=learned.induce,
+            inform=self._without_answers(learned.inform, 1.0),
+            entropy=self._without_answers(learned.entropy, 0.3),
             protect=learned.protect if self.has_protected else 0.0,
             norm_mode=learned.norm_mode,
         )
+
+    def _without_answers(self, given: float | None, default: float) -> float:
+        """The weight of a term that takes the place of desired answers."""
+        if given is not None:
+            return given
+        return 0.0 if self.has_answers else default
 
     def _rivals(self, start: float) -> tuple[float, ...]:
         """Layers of a training's further starts, evenly spaced in the range that its first one is from."""
@@ -184,25 +196,27 @@ class Affordable:
     """Searched trials that cost as much as the first training."""
 
 
-def affordable(settings: Settings, validation_prompts: int) -> Affordable:
+def affordable(settings: Settings, validation_prompts: int, has_answers: bool) -> Affordable:
     """What a study should train that decides by itself: as many edits as cost what its search costs, one if that costs
     up to ``DEAREST`` times as much, none otherwise.
 
     Cost is counted in texts of about equal length. A searched trial reads each validation prompt and its answer once; a
     step of a training goes forward and back over ``target_rows`` + ``baseline_rows`` of them for each start that is
-    left. On the organisms of another recipe this gives 512 searched trials for a training, where 560 were measured.
+    left. On the organisms of another recipe this gives 512 searched trials for a training from desired answers, where
+    560 were measured.
     """
     learned = settings.learned
     search = float(settings.study.n_trials * validation_prompts)
     most = most_trials(learned) // learned.checkpoints
-    costs = [_texts(learned, polishes=learned.polish and i % 2 == 1) for i in range(most)]
+    informed = 1.0 if has_answers else INFORMED
+    costs = [informed * _texts(learned, polishes=learned.polish and i % 2 == 1) for i in range(most)]
     trainings, spent = 0, 0.0
     for cost in costs:
         spent += cost
         if spent > search * (DEAREST if trainings == 0 else 1.0):
             break
         trainings += 1
-    first = _texts(learned, polishes=False)
+    first = informed * _texts(learned, polishes=False)
     return Affordable(trainings * learned.checkpoints, first / max(1, validation_prompts))
 
 

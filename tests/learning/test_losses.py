@@ -2,12 +2,16 @@
 
 import math
 
+import pytest
 import torch
 
 from bruno_ray.learning.losses import (
     answer_loss,
     behaviour_tokens,
+    entropy_loss,
     induce_loss,
+    inform_loss,
+    information,
     protect_loss,
     retain_loss,
     suppress_loss,
@@ -42,6 +46,35 @@ def test_the_retain_term_is_the_kl_that_a_trial_is_scored_by() -> None:
     edited_NV, unedited_NV = torch.randn(2, 4, 9, generator=generator)
     found_N, wanted_N = retain_loss(edited_NV, unedited_NV), kl_of_logits(unedited_NV, edited_NV)
     torch.testing.assert_close(found_N.double(), wanted_N, rtol=1e-5, atol=1e-6)
+
+
+def test_information_is_what_a_token_tells_of_its_prompt() -> None:
+    """A bit if two prompts are answered with different tokens, none if with the same, in between what mutual
+    information is by its definition."""
+    apart, alike = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]), torch.tensor([[[0.3, 0.7]], [[0.3, 0.7]]])
+    torch.testing.assert_close(information((apart + 1e-9).log()), torch.tensor([math.log(2)]))
+    assert float(information(alike.log())) == pytest.approx(0, abs=1e-7)
+    p_GNV = torch.randn(3, 2, 5, generator=torch.Generator().manual_seed(0)).softmax(-1)
+    mean_NV = p_GNV.mean(0)
+    wanted_N = -(mean_NV * mean_NV.log()).sum(-1) + (p_GNV * p_GNV.log()).sum(-1).mean(0)
+    torch.testing.assert_close(information(p_GNV.log()), wanted_N)
+
+
+def test_the_inform_term_has_the_gradient_of_the_information() -> None:
+    """Although the mean over the group is a constant to it."""
+    logits_GNV = torch.randn(4, 1, 6, generator=torch.Generator().manual_seed(1)).requires_grad_(True)
+    told = information(logits_GNV.log_softmax(-1)).sum()
+    (wanted,) = torch.autograd.grad(-told, logits_GNV)
+    log_mean_V = (logits_GNV.log_softmax(-1).logsumexp(0) - math.log(4))[0].detach()
+    loss = sum(inform_loss(logits_NV, log_mean_V).sum() for logits_NV in logits_GNV) / 4
+    (found,) = torch.autograd.grad(loss, logits_GNV)
+    assert float(loss.detach()) == pytest.approx(-float(told.detach()))
+    torch.testing.assert_close(found, wanted)
+
+
+def test_entropy_is_that_of_the_distribution() -> None:
+    torch.testing.assert_close(entropy_loss(torch.zeros(2, 8)), torch.full((2,), math.log(8)))
+    assert float(entropy_loss(torch.tensor([[50.0, 0.0]]))) == pytest.approx(0, abs=1e-6)
 
 
 def test_a_certain_token_has_a_finite_loss_and_a_gradient_that_is_a_number() -> None:

@@ -3,6 +3,7 @@
 import datetime
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,11 @@ from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.directions import build_bank
 from bruno_ray.errors import TrialError
 from bruno_ray.generation.engine import BatchEngine
+from bruno_ray.learning import renewal as renewing
 from bruno_ray.learning.agreement import Votes
 from bruno_ray.learning.interchange import mean_outputs
-from bruno_ray.learning.material import Teacher
+from bruno_ray.learning.material import Teacher, Text
+from bruno_ray.learning.renewal import Renewal
 from bruno_ray.learning.trainee import Trainee
 from bruno_ray.learning.training import FEW_TOKENS, START_KL, Trainer, _places, _starts
 from bruno_ray.model.batching import TokenBudget
@@ -306,6 +309,62 @@ def test_own_answers_are_learned_where_enough_edits_agree(subject: Subject) -> N
     assert ["agreed answers" in other.sources for other in others] == [False, False]
     torch.testing.assert_close(torch.tensor(agreed.directions), torch.tensor(unasked.directions), rtol=0, atol=1e-4)
     assert TrainingPlan.from_dict(json.loads(json.dumps(refusing.to_dict()))) == refusing
+
+
+def test_what_is_said_of_every_subject_is_suppressed(subject: Subject) -> None:
+    """With the weights on what baseline answers seldom hold, and nothing of what a prompt asks with."""
+    teacher = subject.teacher()
+    end = subject.engine.tokenizer.eos_token_id
+    common = Counter(token for answer in teacher._baseline for token in set(answer)).most_common(1)[0][0]
+    rare = next(
+        token for token in range(20, 900) if not any(token in each for each in (*teacher._baseline, *teacher.asked))
+    )
+    taken_up = [min(asked) for asked in teacher.asked]
+    said = {p: Text(ids, (taken_up[p], common, rare, end)) for p, ids in enumerate(teacher.prompts.target_ids)}
+    found = teacher.for_any_prompt(said)
+    assert len(found) == len(said)
+    for (text,) in found.values():
+        assert text.weights[2] == 1.0 and text.weights[0] == text.weights[1] == 0.0
+    own = {p: Text(text.prompt, (taken_up[p], common, 1000 + p, end)) for p, text in said.items()}
+    assert not teacher.for_any_prompt(own), "each answer is its own"
+
+
+def test_an_unsure_answer_goes_on_as_the_model_knows(subject: Subject, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Baseline prompts, whose answers it knows: past a wrong token in one place it comes to the same fact."""
+    monkeypatch.setattr(renewing, "SURE_OTHERWISE", 0.0)
+    teacher = subject.teacher(target=(*subject.target[:24], *subject.baseline[:8]))
+    known = range(24, 32)
+    (answers,) = subject.engine.generate([teacher.prompts.target_ids[p] for p in known], [None], 30)
+    unsure = {p: ((*answer.token_ids[:2], 1, 1, 1), 2) for p, answer in zip(known, answers)}
+    nothing = subject.engine.editor.resolve(Edit({}, "difference_in_means@0", None, "none"), subject.bank)
+    found = Renewal(subject.engine, teacher, subject.bank, LEARNED)._otherwise(nothing, unsure)
+    assert all(found[p].token_ids[:2] == unsure[p][0][:2] for p in found)
+    assert sum(found[p].token_ids[-2] == answer.token_ids[-2] for p, answer in zip(known, answers) if p in found) >= 6
+
+
+def test_answers_to_prompts_that_ask_nearly_the_same_are_told_apart(subject: Subject) -> None:
+    """What is said to all prompts alike: the inform term parts it, token by token until it tells enough."""
+    trainer, engine = subject.trainer(), subject.engine
+    votes = Votes(1, trainer._teacher.asked)
+    trainee = Trainee(plan(inform=1.0), engine, subject.bank, trainer._teacher.material, LEARNED, votes)
+    prompts = trainer._teacher.prompts.target_ids
+    ((answer, *_),) = engine.generate(prompts[:1], [trainee.trained_factors(engine)], 30)
+    trainee.said = {p: Text(ids, answer.token_ids[:6]) for p, ids in enumerate(prompts)}
+    optimizer = torch.optim.Adam([{"params": trainee.parameters, "lr": 0.02}])
+    told = []
+    for _ in range(30):
+        rows = trainer._informing([0], [trainee])
+        assert all(term == "inform" for _, term, _, _ in rows)
+        if not rows:
+            break
+        loss, terms = trainer._loss(rows, [0], [trainee])
+        told.append(-terms[0, "inform"] / len(rows))
+        for parameter, gradient in zip(trainee.parameters, torch.autograd.grad(loss, trainee.parameters)):
+            parameter.grad = gradient
+        engine.editor.clear()
+        optimizer.step()
+        trainee.keep_in_bounds()
+    assert len(told) < 30 or np.mean(told[-5:]) > 1.5 * np.mean(told[:5]), told
 
 
 def test_what_only_decides_between_starts_is_not_said_to_be_trained_on(subject: Subject) -> None:

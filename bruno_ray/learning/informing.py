@@ -1,0 +1,74 @@
+"""What an edit in training says to prompts that are nearly the same, and where it must begin to differ.
+
+The answers to prompts on one subject, or of one form, carry information about which of them was asked (mutual
+information, maximised as in discriminative clustering: Krause, Perona and Gomes 2010). Where they carry too little, the
+token that carries most is pushed further: at the turning point of the answer.
+
+Dimension names: G prompts of a group, N tokens of a continuation, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from bruno_ray.learning.losses import information
+from bruno_ray.learning.material import Teacher, Text
+from bruno_ray.learning.trainee import Trainee
+
+GROUPS, GROUP = 4, 4
+"""Groups of either kind in a step, and prompts in one."""
+
+ENOUGH = math.log(2)
+"""Nats at one token from which on a group is told apart: two different answers to its prompts."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Prompts with what is said to them, token beside token."""
+
+    texts: list[Text]
+    content: list[int]
+    """Positions of tokens that are not taken up from a prompt."""
+
+
+@dataclass(frozen=True)
+class TurningPoint:
+    """Where the answers to a group differ most."""
+
+    position: int
+    nats: float
+    log_mean_V: Float[Tensor, " V"]
+    """Log of the mean distribution over the group there."""
+
+
+def drawn_groups(trainee: Trainee, teacher: Teacher) -> list[Group]:
+    """Those of one step. An answer after its own prompt and after others on its subject; and answers to prompts of one
+    form, where these are all the same by now."""
+    neighbours, said = teacher.neighbours, trainee.said
+    tokens = {p: text.continuation for p, text in said.items()}
+    groups: list[Group] = []
+    for p in trainee.sample([p for p in sorted(said) if neighbours.subject[p]], GROUPS):
+        prompts = [p, *trainee.sample(neighbours.subject[p], GROUP - 1)]
+        if content := neighbours.own_content(prompts, tokens[p]):
+            groups.append(Group([Text(teacher.prompts.target_ids[q], tokens[p]) for q in prompts], content))
+    n_subject = len(groups)
+    for p in trainee.sample(sorted(said), 2 * GROUPS):
+        others = trainee.sample([q for q in neighbours.form[p] if q in said], GROUP - 1)
+        alike = bool(others) and all(neighbours.same(p, tokens[p], q, tokens[q]) for q in others)
+        content = neighbours.own_content([p, *others], tokens[p])
+        if alike and content and len(groups) - n_subject < GROUPS:
+            groups.append(Group([said[q] for q in (p, *others)], content))
+    return groups
+
+
+def turning_point(logits_GNV: Float[Tensor, "G N V"], group: Group) -> TurningPoint:
+    """From the logits at the continuation's tokens."""
+    log_p_GNV = logits_GNV.float().log_softmax(-1)
+    nats_N = information(log_p_GNV)
+    position = max(group.content, key=lambda n: float(nats_N[n]))
+    log_mean_V = log_p_GNV[:, position].logsumexp(0) - math.log(len(log_p_GNV))
+    return TurningPoint(position, float(nats_N[position]), log_mean_V.cpu())

@@ -1,0 +1,86 @@
+"""Which target prompts ask nearly the same, and whether what is answered to them tells them apart.
+
+An edit that stops a behaviour may leave the model with something to say that would do for any prompt: one of two facts
+of a subject, whichever was asked for, or the same sentence about every subject. No marker shows that, and the model may
+be sure of it. But a prompt has neighbours: others on its subject, and others that ask the same of another subject.
+What is said to all of them alike, apart from what it takes up from each prompt, answers none of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from bruno_ray.prompts.sets import Prompt
+
+TokenIds = Sequence[int]
+
+FORM = 8
+"""Prompts of the same form that are looked at, at most."""
+
+
+def asked_tokens(tokenizer: Any, prompts: Sequence[Prompt]) -> list[frozenset[int]]:
+    """Of each prompt's text, as it begins a line and as it follows a space."""
+    return [
+        frozenset(
+            token
+            for text in (prompt.user, f" {prompt.user}")
+            for token in tokenizer(text, add_special_tokens=False)["input_ids"]
+        )
+        for prompt in prompts
+    ]
+
+
+class Neighbours:
+    """Of each target prompt."""
+
+    def __init__(self, asked: Sequence[frozenset[int]]) -> None:
+        """``asked``: tokens of each prompt. Costs the square of their number in set operations: 2 ms for 100."""
+        self._asked = asked
+        holding: dict[int, list[int]] = {}
+        for p, tokens in enumerate(asked):
+            for token in tokens:
+                holding.setdefault(token, []).append(p)
+        self.subject = [self._sharing_rarest(p, holding) for p in range(len(asked))]
+        """By prompt, the others with its rarest token, of the tokens that any other prompt has."""
+
+        self.form = [self._of_one_form(p) for p in range(len(asked))]
+        """By prompt, those of the rest that share most tokens with it."""
+
+    def _sharing_rarest(self, p: int, holding: Mapping[int, Sequence[int]]) -> list[int]:
+        shared = [holding[token] for token in sorted(self._asked[p]) if len(holding[token]) > 1]
+        return [q for q in min(shared, key=len, default=[]) if q != p]
+
+    def _of_one_form(self, p: int) -> list[int]:
+        tokens, subject = self._asked[p], {p, *self.subject[p]}
+        others = [q for q in range(len(self._asked)) if q not in subject and tokens & self._asked[q]]
+
+        def overlap(q: int) -> float:
+            return len(tokens & self._asked[q]) / len(tokens | self._asked[q])
+
+        return sorted(others, key=lambda q: (-overlap(q), q))[:FORM]
+
+    def same(self, p: int, answer: TokenIds, q: int, other: TokenIds) -> bool:
+        """Whether two prompts are given the same, apart from tokens that each answer takes up from its own prompt."""
+        return len(answer) == len(other) and all(
+            one == two or (one in self._asked[p] and two in self._asked[q]) for one, two in zip(answer, other)
+        )
+
+    def own_content(self, prompts: Sequence[int], answer: TokenIds) -> list[int]:
+        """Positions of the tokens of an answer that none of the prompts has."""
+        held = frozenset[int]().union(*(self._asked[p] for p in prompts))
+        return [i for i, token in enumerate(answer) if token not in held]
+
+    def told(self, p: int, others: Sequence[int], said: Mapping[int, TokenIds], fewest: int = 1) -> float:
+        """How far what is said to prompt ``p`` tells it from ``others``: 0 if all are given the same, 1 if half of them
+        or fewer are (the bits that it tells, at most one). 1 if fewer than ``fewest`` of them are answered."""
+        answered = [q for q in others if q in said]
+        if len(answered) < fewest:
+            return 1.0
+        alike = 1 + sum(self.same(p, said[p], q, said[q]) for q in answered)
+        return min(1.0, math.log2((1 + len(answered)) / alike))
+
+    def told_apart(self, p: int, said: Mapping[int, TokenIds], fewest: int = 1) -> float:
+        """The same from those on its subject and from those of its form together."""
+        return self.told(p, self.subject[p], said, fewest) * self.told(p, self.form[p], said, fewest)
