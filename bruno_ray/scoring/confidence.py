@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from bruno_ray.prompts.sets import Prompt
 from bruno_ray.scoring.base import Evaluation
 from bruno_ray.scoring.neighbours import Neighbours, asked_tokens
 from bruno_ray.scoring.scores import Scores
@@ -26,7 +27,7 @@ class Confidence:
     metrics = ("doubt",)
 
     def __init__(self, settings: ScoringSettings):
-        pass
+        self._known: tuple[tuple[Prompt, ...], Neighbours] | None = None  # of the prompts that were scored last
 
     def prepare(self, unedited: Evaluation) -> None:
         pass
@@ -38,8 +39,14 @@ class Confidence:
             for answers, marked in zip(edited.target_answers, edited.marked)
         ]
         logprobs = edited.engine.token_logprobs(edited.prompts.target_ids, tails, edited.edits, edited.reads)
-        neighbours = Neighbours(asked_tokens(edited.engine.tokenizer, edited.prompts.target))
+        neighbours = self._neighbours(edited)
         return [Scores({"doubt": 1 - _confidence(rows, said, neighbours)}) for rows, said in zip(logprobs, tails)]
+
+    def _neighbours(self, edited: Evaluation) -> Neighbours:
+        prompts = edited.prompts.target
+        if self._known is None or self._known[0] is not prompts:
+            self._known = prompts, Neighbours(asked_tokens(edited.engine.tokenizer, prompts))
+        return self._known[1]
 
 
 def _confidence(rows: Sequence[Tensor], answers: Sequence[Sequence[int]], neighbours: Neighbours) -> float:

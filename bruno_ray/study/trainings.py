@@ -27,9 +27,9 @@ DEAREST = 5.0
 """A study that decides by itself trains as many edits as cost what its search costs, and one if that costs at most this
 many times as much."""
 
-INFORMED = 1.5
-"""What a training costs without desired answers, with the terms that take their place, beside one with them (measured
-on organisms, CPU seconds)."""
+INFORMED = 1.7
+"""What a training costs without desired answers, whose place further terms of the loss take (measured on organisms:
+CPU seconds with these terms over those without)."""
 
 WAY_BACK = 3
 """A text that is trained on costs as much as so many that are read."""

@@ -52,14 +52,14 @@ def test_a_run_that_trains_saves_a_model_and_says_how_it_was_trained(organism: P
 
 def test_a_run_that_is_told_no_method_trains_what_its_search_pays_for(organism: Path, tmp_path: Path) -> None:
     cheap = ("--learned.steps", "4", "--learned.target-rows", "4", "--learned.baseline-rows", "4")
-    cheap += ("--learned.starts", "1", "--trials", "8", "--study.n-startup-trials", "2")
+    cheap += ("--learned.starts", "1", "--trials", "14", "--study.n-startup-trials", "2")
     assert main.main(options(organism, tmp_path, "auto", *cheap)) == 0
     run = RunDirectory.open(tmp_path / "auto")
     settings = run.read().settings
-    # 8 trials of 24 prompts pay for two trainings of 4 steps x 8 texts, forward and back.
+    # 14 trials of 24 prompts pay for two trainings of 4 steps x 8 texts, forward and back, and 1.7 times that.
     assert (settings.study.method, settings.learned.trials) == ("both", 6)
     trials = load_trials(load_study(None, run.path, "auto"))
-    assert [trial.training is not None for trial in trials] == [False] * 2 + [True] * 6
+    assert [trial.training is not None for trial in trials] == [False] * 8 + [True] * 6
 
 
 @pytest.mark.nightly
