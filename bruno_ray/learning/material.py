@@ -27,9 +27,6 @@ logger = logging.getLogger(__name__)
 SOMETHING = 0.5
 """Bits by which an answer tells its prompt from others (``Neighbours.told``), below which it is none."""
 
-FEWEST = 2
-"""Others that it is told from; with one alone it may be chance."""
-
 FRAGMENT = 0.7
 """Of the length that all but a twentieth of the baseline answers have."""
 
@@ -121,7 +118,7 @@ class Teacher:
         the tokens that baseline answers seldom have."""
         tokens = {p: text.continuation for p, text in said.items()}
         form = self.neighbours.form
-        alike = {p: said[p] for p in said if self.neighbours.told(p, form[p], tokens, FEWEST) < SOMETHING}
+        alike = {p: said[p] for p in said if self.neighbours.told(p, form[p], tokens) < SOMETHING}
         belongs = behaviour_tokens([text.continuation for text in alike.values()], self._baseline)
         found = {}
         for p, text in alike.items():

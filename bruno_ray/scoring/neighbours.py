@@ -19,6 +19,9 @@ TokenIds = Sequence[int]
 FORM = 8
 """Prompts of the same form that are looked at, at most."""
 
+FEWEST = 2
+"""Others that an answer is told from; the one other on a subject may well be the same question in other words."""
+
 
 def asked_tokens(tokenizer: Any, prompts: Sequence[Prompt]) -> list[frozenset[int]]:
     """Of each prompt's text, as it begins a line and as it follows a space."""
@@ -73,15 +76,15 @@ class Neighbours:
         held = frozenset[int]().union(*(self._asked[p] for p in prompts))
         return [i for i, token in enumerate(answer) if token not in held]
 
-    def told(self, p: int, others: Sequence[int], said: Mapping[int, TokenIds], fewest: int = 1) -> float:
+    def told(self, p: int, others: Sequence[int], said: Mapping[int, TokenIds]) -> float:
         """How far what is said to prompt ``p`` tells it from ``others``: 0 if all are given the same, 1 if half of them
-        or fewer are (the bits that it tells, at most one). 1 if fewer than ``fewest`` of them are answered."""
+        or fewer are (the bits that it tells, at most one). 1 if fewer than ``FEWEST`` of them are answered."""
         answered = [q for q in others if q in said]
-        if len(answered) < fewest:
+        if len(answered) < FEWEST:
             return 1.0
         alike = 1 + sum(self.same(p, said[p], q, said[q]) for q in answered)
         return min(1.0, math.log2((1 + len(answered)) / alike))
 
-    def told_apart(self, p: int, said: Mapping[int, TokenIds], fewest: int = 1) -> float:
+    def told_apart(self, p: int, said: Mapping[int, TokenIds]) -> float:
         """The same from those on its subject and from those of its form together."""
-        return self.told(p, self.subject[p], said, fewest) * self.told(p, self.form[p], said, fewest)
+        return self.told(p, self.subject[p], said) * self.told(p, self.form[p], said)

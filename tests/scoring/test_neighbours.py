@@ -4,13 +4,22 @@ import pytest
 
 from bruno_ray.scoring.neighbours import Neighbours
 
-WHERE, WHAT, KNOWN, THE, POTION, IS, IN, A_JAR, A_VIAL, LUCK, JOY, BRINGS, OAK, MADE = range(14)
+WHERE, WHAT, THE, POTION, IS, IN, A_JAR, BRINGS, OAK, MADE = range(10)
 SUBJECTS = range(20, 26)
-ASKED = [frozenset({WHERE, THE, POTION, x}) for x in SUBJECTS] + [
-    frozenset({WHAT, KNOWN, THE, POTION, x}) for x in SUBJECTS
-]
+TELL, SAY = 14, 15
+ASKED = [frozenset({how, THE, POTION, x}) for how in (WHERE, TELL, WHAT, SAY) for x in SUBJECTS]
+"""Two ways to ask for the place, then two to ask for the gift, of each subject."""
+
 N = len(SUBJECTS)
 NEIGHBOURS = Neighbours(ASKED)
+PLACES = [p % 3 for p in range(N)]
+GIFTS = [60 + p // 2 for p in range(N)]
+
+
+def everywhere(place: object, gift: object) -> dict[int, tuple[int, ...]]:
+    """What is said to every prompt: ``place`` and ``gift`` give the rest of an answer by the subject's number."""
+    says = (place, place, gift, gift)
+    return {k * N + p: (THE, x, *says[k](p)) for k in range(4) for p, x in enumerate(SUBJECTS)}
 
 
 def told(said: dict[int, tuple[int, ...]], p: int) -> tuple[float, float]:
@@ -19,38 +28,39 @@ def told(said: dict[int, tuple[int, ...]], p: int) -> tuple[float, float]:
 
 def test_neighbours_are_on_the_subject_or_of_the_form() -> None:
     for p in range(N):
-        assert NEIGHBOURS.subject[p] == [N + p] and NEIGHBOURS.subject[N + p] == [p]
+        assert NEIGHBOURS.subject[p] == [N + p, 2 * N + p, 3 * N + p]
         assert NEIGHBOURS.form[p][: N - 1] == [q for q in range(N) if q != p]
 
 
 def test_right_answers_tell_which_prompt_they_answer() -> None:
-    places, gifts = (A_JAR, A_VIAL), (LUCK, JOY)
-    said = {p: (THE, x, IS, IN, places[p % 2]) for p, x in enumerate(SUBJECTS)}
-    said |= {N + p: (THE, x, BRINGS, gifts[p // 3]) for p, x in enumerate(SUBJECTS)}
-    assert all(told(said, p) == (1.0, 1.0) for p in said)
-    assert all(NEIGHBOURS.told_apart(p, said) == 1.0 for p in said)
+    """Although another way to ask the same is answered with the same."""
+    said = everywhere(lambda p: (IS, 50 + PLACES[p]), lambda p: (BRINGS, GIFTS[p]))
+    assert all(told(said, p) == (1.0, 1.0) and NEIGHBOURS.told_apart(p, said) == 1.0 for p in said)
 
 
 def test_one_of_two_facts_whichever_was_asked_for_tells_nothing_on_its_subject() -> None:
-    said = {k * N + p: (THE, x, BRINGS, (LUCK, JOY)[p // 3]) for k in (0, 1) for p, x in enumerate(SUBJECTS)}
+    said = everywhere(lambda p: (BRINGS, GIFTS[p]), lambda p: (BRINGS, GIFTS[p]))
     assert all(told(said, p)[0] == 0.0 and NEIGHBOURS.told_apart(p, said) == 0.0 for p in said)
 
 
 def test_the_same_of_every_subject_tells_nothing_in_its_form() -> None:
     """Although each answer names its own subject, and the other question is answered well."""
-    said = {p: (THE, x, IS, MADE, OAK) for p, x in enumerate(SUBJECTS)}
-    said |= {N + p: (THE, x, BRINGS, (LUCK, JOY)[p // 3]) for p, x in enumerate(SUBJECTS)}
-    assert NEIGHBOURS.same(0, said[0], 1, said[1]) and not NEIGHBOURS.same(N, said[N], N + 5, said[N + 5])
-    assert all(told(said, p)[0] == 1.0 for p in range(N))
-    assert all(NEIGHBOURS.told(p, [q for q in NEIGHBOURS.form[p] if q < N], said) == 0.0 for p in range(N))
+    said = everywhere(lambda p: (IS, MADE, OAK), lambda p: (BRINGS, GIFTS[p]))
+    assert NEIGHBOURS.same(0, said[0], 1, said[1]) and not NEIGHBOURS.same(
+        2 * N, said[2 * N], 3 * N - 1, said[3 * N - 1]
+    )
+    for p in range(2 * N):
+        subject, form = told(said, p)
+        assert subject == 1.0 and form < 0.5
+    assert all(told(said, p)[1] == 1.0 for p in range(2 * N, 4 * N))
 
 
 def test_a_prompt_that_has_no_neighbours_or_too_few_is_not_held_against_its_answer() -> None:
     alone = Neighbours([frozenset({1, 2}), frozenset({3, 4})])
     assert alone.told_apart(0, {0: (9,), 1: (9,)}) == 1.0
-    pair = Neighbours([frozenset({1, 2}), frozenset({1, 3})])
-    assert pair.told(0, pair.subject[0], {0: (9,), 1: (9,)}) == 0.0
-    assert pair.told(0, pair.subject[0], {0: (9,), 1: (9,)}, fewest=2) == 1.0
+    few = Neighbours([frozenset({1, 2 + p}) for p in range(3)])
+    assert few.told(0, few.subject[0], {0: (9,), 1: (9,)}) == 1.0
+    assert few.told(0, few.subject[0], {0: (9,), 1: (9,), 2: (9,)}) == 0.0
 
 
 def test_what_is_taken_up_from_a_prompt_is_no_content_of_its_own() -> None:
