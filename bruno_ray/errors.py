@@ -16,6 +16,9 @@ Every message is one line and ends with what to do next. The command line prints
 with code 2; anything that is not a ``BrunoError`` is a defect and keeps its traceback.
 """
 
+SERVER_FAILED = "the server could not be started: "
+"""Begins what `serve` says of it, and what a program says whose server did not start."""
+
 
 class BrunoError(Exception):
     """Base of all errors that the command line turns into one line and exit code 2."""

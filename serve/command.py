@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from bruno_ray.cli.command import Command
 from bruno_ray.cli.exits import exit_code
-from bruno_ray.errors import SettingsError
+from bruno_ray.errors import SERVER_FAILED, SettingsError
 from bruno_ray.ray_internals import serve_address
 from serve.api.auth import VARIABLE, hash_of, known_hashes, make_key
 from serve.arguments import add_arguments, is_loopback, joins, serve_args
@@ -143,7 +143,7 @@ def deploy(application, route_prefix: str, stopped: threading.Event) -> None:
         if status.status == ApplicationStatus.RUNNING:
             return
         reasons = [d.message for d in status.deployments.values() if d.message] or [status.message]
-        raise SettingsError(f"the server could not be started: {reason_of(reasons[0])}")
+        raise SettingsError(SERVER_FAILED + reason_of(reasons[0]))
 
 
 def reason_of(message: str) -> str:

@@ -19,15 +19,13 @@ from typing import Any
 
 import httpx
 
-from bruno_ray.errors import ServerError, first_line
+from bruno_ray.errors import SERVER_FAILED, ServerError, first_line
 from bruno_ray.progress import phase
 
 START_SECONDS = 900.0
 """As long as `ray.start_timeout`: a large model is read from a slow disk."""
 
 STOP_SECONDS = 60.0
-
-FAILED = "the server could not be started: "
 
 
 @dataclass(frozen=True)
@@ -112,8 +110,8 @@ def _wait(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
     while time.monotonic() < until:
         if process.poll() is not None:
             said = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-            last = said[-1].removeprefix("error: ").removeprefix(FAILED) if said else "it said nothing"
-            raise ServerError(FAILED + first_line(last))
+            last = said[-1].removeprefix("error: ").removeprefix(SERVER_FAILED) if said else "it said nothing"
+            raise ServerError(SERVER_FAILED + first_line(last))
         try:
             if httpx.get(f"{url}/ready", trust_env=False, timeout=10).status_code == 200:
                 return

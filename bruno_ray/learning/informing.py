@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from jaxtyping import Float
 from torch import Tensor
 
-from bruno_ray.learning.losses import information
+from bruno_ray.learning.losses import information, log_mean
 from bruno_ray.learning.material import Teacher, Text
 from bruno_ray.learning.trainee import Trainee
 
@@ -66,9 +66,9 @@ def drawn_groups(trainee: Trainee, teacher: Teacher) -> list[Group]:
 
 
 def turning_point(logits_GNV: Float[Tensor, "G N V"], group: Group) -> TurningPoint:
-    """From the logits at the continuation's tokens."""
-    log_p_GNV = logits_GNV.float().log_softmax(-1)
-    nats_N = information(log_p_GNV)
-    position = max(group.content, key=lambda n: float(nats_N[n]))
-    log_mean_V = log_p_GNV[:, position].logsumexp(0) - math.log(len(log_p_GNV))
-    return TurningPoint(position, float(nats_N[position]), log_mean_V.cpu())
+    """From the logits of the group's texts, of which the last follow a whole continuation."""
+    n = len(group.texts[0].continuation)
+    log_p_GNV = logits_GNV[:, -n - 1 : -1][:, group.content].float().log_softmax(-1)
+    nats = information(log_p_GNV).tolist()
+    where = nats.index(max(nats))
+    return TurningPoint(group.content[where], nats[where], log_mean(log_p_GNV[:, where]).cpu())

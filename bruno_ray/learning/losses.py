@@ -14,6 +14,7 @@ token that stands there:
     inform    -sum_v p(v) log(p(v) / m(v))  m: the mean of p over prompts on one subject. What is answered to them tells
                                     which of them was asked (mutual information, as in discriminative clustering: Krause
                                     et al. 2010)
+    entropy   -sum_v p(v) log p(v)  what is said is said surely (Grandvalet and Bengio 2004)
 
 Each is a sum over the tokens of a text and is divided by the tokens (or weights) of all texts of its kind, so that the
 weights of a plan mean the same whatever the texts' lengths.
@@ -54,8 +55,7 @@ def suppress_loss(
 
 def retain_loss(logits_NV: Float[Tensor, "N V"], unedited_NV: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
     """KL(unedited || edited) at each position, from logits."""
-    log_p_NV, log_q_NV = logits_NV.float().log_softmax(-1), unedited_NV.float().log_softmax(-1)
-    return (log_q_NV.exp() * (log_q_NV - log_p_NV)).sum(-1)
+    return _kl(unedited_NV.float().log_softmax(-1), logits_NV.float().log_softmax(-1))
 
 
 def induce_loss(
@@ -81,15 +81,23 @@ def entropy_loss(logits_NV: Float[Tensor, "N V"]) -> Float[Tensor, " N"]:
 def information(log_p_GNV: Float[Tensor, "G N V"]) -> Float[Tensor, " N"]:
     """Nats that the next token tells of the prompt, of G prompts that are equally likely: H(mean p) - mean H(p), which
     is the Jensen-Shannon divergence of their distributions."""
-    log_mean_NV = log_p_GNV.logsumexp(0) - math.log(len(log_p_GNV))
-    return (log_p_GNV.exp() * (log_p_GNV - log_mean_NV)).sum(-1).mean(0)
+    return _kl(log_p_GNV, log_mean(log_p_GNV)).mean(0)
+
+
+def log_mean(log_p_GV: Float[Tensor, "G ... V"]) -> Float[Tensor, "... V"]:
+    """Of the mean distribution of a group, from log-probabilities."""
+    return log_p_GV.logsumexp(0) - math.log(len(log_p_GV))
 
 
 def inform_loss(logits_NV: Float[Tensor, "N V"], log_mean_V: Float[Tensor, " V"]) -> Float[Tensor, " N"]:
     """-KL(edited || the mean of the prompts of a group) at each position; its mean over the group is minus
     ``information``, and so is its gradient, although ``log_mean_V`` is a constant."""
-    log_p_NV = logits_NV.float().log_softmax(-1)
-    return -(log_p_NV.exp() * (log_p_NV - log_mean_V)).sum(-1)
+    return -_kl(logits_NV.float().log_softmax(-1), log_mean_V)
+
+
+def _kl(log_p_V: Float[Tensor, "... V"], log_q_V: Float[Tensor, "... V"]) -> Float[Tensor, "..."]:
+    """KL(p || q)."""
+    return (log_p_V.exp() * (log_p_V - log_q_V)).sum(-1)
 
 
 def _logprobs(logits_NV: Float[Tensor, "N V"], tokens_N: Int[Tensor, " N"]) -> Float[Tensor, " N"]:

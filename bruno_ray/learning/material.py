@@ -120,18 +120,18 @@ class Teacher:
         form = self.neighbours.form
         alike = {p: said[p] for p in said if self.neighbours.told(p, form[p], tokens) < SOMETHING}
         belongs = behaviour_tokens([text.continuation for text in alike.values()], self._baseline)
-        found = {}
-        for p, text in alike.items():
-            weights = tuple(float(token in belongs and token not in self.asked[p]) for token in text.continuation)
-            if any(weights):
-                found[p] = [Text(text.prompt, text.continuation, weights)]
-        return found
+        found = {p: self._with_any_of(belongs, [(p, text.continuation)]) for p, text in alike.items()}
+        return {p: texts for p, texts in found.items() if texts}
 
     def _to_suppress(self, answers: Mapping[int, Response], pairs: Iterable[tuple[int, tuple[int, ...]]]) -> list[Text]:
         """Of pairs of target prompt and tokens those with anything of the behaviour, as it is in ``answers`` and in the
         unedited model's own."""
         shown = [*self._behaviour, *(answer.token_ids for answer in answers.values())]
-        belongs = behaviour_tokens(shown, self._baseline)
+        return self._with_any_of(behaviour_tokens(shown, self._baseline), pairs)
+
+    def _with_any_of(self, belongs: frozenset[int], pairs: Iterable[tuple[int, tuple[int, ...]]]) -> list[Text]:
+        """Of pairs of target prompt and tokens those with any that belong to what is suppressed, weighted by that; what
+        a prompt itself asks with does not count."""
         texts = []
         for p, tokens in pairs:
             weights = tuple(float(token in belongs and token not in self.asked[p]) for token in tokens)

@@ -80,11 +80,10 @@ class Renewal:
             trainee.votes.cast(trainee, {p: answer.token_ids for p, answer in given.items()})
             proper.append(teacher.proper(given))
             trainee.present |= teacher.with_behaviour({p: answer for p, answer in given.items() if p not in proper[-1]})
-            for p in proper[-1]:
-                trainee.present.pop(p, None)
             for p, answer in given.items():
-                trainee.said.pop(p, None)
+                trainee.said.pop(p, None)  # what is said anew goes to the end
                 if p in proper[-1]:
+                    trainee.present.pop(p, None)
                     trainee.said[p] = teacher.as_desired(p, answer)
         if self._confidence < math.inf:
             logprobs = engine.token_logprobs(ids, [[answer.token_ids for answer in each] for each in answers], edits)
@@ -134,21 +133,19 @@ class Renewal:
         (tails,) = engine.generate([(*heads[p], token) for p, token in tried], [edit], teacher.response_tokens)
         whole = [(*unsure[p][0][: unsure[p][1]], token, *tail.token_ids) for (p, token), tail in zip(tried, tails)]
         (logprobs,) = engine.token_logprobs([teacher.prompts.target_ids[p] for p, _ in tried], [whole], [edit])
-        found: dict[int, list[tuple[float, Response]]] = {}
+        found: list[tuple[float, int, Response]] = []
         for (p, _), tail, tokens, logprobs_N in zip(tried, tails, whole, logprobs):
             place = unsure[p][1]
             rest_N = torch.cat([logprobs_N[:place], logprobs_N[place + 1 :]])
             if tail.end_id is None or not len(rest_N) or not math.exp(float(rest_N.min())) >= SURE_OTHERWISE:
                 continue
             text = engine.tokenizer.decode(list(tokens), skip_special_tokens=True)
-            found.setdefault(p, []).append((float(rest_N.min()), replace(tail, token_ids=tokens, text=text)))
-        best = {}
-        for p, each in found.items():
-            for _, answer in sorted(each, key=lambda pair: -pair[0]):
-                if teacher.proper({p: answer}):
-                    best[p] = answer
-                    break
-        return best
+            found.append((float(rest_N.min()), p, replace(tail, token_ids=tokens, text=text)))
+        best: dict[int, Response] = {}
+        for _, p, answer in sorted(found, key=lambda each: -each[0]):
+            if p not in best and teacher.proper({p: answer}):
+                best[p] = answer
+        return {p: best[p] for p in unsure if p in best}
 
     def _tell_apart(self, trainee: Trainee, chosen: Sequence[int]) -> None:
         """Learn nothing that would do for other prompts as well, and suppress what is said to all of one form."""
@@ -158,5 +155,6 @@ class Renewal:
             apart = [neighbours.told(p, others[p], said) for others in (neighbours.subject, neighbours.form)]
             if min(apart) < SOMETHING:
                 del trainee.sure[p]
+        renewed = set(chosen)
         empty = self._teacher.for_any_prompt(trainee.said)
-        trainee.present |= {p: texts for p, texts in empty.items() if p in set(chosen)}
+        trainee.present |= {p: texts for p, texts in empty.items() if p in renewed}

@@ -9,6 +9,7 @@ import hashlib
 import math
 import random
 from collections.abc import Sequence
+from dataclasses import fields
 from typing import TypeVar
 
 import torch
@@ -31,11 +32,9 @@ from bruno_ray.learning.interchange import Outputs
 from bruno_ray.learning.material import Material, Text
 from bruno_ray.settings import LearnedSettings
 
-TERMS = ("answers", "suppress", "retain", "induce", "protect", "entropy", "inform")
-"""Of the loss, as a plan's weights are called; see ``losses``."""
-
-MATERIAL = TERMS[:5]
-"""Those with texts that are there beforehand; the others are on what an edit says by now."""
+MATERIAL = tuple(field.name for field in fields(Material))
+"""Terms of the loss, as a plan's weights are called, with texts that are there beforehand; the others (entropy, inform)
+are on what an edit says by now. See ``losses``."""
 
 NOISE = 0.05
 """Length of the rows that the start has no direction for."""

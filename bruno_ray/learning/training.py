@@ -31,7 +31,7 @@ from bruno_ray.errors import TrialError
 from bruno_ray.generation.engine import BatchEngine, Work
 from bruno_ray.generation.lean_forward import own_forward
 from bruno_ray.learning.checkpointing import checkpointed
-from bruno_ray.learning.informing import ENOUGH, GROUP, GROUPS, TurningPoint, drawn_groups, turning_point
+from bruno_ray.learning.informing import ENOUGH, GROUP, GROUPS, Group, TurningPoint, drawn_groups, turning_point
 from bruno_ray.learning.interchange import mean_outputs
 from bruno_ray.learning.losses import (
     answer_loss,
@@ -245,33 +245,26 @@ class Trainer:
         lengths = [sum(len(text.prompt) + len(text.continuation) for text in group.texts) for _, group in groups]
         rows: list[Row] = []
 
-        def read(batch: list[int]) -> list[tuple[int, TurningPoint]]:
-            each = [(k, text) for k, group in map(groups.__getitem__, batch) for text in group.texts]
+        def read(batch: list[int]) -> list[tuple[int, Group, TurningPoint]]:
+            chosen = [groups[g] for g in batch]
             try:
                 with torch.no_grad():
-                    edits = [trainees[k].resolved(self._engine) for k in running]
-                    index = [running.index(k) for k, _ in each]
-                    of_row = iter(self._logits([text for _, text in each], edits, index))
-                    found = []
-                    for g in batch:
-                        texts = groups[g][1].texts
-                        n = len(texts[0].continuation)
-                        logits_GNV = torch.stack([next(of_row)[-n - 1 : -1] for _ in texts])
-                        found.append((g, turning_point(logits_GNV, groups[g][1])))
-                    return found
+                    edits = [trainees[k].resolved(self._engine) for k in informed]
+                    index = [informed.index(k) for k, group in chosen for _ in group.texts]
+                    logits_BNV = self._logits([text for _, group in chosen for text in group.texts], edits, index)
+                    each = logits_BNV.split([len(group.texts) for _, group in chosen])
+                    return [(k, group, turning_point(of_group, group)) for (k, group), of_group in zip(chosen, each)]
             finally:
                 self._engine.editor.clear()
 
         self._engine.tokens += sum(lengths)
         for found in self._over(lengths, read):
-            for g, point in found:
-                k, group = groups[g]
-                if point.nats >= ENOUGH:
-                    continue
-                for text in group.texts:
-                    said = text.continuation[: point.position + 1]
-                    row = Text(text.prompt, said, mean_V=point.log_mean_V)
-                    rows.append((k, "inform", row, 1 / (GROUPS * GROUP)))
+            for k, group, point in found:
+                if point.nats < ENOUGH:
+                    for text in group.texts:
+                        said = text.continuation[: point.position + 1]
+                        row = Text(text.prompt, said, mean_V=point.log_mean_V)
+                        rows.append((k, "inform", row, 1 / (GROUPS * GROUP)))
         return rows
 
     def _logits(
