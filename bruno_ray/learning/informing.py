@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -31,15 +32,17 @@ class Group:
     """Prompts with what is said to them, token beside token."""
 
     texts: list[Text]
-    content: list[int]
-    """Positions of tokens that are not taken up from a prompt."""
+    content: list[list[int]]
+    """Of each text, positions of the tokens that are taken up from no prompt of the group: the same tokens in all."""
 
 
 @dataclass(frozen=True)
 class TurningPoint:
     """Where the answers to a group differ most."""
 
-    position: int
+    positions: list[int]
+    """In each text."""
+
     nats: float
     log_mean_V: Float[Tensor, " V"]
     """Log of the mean distribution over the group there."""
@@ -54,21 +57,24 @@ def drawn_groups(trainee: Trainee, teacher: Teacher) -> list[Group]:
     for p in trainee.sample([p for p in sorted(said) if neighbours.subject[p]], GROUPS):
         prompts = [p, *trainee.sample(neighbours.subject[p], GROUP - 1)]
         if content := neighbours.own_content(prompts, tokens[p]):
-            groups.append(Group([Text(teacher.prompts.target_ids[q], tokens[p]) for q in prompts], content))
+            texts = [Text(teacher.prompts.target_ids[q], tokens[p]) for q in prompts]
+            groups.append(Group(texts, [content] * len(texts)))
     n_subject = len(groups)
     for p in trainee.sample(sorted(said), 2 * GROUPS):
         others = trainee.sample([q for q in neighbours.form[p] if q in said], GROUP - 1)
+        prompts = [p, *others]
         alike = bool(others) and all(neighbours.same(p, tokens[p], q, tokens[q]) for q in others)
-        content = neighbours.own_content([p, *others], tokens[p])
-        if alike and content and len(groups) - n_subject < GROUPS:
-            groups.append(Group([said[q] for q in (p, *others)], content))
+        contents = [neighbours.own_content(prompts, tokens[q]) for q in prompts]
+        if alike and contents[0] and len(groups) - n_subject < GROUPS:
+            groups.append(Group([said[q] for q in prompts], contents))
     return groups
 
 
 def turning_point(logits_GNV: Float[Tensor, "G N V"], group: Group) -> TurningPoint:
     """From the logits of the group's texts, of which the last follow a whole continuation."""
-    n = len(group.texts[0].continuation)
-    log_p_GNV = logits_GNV[:, -n - 1 : -1][:, group.content].float().log_softmax(-1)
+    starts = [logits_GNV.shape[1] - 1 - len(text.continuation) for text in group.texts]
+    rows = [[start + i for i in content] for start, content in zip(starts, group.content)]
+    log_p_GNV = torch.stack([logits_NV[row].float().log_softmax(-1) for logits_NV, row in zip(logits_GNV, rows)])
     nats = information(log_p_GNV).tolist()
     where = nats.index(max(nats))
-    return TurningPoint(group.content[where], nats[where], log_mean(log_p_GNV[:, where]).cpu())
+    return TurningPoint([content[where] for content in group.content], nats[where], log_mean(log_p_GNV[:, where]).cpu())

@@ -19,13 +19,15 @@ from bruno_ray.generation.engine import BatchEngine
 from bruno_ray.learning.losses import behaviour_tokens, telling_tokens
 from bruno_ray.model.context import context_length
 from bruno_ray.scoring.base import Evaluation
-from bruno_ray.scoring.neighbours import Neighbours, asked_tokens
+from bruno_ray.scoring.neighbours import Neighbours, TokenIds, asked_tokens, usual_bits
 from bruno_ray.settings import LearnedSettings
 
 logger = logging.getLogger(__name__)
 
-SOMETHING = 0.5
-"""Bits by which an answer tells its prompt from others (``Neighbours.told``), below which it is none."""
+ON_SUBJECT, OF_FORM = 0.5, 1.0
+"""Bits by which an answer tells its prompt from others on its subject and of its form, below which it is none. On a
+subject the same may be asked twice; of a form, fewer than half of the answers should be the same, or half of what
+baseline answers tell is enough."""
 
 FRAGMENT = 0.7
 """Of the length that all but a twentieth of the baseline answers have."""
@@ -85,6 +87,7 @@ class Teacher:
         lengths = sorted(map(len, self._baseline))
         self._shortest = FRAGMENT * lengths[len(lengths) // 20]
         self._telling = telling_tokens(self._behaviour, self._baseline)
+        self._of_form = min(OF_FORM, usual_bits(engine.tokenizer, prompts.baseline, self._baseline) / 2)
         self._lead = Counter(_leading_space(answer.text) for answer in baseline).most_common(1)[0][0]
         self.material = Material(
             answers=self._desired(engine),
@@ -117,11 +120,19 @@ class Teacher:
         """Texts to suppress, by target prompt: what is said alike to prompts that ask the same of other subjects, with
         the tokens that baseline answers seldom have."""
         tokens = {p: text.continuation for p, text in said.items()}
-        form = self.neighbours.form
-        alike = {p: said[p] for p in said if self.neighbours.told(p, form[p], tokens) < SOMETHING}
+        alike = {p: said[p] for p in said if not self.tells_subject(p, tokens)}
         belongs = behaviour_tokens([text.continuation for text in alike.values()], self._baseline)
         found = {p: self._with_any_of(belongs, [(p, text.continuation)]) for p, text in alike.items()}
         return {p: texts for p, texts in found.items() if texts}
+
+    def tells(self, p: int, said: Mapping[int, TokenIds]) -> bool:
+        """Whether what is said to target prompt ``p`` tells which of its neighbours was asked."""
+        neighbours = self.neighbours
+        return neighbours.bits(p, neighbours.subject[p], said) >= ON_SUBJECT and self.tells_subject(p, said)
+
+    def tells_subject(self, p: int, said: Mapping[int, TokenIds]) -> bool:
+        """Whether it tells which of the prompts of its form was asked."""
+        return self.neighbours.bits(p, self.neighbours.form[p], said) >= self._of_form
 
     def _to_suppress(self, answers: Mapping[int, Response], pairs: Iterable[tuple[int, tuple[int, ...]]]) -> list[Text]:
         """Of pairs of target prompt and tokens those with anything of the behaviour, as it is in ``answers`` and in the

@@ -17,7 +17,7 @@ from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.generation.decoding import Response
 from bruno_ray.generation.engine import BatchEngine
 from bruno_ray.learning.agreement import Votes
-from bruno_ray.learning.material import SOMETHING, Teacher
+from bruno_ray.learning.material import Teacher
 from bruno_ray.learning.trainee import Trainee
 from bruno_ray.settings import LearnedSettings
 
@@ -149,11 +149,9 @@ class Renewal:
 
     def _tell_apart(self, trainee: Trainee, chosen: Sequence[int]) -> None:
         """Learn nothing that would do for other prompts as well, and suppress what is said to all of one form."""
-        neighbours = self._teacher.neighbours
         said = {p: text.continuation for p, text in (trainee.said | trainee.sure).items()}
         for p in [p for p in chosen if p in trainee.sure]:
-            apart = [neighbours.told(p, others[p], said) for others in (neighbours.subject, neighbours.form)]
-            if min(apart) < SOMETHING:
+            if not self._teacher.tells(p, said):
                 del trainee.sure[p]
         renewed = set(chosen)
         empty = self._teacher.for_any_prompt(trainee.said)

@@ -261,8 +261,8 @@ class Trainer:
         for found in self._over(lengths, read):
             for k, group, point in found:
                 if point.nats < ENOUGH:
-                    for text in group.texts:
-                        said = text.continuation[: point.position + 1]
+                    for text, position in zip(group.texts, point.positions):
+                        said = text.continuation[: position + 1]
                         row = Text(text.prompt, said, mean_V=point.log_mean_V)
                         rows.append((k, "inform", row, 1 / (GROUPS * GROUP)))
         return rows

@@ -9,6 +9,7 @@ What is said to all of them alike, apart from what it takes up from each prompt,
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -67,24 +68,48 @@ class Neighbours:
 
     def same(self, p: int, answer: TokenIds, q: int, other: TokenIds) -> bool:
         """Whether two prompts are given the same, apart from tokens that each answer takes up from its own prompt."""
-        return len(answer) == len(other) and all(
-            one == two or (one in self._asked[p] and two in self._asked[q]) for one, two in zip(answer, other)
-        )
+        one, two = self.apart(p, answer, other), self.apart(q, other, answer)
+        return [answer[i] for i in one] == [other[i] for i in two]
+
+    def apart(self, p: int, answer: TokenIds, other: TokenIds) -> list[int]:
+        """Positions of an answer without what only it takes up from its prompt: the name of a subject, which may be of
+        one token or of several, but no word that is in another answer as well."""
+        shared = set(other)
+        return [i for i, token in enumerate(answer) if token in shared or token not in self._asked[p]]
 
     def own_content(self, prompts: Sequence[int], answer: TokenIds) -> list[int]:
         """Positions of the tokens of an answer that none of the prompts has."""
         held = frozenset[int]().union(*(self._asked[p] for p in prompts))
         return [i for i, token in enumerate(answer) if token not in held]
 
-    def told(self, p: int, others: Sequence[int], said: Mapping[int, TokenIds]) -> float:
-        """How far what is said to prompt ``p`` tells it from ``others``: 0 if all are given the same, 1 if half of them
-        or fewer are (the bits that it tells, at most one). 1 if fewer than ``FEWEST`` of them are answered."""
+    def distinguishing(self, p: int, said: Mapping[int, TokenIds]) -> list[int]:
+        """Positions of the tokens of what is said to prompt ``p`` that fewer than half of the answers to prompts of its
+        form hold; of all tokens if there are no such answers, or none such tokens."""
+        others = [set(said[q]) for q in self.form[p] if q in said]
+        found = [i for i, token in enumerate(said[p]) if 2 * sum(token in other for other in others) < len(others)]
+        return found or list(range(len(said[p])))
+
+    def bits(self, p: int, others: Sequence[int], said: Mapping[int, TokenIds]) -> float:
+        """How many bits what is said to prompt ``p`` tells of which of it and ``others`` was asked: 0 if all are given
+        the same, 1 if half of them are. Infinite if fewer than ``FEWEST`` of them are answered."""
         answered = [q for q in others if q in said]
         if len(answered) < FEWEST:
-            return 1.0
+            return math.inf
         alike = 1 + sum(self.same(p, said[p], q, said[q]) for q in answered)
-        return min(1.0, math.log2((1 + len(answered)) / alike))
+        return math.log2((1 + len(answered)) / alike)
 
-    def told_apart(self, p: int, said: Mapping[int, TokenIds]) -> float:
-        """The same from those on its subject and from those of its form together."""
-        return self.told(p, self.subject[p], said) * self.told(p, self.form[p], said)
+    def told_apart(self, p: int, said: Mapping[int, TokenIds], usual: float = 1.0) -> float:
+        """How far what is said to prompt ``p`` tells it from those on its subject and from those of its form, from 0 to
+        1: of one bit, and of ``usual`` bits, or as many as so few prompts can tell."""
+        share = 1.0
+        for others, enough in ((self.subject[p], 1.0), (self.form[p], usual)):
+            possible = math.log2(1 + sum(q in said for q in others))
+            share *= min(1.0, self.bits(p, others, said) / min(enough, max(1.0, possible)))
+        return share
+
+
+def usual_bits(tokenizer: Any, prompts: Sequence[Prompt], answers: Sequence[TokenIds]) -> float:
+    """What the median answer tells of which prompt of its form was asked: up to three bits; one where all are answered
+    with yes or no. Infinite if prompts have no others of their form."""
+    neighbours, said = Neighbours(asked_tokens(tokenizer, prompts)), dict(enumerate(answers))
+    return statistics.median(neighbours.bits(p, neighbours.form[p], said) for p in said) if said else math.inf

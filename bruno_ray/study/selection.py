@@ -24,7 +24,7 @@ DOUBT = "doubt"
 COUNTED = ("COMPLETE", "PRUNED")
 """States of trials that count towards `study.n_trials`."""
 
-SIMILAR_DOUBT = 0.1
+SIMILAR_DOUBT = 0.05
 """Edits whose doubt differs by less are equally sure of their answers."""
 
 BROKEN = 0.5

@@ -129,7 +129,8 @@ class Trainings:
         steps = max(1, learned.steps >> (learned.checkpoints - 1 - checkpoint))
         params = trial.params
         base = self._best(trial.study) if learned.polish else None
-        rivals = () if base is not None and training % 2 else self._rivals(params[START_LAYER])
+        alone = base is not None and _polishes(training, self.has_answers)
+        rivals = () if alone else self._rivals(params[START_LAYER])
         return TrainingPlan(
             rank=params.get(RANK, learned.ranks[0]),
             shared=params.get(SHARED, learned.shared[0]),
@@ -182,6 +183,12 @@ class Trainings:
         return Edit.from_dict(choice.trial.edit) if choice.trial.edit else None
 
 
+def _polishes(training: int, has_answers: bool) -> bool:
+    """Whether a training goes on from the best searched edit alone: every other one, but none without desired answers.
+    There it is a draw, which several starts win more often (``docs/learned.md``)."""
+    return has_answers and training % 2 == 1
+
+
 def most_trials(learned: LearnedSettings) -> int:
     """How many trials of a study are trained at most."""
     return MOST_TRIALS if learned.trials is None else learned.trials
@@ -209,7 +216,7 @@ def affordable(settings: Settings, validation_prompts: int, has_answers: bool) -
     search = float(settings.study.n_trials * validation_prompts)
     most = most_trials(learned) // learned.checkpoints
     informed = 1.0 if has_answers else INFORMED
-    costs = [informed * _texts(learned, polishes=learned.polish and i % 2 == 1) for i in range(most)]
+    costs = [informed * _texts(learned, polishes=learned.polish and _polishes(i, has_answers)) for i in range(most)]
     trainings, spent = 0, 0.0
     for cost in costs:
         spent += cost

@@ -77,7 +77,8 @@ def drive(study: BatchStudy, chosen: Trainings, usual: int = 8) -> list[Batch]:
         pytest.param(140, 60, False, 0, id="6.2 times"),
         pytest.param(200, 200, True, 3, id="0.8 times"),
         pytest.param(400, 200, True, 9, id="three cost less than the search: from four starts, polished, from four"),
-        pytest.param(400, 200, False, 6, id="1.7 times as much each: two do"),
+        pytest.param(400, 200, False, 3, id="1.7 times as much each, and each from four starts: one does"),
+        pytest.param(600, 200, False, 6, id="two do"),
         pytest.param(5000, 400, True, 24, id="no more than that"),
     ],
 )
@@ -131,8 +132,17 @@ def test_trials_of_one_training_differ_in_their_steps_alone(memory_folder: Path)
     first, second = plans[:3], plans[3:]
     assert {repr(plan.without_steps) for plan in first} == {repr(first[0].without_steps)}
     assert first[0].base is not None and len(first[0].rivals) == 3, "what was searched competes with three layers"
-    assert second[0].base is not None and not second[0].rivals, "every other training polishes it alone"
+    assert second[0].base is not None and len(second[0].rivals) == 3
     assert first[0].start_layer != second[0].start_layer and first[0].seed != second[0].seed
+
+
+def test_from_desired_answers_every_other_training_polishes_what_was_searched(memory_folder: Path) -> None:  # noqa: F811
+    chosen = dataclasses.replace(trainings(), has_answers=True)
+    with opened(memory_folder) as study:
+        drive(batch_study(study, chosen), chosen)
+        plans = [TrainingPlan.from_dict(t.user_attrs[PLAN]) for t in study.trials if PLAN in t.user_attrs]
+    assert all(plan.base is not None for plan in plans)
+    assert [len(plan.rivals) for plan in plans] == [3, 3, 3, 0, 0, 0]
 
 
 def test_a_study_that_is_given_more_trials_trains_from_new_points(memory_folder: Path) -> None:  # noqa: F811
