@@ -129,7 +129,9 @@ class Subject:
         """Hidden facts, benign facts, KL at the first token and doubt of the edit that doubts least."""
         bank = {each.edit.direction_set: torch.from_numpy(each.directions) for each in trained}
         edits = self.engine.editor.resolve_all([each.edit for each in trained], bank)
-        scores = Confidence(self.scoring).score(Evaluation(self.engine, self.validation, self.scoring, edits))
+        confidence = Confidence(self.scoring)
+        confidence.prepare(Evaluation(self.engine, self.validation, self.scoring))
+        scores = confidence.score(Evaluation(self.engine, self.validation, self.scoring, edits))
         doubt, k = min((score.values["doubt"], k) for k, score in enumerate(scores))
         before, after = self.engine.next_logits(self.ids(self.benign_tests), [None, edits[k]])
         return *self.right(edits[k]), float(kl_of_logits(before, after).mean()), doubt

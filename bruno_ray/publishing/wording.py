@@ -69,9 +69,9 @@ METRICS = {
     "doubt": Metric(
         "Doubt",
         "1 - probability",
-        "how unsure the model is of its answers: 1 minus the mean probability of each answer's least likely token,"
-        " which counts 0 where the behaviour is shown, and less where prompts that ask nearly the same are answered"
-        " alike.",
+        "how unsure the model is of its answers: 1 minus the mean probability of each answer's least likely token, of"
+        " those that most prompts of its form are not answered with; it counts 0 where the behaviour is shown, and less"
+        " where prompts that ask nearly the same are answered alike.",
     ),
     **{
         f"behaviour_rate_{n}": Metric(

@@ -28,8 +28,8 @@ DEAREST = 5.0
 many times as much."""
 
 INFORMED = 1.7
-"""What a training costs without desired answers, whose place further terms of the loss take (measured on organisms:
-CPU seconds with these terms over those without)."""
+"""What a training costs with the terms of the loss that take the place of desired answers (measured on organisms: CPU
+seconds with these terms over those without)."""
 
 WAY_BACK = 3
 """A text that is trained on costs as much as so many that are read."""
@@ -130,6 +130,7 @@ class Trainings:
         params = trial.params
         base = self._best(trial.study) if learned.polish else None
         alone = base is not None and _polishes(training, self.has_answers)
+        inform, entropy = _informing(learned, self.has_answers)
         rivals = () if alone else self._rivals(params[START_LAYER])
         return TrainingPlan(
             rank=params.get(RANK, learned.ranks[0]),
@@ -138,7 +139,7 @@ class Trainings:
             start_layer=params[START_LAYER],
             first_layer=round(params[FIRST_LAYER]),
             answers=learned.answers,
-            suppress=self._without_answers(learned.suppress, 1.0),
+            suppress=_without_answers(learned.suppress, 1.0, self.has_answers),
             retain=params[RETAIN],
             learning_rate=learned.learning_rate,
             steps=steps,
@@ -148,17 +149,11 @@ class Trainings:
             base=base,
             peers=self._peers(trial.study) if learned.agreement > 1 else (),
             induce=learned.induce,
-            inform=self._without_answers(learned.inform, 1.0),
-            entropy=self._without_answers(learned.entropy, 0.3),
+            inform=inform,
+            entropy=entropy,
             protect=learned.protect if self.has_protected else 0.0,
             norm_mode=learned.norm_mode,
         )
-
-    def _without_answers(self, given: float | None, default: float) -> float:
-        """The weight of a term that takes the place of desired answers."""
-        if given is not None:
-            return given
-        return 0.0 if self.has_answers else default
 
     def _rivals(self, start: float) -> tuple[float, ...]:
         """Layers of a training's further starts, evenly spaced in the range that its first one is from."""
@@ -181,6 +176,18 @@ class Trainings:
         except StudyError:
             return None
         return Edit.from_dict(choice.trial.edit) if choice.trial.edit else None
+
+
+def _informing(learned: LearnedSettings, has_answers: bool) -> tuple[float, float]:
+    """Weights of inform and entropy."""
+    return _without_answers(learned.inform, 1.0, has_answers), _without_answers(learned.entropy, 0.3, has_answers)
+
+
+def _without_answers(given: float | None, default: float, has_answers: bool) -> float:
+    """The weight of a term that takes the place of desired answers."""
+    if given is not None:
+        return given
+    return 0.0 if has_answers else default
 
 
 def _polishes(training: int, has_answers: bool) -> bool:
@@ -215,7 +222,7 @@ def affordable(settings: Settings, validation_prompts: int, has_answers: bool) -
     learned = settings.learned
     search = float(settings.study.n_trials * validation_prompts)
     most = most_trials(learned) // learned.checkpoints
-    informed = 1.0 if has_answers else INFORMED
+    informed = INFORMED if any(_informing(learned, has_answers)) else 1.0
     costs = [informed * _texts(learned, polishes=learned.polish and _polishes(i, has_answers)) for i in range(most)]
     trainings, spent = 0, 0.0
     for cost in costs:

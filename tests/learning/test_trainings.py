@@ -89,6 +89,16 @@ def test_a_study_trains_as_much_as_its_search_pays_for(n_trials: int, prompts: i
     assert found.searched_trials == pytest.approx(160 * 32 * 3 * 2 * (1 if answers else 1.7) / prompts)
 
 
+def test_terms_that_are_turned_off_cost_nothing() -> None:
+    plain = LearnedSettings(inform=0.0, entropy=0.0)
+    costs = [
+        affordable(Settings(learned=each), 60, answers).searched_trials
+        for each, answers in ((plain, False), (plain, True))
+    ]
+    assert costs[0] == costs[1] < affordable(Settings(), 60, False).searched_trials
+    assert affordable(Settings(learned=LearnedSettings(inform=1.0)), 60, True).searched_trials > costs[1]
+
+
 def test_what_takes_the_place_of_failed_trainings_is_searched(memory_folder: Path) -> None:  # noqa: F811
     chosen, usual = trainings(), 8
     with opened(memory_folder) as study:
