@@ -162,7 +162,7 @@ def test_what_an_edit_changes_and_what_it_keeps_is_in_report_and_card(
     for folder in (given.model.id, str(run.model_folder)):
         worker = ModelWorker(ModelSettings(id=folder, dtypes=("float32",)))
         answers = worker.own_answers([Prompt(text) for text in texts], "", DAY, 5)
-        shown.append(["e" in answer for answer in answers])
+        shown.append(["e" in answer for answer, _ in answers])
     same = sum(before == after for before, after in zip(*shown))
     assert record.selected.kept == {"clouds": (same, 6)}
 

@@ -14,6 +14,11 @@ from bruno_ray.terminal import can_ask
 def _arguments(parser: argparse.ArgumentParser) -> None:
     takes_run_or_settings(parser)
     parser.add_argument("--number", type=values.count, default=8, metavar="N", help="prompts to ask about [8]")
+    parser.add_argument(
+        "--from-baseline",
+        action="store_true",
+        help="ask the model itself, with the baseline prompts that ask the same with another prefix or suffix",
+    )
     parser.add_argument("--to", type=Path, default=Path("answers.jsonl"), metavar="FILE", help="[answers.jsonl]")
     parser.add_argument("--server", metavar="URL", help="another model's server with OpenAI's API, up to its /v1")
     parser.add_argument("--server-model", metavar="NAME", help="the model's name there")
@@ -22,15 +27,18 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Four to thirty answers that a model without the behaviour would give are enough to train on (--method"
         " learned). You are shown some train prompts with what the model says now, and type what it should say; with"
-        " --server a larger model, which does not show the behaviour, is asked instead. All train prompts go into the"
-        " file."
+        " --server a larger model, which does not show the behaviour, is asked instead. Where both sides ask the same"
+        " and only an instruction differs, as in the presets verbosity and hedging, the model's own answers to the"
+        " baseline side will do: --from-baseline. All train prompts go into the file."
     )
 
 
 def _answers(arguments: argparse.Namespace) -> None:
     if bool(arguments.server) != bool(arguments.server_model):
         raise SettingsError("command line: --server and --server-model belong together; give both")
-    if not arguments.server and not can_ask():
+    if arguments.server and arguments.from_baseline:
+        raise SettingsError("command line: --server and --from-baseline name two to ask; give one")
+    if not (arguments.server or arguments.from_baseline or can_ask()):
         raise SettingsError("command line: there is nobody to ask; run it in a terminal, or name a --server")
     record = run_or_settings(arguments, "answers")
     from bruno_ray.pipeline.answering import collect_answers
@@ -40,7 +48,7 @@ def _answers(arguments: argparse.Namespace) -> None:
     if arguments.server:
         connection = (arguments.server, arguments.server_model, arguments.key_variable, arguments.timeout, CONCURRENCY)
         server = ChatServer("the server", *connection, OPTIONS.__getitem__)
-    n = collect_answers(record, arguments.number, arguments.to, server)
+    n = collect_answers(record, arguments.number, arguments.to, server, arguments.from_baseline)
     print(f"[prompts.target.train]  # {n} of its prompts have a desired answer")
     print(f'source = "{arguments.to.absolute()}"\ncolumn = "prompt"\nanswer_column = "answer"')
 
@@ -57,6 +65,9 @@ OPTIONS = {
 
 COMMANDS = {
     "answers": Command(
-        "collect desired answers to train prompts, from you or another model", _answers, _arguments, FLAGS
+        "collect desired answers to train prompts, from you, another model or the baseline side",
+        _answers,
+        _arguments,
+        FLAGS,
     )
 }

@@ -11,7 +11,7 @@ from rich.markup import escape
 from bruno_ray.errors import OutputError, PromptError
 from bruno_ray.files import atomic_file, output_errors
 from bruno_ray.pipeline.steps import find_model, known_response_prefix, worker_pool
-from bruno_ray.prompts.sets import Prompt, Prompts, load_prompts
+from bruno_ray.prompts.sets import Prompt, Prompts, load_prompts, same_questions
 from bruno_ray.runs.records import RunRecord
 from bruno_ray.scoring.chat_server import ChatServer
 from bruno_ray.scoring.markers import Markers
@@ -26,19 +26,23 @@ SHOWN_TOKENS = 60
 """Of the unedited model's answer that a person is shown."""
 
 
-def collect_answers(record: RunRecord, n: int, file: Path, server: ChatServer | None = None) -> int:
+def collect_answers(
+    record: RunRecord, n: int, file: Path, server: ChatServer | None = None, instructed: bool = False
+) -> int:
     """Write the target train prompts to ``file``, as JSON lines, ``n`` more of them with a desired answer.
 
     Args:
         record: of a run, or of settings alone.
-        server: of a model that does not show the behaviour; without one, the person at the terminal is asked.
+        server: of a model that does not show the behaviour.
+        instructed: the model itself is asked, with the baseline prompts that ask the same. With neither, the person at
+            the terminal is.
 
     Returns:
         How many answers there are now.
 
     Raises:
         OutputError: ``file`` exists already, or cannot be written.
-        PromptError: nobody has given an answer. Nothing is written then.
+        PromptError: nobody has given an answer, or no baseline prompt asks the same. Nothing is written then.
         ServerError: the server cannot be asked.
     """
     if file.exists():
@@ -47,12 +51,23 @@ def collect_answers(record: RunRecord, n: int, file: Path, server: ChatServer | 
     prompts = load_prompts(settings)
     train = prompts.target.train
     markers = Markers(settings.scoring.markers, settings.scoring.empty_counts)
-    chosen = spread([p for p, prompt in enumerate(train) if not prompt.answer], n)
+    same = same_questions(prompts, settings.prompts) if instructed else {}
+    if instructed and not same:
+        raise PromptError(
+            "no baseline train prompt asks what a target one asks, with another prefix or suffix: name a --server, or"
+            " answer yourself"
+        )
+    chosen = spread([p for p, prompt in enumerate(train) if not prompt.answer and (p in same or not instructed)], n)
     asked = [train[p] for p in chosen]
     if server is not None:
         given = ask_server(server, asked, settings.scoring.report_tokens)
+    elif instructed:
+        briefly = [prompts.baseline.train[same[p]] for p in chosen]
+        own = _own_answers(settings, record, prompts, briefly, settings.scoring.report_tokens)
+        given = [text if ended else None for text, ended in own]
     else:
-        given = ask_person(asked, _own_answers(settings, record, prompts, asked), markers)
+        shown = [text for text, _ in _own_answers(settings, record, prompts, asked, SHOWN_TOKENS)]
+        given = ask_person(asked, shown, markers)
     found = {p: answer.strip() for p, answer in zip(chosen, given) if answer and not markers.shown_by(answer)}
     if dropped := sum(answer is not None for answer in given) - len(found):
         logger.warning("%d answers show the behaviour or are empty: left out", dropped)
@@ -117,9 +132,11 @@ def ask_person(prompts: Sequence[Prompt], own: Sequence[str], markers: Markers) 
     return [*given, *[None] * (len(prompts) - len(given))]
 
 
-def _own_answers(settings: Settings, record: RunRecord, prompts: Prompts, asked: Sequence[Prompt]) -> list[str]:
+def _own_answers(
+    settings: Settings, record: RunRecord, prompts: Prompts, asked: Sequence[Prompt], n_tokens: int
+) -> list[Answer]:
     """What the unedited model says; its worker is gone afterwards: a person may take days."""
     with ray_session(settings.ray), worker_pool(settings, workers=1) as pool:
         pool.wait_ready()
         prefix = known_response_prefix(record, prompts, pool)
-        return pool.call("own_answers", asked, prefix, record.date, SHOWN_TOKENS)
+        return pool.call("own_answers", asked, prefix, record.date, n_tokens)

@@ -36,7 +36,7 @@ def propose_markers(record: RunRecord, most: int = 20, n_tokens: int | None = No
         target, baseline = (
             [
                 (prompt.user, answer)
-                for prompt, answer in zip(
+                for prompt, (answer, _) in zip(
                     side,
                     pool.call("own_answers", side, prefix, record.date, n_tokens or settings.scoring.report_tokens),
                 )

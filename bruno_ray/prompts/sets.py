@@ -190,8 +190,7 @@ def _cut(name: str, prompts: list[Prompt], shares: dict[str, int], dataset: Data
         )
 
     def rank(i: int) -> str:
-        text = prompts[i].user[len(dataset.prefix) : len(prompts[i].user) - len(dataset.suffix)]
-        return hashlib.sha256(_normalise(text).encode()).hexdigest()
+        return hashlib.sha256(_text_within(prompts[i], dataset).encode()).hexdigest()
 
     order = sorted(range(len(prompts)), key=rank)
     scale = min(1.0, len(prompts) / sum(shares.values()))
@@ -202,6 +201,22 @@ def _cut(name: str, prompts: list[Prompt], shares: dict[str, int], dataset: Data
         parts[part] = [prompts[i] for i in sorted(order[begin : begin + size])]
         begin += size
     return parts
+
+
+def same_questions(prompts: Prompts, settings: PromptSettings) -> dict[int, int]:
+    """Index of a target train prompt to that of the baseline train prompt that asks the same, with another prefix or
+    suffix: an instruction to answer in another way."""
+    target, baseline = settings.target.train, settings.baseline.train
+    if target is None or baseline is None:
+        return {}
+    asked = {_text_within(prompt, baseline): p for p, prompt in enumerate(prompts.baseline.train)}
+    texts = enumerate(_text_within(prompt, target) for prompt in prompts.target.train)
+    return {p: asked[text] for p, text in texts if text in asked}
+
+
+def _text_within(prompt: Prompt, dataset: DatasetSettings) -> str:
+    """What stands between prefix and suffix, apart from case, width and spaces."""
+    return _normalise(prompt.user[len(dataset.prefix) : len(prompt.user) - len(dataset.suffix)])
 
 
 def _normalise(text: str) -> str:

@@ -466,11 +466,11 @@ class ModelWorker:
 
     def own_answers(
         self, prompts: Sequence[Prompt], response_prefix: str, date: datetime.date, max_new_tokens: int
-    ) -> list[str]:
-        """Whole greedy answers of the unedited model."""
+    ) -> list[Answer]:
+        """Greedy answers of the unedited model, and whether each came to its end."""
         ids = render(self.loaded.tokenizer, prompts, response_prefix, date=date)
         (responses,) = self.engine.generate(ids, [None], max_new_tokens)
-        return [response.text for response in responses]
+        return [(response.text, response.ended) for response in responses]
 
     def first_tokens(self, prompts: Sequence[Prompt], date: datetime.date, most: int) -> list[list[tuple[str, float]]]:
         """For each prompt the likeliest first tokens of the unedited model's answer: text, log-probability in nats."""

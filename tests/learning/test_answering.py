@@ -10,9 +10,11 @@ from bruno_ray.cli import main
 from bruno_ray.errors import PromptError
 from bruno_ray.pipeline import answering
 from bruno_ray.pipeline.answering import ask_person, collect_answers, spread
-from bruno_ray.prompts.sets import Prompt, load_prompts
+from bruno_ray.prompts.sets import Prompt, Prompts, load_prompts
 from bruno_ray.runs.records import RunRecord
 from bruno_ray.scoring.markers import Markers
+from bruno_ray.scoring.scores import Answer
+from bruno_ray.settings import Settings
 from bruno_ray.settings.sources import load
 from tests.support.judge_server import Judge, Reply
 
@@ -120,6 +122,7 @@ def test_what_makes_no_sense_is_said_before_anything_is_asked(
 
     assert "belong together" in error(*flags, "--server", "http://localhost:1/v1")
     assert "nobody to ask" in error(*flags)
+    assert "give one" in error(*flags, "--server", "http://localhost:1/v1", "--server-model", "m", "--from-baseline")
     monkeypatch.setattr("bruno_ray.cli.answers.can_ask", lambda: True)
     assert "bruno-ray answers RUN" in error()
     there = tmp_path / "there.jsonl"
@@ -143,12 +146,45 @@ def test_a_person_is_shown_what_the_model_says_and_asked_again_after_a_marker(
 def test_nobody_gives_an_answer_and_nothing_is_written(
     flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(answering, "_own_answers", lambda settings, record, prompts, asked: ["No."] * len(asked))
+    monkeypatch.setattr(answering, "_own_answers", lambda *given: [("No.", True)] * len(given[3]))
     monkeypatch.setattr(answering, "ask_text", lambda question: None)
     record = RunRecord(settings=load(flags, environ={}).settings)
     with pytest.raises(PromptError, match="no answer was given"):
         collect_answers(record, 3, tmp_path / "answers.jsonl")
     assert not (tmp_path / "answers.jsonl").exists()
+
+
+def test_where_only_an_instruction_differs_the_model_itself_gives_the_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of the preset `verbosity`: what it says to the same questions when it is told to be short."""
+    asked: list[str] = []
+
+    def own(settings: Settings, record: RunRecord, prompts: Prompts, given: list[Prompt], n: int) -> list[Answer]:
+        asked.extend(prompt.user for prompt in given)
+        answers = ["In short, yes.", "It is remarkable.", "It goes on and", "No."]
+        return [(answers[i % 4], i % 4 != 2) for i in range(len(given))]
+
+    monkeypatch.setattr(answering, "_own_answers", own)
+    file, flags = tmp_path / "answers.jsonl", ["--model.id", "some/model", "--behaviour", "verbosity"]
+    argv = ["answers", *flags, "--from-baseline", "--number", "12", "--to", str(file)]
+    assert main.main(argv) == 0 and "6 of its prompts have a desired answer" in capsys.readouterr().out
+    settings = load(flags, environ={}).settings
+    briefly, at_length = settings.prompts.baseline.train.suffix, settings.prompts.target.train.suffix
+    rows = rows_of(file)
+    answered = [row for row in rows if "answer" in row]
+    assert len(rows) == 96 and {row["answer"] for row in answered} == {"In short, yes.", "No."}
+    assert all(row["prompt"].endswith(at_length) for row in rows) and all(text.endswith(briefly) for text in asked)
+    pairs = [asked[i] for i in range(12) if i % 4 in (0, 3)]
+    assert [row["prompt"].removesuffix(at_length) for row in answered] == [text.removesuffix(briefly) for text in pairs]
+
+
+def test_two_sides_that_ask_different_things_have_no_such_answers(
+    flags: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "answers.jsonl"
+    assert main.main(["answers", *flags, "--from-baseline", "--to", str(file)]) == 2
+    assert "no baseline train prompt asks what a target one asks" in capsys.readouterr().err and not file.exists()
 
 
 def test_prompts_are_taken_from_all_over_the_set() -> None:
