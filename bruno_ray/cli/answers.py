@@ -1,12 +1,15 @@
 """`answers`: desired answers to train on."""
 
 import argparse
+from collections.abc import Iterator
 from pathlib import Path
 
 from bruno_ray.cli import values
 from bruno_ray.cli.command import Command
 from bruno_ray.cli.setting_flags import run_or_settings, takes_run_or_settings
+from bruno_ray.cli.show_config import toml_value
 from bruno_ray.errors import SettingsError
+from bruno_ray.settings import PromptSet
 from bruno_ray.settings.keys import FLAGS
 from bruno_ray.terminal import can_ask
 
@@ -49,8 +52,24 @@ def _answers(arguments: argparse.Namespace) -> None:
         connection = (arguments.server, arguments.server_model, arguments.key_variable, arguments.timeout, CONCURRENCY)
         server = ChatServer("the server", *connection, OPTIONS.__getitem__)
     n = collect_answers(record, arguments.number, arguments.to, server, arguments.from_baseline)
-    print(f"[prompts.target.train]  # {n} of its prompts have a desired answer")
-    print(f'source = "{arguments.to.absolute()}"\ncolumn = "prompt"\nanswer_column = "answer"')
+    print(f"# {n} of its train prompts have a desired answer")
+    print("\n".join(target_with_answers(record.settings.prompts.target, arguments.to.absolute())))
+
+
+def target_with_answers(target: PromptSet, file: Path) -> Iterator[str]:
+    """The whole target side with ``file`` for its train part, as TOML: who gives that part gets no other from a
+    preset."""
+    given = {"source": str(file), "column": "prompt", "answer_column": "answer"}
+    if target.train is not None:
+        kept = target.train.model_dump(exclude_defaults=True, include={"system_prompt"})
+        given |= ({"category_column": "category"} if target.train.category_column else {}) | kept
+    parts = {"train": given}
+    for name in ("validation", "test"):
+        if (part := getattr(target, name)) is not None:
+            parts[name] = part.model_dump(exclude_defaults=True)
+    for name, values_of in parts.items():
+        yield f"[prompts.target.{name}]"
+        yield from (f"{key} = {toml_value(value)}" for key, value in values_of.items())
 
 
 CONCURRENCY = 4

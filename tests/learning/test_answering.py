@@ -59,7 +59,7 @@ def test_another_model_gives_answers_that_a_run_can_train_on(
     asked = ["--server", server.url, "--server-model", "large", "--number", "4", "--to", str(file)]
     assert main.main(["answers", *flags, *asked]) == 0
     printed = capsys.readouterr().out
-    assert "4 of its prompts have a desired answer" in printed and 'answer_column = "answer"' in printed
+    assert "4 of its train prompts have a desired answer" in printed and 'answer_column = "answer"' in printed
     train = load_prompts(load(flags, environ={}).settings).target.train
     rows = rows_of(file)
     assert [row["prompt"] for row in rows] == [prompt.user for prompt in train]
@@ -168,8 +168,18 @@ def test_where_only_an_instruction_differs_the_model_itself_gives_the_answers(
     monkeypatch.setattr(answering, "_own_answers", own)
     file, flags = tmp_path / "answers.jsonl", ["--model.id", "some/model", "--behaviour", "verbosity"]
     argv = ["answers", *flags, "--from-baseline", "--number", "12", "--to", str(file)]
-    assert main.main(argv) == 0 and "6 of its prompts have a desired answer" in capsys.readouterr().out
+    assert main.main(argv) == 0
+    printed = capsys.readouterr().out
+    assert "6 of its train prompts have a desired answer" in printed
     settings = load(flags, environ={}).settings
+    (tmp_path / "bruno.toml").write_text(printed)
+    again = load(flags, environ={}, config=tmp_path / "bruno.toml").settings.prompts
+    assert again.target.train.source == str(file) and again.target.train.suffix == ""
+    assert (again.target.validation, again.target.test) == (
+        settings.prompts.target.validation,
+        settings.prompts.target.test,
+    )
+    assert again.baseline == settings.prompts.baseline
     briefly, at_length = settings.prompts.baseline.train.suffix, settings.prompts.target.train.suffix
     rows = rows_of(file)
     answered = [row for row in rows if "answer" in row]
