@@ -81,8 +81,6 @@ def main() -> None:
     parser.add_argument("--heretic-batch-size", type=int, default=0, help="for trying this out [heretic finds it]")
     parser.add_argument("--reuse-heretic", action="store_true", help="take heretic's runs of this task from the cache")
     parser.add_argument("--work", type=Path, help="folder that keeps our runs; what is there is not run again")
-    parser.add_argument("--section", default="real_model", help="another name beside the one that is there")
-    parser.add_argument("--note", default="", help="a paragraph at the end")
     parser.add_argument("--dry", action="store_true", help="print the section, leave RESULTS.md alone")
     parser.add_argument("--ours", nargs=argparse.REMAINDER, default=[], help="further options of `bruno-ray run`")
     arguments = parser.parse_args()
@@ -98,10 +96,10 @@ def main() -> None:
             folders = {THEIRS: theirs.folder, OURS: ours.folder}
             folders |= {f"{THEIRS}, trial {number}": path for number, path in theirs.neighbours.items()}
             results[seed] = SeedResult(theirs, ours, measure(task.model, folders, settings, prompts))
-        text = section(results, prompts, arguments) + (f"\n\n{arguments.note}" if arguments.note else "")
+        text = section(results, prompts, arguments)
         print(text, flush=True)
     if not arguments.dry:
-        write_section(arguments.section, text)
+        write_section("real_model", text)
 
 
 @contextmanager
@@ -204,7 +202,7 @@ def section(results: dict[int, SeedResult], prompts: Prompts, arguments: argpars
     target, baseline = prompts.target, prompts.baseline
     extra = f" Ours with `{shlex.join(arguments.ours)}`." if arguments.ours else ""
     lines = [
-        f"## A real model beside heretic 1.4.0{', ours otherwise' if arguments.ours else ''} (`benchmarks/real_model.py`)",
+        "## A real model beside heretic 1.4.0 (`benchmarks/real_model.py`)",
         "",
         f"SmolLM2-135M-Instruct, preset `{BEHAVIOUR}`; {arguments.trials} trials ({arguments.startup} at startup),"
         f" {len(target.train)} and {len(baseline.train)} prompts for directions, {len(target.validation)} and"
