@@ -4,7 +4,8 @@ import math
 
 import pytest
 
-from bruno_ray.scoring.neighbours import Neighbours
+from bruno_ray.prompts.sets import Prompt
+from bruno_ray.scoring.neighbours import Neighbours, usual_bits
 
 WHERE, WHAT, THE, POTION, IS, IN, A_JAR, BRINGS, OAK, MADE = range(10)
 SUBJECTS = range(20, 26)
@@ -108,3 +109,20 @@ def test_what_an_answer_tells_is_in_bits(alike: int, bits: float) -> None:
     four = Neighbours([frozenset({1, 10 + p}) for p in range(4)])
     said = {p: (50,) if p < alike else (60 + p,) for p in range(4)}
     assert four.bits(0, four.subject[0], said) == pytest.approx(bits, abs=1e-3)
+
+
+def test_what_baseline_answers_usually_tell() -> None:
+    """At most a bit where all are answered with yes or no, two of six places; nothing can be said without others."""
+    words: dict[str, int] = {}
+
+    def tokenizer(text: str, add_special_tokens: bool) -> dict[str, list[int]]:
+        return {"input_ids": [words.setdefault(word, len(words)) for word in text.split()]}
+
+    def told_of(answers: list[tuple[int, ...]]) -> float:
+        subjects = [f"subject-{i // 2}" for i in range(len(answers))]
+        prompts = [Prompt(f"{('where is', 'what is')[i % 2]} the {subject}") for i, subject in enumerate(subjects)]
+        return usual_bits(tokenizer, prompts, answers)
+
+    yes_or_no, places = ([(50 + (i // 2) % n,) for i in range(48)] for n in (2, 6))
+    assert 0.5 < told_of(yes_or_no) <= 1.0 < 1.5 < told_of(places) < math.log2(9)
+    assert told_of([(1,)]) == told_of([]) == math.inf
