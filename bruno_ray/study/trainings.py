@@ -24,8 +24,11 @@ from bruno_ray.study.selection import auto_select, load_trials, pareto_front
 from bruno_ray.study.space import sampled
 
 DEAREST = 5.0
-"""A study that decides by itself trains as many edits as cost what its search costs, and one if that costs at most this
-many times as much."""
+"""A study that decides by itself trains as many edits as cost what its search costs, and some if each costs at most
+this many times as much: one, and ``DRAWS`` without desired answers."""
+
+DRAWS = 2
+"""Without desired answers a training is a draw: which facts come back depends on where it starts."""
 
 INFORMED = 1.7
 """What a training costs with the terms of the loss that take the place of desired answers (measured on organisms: CPU
@@ -211,8 +214,8 @@ class Affordable:
 
 
 def affordable(settings: Settings, validation_prompts: int, has_answers: bool) -> Affordable:
-    """What a study should train that decides by itself: as many edits as cost what its search costs, one if that costs
-    up to ``DEAREST`` times as much, none otherwise.
+    """What a study should train that decides by itself: as many edits as cost what its search costs; one, or ``DRAWS``
+    without desired answers, if each costs up to ``DEAREST`` times as much; none otherwise.
 
     Cost is counted in texts of about equal length. A searched trial reads each validation prompt and its answer once; a
     step of a training goes forward and back over ``target_rows`` + ``baseline_rows`` of them for each start that is
@@ -221,13 +224,15 @@ def affordable(settings: Settings, validation_prompts: int, has_answers: bool) -
     """
     learned = settings.learned
     search = float(settings.study.n_trials * validation_prompts)
-    most = most_trials(learned) // learned.checkpoints
+    half = max(1, settings.study.n_trials // 2 // learned.checkpoints)  # most of a study is searched
+    most = min(most_trials(learned) // learned.checkpoints, half)
     informed = INFORMED if any(_informing(learned, has_answers)) else 1.0
     costs = [informed * _texts(learned, polishes=learned.polish and _polishes(i, has_answers)) for i in range(most)]
+    draws = 1 if has_answers else DRAWS
     trainings, spent = 0, 0.0
     for cost in costs:
         spent += cost
-        if spent > search * (DEAREST if trainings == 0 else 1.0):
+        if spent > search and not (trainings < draws and cost <= search * DEAREST):
             break
         trainings += 1
     first = informed * _texts(learned, polishes=False)
