@@ -40,8 +40,9 @@ class LearnedSettings(Section):
     """As `search.norm_mode`. none needs no weight and is exact as an adapter; full reads the edited weights twice a
     step."""
 
-    polish: bool = True
-    """The best searched trial by then is one of a training's starts, and every other training's only one."""
+    polish: bool | None = None
+    """The best searched trial by then is one of a training's starts, and every other training's only one. When not
+    given, so with desired answers only: without them it leads to fewer answers than a layer's direction does."""
 
     answers: Annotated[float, Field(ge=0)] = 1.0
     """Weight of the likelihood of desired answers (`answer_column` of `prompts.target.train`)."""

@@ -131,8 +131,8 @@ class Trainings:
         training, checkpoint = self.training(trial.number)
         steps = max(1, learned.steps >> (learned.checkpoints - 1 - checkpoint))
         params = trial.params
-        base = self._best(trial.study) if learned.polish else None
-        alone = base is not None and _polishes(training, self.has_answers)
+        base = self._best(trial.study) if _polishes(learned, self.has_answers) else None
+        alone = base is not None and training % 2 == 1
         inform, entropy = _informing(learned, self.has_answers)
         rivals = () if alone else self._rivals(params[START_LAYER])
         return TrainingPlan(
@@ -193,10 +193,11 @@ def _without_answers(given: float | None, default: float, has_answers: bool) -> 
     return 0.0 if has_answers else default
 
 
-def _polishes(training: int, has_answers: bool) -> bool:
-    """Whether a training goes on from the best searched edit alone: every other one, but none without desired answers.
-    There it is a draw, which several starts win more often (``docs/learned.md``)."""
-    return has_answers and training % 2 == 1
+def _polishes(learned: LearnedSettings, has_answers: bool) -> bool:
+    """Whether the best searched edit is a start, and the only one of every other training. Not by default without
+    desired answers: where the answers have to be found as well, it leads to fewer of them than a layer's direction
+    does (``docs/learned.md``)."""
+    return has_answers if learned.polish is None else learned.polish
 
 
 def most_trials(learned: LearnedSettings) -> int:
@@ -227,7 +228,7 @@ def affordable(settings: Settings, validation_prompts: int, has_answers: bool) -
     half = max(1, settings.study.n_trials // 2 // learned.checkpoints)  # most of a study is searched
     most = min(most_trials(learned) // learned.checkpoints, half)
     informed = INFORMED if any(_informing(learned, has_answers)) else 1.0
-    costs = [informed * _texts(learned, polishes=learned.polish and _polishes(i, has_answers)) for i in range(most)]
+    costs = [informed * _texts(learned, polishes=_polishes(learned, has_answers) and i % 2 == 1) for i in range(most)]
     draws = 1 if has_answers else DRAWS
     trainings, spent = 0, 0.0
     for cost in costs:
