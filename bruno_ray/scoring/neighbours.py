@@ -17,8 +17,9 @@ from bruno_ray.prompts.sets import Prompt
 
 TokenIds = Sequence[int]
 
-FORM = 8
-"""Prompts of the same form that are looked at, at most."""
+MOST = 8
+"""Prompts of the same form that are looked at, and on the same subject, at most: what there is to compare grows with
+the prompts, not with their square."""
 
 FEWEST = 2
 """Others that an answer is told from; the one other on a subject may well be the same question in other words."""
@@ -48,14 +49,15 @@ class Neighbours:
             for token in tokens:
                 holding.setdefault(token, []).append(p)
         self.subject = [self._sharing_rarest(p, holding) for p in range(len(asked))]
-        """By prompt, the others with its rarest token, of the tokens that any other prompt has."""
+        """By prompt, others with its rarest token, of the tokens that any other prompt has, taken evenly from all."""
 
         self.form = [self._of_one_form(p) for p in range(len(asked))]
         """By prompt, those of the rest that share most tokens with it."""
 
     def _sharing_rarest(self, p: int, holding: Mapping[int, Sequence[int]]) -> list[int]:
         shared = [holding[token] for token in sorted(self._asked[p]) if len(holding[token]) > 1]
-        return [q for q in min(shared, key=len, default=[]) if q != p]
+        others = [q for q in min(shared, key=len, default=[]) if q != p]
+        return others[:: math.ceil(len(others) / MOST)] if others else []
 
     def _of_one_form(self, p: int) -> list[int]:
         tokens, subject = self._asked[p], {p, *self.subject[p]}
@@ -64,7 +66,7 @@ class Neighbours:
         def overlap(q: int) -> float:
             return len(tokens & self._asked[q]) / len(tokens | self._asked[q])
 
-        return sorted(others, key=lambda q: (-overlap(q), q))[:FORM]
+        return sorted(others, key=lambda q: (-overlap(q), q))[:MOST]
 
     def same(self, p: int, answer: TokenIds, q: int, other: TokenIds) -> bool:
         """Whether two prompts are given the same, apart from tokens that each answer takes up from its own prompt."""

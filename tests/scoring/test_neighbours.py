@@ -36,6 +36,11 @@ def test_neighbours_are_on_the_subject_or_of_the_form() -> None:
         assert NEIGHBOURS.form[p][: N - 1] == [q for q in range(N) if q != p]
 
 
+def test_of_many_on_one_subject_some_are_looked_at() -> None:
+    many = Neighbours([frozenset({1, 10 + p}) for p in range(100)])
+    assert all(4 <= len(others) <= 8 and max(others) - min(others) > 75 for others in many.subject)
+
+
 def test_right_answers_tell_which_prompt_they_answer() -> None:
     """Although another way to ask the same is answered with the same."""
     said = everywhere(lambda p: (IS, 50 + PLACES[p]), lambda p: (BRINGS, GIFTS[p]))
