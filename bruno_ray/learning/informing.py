@@ -62,11 +62,13 @@ def drawn_groups(trainee: Trainee, teacher: Teacher) -> list[Group]:
     n_subject = len(groups)
     for p in trainee.sample(sorted(said), 2 * GROUPS):
         others = trainee.sample([q for q in neighbours.form[p] if q in said], GROUP - 1)
+        if len(groups) - n_subject == GROUPS or not others:
+            continue
         prompts = [p, *others]
-        alike = bool(others) and all(neighbours.same(p, tokens[p], q, tokens[q]) for q in others)
-        contents = [neighbours.own_content(prompts, tokens[q]) for q in prompts]
-        if alike and contents[0] and len(groups) - n_subject < GROUPS:
-            groups.append(Group([said[q] for q in prompts], contents))
+        if all(neighbours.same(p, tokens[p], q, tokens[q]) for q in others):
+            contents = [neighbours.own_content(prompts, tokens[q]) for q in prompts]
+            if contents[0]:
+                groups.append(Group([said[q] for q in prompts], contents))
     return groups
 
 
