@@ -19,9 +19,9 @@ import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from real_model import BEHAVIOUR, DTYPE, MODEL, front, measure, metric_table, options
+from real_model import BEHAVIOUR, DTYPE, MODEL, measure, metric_table, options
 from results import write_section
-from tool_runs import TrialFigures, from_json
+from tool_runs import TrialFigures, from_json, front
 
 from bruno_ray.model.named_models import named_folder
 from bruno_ray.prompts.sets import load_prompts

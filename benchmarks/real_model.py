@@ -8,9 +8,9 @@ fewest refusals among those whose KL at the first token is at most ``--max-kl``;
 with the same bound on its own KL, the mean over 16 tokens.
 
 What both have saved is then measured by one procedure, with the scorers that `bruno-ray run` reports with: they are
-prepared on the unedited model, and each saved folder is loaded and scored on the test prompts. Two more trials of
-heretic's front, next to the chosen one, are saved and measured as well: of its trials only the KL at the first token
-is known otherwise.
+prepared on the unedited model, and each saved folder is loaded and scored on the test prompts. Some more trials of each
+tool's front, next to the chosen one, are saved and measured as well: only so can the KL over 16 tokens be compared at
+equal rates, since heretic knows that at the first token alone.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from results import write_section
-from tool_runs import Task, ToolRun, TrialFigures, run_heretic, run_ours
+from tool_runs import Task, ToolRun, TrialFigures, front, run_heretic, run_ours
 
 from bruno_ray.intervals import wilson_interval
 from bruno_ray.model.named_models import named_folder
@@ -63,7 +63,7 @@ class SeedResult:
     theirs: ToolRun
     ours: ToolRun
     measured: dict[str, Measured]
-    """By column: unedited, heretic, bruno-ray, and heretic's neighbouring trials."""
+    """By column: unedited, heretic, bruno-ray, and the neighbouring trials of both."""
 
 
 def main() -> None:
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=30)
     parser.add_argument("--report-tokens", type=int, default=256, help="longest answer that is measured")
     parser.add_argument("--max-kl", type=float, default=0.1)
-    parser.add_argument("--neighbours", type=int, default=2, help="more trials of heretic's front to measure")
+    parser.add_argument("--neighbours", type=int, default=2, help="more trials of each tool's front to measure")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--heretic-batch-size", type=int, default=0, help="for trying this out [heretic finds it]")
     parser.add_argument("--reuse-heretic", action="store_true", help="take heretic's runs of this task from the cache")
@@ -94,7 +94,8 @@ def main() -> None:
             theirs = run_heretic(task, arguments.reuse_heretic)
             ours = run_ours(task, work, given, arguments.ours)
             folders = {THEIRS: theirs.folder, OURS: ours.folder}
-            folders |= {f"{THEIRS}, trial {number}": path for number, path in theirs.neighbours.items()}
+            for name, run in ((THEIRS, theirs), (OURS, ours)):
+                folders |= {f"{name}, trial {number}": path for number, path in run.neighbours.items()}
             results[seed] = SeedResult(theirs, ours, measure(task.model, folders, settings, prompts))
         text = section(results, prompts, arguments)
         print(text, flush=True)
@@ -230,7 +231,8 @@ def section(results: dict[int, SeedResult], prompts: Prompts, arguments: argpars
             )
     lines += ["", ratios(results)]
     for seed, result in results.items():
-        lines += ["", f"### Seed {seed}", "", *saved_models(result, prompts), "", *equal_rates(result)]
+        lines += ["", f"### Seed {seed}", "", *saved_models(result, prompts), "", *by_rate(result.measured)]
+        lines += ["", *equal_rates(result)]
         lines += ["", *details("Pareto fronts on validation", fronts(result))]
         lines += ["", *details(f"Answers to the first {SHOWN_ANSWERS} test prompts", answers(result, target.test))]
     return "\n".join(lines)
@@ -282,6 +284,20 @@ def figure(value: float | None) -> str:
     return "-" if value is None else f"{value:.4f}"
 
 
+def by_rate(measured: Mapping[str, Measured]) -> list[str]:
+    """Saved models in the order of their rates, so that the KL of either tool can be read at equal ones."""
+    metrics = ("behaviour_rate", "evasion_rate", "kl_divergence", "kl_first", "neutral_lost")
+    edited = [(name, model.scores) for name, model in measured.items() if name != UNEDITED]
+    edited.sort(key=lambda item: (item[1].values["behaviour_rate"], item[1].values["kl_divergence"]))
+    return [
+        "The saved models by their rates:",
+        "",
+        f"| | {' | '.join(f'`{metric}`' for metric in metrics)} |",
+        f"|---|{'---|' * len(metrics)}",
+        *(f"| {name} | {' | '.join(metric_text(scores, metric) for metric in metrics)} |" for name, scores in edited),
+    ]
+
+
 def equal_rates(result: SeedResult) -> list[str]:
     """The lowest KL at a behaviour rate no higher than what either tool chose, over all completed trials."""
     lines = [
@@ -327,16 +343,6 @@ def fronts(result: SeedResult) -> list[str]:
                     f" | {figure(trial.kl_answer)} | {'; '.join(on)} |"
                 )
     return lines
-
-
-def front(trials: Sequence[TrialFigures], kl: str) -> set[int]:
-    """Numbers of the trials that none beats in rate and KL; of equal ones the first."""
-    numbers, ceiling = set(), float("inf")
-    for trial in sorted(trials, key=lambda t: (t.shown, getattr(t, kl), t.number)):
-        if getattr(trial, kl) < ceiling:
-            ceiling = getattr(trial, kl)
-            numbers.add(trial.number)
-    return numbers
 
 
 def answers(result: SeedResult, prompts: Sequence[Prompt]) -> list[str]:

@@ -66,7 +66,7 @@ class Task:
     """Both compute in it."""
 
     neighbours: int = 0
-    """Trials beside the chosen one on heretic's front that it saves as well."""
+    """Trials beside the chosen one on its tool's front that are saved as well."""
 
 
 @dataclass(frozen=True)
@@ -228,9 +228,34 @@ def run_ours(task: Task, work: Path, given: Sequence[str], further: Sequence[str
     ]
     assert record.selected is not None
     interval = _interval_of_study(study)
-    result = _tool_run(trials, record.selected.number, run / "model", {}, usage, interval, whole=usage.finished)
+    neighbours = {}
+    for number in nearest_on_front(trials, record.selected.number, task.neighbours):
+        neighbours[str(number)] = str(work / f"model-{number}")
+        shutil.rmtree(neighbours[str(number)], ignore_errors=True)
+        save = [sys.executable, "-m", "bruno_ray.cli.main", "save", str(run), "--trial", str(number)]
+        run_measured([*save, "--to", neighbours[str(number)]], work / f"save-{number}.log", os.environ | ONE_THREAD)
+    result = _tool_run(trials, record.selected.number, run / "model", neighbours, usage, interval, whole=usage.finished)
     (work / "result.json").write_text(json.dumps(asdict(result)))
     return result
+
+
+def front(trials: Sequence[TrialFigures], kl: str) -> set[int]:
+    """Numbers of the trials that none beats in rate and KL; of equal ones the first."""
+    numbers, ceiling = set(), float("inf")
+    for trial in sorted(trials, key=lambda t: (t.shown, getattr(t, kl), t.number)):
+        if getattr(trial, kl) < ceiling:
+            ceiling = getattr(trial, kl)
+            numbers.add(trial.number)
+    return numbers
+
+
+def nearest_on_front(trials: Sequence[TrialFigures], selected: int, n: int) -> list[int]:
+    """The trials of our front next to the selected one in the order of rates, as `heretic_driver.py` takes its own."""
+    members = front(trials, "kl_answer") | {selected}
+    by_rate = sorted((t for t in trials if t.number in members), key=lambda t: (t.shown, t.kl_answer))
+    place = next(i for i, trial in enumerate(by_rate) if trial.number == selected)
+    nearest = sorted(range(len(by_rate)), key=lambda i: abs(i - place))
+    return [by_rate[i].number for i in nearest[1 : 1 + n]]
 
 
 def _without(options: Sequence[str], further: Sequence[str]) -> list[str]:
