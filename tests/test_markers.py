@@ -77,7 +77,7 @@ def test_a_run_or_settings_are_needed_and_not_both(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    fails(capsys, ["markers"], "bruno-ray markers RUN", "--model.id")
+    fails(capsys, ["markers"], "bruno-ray markers RUN", "MODEL")
     settings = load(["--model.id", "some/model"], environ={}).settings
     RunDirectory.create(tmp_path / "runs" / "mine", RunRecord(settings=settings))
     fails(capsys, ["markers", "mine", "--model.id", "other/model"], "RUN has its own settings")
@@ -92,6 +92,9 @@ def test_a_run_or_settings_are_needed_and_not_both(
     assert tomllib.loads(capsys.readouterr().out) == {"scoring": {"markers": ['a "b"']}}
     ((record,), more) = asked.pop()
     assert record.settings == settings and more == {"most": 5, "n_tokens": 40}
+    assert main.main(["markers", "some/model", "--behaviour", "disclaimers"]) == 0
+    ((record,), _) = asked.pop()
+    assert (record.settings.model.id, record.settings.behaviour) == ("some/model", "disclaimers")
 
 
 @pytest.mark.ray

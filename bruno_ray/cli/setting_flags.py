@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from bruno_ray.cli.show_config import documentation, toml_value
-from bruno_ray.errors import SettingsError
+from bruno_ray.errors import OutputError, SettingsError
 from bruno_ray.runs.lookup import find_run
 from bruno_ray.settings import sources
 from bruno_ray.settings.flags import join_flags
@@ -118,26 +118,35 @@ def load_settings(arguments: argparse.Namespace, model_needed: bool = True) -> L
 
 
 def takes_run_or_settings(parser: argparse.ArgumentParser) -> None:
-    """RUN and --config, of which `run_or_settings` makes a record."""
+    """RUN or MODEL, and --config, of which `run_or_settings` makes a record."""
     parser.add_argument(
         "run",
-        metavar="RUN",
+        metavar="RUN|MODEL",
         nargs="?",
-        help="run directory, or its name below the output directory; without it, settings say which model and prompts",
+        help="run directory, or its name below the output directory; or, with settings that say which prompts, a model"
+        " as `bruno-ray run` takes it",
     )
     _takes_config(parser)
 
 
 def run_or_settings(arguments: argparse.Namespace, command: str) -> "RunRecord":
-    """The record of RUN, or one of the settings alone. Raises SettingsError for both or neither."""
+    """The record of RUN, or one of the settings alone, whose model MODEL is. Raises SettingsError for a run and
+    settings, or neither."""
     from bruno_ray.runs.records import RunRecord
 
     if arguments.run is not None:
-        if arguments.settings_flags or arguments.config:
-            raise SettingsError("command line: RUN has its own settings; leave it out, or leave out the flags")
-        return find_run(arguments.run).read()
-    arguments.model = None
+        with_settings = bool(arguments.settings_flags or arguments.config)
+        try:
+            run = find_run(arguments.run)
+        except OutputError:
+            if not with_settings:
+                raise
+        else:
+            if with_settings:
+                raise SettingsError("command line: RUN has its own settings; leave it out, or leave out the flags")
+            return run.read()
+    arguments.model = arguments.run
     settings = load_settings(arguments, model_needed=False).settings
     if not settings.model.id:
-        raise SettingsError(f"command line: no run and no model; write bruno-ray {command} RUN, or give --model.id")
+        raise SettingsError(f"command line: no run and no model; write bruno-ray {command} RUN, or name a MODEL")
     return RunRecord(settings=settings)
