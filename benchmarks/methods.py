@@ -209,7 +209,7 @@ class SmolLM2(Model):
     name, n_trials, n_startup, again = "SmolLM2", 8, 4, False
 
     def __init__(self) -> None:
-        given = ["--model.id", SMOLLM2, "--behaviour", "disclaimers", "--model.dtypes", '["float32"]']
+        given = ["--model.id", SMOLLM2, "--behaviour", "disclaimers", "--model.dtypes", '["bfloat16"]']
         given += ["--prompts.n-train", "40", "--prompts.n-validation", "40", "--prompts.n-test", "40"]
         given += ["--prompts.n-finalists", "0", "--scoring.report-tokens", "30"]
         self.lab = Lab([*given, "--residuals.answer-tokens", str(max(JOINED))])
@@ -416,10 +416,11 @@ def section(found: Mapping[str, Sequence[Row]]) -> str:
     lines = [
         "## League table of methods (`benchmarks/methods.py`)",
         "",
-        "One study per entry and model, in one process, one thread, float32, while others used the machine:"
-        f" {Foreign.n_trials} trials on organisms ({Foreign.n_startup} at startup), {SmolLM2.n_trials} on SmolLM2"
-        f" ({SmolLM2.n_startup}); seed 1; trained entries have as many trained trials as their row says. Methods that"
-        f" give several directions have {RANK}. Picked as `--auto-select` does, then measured on test prompts that no"
+        "One study per entry and model, in one process, one thread, float32 (SmolLM2: bfloat16), while others used the"
+        f" machine: {Foreign.n_trials} trials on organisms ({Foreign.n_startup} at startup), {SmolLM2.n_trials} on"
+        f" SmolLM2 ({SmolLM2.n_startup}); seed 1; trained entries have as many trained trials as their row says."
+        f" Methods that give several directions have {RANK}. Picked as `--auto-select` does, then measured on test"
+        " prompts that no"
         " search sees. Hidden facts are the truth that the edit should give back; brackets are 95 % Wilson intervals."
         " KL is over 16 answer tokens; CPU seconds are those of directions, search and choice. heretic's models are of"
         " its own runs with 60 trials.",
