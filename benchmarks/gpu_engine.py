@@ -154,8 +154,8 @@ def trained_rows(loaded: LoadedModel, load: Load) -> list[dict[str, Any]]:
             step = timed(partial(trainer.train, plans), engine.device) / TRAINING_STEPS
         except ModelError:
             break
-        seconds = step * settings.steps
-        rows.append({"trainings": n, "seconds": seconds, "trials_per_minute": 60 * n / seconds})
+        trials, seconds = settings.checkpoints * n, step * settings.steps
+        rows.append({"trainings": n, "seconds": seconds, "trials_per_minute": 60 * trials / seconds})
     engine.editor.close()
     return rows
 

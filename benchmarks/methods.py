@@ -50,7 +50,7 @@ from bruno_ray.settings import ModelSettings, StudySettings
 from bruno_ray.study.starts import LITERATURE, Start, literature_edit
 
 OWN, SMOLLM2, HERETIC = "own", "smollm2", "heretic 1.4.0, 60 trials"
-WHOLE = "the default study: 196 searched trials, then four trainings"
+WHOLE = "the default study: 194 searched trials, then two trainings"
 DEFAULT = "difference_in_means"
 SEVERAL = ("contrastive_pca", "subspace", "concept_cones", "self_organising_map")
 """Methods that give several directions; they get RANK of them."""
@@ -102,7 +102,7 @@ def entries(trained: int, default: bool) -> list[Entry]:
         Entry("difference_in_means, layer by COSMIC first", (means,), start="cosmic"),
     ]
     if default:
-        found.append(Entry(WHOLE, (means,), trained=4, searched=StudySettings().n_trials - 4))
+        found.append(Entry(WHOLE, (means,), trained=6, searched=StudySettings().n_trials - 6))
     if trained:
         found.append(Entry(f"both: difference_in_means, then {trained} trained trials", (means,), trained=trained))
     return found

@@ -41,9 +41,9 @@ def decide_method(settings: Settings, prompts: Prompts, pool: WorkerPool) -> Set
         reason = str(error)
     if trials:
         logger.info(
-            "study.method auto: the last %d of %d trials are trained by gradient; a training of %d costs about as much"
-            " as %.0f searched ones",
-            *(trials, study.n_trials, found.checkpoints, found.searched_trials),
+            "study.method auto: the last %d of %d trials are trained by gradient; %d of them cost about as much as %.0f"
+            " searched ones",
+            *(trials, study.n_trials, settings.learned.checkpoints, found.searched_trials),
         )
     else:
         logger.info("study.method auto: no edit is trained, %s; `--method both` asks for it", reason)

@@ -17,9 +17,8 @@ class LearnedSettings(Section):
     steps: PositiveInt = 160
     """Optimiser steps of one training."""
 
-    checkpoints: PositiveInt | None = None
-    """Trials of one training: its edit after all steps, after half of them, a quarter ... When not given, 3 with
-    desired answers and 1 without."""
+    checkpoints: PositiveInt = 3
+    """Trials of one training: its edit after all steps, after half of them, a quarter ..."""
 
     ranks: tuple[PositiveInt, ...] = (1,)
     """Directions of a trained subspace; several compete."""
@@ -30,11 +29,9 @@ class LearnedSettings(Section):
     start_layer: DepthRange = (0.0, 1.0)
     """Layer whose direction a training starts from, as a fraction of the last layer's index."""
 
-    starts: PositiveInt | None = None
+    starts: PositiveInt = 4
     """Layers from which one training starts in parallel, evenly spaced; at each checkpoint the worse half is dropped.
-    Only training shows which layer's direction leads to good answers. With three checkpoints, 4 cost twice as much as
-    1. When not given, 4 with desired answers and 1 without: there it is those that find their answers late that find
-    the right ones, so each start is a trial of its own."""
+    Only training shows which layer's direction leads to good answers. 4 cost twice as much as 1."""
 
     first_layer: DepthRange = (0.0, 0.0)
     """Layers below this one are not edited; as a fraction of the last layer's index."""

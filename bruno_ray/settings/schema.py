@@ -427,7 +427,7 @@ class StudySettings(Section):
     """searched: kernels over directions that are read off the residual stream; learned: directions and strengths that
     are trained by gradient; both: searched first, and the last `learned.trials` trained. auto: both if a training costs
     at most five times as much as the search, and the model and the settings allow it; without desired answers it
-    trains four, if each costs at most half of that (docs/learned.md)."""
+    trains two such (docs/learned.md)."""
 
     seed: NonNegativeInt = setting(0, alias="--seed")
     """Seeds the sampler: the same seed and the same schedule of batches give the same parameters in every trial.

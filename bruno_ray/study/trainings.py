@@ -24,15 +24,11 @@ from bruno_ray.study.selection import auto_select, load_trials, pareto_front
 from bruno_ray.study.space import sampled
 
 DEAREST = 5.0
-"""A study that decides by itself trains as many edits as cost what its search costs, and one from desired answers if it
-costs at most this many times as much."""
+"""A study that decides by itself trains as many edits as cost what its search costs, and some if each costs at most
+this many times as much: one, and ``DRAWS`` without desired answers."""
 
-DRAWS, DEAREST_DRAW = 4, 2.5
-"""Without desired answers a training is a draw: which facts come back depends on where it starts. So many, if each
-costs at most so many times as much as the search."""
-
-CHECKPOINTS, STARTS = 3, 4
-"""Of a training from desired answers. Without them both are 1 (``docs/learned.md``)."""
+DRAWS = 2
+"""Without desired answers a training is a draw: which facts come back depends on where it starts."""
 
 INFORMED = 1.7
 """What a training costs with the terms of the loss that take the place of desired answers (measured on organisms: CPU
@@ -68,11 +64,6 @@ class Trainings:
     """Whether there are prompts whose answers must stay."""
 
     @property
-    def checkpoints(self) -> int:
-        """Trials of one training."""
-        return checkpoints_of(self.settings.learned, self.has_answers)
-
-    @property
     def first(self) -> int | None:
         """Number of the first trained trial; None if none is."""
         study = self.settings.study
@@ -97,13 +88,13 @@ class Trainings:
     def training(self, number: int) -> tuple[int, int]:
         """Which training a trial belongs to, counted from the first, and which of its checkpoints it is."""
         assert self.first is not None
-        return divmod(number - self.first, self.checkpoints)
+        return divmod(number - self.first, self.settings.learned.checkpoints)
 
     def point(self, number: int) -> int:
         """Which point of the space a trial's training is. A study that is given more trials later goes on with new
         points, although its trainings are counted anew."""
         _, checkpoint = self.training(number)
-        return (number - checkpoint) // self.checkpoints
+        return (number - checkpoint) // self.settings.learned.checkpoints
 
     def batch_size(self, number: int, usual: int) -> int:
         """Trials to ask from trial ``number`` on: a batch is searched or trained, and holds whole trainings."""
@@ -113,8 +104,9 @@ class Trainings:
             return min(usual, self.first - number)
         if not self.is_trained(number):
             return usual
+        checkpoints = self.settings.learned.checkpoints
         _, checkpoint = self.training(number)
-        size = max(1, usual // self.checkpoints) * self.checkpoints - checkpoint
+        size = max(1, usual // checkpoints) * checkpoints - checkpoint
         return int(min(size, self.end - number))
 
     def space(self) -> dict[str, BaseDistribution]:
@@ -137,7 +129,7 @@ class Trainings:
         for name, distribution in self.space().items():
             sampled(trial, name, distribution)
         training, checkpoint = self.training(trial.number)
-        steps = max(1, learned.steps >> (self.checkpoints - 1 - checkpoint))
+        steps = max(1, learned.steps >> (learned.checkpoints - 1 - checkpoint))
         params = trial.params
         base = self._best(trial.study) if _polishes(learned, self.has_answers) else None
         alone = base is not None and training % 2 == 1
@@ -156,7 +148,7 @@ class Trainings:
             steps=steps,
             seed=self.settings.study.seed * 100_000 + self.point(trial.number),
             rivals=rivals,
-            heat=max(1, learned.steps >> (self.checkpoints - 1)) if rivals else 0,
+            heat=max(1, learned.steps >> (learned.checkpoints - 1)) if rivals else 0,
             base=base,
             peers=self._peers(trial.study) if learned.agreement > 1 else (),
             induce=learned.induce,
@@ -168,8 +160,7 @@ class Trainings:
 
     def _rivals(self, start: float) -> tuple[float, ...]:
         """Layers of a training's further starts, evenly spaced in the range that its first one is from."""
-        (low, high), last = self.settings.learned.start_layer, self.n_layers - 1
-        n = starts_of(self.settings.learned, self.has_answers)
+        (low, high), last, n = self.settings.learned.start_layer, self.n_layers - 1, self.settings.learned.starts
         width = (high - low) * last
         return tuple(low * last + (start - low * last + width * i / n) % width for i in range(1, n)) if width else ()
 
@@ -209,16 +200,6 @@ def _polishes(learned: LearnedSettings, has_answers: bool) -> bool:
     return has_answers if learned.polish is None else learned.polish
 
 
-def checkpoints_of(learned: LearnedSettings, has_answers: bool) -> int:
-    """Trials of one training."""
-    return learned.checkpoints or (CHECKPOINTS if has_answers else 1)
-
-
-def starts_of(learned: LearnedSettings, has_answers: bool) -> int:
-    """Starts that compete within one training."""
-    return learned.starts or (STARTS if has_answers else 1)
-
-
 def most_trials(learned: LearnedSettings) -> int:
     """How many trials of a study are trained at most."""
     return MOST_TRIALS if learned.trials is None else learned.trials
@@ -232,14 +213,10 @@ class Affordable:
     searched_trials: float
     """Searched trials that cost as much as the first training."""
 
-    checkpoints: int
-    """Trials of one training."""
-
 
 def affordable(settings: Settings, validation_prompts: int, has_answers: bool) -> Affordable:
-    """What a study should train that decides by itself: as many edits as cost what its search costs; one from desired
-    answers, or ``DRAWS`` without, that cost more, if each costs up to ``DEAREST`` or ``DEAREST_DRAW`` times as much;
-    none otherwise.
+    """What a study should train that decides by itself: as many edits as cost what its search costs; one, or ``DRAWS``
+    without desired answers, if each costs up to ``DEAREST`` times as much; none otherwise.
 
     Cost is counted in texts of about equal length. A searched trial reads each validation prompt and its answer once; a
     step of a training goes forward and back over ``target_rows`` + ``baseline_rows`` of them for each start that is
@@ -248,28 +225,26 @@ def affordable(settings: Settings, validation_prompts: int, has_answers: bool) -
     """
     learned = settings.learned
     search = float(settings.study.n_trials * validation_prompts)
-    checkpoints = checkpoints_of(learned, has_answers)
-    half = max(1, settings.study.n_trials // 2 // checkpoints)  # most of a study is searched
-    most = min(most_trials(learned) // checkpoints, half)
-    costs = [_texts(learned, has_answers, polishes=_polishes(learned, has_answers) and i % 2 == 1) for i in range(most)]
-    draws, dearest = (1, DEAREST) if has_answers else (DRAWS, DEAREST_DRAW)
+    half = max(1, settings.study.n_trials // 2 // learned.checkpoints)  # most of a study is searched
+    most = min(most_trials(learned) // learned.checkpoints, half)
+    informed = INFORMED if any(_informing(learned, has_answers)) else 1.0
+    costs = [informed * _texts(learned, polishes=_polishes(learned, has_answers) and i % 2 == 1) for i in range(most)]
+    draws = 1 if has_answers else DRAWS
     trainings, spent = 0, 0.0
     for cost in costs:
         spent += cost
-        if spent > search and not (trainings < draws and cost <= search * dearest):
+        if spent > search and not (trainings < draws and cost <= search * DEAREST):
             break
         trainings += 1
-    first = _texts(learned, has_answers, polishes=False)
-    return Affordable(trainings * checkpoints, first / max(1, validation_prompts), checkpoints)
+    first = informed * _texts(learned, polishes=False)
+    return Affordable(trainings * learned.checkpoints, first / max(1, validation_prompts))
 
 
-def _texts(learned: LearnedSettings, has_answers: bool, polishes: bool) -> float:
+def _texts(learned: LearnedSettings, polishes: bool) -> float:
     """Texts that one training is worth; while several starts compete, each costs as much as one alone."""
-    checkpoints, starts = checkpoints_of(learned, has_answers), starts_of(learned, has_answers)
-    informed = INFORMED if any(_informing(learned, has_answers)) else 1.0
     share, begun = 0.0, 0.0
-    for checkpoint in range(checkpoints):
-        ended = 1 / 2 ** (checkpoints - 1 - checkpoint)
-        left = 1 if polishes else max(1, starts >> checkpoint)
-        share, begun = share + left * (ended - begun), ended
-    return informed * share * learned.steps * (learned.target_rows + learned.baseline_rows) * WAY_BACK
+    for checkpoint in range(learned.checkpoints):
+        ended = 1 / 2 ** (learned.checkpoints - 1 - checkpoint)
+        starts = 1 if polishes else max(1, learned.starts >> checkpoint)
+        share, begun = share + starts * (ended - begun), ended
+    return share * learned.steps * (learned.target_rows + learned.baseline_rows) * WAY_BACK

@@ -73,32 +73,29 @@ def drive(study: BatchStudy, chosen: Trainings, usual: int = 8) -> list[Batch]:
         pytest.param(10, 80, True, 0, id="a training would cost 38 times the search"),
         pytest.param(60, 60, True, 0, id="8 times"),
         pytest.param(200, 60, True, 3, id="2.6 times: one, whose checkpoints are three trials"),
-        pytest.param(200, 60, False, 4, id="2.2 times each: four, without desired answers"),
-        pytest.param(140, 60, False, 0, id="3.1 times each"),
+        pytest.param(200, 60, False, 6, id="4.4 times each: two, without desired answers"),
+        pytest.param(140, 60, False, 0, id="6.2 times"),
         pytest.param(200, 200, True, 3, id="0.8 times"),
         pytest.param(400, 200, True, 9, id="three cost less than the search: from four starts, polished, from four"),
-        pytest.param(400, 200, False, 4, id="0.3 times each: four"),
-        pytest.param(900, 200, False, 6, id="six cost less than the search"),
+        pytest.param(400, 200, False, 6, id="0.7 times each: two"),
+        pytest.param(900, 200, False, 9, id="0.3 times each: three"),
         pytest.param(5000, 400, True, 24, id="no more than that"),
     ],
 )
 def test_a_study_trains_as_much_as_its_search_pays_for(n_trials: int, prompts: int, answers: bool, trials: int) -> None:
     found = affordable(Settings(study=StudySettings(n_trials=n_trials)), prompts, answers)
     assert found.trials == trials
-    # 160 steps of 32 texts forward and back, from four starts for a quarter, two for a quarter, one for a half; without
-    # answers from one.
-    assert found.searched_trials == pytest.approx(160 * 32 * 3 * (2 if answers else 1.7) / prompts)
-    assert found.checkpoints == (3 if answers else 1)
+    # 160 steps of 32 texts forward and back, from four starts for a quarter, two for a quarter, one for a half.
+    assert found.searched_trials == pytest.approx(160 * 32 * 3 * 2 * (1 if answers else 1.7) / prompts)
 
 
 def test_terms_that_are_turned_off_cost_nothing() -> None:
-    alike = {"checkpoints": 3, "starts": 4}
-    plain = LearnedSettings(inform=0.0, entropy=0.0, **alike)
+    plain = LearnedSettings(inform=0.0, entropy=0.0)
     costs = [
         affordable(Settings(learned=each), 60, answers).searched_trials
         for each, answers in ((plain, False), (plain, True))
     ]
-    assert costs[0] == costs[1] < affordable(Settings(learned=LearnedSettings(**alike)), 60, False).searched_trials
+    assert costs[0] == costs[1] < affordable(Settings(), 60, False).searched_trials
     assert affordable(Settings(learned=LearnedSettings(inform=1.0)), 60, True).searched_trials > costs[1]
 
 
@@ -136,23 +133,8 @@ def test_a_batch_is_searched_or_trained_and_holds_whole_trainings(
     assert chosen.batch_size(0, 1) == (3 if method == "learned" else 1)
 
 
-@pytest.mark.parametrize(("has_answers", "trials", "rivals"), [(True, 3, 3), (False, 1, 0)])
-def test_without_desired_answers_each_start_is_a_trial(
-    memory_folder: Path,  # noqa: F811
-    has_answers: bool,
-    trials: int,
-    rivals: int,
-) -> None:
-    chosen = trainings("learned", has_answers, checkpoints=None, trials=None)
-    with opened(memory_folder) as study:
-        plans = list(batch_study(study, chosen).ask(0, 6).edits.values())
-    assert len({repr(plan.without_steps) for plan in plans}) == 6 // trials
-    assert {len(plan.rivals) for plan in plans} == {rivals}
-    assert max(plan.steps for plan in plans) == 40
-
-
 def test_trials_of_one_training_differ_in_their_steps_alone(memory_folder: Path) -> None:  # noqa: F811
-    chosen = trainings(starts=4)
+    chosen = trainings()
     with opened(memory_folder) as study:
         drive(batch_study(study, chosen), chosen)
         plans = [TrainingPlan.from_dict(t.user_attrs[PLAN]) for t in study.trials if PLAN in t.user_attrs]
