@@ -9,6 +9,7 @@ alone, in half a minute a study on one core. Model, residuals and what the score
 shared by all studies of a lab.
 """
 
+import math
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -44,7 +45,7 @@ class Done:
     trials: list[TrialRecord]
     front: list[TrialRecord]
     hypervolume: float
-    """Of behaviour rate and KL below (1, 1); larger is better."""
+    """Of behaviour rate and KL below (1, 1); larger is better. Not a number where only one thing is minimised."""
 
     generated: int
     """Tokens of all answers that the study has asked for, the unedited model's left out."""
@@ -154,7 +155,7 @@ class Lab:
         return Done(
             trials,
             front,
-            hypervolume(points),
+            hypervolume(points) if len(objectives) == 2 else math.nan,
             self.generated - before[0],
             self.worker.engine.tokens - before[1],
             trained,
