@@ -9,7 +9,6 @@ alone, in half a minute a study on one core. Model, residuals and what the score
 shared by all studies of a lab.
 """
 
-import math
 import tempfile
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field, replace
@@ -30,7 +29,16 @@ from bruno_ray.runs.records import RunRecord
 from bruno_ray.settings import Settings
 from bruno_ray.settings.sources import load
 from bruno_ray.study.run import make_schedule
-from bruno_ray.study.selection import Choice, TrialRecord, auto_select, finalists, load_trials, pareto_front
+from bruno_ray.study.selection import (
+    BEHAVIOUR,
+    KL,
+    Choice,
+    TrialRecord,
+    auto_select,
+    finalists,
+    load_trials,
+    pareto_front,
+)
 from bruno_ray.study.starts import Start
 from bruno_ray.study.storage import open_study
 from bruno_ray.workers.exchanged import EvaluationContext
@@ -44,9 +52,6 @@ class Done:
 
     trials: list[TrialRecord]
     front: list[TrialRecord]
-    hypervolume: float
-    """Of behaviour rate and KL below (1, 1); larger is better. Not a number where only one thing is minimised."""
-
     generated: int
     """Tokens of all answers that the study has asked for, the unedited model's left out."""
 
@@ -55,6 +60,11 @@ class Done:
 
     trained: dict[str, TrainedEdit] = field(default_factory=dict)
     """What was trained, by the names of the direction sets."""
+
+    @property
+    def hypervolume(self) -> float:
+        """Of behaviour rate and KL below (1, 1); larger is better."""
+        return hypervolume([(trial.values[BEHAVIOUR], trial.values[KL]) for trial in self.front])
 
 
 class Lab:
@@ -150,12 +160,9 @@ class Lab:
                     schedule.bring(batch.batch_id, Scored("here", tuple(map(edit_outcome, outcomes))))
                 schedule.settle()
                 trials = load_trials(opened)
-        front = pareto_front(trials, objectives)
-        points = [tuple(trial.values[name] for name in objectives) for trial in front]
         return Done(
             trials,
-            front,
-            hypervolume(points) if len(objectives) == 2 else math.nan,
+            pareto_front(trials, objectives),
             self.generated - before[0],
             self.worker.engine.tokens - before[1],
             trained,

@@ -420,8 +420,8 @@ def section(found: Mapping[str, Sequence[Row]]) -> str:
         f" machine: {Foreign.n_trials} trials on organisms ({Foreign.n_startup} at startup), {SmolLM2.n_trials} on"
         f" SmolLM2 ({SmolLM2.n_startup}); seed 1; trained entries have as many trained trials as their row says."
         f" Methods that give several directions have {RANK}. Picked as `--auto-select` does, then measured on test"
-        " prompts that no"
-        " search sees. Hidden facts are the truth that the edit should give back; brackets are 95 % Wilson intervals."
+        " prompts that no search sees. Hidden facts are the truth that the edit should give back; brackets are 95 %"
+        " Wilson intervals."
         " KL is over 16 answer tokens; CPU seconds are those of directions, search and choice. heretic's models are of"
         " its own runs with 60 trials.",
         "",

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from bruno_ray.cli.show_config import documentation, toml_value
-from bruno_ray.errors import OutputError, SettingsError
-from bruno_ray.runs.lookup import find_run
+from bruno_ray.errors import SettingsError
+from bruno_ray.runs.lookup import find_run, run_named
 from bruno_ray.settings import sources
 from bruno_ray.settings.flags import join_flags
 from bruno_ray.settings.keys import ALIASES, FIELDS, FLAGS, is_resumable, is_switch
@@ -135,16 +135,10 @@ def run_or_settings(arguments: argparse.Namespace, command: str) -> "RunRecord":
     from bruno_ray.runs.records import RunRecord
 
     if arguments.run is not None:
-        with_settings = bool(arguments.settings_flags or arguments.config)
-        try:
-            run = find_run(arguments.run)
-        except OutputError:
-            if not with_settings:
-                raise
-        else:
-            if with_settings:
-                raise SettingsError("command line: RUN has its own settings; leave it out, or leave out the flags")
-            return run.read()
+        if not (arguments.settings_flags or arguments.config):
+            return find_run(arguments.run).read()
+        if run_named(arguments.run):
+            raise SettingsError("command line: RUN has its own settings; leave it out, or leave out the flags")
     arguments.model = arguments.run
     settings = load_settings(arguments, model_needed=False).settings
     if not settings.model.id:
