@@ -39,6 +39,7 @@ from bruno_ray.model.architectures import find_architecture
 from bruno_ray.model.loading import LoadedModel
 from bruno_ray.pipeline.benching import Load, bench, timed
 from bruno_ray.settings import LearnedSettings
+from bruno_ray.study.trainings import versions
 
 MOST_SECONDS = 450.0
 GRACE = 20.0
@@ -154,7 +155,7 @@ def trained_rows(loaded: LoadedModel, load: Load) -> list[dict[str, Any]]:
             step = timed(partial(trainer.train, plans), engine.device) / TRAINING_STEPS
         except ModelError:
             break
-        trials, seconds = settings.checkpoints * n, step * settings.steps
+        trials, seconds = versions(settings) * n, step * settings.steps
         rows.append({"trainings": n, "seconds": seconds, "trials_per_minute": 60 * trials / seconds})
     engine.editor.close()
     return rows

@@ -46,11 +46,14 @@ from bruno_ray.model.loading import load_model
 from bruno_ray.prompts.rendering import render
 from bruno_ray.prompts.sets import Prompt
 from bruno_ray.scoring.base import Evaluation, ScoringPrompts
-from bruno_ray.settings import ModelSettings, StudySettings
+from bruno_ray.settings import LearnedSettings, ModelSettings, StudySettings
 from bruno_ray.study.starts import LITERATURE, Start, literature_edit
+from bruno_ray.study.trainings import DRAWS, versions
 
 OWN, SMOLLM2, HERETIC = "own", "smollm2", "heretic 1.4.0, 60 trials"
-WHOLE = "the default study: 194 searched trials, then two trainings"
+TRAINED = DRAWS * versions(LearnedSettings())
+SEARCHED = StudySettings().n_trials - TRAINED
+WHOLE = f"the default study: {SEARCHED} searched trials, then two trainings"
 DEFAULT = "difference_in_means"
 SEVERAL = ("contrastive_pca", "subspace", "concept_cones", "self_organising_map")
 """Methods that give several directions; they get RANK of them."""
@@ -102,7 +105,7 @@ def entries(trained: int, default: bool) -> list[Entry]:
         Entry("difference_in_means, layer by COSMIC first", (means,), start="cosmic"),
     ]
     if default:
-        found.append(Entry(WHOLE, (means,), trained=6, searched=StudySettings().n_trials - 6))
+        found.append(Entry(WHOLE, (means,), trained=TRAINED, searched=SEARCHED))
     if trained:
         found.append(Entry(f"both: difference_in_means, then {trained} trained trials", (means,), trained=trained))
     return found

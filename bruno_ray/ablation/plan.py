@@ -45,9 +45,13 @@ class TrainingPlan:
 
     learning_rate: float
     steps: int
-    """Plans of a batch that differ in nothing else are one training, looked at after each of these numbers of steps."""
+    """Plans of a batch that differ in nothing else, or in ``scale`` alone, are one training, looked at after each of
+    these numbers of steps."""
 
     seed: int
+    scale: float = 1.0
+    """What the strengths are multiplied by once it is trained."""
+
     rivals: tuple[float, ...] = ()
     """Layers of further starts, beside ``start_layer`` or ``base``. After ``heat`` steps, twice that, four times ...
     the better half of them goes on (successive halving, Jamieson and Talwalkar 2016, https://arxiv.org/abs/1502.07943).
@@ -87,9 +91,9 @@ class TrainingPlan:
         return cls(**given)
 
     @property
-    def without_steps(self) -> TrainingPlan:
+    def training(self) -> TrainingPlan:
         """What it has in common with the plans that are the same training."""
-        return replace(self, steps=0)
+        return replace(self, steps=0, scale=1.0)
 
 
 @dataclass(frozen=True)
@@ -112,6 +116,10 @@ class TrainedEdit:
     seconds: float = 0.0
     tokens: int = 0
     """Tokens that went forward and back, padding not counted."""
+
+    def scaled(self, factor: float) -> TrainedEdit:
+        """The same directions, taken out with every strength multiplied by ``factor``."""
+        return replace(self, edit=self.edit.scaled(factor))
 
     def account(self) -> dict[str, Any]:
         """All but the edit, for people."""

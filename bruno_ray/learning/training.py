@@ -93,8 +93,8 @@ class Trainer:
         start = time.perf_counter()
         distinct: list[TrainingPlan] = []
         for plan in plans:
-            if plan.without_steps not in distinct:
-                distinct.append(plan.without_steps)
+            if plan.training not in distinct:
+                distinct.append(plan.training)
         given = self._engine, self._bank, self._teacher.material, self._settings
         votes = [self._renewal.votes(plan) for plan in distinct]
         starts = [start for plan in distinct for start in _starts(plan)]
@@ -105,7 +105,7 @@ class Trainer:
         optimizer = torch.optim.Adam(
             [{"params": trainee.parameters, "lr": trainee.plan.learning_rate} for trainee in trainees]
         )
-        wanted = [{plan.steps for plan in plans if plan.without_steps == each} for each in distinct]
+        wanted = [{plan.steps for plan in plans if plan.training == each} for each in distinct]
         last = max(map(max, wanted))
         found: dict[tuple[int, int], TrainedEdit | TrialError] = {}
         tokens = 0
@@ -136,10 +136,11 @@ class Trainer:
                     found[p, step] = trainees[rivals[0]].trained()
         seconds = (time.perf_counter() - start) / len(plans)
         diverged = TrialError("the loss of the training is not a number: this trial fails, the study goes on")
-        results = [found.get((distinct.index(plan.without_steps), plan.steps), diverged) for plan in plans]
+        account = {"seconds": seconds, "tokens": tokens // len(plans)}
+        results = [found.get((distinct.index(plan.training), plan.steps), diverged) for plan in plans]
         return [
-            result if isinstance(result, TrialError) else replace(result, seconds=seconds, tokens=tokens // len(plans))
-            for result in results
+            result if isinstance(result, TrialError) else replace(result.scaled(plan.scale), **account)
+            for plan, result in zip(plans, results)
         ]
 
     def _soften(self, trainees: Sequence[Trainee]) -> None:

@@ -7,7 +7,7 @@ from bruno_ray.prompts.sets import Prompts
 from bruno_ray.runs.records import today
 from bruno_ray.scoring.markers import Markers
 from bruno_ray.settings import Settings
-from bruno_ray.study.trainings import affordable
+from bruno_ray.study.trainings import affordable, versions
 from bruno_ray.workers.pool import WorkerPool
 
 logger = logging.getLogger(__name__)
@@ -41,9 +41,9 @@ def decide_method(settings: Settings, prompts: Prompts, pool: WorkerPool) -> Set
         reason = str(error)
     if trials:
         logger.info(
-            "study.method auto: the last %d of %d trials are trained by gradient; %d of them cost about as much as %.0f"
-            " searched ones",
-            *(trials, study.n_trials, settings.learned.checkpoints, found.searched_trials),
+            "study.method auto: the last %d of %d trials are trained by gradient, %d to a training, which costs about"
+            " as much as %.0f searched ones",
+            *(trials, study.n_trials, min(trials, versions(settings.learned)), found.searched_trials),
         )
     else:
         logger.info("study.method auto: no edit is trained, %s; `--method both` asks for it", reason)

@@ -59,6 +59,7 @@ def plan_rows(plan: dict[str, Any], start_layer: float | None) -> list[tuple[str
         ("Start", start),
         ("Weights of the loss", weights),
         ("Steps", f"{plan['steps']} at a learning rate of {plan['learning_rate']:g}"),
+        ("Strengths", f"{plan.get('scale', 1.0):g} times what was trained"),
     ]
 
 

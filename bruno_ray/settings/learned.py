@@ -11,14 +11,19 @@ class LearnedSettings(Section):
     """Edits that are trained by gradient, the last trials of a study (`--method`)."""
 
     trials: NonNegativeInt | None = None
-    """How many of `study.n_trials` are trained, at the end. When not given, 24 with `--method both`, and with `auto` as
-    many as cost about what the search costs, at most 24."""
+    """How many of `study.n_trials` are trained, at the end: `checkpoints` times `scales` are one training. When not
+    given, half of them with `--method both`, and with `auto` as many as cost about what the search costs; at most 8
+    trainings."""
 
     steps: PositiveInt = 160
     """Optimiser steps of one training."""
 
     checkpoints: PositiveInt = 3
     """Trials of one training: its edit after all steps, after half of them, a quarter ..."""
+
+    scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0, 0.8, 0.65)
+    """Each of these edits is tried with its strengths multiplied by each of these. On a real model a training goes
+    further than it has to: four fifths of its edit may remove the behaviour as well, at half the KL divergence."""
 
     ranks: tuple[PositiveInt, ...] = (1,)
     """Directions of a trained subspace; several compete."""

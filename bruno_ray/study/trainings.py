@@ -1,8 +1,9 @@
 """The trained trials of a study: which trials they are, and what their plans are made of.
 
 They are the last of a study, so that they can start from the best of what was searched. A training gives several
-trials, its edit after all steps, after half of them, a quarter and so on: reading them costs little beside training,
-and how long to train is what a study has to find out. Trials of one training follow each other, in one batch.
+trials, the versions of its edit: after all steps, after half of them, a quarter and so on, and each of these with its
+strengths reduced. Measuring them costs little beside training; how long to train, and how much of an edit is enough, is
+what a study has to find out. Trials of one training follow each other, in one batch.
 
 There are few trainings, so their parameters are points of a Sobol sequence throughout (``sampler``), not TPE's.
 
@@ -37,8 +38,8 @@ seconds with these terms over those without)."""
 WAY_BACK = 3
 """A text that is trained on costs as much as so many that are read."""
 
-MOST_TRIALS = 24
-"""Trained trials of a study, where the settings do not say how many."""
+MOST_TRAININGS = 8
+"""Trainings of a study, where the settings do not say how many trials are trained."""
 
 PEERS = 4
 """At most this many of the searched front are asked whether they agree with an answer."""
@@ -71,7 +72,7 @@ class Trainings:
             case "learned":
                 return 0
             case "both":
-                return max(0, study.n_trials - most_trials(self.settings.learned))
+                return max(0, study.n_trials - most_trials(self.settings))
             case _:
                 return None
 
@@ -80,21 +81,21 @@ class Trainings:
         """Number of the first trial after the trained ones; infinite if all are trained, 0 if none is."""
         if self.first is None:
             return 0
-        return math.inf if self.settings.study.method == "learned" else self.first + most_trials(self.settings.learned)
+        return math.inf if self.settings.study.method == "learned" else self.first + most_trials(self.settings)
 
     def is_trained(self, number: int) -> bool:
         return self.first is not None and self.first <= number < self.end
 
     def training(self, number: int) -> tuple[int, int]:
-        """Which training a trial belongs to, counted from the first, and which of its checkpoints it is."""
+        """Which training a trial belongs to, counted from the first, and which of its versions it is."""
         assert self.first is not None
-        return divmod(number - self.first, self.settings.learned.checkpoints)
+        return divmod(number - self.first, versions(self.settings.learned))
 
     def point(self, number: int) -> int:
         """Which point of the space a trial's training is. A study that is given more trials later goes on with new
         points, although its trainings are counted anew."""
-        _, checkpoint = self.training(number)
-        return (number - checkpoint) // self.settings.learned.checkpoints
+        _, version = self.training(number)
+        return (number - version) // versions(self.settings.learned)
 
     def batch_size(self, number: int, usual: int) -> int:
         """Trials to ask from trial ``number`` on: a batch is searched or trained, and holds whole trainings."""
@@ -104,9 +105,9 @@ class Trainings:
             return min(usual, self.first - number)
         if not self.is_trained(number):
             return usual
-        checkpoints = self.settings.learned.checkpoints
-        _, checkpoint = self.training(number)
-        size = max(1, usual // checkpoints) * checkpoints - checkpoint
+        each = versions(self.settings.learned)
+        _, version = self.training(number)
+        size = max(1, usual // each) * each - version
         return int(min(size, self.end - number))
 
     def space(self) -> dict[str, BaseDistribution]:
@@ -128,7 +129,8 @@ class Trainings:
         learned = self.settings.learned
         for name, distribution in self.space().items():
             sampled(trial, name, distribution)
-        training, checkpoint = self.training(trial.number)
+        training, version = self.training(trial.number)
+        reduced, checkpoint = divmod(version, learned.checkpoints)
         steps = max(1, learned.steps >> (learned.checkpoints - 1 - checkpoint))
         params = trial.params
         base = self._best(trial.study) if _polishes(learned, self.has_answers) else None
@@ -147,6 +149,7 @@ class Trainings:
             learning_rate=learned.learning_rate,
             steps=steps,
             seed=self.settings.study.seed * 100_000 + self.point(trial.number),
+            scale=learned.scales[reduced],
             rivals=rivals,
             heat=max(1, learned.steps >> (learned.checkpoints - 1)) if rivals else 0,
             base=base,
@@ -200,9 +203,17 @@ def _polishes(learned: LearnedSettings, has_answers: bool) -> bool:
     return has_answers if learned.polish is None else learned.polish
 
 
-def most_trials(learned: LearnedSettings) -> int:
-    """How many trials of a study are trained at most."""
-    return MOST_TRIALS if learned.trials is None else learned.trials
+def versions(learned: LearnedSettings) -> int:
+    """Trials of one training. Those with all of their strength come first: a study of fewer trials has these."""
+    return learned.checkpoints * len(learned.scales)
+
+
+def most_trials(settings: Settings) -> int:
+    """How many trials of a study are trained at most: what the settings say, or half of it and ``MOST_TRAININGS``."""
+    learned = settings.learned
+    if learned.trials is not None:
+        return learned.trials
+    return min(MOST_TRAININGS * versions(learned), max(learned.checkpoints, settings.study.n_trials // 2))
 
 
 @dataclass(frozen=True)
@@ -225,10 +236,10 @@ def affordable(settings: Settings, validation_prompts: int, has_answers: bool) -
     """
     learned = settings.learned
     search = float(settings.study.n_trials * validation_prompts)
-    half = max(1, settings.study.n_trials // 2 // learned.checkpoints)  # most of a study is searched
-    most = min(most_trials(learned) // learned.checkpoints, half)
+    each, most = versions(learned), most_trials(settings)
     informed = INFORMED if any(_informing(learned, has_answers)) else 1.0
-    costs = [informed * _texts(learned, polishes=_polishes(learned, has_answers) and i % 2 == 1) for i in range(most)]
+    polishes = _polishes(learned, has_answers)
+    costs = [informed * _texts(learned, polishes=polishes and i % 2 == 1) for i in range(math.ceil(most / each))]
     draws = 1 if has_answers else DRAWS
     trainings, spent = 0, 0.0
     for cost in costs:
@@ -237,7 +248,7 @@ def affordable(settings: Settings, validation_prompts: int, has_answers: bool) -
             break
         trainings += 1
     first = informed * _texts(learned, polishes=False)
-    return Affordable(trainings * learned.checkpoints, first / max(1, validation_prompts))
+    return Affordable(min(most, trainings * each), first / max(1, validation_prompts))
 
 
 def _texts(learned: LearnedSettings, polishes: bool) -> float:

@@ -40,9 +40,10 @@ def decided(pool: InlinePool, given: Prompts, learned: LearnedSettings = CHEAP, 
 def test_it_trains_what_its_search_pays_for(pool: InlinePool, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
         settings = decided(pool, prompts())
-    assert (settings.study.method, settings.learned.trials) == ("both", 3)
+    assert (settings.study.method, settings.learned.trials) == ("both", 4)
     assert (
-        "the last 3 of 8 trials are trained by gradient; 3 of them cost about as much as 7 searched ones" in caplog.text
+        "the last 4 of 8 trials are trained by gradient, 4 to a training, which costs about as much as 7 searched ones"
+        in caplog.text
     )
 
 

@@ -148,6 +148,18 @@ def test_plans_that_differ_in_their_steps_are_one_training(subject: Subject) -> 
     assert alone.edit == whole.edit and half.edit != whole.edit
 
 
+def test_a_version_with_less_strength_costs_no_training(subject: Subject) -> None:
+    trainer = subject.trainer()
+    before = subject.engine.tokens
+    half, whole, less = trainer.train([plan(steps=4), plan(steps=8), plan(steps=8, scale=0.5)])
+    both = subject.engine.tokens - before
+    before = subject.engine.tokens
+    trainer.train([plan(steps=4), plan(steps=8)])
+    assert both == subject.engine.tokens - before
+    assert less.edit == whole.edit.scaled(0.5) and less.edit.direction_set == whole.edit.direction_set
+    assert (less.directions == whole.directions).all() and half.edit.direction_set != whole.edit.direction_set
+
+
 def test_of_several_starts_the_one_that_leads_is_what_it_would_be_alone(subject: Subject) -> None:
     """Also beside another plan, and asked for at several checkpoints; half of four starts go on after each."""
     four = plan(start_layer=0.0, rivals=(1.0, 2.0, 3.0), heat=4)
