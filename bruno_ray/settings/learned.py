@@ -18,7 +18,7 @@ class LearnedSettings(Section):
     steps: PositiveInt = 160
     """Optimiser steps of one training."""
 
-    checkpoints: PositiveInt = 3
+    checkpoints: PositiveInt = 5
     """Trials of one training: its edit after all steps, after half of them, a quarter ..."""
 
     scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0, 0.8, 0.65)
@@ -35,8 +35,9 @@ class LearnedSettings(Section):
     """Layer whose direction a training starts from, as a fraction of the last layer's index."""
 
     starts: PositiveInt = 4
-    """Layers from which one training starts in parallel, evenly spaced; at each checkpoint the worse half is dropped.
-    Only training shows which layer's direction leads to good answers. 4 cost twice as much as 1."""
+    """Layers from which one training starts in parallel, evenly spaced; after a quarter and after half of the steps
+    the worse half is dropped. Only training shows which layer's direction leads to good answers. 4 cost twice as much
+    as 1."""
 
     first_layer: DepthRange = (0.0, 0.0)
     """Layers below this one are not edited; as a fraction of the last layer's index."""
@@ -119,7 +120,7 @@ class LearnedSettings(Section):
     """Probability that each token of such an answer must have for it to be learned; 1 learns none. When not given, 0.5,
     or none if there are desired answers, since the edit's own answers lead away from them."""
 
-    branches: NonNegativeInt = 4
+    branches: NonNegativeInt = 10
     """Of an answer that the edit is not sure of, so many of the likeliest tokens are tried in the place where it is
     least sure; the surest proper answer is learned, if the rest of it is sure. Only where `learned.inform` counts and
     no other edit is asked. 0 tries none."""

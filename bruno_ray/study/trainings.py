@@ -38,6 +38,9 @@ seconds with these terms over those without)."""
 WAY_BACK = 3
 """A text that is trained on costs as much as so many that are read."""
 
+HEATS = (0.25, 0.5, 1.0)
+"""Shares of a training's steps after which the worse half of its starts ends; at the last one it is over."""
+
 MOST_TRAININGS = 8
 """Trainings of a study, where the settings do not say how many trials are trained."""
 
@@ -131,7 +134,7 @@ class Trainings:
             sampled(trial, name, distribution)
         training, version = self.training(trial.number)
         reduced, checkpoint = divmod(version, learned.checkpoints)
-        steps = max(1, learned.steps >> (learned.checkpoints - 1 - checkpoint))
+        steps = max(1, learned.steps >> checkpoint)
         params = trial.params
         base = self._best(trial.study) if _polishes(learned, self.has_answers) else None
         alone = base is not None and training % 2 == 1
@@ -151,7 +154,7 @@ class Trainings:
             seed=self.settings.study.seed * 100_000 + self.point(trial.number),
             scale=learned.scales[reduced],
             rivals=rivals,
-            heat=max(1, learned.steps >> (learned.checkpoints - 1)) if rivals else 0,
+            heat=max(1, round(HEATS[0] * learned.steps)) if rivals else 0,
             base=base,
             peers=self._peers(trial.study) if learned.agreement > 1 else (),
             induce=learned.induce,
@@ -204,7 +207,8 @@ def _polishes(learned: LearnedSettings, has_answers: bool) -> bool:
 
 
 def versions(learned: LearnedSettings) -> int:
-    """Trials of one training. Those with all of their strength come first: a study of fewer trials has these."""
+    """Trials of one training. The whole one comes first, then shorter ones, then those of less strength: a study of few
+    trials leaves out the last."""
     return learned.checkpoints * len(learned.scales)
 
 
@@ -213,7 +217,7 @@ def most_trials(settings: Settings) -> int:
     learned = settings.learned
     if learned.trials is not None:
         return learned.trials
-    return min(MOST_TRAININGS * versions(learned), max(learned.checkpoints, settings.study.n_trials // 2))
+    return min(MOST_TRAININGS * versions(learned), settings.study.n_trials // 2)
 
 
 @dataclass(frozen=True)
@@ -254,8 +258,7 @@ def affordable(settings: Settings, validation_prompts: int, has_answers: bool) -
 def _texts(learned: LearnedSettings, polishes: bool) -> float:
     """Texts that one training is worth; while several starts compete, each costs as much as one alone."""
     share, begun = 0.0, 0.0
-    for checkpoint in range(learned.checkpoints):
-        ended = 1 / 2 ** (learned.checkpoints - 1 - checkpoint)
-        starts = 1 if polishes else max(1, learned.starts >> checkpoint)
+    for halvings, ended in enumerate(HEATS):
+        starts = 1 if polishes else max(1, learned.starts >> halvings)
         share, begun = share + starts * (ended - begun), ended
     return share * learned.steps * (learned.target_rows + learned.baseline_rows) * WAY_BACK

@@ -57,7 +57,7 @@ def test_a_run_that_is_told_no_method_trains_what_its_search_pays_for(organism: 
     run = RunDirectory.open(tmp_path / "auto")
     settings = run.read().settings
     # 14 trials of 24 prompts pay for two trainings of 4 steps x 8 texts, forward and back, and 1.7 times that; half of
-    # them, at most, are trained, and one training alone has nine versions.
+    # them, at most, are trained, and one training alone has fifteen versions.
     assert (settings.study.method, settings.learned.trials) == ("both", 7)
     trials = load_trials(load_study(None, run.path, "auto"))
     assert [trial.training is not None for trial in trials] == [False] * 7 + [True] * 7

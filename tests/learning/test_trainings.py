@@ -72,14 +72,14 @@ def drive(study: BatchStudy, chosen: Trainings, usual: int = 8) -> list[Batch]:
     [
         pytest.param(10, 80, True, 0, id="a training would cost 38 times the search"),
         pytest.param(60, 60, True, 0, id="8 times"),
-        pytest.param(200, 60, True, 9, id="2.6 times: one, whose edit has nine versions"),
-        pytest.param(200, 60, False, 18, id="4.4 times each: two, without desired answers"),
+        pytest.param(200, 60, True, 15, id="2.6 times: one, whose edit has fifteen versions"),
+        pytest.param(200, 60, False, 30, id="4.4 times each: two, without desired answers"),
         pytest.param(140, 60, False, 0, id="6.2 times"),
-        pytest.param(200, 200, True, 9, id="0.8 times"),
-        pytest.param(400, 200, True, 27, id="three cost less than the search: from four starts, polished, from four"),
-        pytest.param(400, 200, False, 18, id="0.7 times each: two"),
-        pytest.param(900, 200, False, 27, id="0.3 times each: three"),
-        pytest.param(5000, 400, True, 72, id="no more than that"),
+        pytest.param(200, 200, True, 15, id="0.8 times"),
+        pytest.param(400, 200, True, 45, id="three cost less than the search: from four starts, polished, from four"),
+        pytest.param(400, 200, False, 30, id="0.7 times each: two"),
+        pytest.param(900, 200, False, 45, id="0.3 times each: three"),
+        pytest.param(5000, 400, True, 120, id="no more than that"),
     ],
 )
 def test_a_study_trains_as_much_as_its_search_pays_for(n_trials: int, prompts: int, answers: bool, trials: int) -> None:
@@ -138,7 +138,7 @@ def test_trials_of_one_training_differ_in_their_steps_alone(memory_folder: Path)
     with opened(memory_folder) as study:
         drive(batch_study(study, chosen), chosen)
         plans = [TrainingPlan.from_dict(t.user_attrs[PLAN]) for t in study.trials if PLAN in t.user_attrs]
-    assert [plan.steps for plan in plans] == [10, 20, 40] * 2
+    assert [plan.steps for plan in plans] == [40, 20, 10] * 2
     first, second = plans[:3], plans[3:]
     assert {repr(plan.training) for plan in first} == {repr(first[0].training)}
     assert all(plan.base is None and len(plan.rivals) == 3 for plan in plans), "each from four layers"
@@ -150,7 +150,7 @@ def test_each_version_of_a_training_is_tried_with_less_strength_too(memory_folde
     with opened(memory_folder) as study:
         drive(batch_study(study, chosen), chosen)
         plans = [TrainingPlan.from_dict(t.user_attrs[PLAN]) for t in study.trials if PLAN in t.user_attrs]
-    assert [(plan.steps, plan.scale) for plan in plans] == [(n, scale) for scale in (1.0, 0.5) for n in (10, 20, 40)]
+    assert [(plan.steps, plan.scale) for plan in plans] == [(n, scale) for scale in (1.0, 0.5) for n in (40, 20, 10)]
     assert len({repr(plan.training) for plan in plans}) == 1
     older = {name: value for name, value in plans[0].to_dict().items() if name != "scale"}
     assert TrainingPlan.from_dict(older) == plans[0], "plans of older studies are read"
@@ -158,7 +158,7 @@ def test_each_version_of_a_training_is_tried_with_less_strength_too(memory_folde
 
 def test_half_of_a_study_is_searched_unless_it_is_told_otherwise() -> None:
     both = [Settings(study=StudySettings(method="both", n_trials=n)) for n in (4, 60, 1000)]
-    assert [Trainings(each, SPACE[1], SPACE[2]).first for each in both] == [1, 30, 928]
+    assert [Trainings(each, SPACE[1], SPACE[2]).first for each in both] == [2, 30, 880]
     assert trainings(trials=9).first == 1
 
 
