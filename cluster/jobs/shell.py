@@ -18,6 +18,10 @@ logger = logging.getLogger(__name__)
 
 COMMAND_TIMEOUT_S = 60.0
 TUNNEL_TIMEOUT_S = 20.0
+TUNNEL_TRIES = 3
+"""An ssh that ends before its port listens is tried again: sshd drops connections while many are being made."""
+
+TUNNEL_PAUSE_S = 1.0
 NO_LOGIN = 255
 """ssh's own exit code, when it is not the command that failed."""
 
@@ -85,23 +89,34 @@ class Shell:
     @contextmanager
     def tunnel(self, remote_host: str, remote_port: int, local_port: int = 0) -> Iterator[int]:
         """Forward a port of this machine's loopback interface; yields its number."""
-        local_port = local_port or free_port()
-        forward = f"127.0.0.1:{local_port}:{remote_host}:{remote_port}"
-        options = ("-n", "-N", "-o", "ExitOnForwardFailure=yes", "-L", forward)
-        process = subprocess.Popen([*self.ssh(*options), self.target], stderr=subprocess.PIPE, text=True)
-        try:
-            deadline = time.monotonic() + TUNNEL_TIMEOUT_S
-            while not _listens(local_port) or process.poll() is not None:
-                if process.poll() is not None:
-                    assert process.stderr
-                    raise NodeError(f"no tunnel to {self.endpoint}: {_last_line(process.stderr.read())}")
-                if time.monotonic() > deadline:
-                    raise NodeError(f"no tunnel to {self.endpoint} within {TUNNEL_TIMEOUT_S:.0f} s: try again")
-                time.sleep(0.1)
-            yield local_port
-        finally:
-            process.terminate()
-            process.wait()
+        for left in reversed(range(TUNNEL_TRIES)):
+            port = local_port or free_port()
+            forward = f"127.0.0.1:{port}:{remote_host}:{remote_port}"
+            options = ("-n", "-N", "-o", "ExitOnForwardFailure=yes", "-L", forward)
+            process = subprocess.Popen([*self.ssh(*options), self.target], stderr=subprocess.PIPE, text=True)
+            try:
+                if self._opens(process, port):
+                    yield port
+                    return
+            finally:
+                process.terminate()
+                _, said = process.communicate()
+            reason = _last_line(said) or f"ssh ended with {process.returncode}"
+            if not left:
+                raise NodeError(f"no tunnel to {self.endpoint} ({reason}): try again")
+            logger.info("no tunnel to %s (%s): trying again", self.endpoint, reason)
+            time.sleep(TUNNEL_PAUSE_S)
+
+    def _opens(self, process: subprocess.Popen[str], port: int) -> bool:
+        """Wait until the tunnel listens; whether it does, rather than that ssh has ended."""
+        deadline = time.monotonic() + TUNNEL_TIMEOUT_S
+        while process.poll() is None:
+            if _listens(port) and process.poll() is None:
+                return True
+            if time.monotonic() > deadline:
+                raise NodeError(f"no tunnel to {self.endpoint} within {TUNNEL_TIMEOUT_S:.0f} s: try again")
+            time.sleep(0.1)
+        return False
 
 
 def free_port() -> int:
