@@ -23,7 +23,8 @@ class LearnedSettings(Section):
 
     scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0, 0.8, 0.65)
     """Each of these edits is tried with its strengths multiplied by each of these. On a real model a training goes
-    further than it has to: four fifths of its edit may remove the behaviour as well, at half the KL divergence."""
+    further than it has to: four fifths of its edit may remove the behaviour as well, at three fifths of the KL
+    divergence."""
 
     ranks: tuple[PositiveInt, ...] = (1,)
     """Directions of a trained subspace; several compete."""

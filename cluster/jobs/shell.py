@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 COMMAND_TIMEOUT_S = 60.0
 TUNNEL_TIMEOUT_S = 20.0
 TUNNEL_TRIES = 3
-"""An ssh that ends before its port listens is tried again: sshd drops connections while many are being made."""
+"""An ssh that ends before its port listens is tried again: one connection that is dropped should end no command."""
 
 TUNNEL_PAUSE_S = 1.0
 NO_LOGIN = 255
