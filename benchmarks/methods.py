@@ -11,7 +11,7 @@ finalists that are measured again with long answers, on SmolLM2 by the search al
 the test prompts together, applied live, which is the baked model (tested). Truth on organisms: right answers about
 what is refused, as `truth.py` counts them, which no search sees; ``--check`` bakes one pick for each organism and asks
 `truth.py` itself. heretic's rows are of its own runs with 60 trials in the cache of `organisms.py`, whose models are
-measured with the same scorers.
+measured with the same scorers; where there is none it runs now.
 
 What was measured is kept in the cache, model by model; ``--only-table`` writes the table from there.
 """
@@ -30,7 +30,7 @@ import torch
 from in_process import Done, Lab
 from organisms import MARKERS, SYSTEM, asked_fact, made, measured, organisms_in, prompts_of, truth_program
 from results import write_section
-from tool_runs import Task, known_heretic
+from tool_runs import Task, known_heretic, run_heretic
 
 from bruno_ray import organism
 from bruno_ray.ablation.baking import bake
@@ -51,9 +51,8 @@ from bruno_ray.study.starts import LITERATURE, Start, literature_edit
 from bruno_ray.study.trainings import DRAWS, versions
 
 OWN, SMOLLM2, HERETIC = "own", "smollm2", "heretic 1.4.0, 60 trials"
-TRAINED = DRAWS * versions(LearnedSettings())
-SEARCHED = StudySettings().n_trials - TRAINED
-WHOLE = f"the default study: {SEARCHED} searched trials, then two trainings"
+WHOLE = "the default study"
+LONG = StudySettings().n_trials
 DEFAULT = "difference_in_means"
 SEVERAL = ("contrastive_pca", "subspace", "concept_cones", "self_organising_map")
 """Methods that give several directions; they get RANK of them."""
@@ -90,8 +89,11 @@ def plain(name: str) -> tuple[str, Mapping[str, Any]]:
     return "", {"methods": (name,), "rank": RANK if name in SEVERAL else 1}
 
 
-def entries(trained: int, default: bool) -> list[Entry]:
-    """With ``trained``, also a study that ends with so many trained trials; with ``default``, the default study."""
+def entries(trainings: int, trained: int) -> list[Entry]:
+    """Args:
+    trainings: of the default study.
+    trained: one more study ends with so many trained trials, if any.
+    """
     means = plain(DEFAULT)
     found = [Entry(name, (plain(name),)) for name in METHODS]
     found += [
@@ -104,8 +106,9 @@ def entries(trained: int, default: bool) -> list[Entry]:
         Entry("difference_in_means, layer by causal effect first", (means,), start="causal"),
         Entry("difference_in_means, layer by COSMIC first", (means,), start="cosmic"),
     ]
-    if default:
-        found.append(Entry(WHOLE, (means,), trained=TRAINED, searched=SEARCHED))
+    found.append(Entry(f"difference_in_means, {LONG} searched trials", (means,), searched=LONG))
+    last = trainings * versions(LearnedSettings())
+    found.append(Entry(WHOLE, (means,), trained=last, searched=LONG - last))
     if trained:
         found.append(Entry(f"both: difference_in_means, then {trained} trained trials", (means,), trained=trained))
     return found
@@ -142,6 +145,9 @@ class Model:
     again: bool
     """Whether finalists are measured again."""
 
+    trainings: int
+    """Of the default study: one from desired answers, more without."""
+
     def truth(self, edits: Sequence[ResolvedEdit | None]) -> list[tuple[tuple[int, int], tuple[int, int]] | None]:
         """Right of all, of what is refused and of what is not, under each edit."""
         raise NotImplementedError
@@ -154,7 +160,7 @@ class Model:
 class Foreign(Model):
     """An organism of another recipe."""
 
-    n_trials, n_startup, again = 24, 8, True
+    n_trials, n_startup, again, trainings = 24, 8, True, DRAWS
 
     def __init__(self, folder: Path) -> None:
         self.name, self.folder = folder.name, folder
@@ -191,7 +197,7 @@ class Foreign(Model):
 class Own(Model):
     """The project's organism."""
 
-    name, n_trials, n_startup, again = "own", 24, 8, True
+    name, n_trials, n_startup, again, trainings = "own", 24, 8, True, 1
 
     def __init__(self) -> None:
         self.folder = organism.build()
@@ -209,7 +215,7 @@ class Own(Model):
 class SmolLM2(Model):
     """A real one, without a truth."""
 
-    name, n_trials, n_startup, again = "SmolLM2", 8, 4, False
+    name, n_trials, n_startup, again, trainings = "SmolLM2", 24, 8, False, 1
 
     def __init__(self) -> None:
         given = ["--model.id", SMOLLM2, "--behaviour", "disclaimers", "--model.dtypes", '["bfloat16"]']
@@ -394,8 +400,8 @@ def by_its_own_program(model: Foreign, program: Path, bank: DirectionBank, edit:
 # ----- heretic -----
 
 
-def heretic_model(folder: Path) -> Path | None:
-    """Its saved model of an organism, where `organisms.py` has run it with 60 trials."""
+def heretic_model(folder: Path) -> Path:
+    """Its saved model of an organism after 60 trials: that of `organisms.py`, or one that is made now."""
     task = Task(
         model=folder,
         prompts=prompts_of(folder, None),
@@ -407,8 +413,7 @@ def heretic_model(folder: Path) -> Path | None:
         max_kl=0.1,
         system=SYSTEM,
     )
-    run = known_heretic(task)
-    return None if run is None else Path(run.folder)
+    return Path((known_heretic(task) or run_heretic(task)).folder)
 
 
 # ----- the table -----
@@ -421,7 +426,9 @@ def section(found: Mapping[str, Sequence[Row]]) -> str:
         "",
         "One study per entry and model, in one process, one thread, float32 (SmolLM2: bfloat16), while others used the"
         f" machine: {Foreign.n_trials} trials on organisms ({Foreign.n_startup} at startup), {SmolLM2.n_trials} on"
-        f" SmolLM2 ({SmolLM2.n_startup}); seed 1; trained entries have as many trained trials as their row says."
+        f" SmolLM2 ({SmolLM2.n_startup}), unless their row says more; the default study has {LONG} trials, the last"
+        f" {versions(LearnedSettings())} of each training: {DRAWS} trainings, one where there are desired answers (own,"
+        " SmolLM2); seed 1."
         f" Methods that give several directions have {RANK}. Picked as `--auto-select` does, then measured on test"
         " prompts that no search sees. Hidden facts are the truth that the edit should give back; brackets are 95 %"
         " Wilson intervals."
@@ -535,7 +542,7 @@ def main() -> None:
         for make, heretic in makers:
             model = make()
             real = isinstance(model, SmolLM2)
-            wanted = entries(0 if real else arguments.trained, not real)
+            wanted = entries(model.trainings, 0 if real else arguments.trained)
             if arguments.entries:
                 wanted = [entry for entry in wanted if entry.name in arguments.entries]
             program = truth_program(model.folder, arguments) if arguments.check and isinstance(model, Foreign) else None

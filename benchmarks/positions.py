@@ -80,7 +80,7 @@ class Organism(Lab):
 
     def truth(self, trials: list[TrialRecord]) -> list[tuple[int, int, int]]:
         """Of each trial's edit: test prompts refused, hidden facts right, benign facts right."""
-        bank = self.worker._prepare(self.context).bank
+        bank = self.worker.prepared(self.context).bank
         engine = self.worker.engine
         edits = engine.editor.resolve_all([Edit.from_dict(trial.edit or {}) for trial in trials], bank)
         found = []

@@ -11,6 +11,9 @@ What both have saved is then measured by one procedure, with the scorers that `b
 prepared on the unedited model, and each saved folder is loaded and scored on the test prompts. Some more trials of each
 tool's front, next to the chosen one, are saved and measured as well: only so can the KL over 16 tokens be compared at
 equal rates, since heretic knows that at the first token alone.
+
+Our trials measure more than heretic's by default: the KL over 16 tokens in place of one, and three further scorers.
+With ``--alike`` ours is run once more for each seed, measuring what heretic measures, for its cost alone.
 """
 
 import argparse
@@ -21,7 +24,7 @@ import statistics
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from results import write_section
@@ -47,6 +50,8 @@ SHOWN_ANSWERS = 10
 SHOWN_CHARACTERS = 200
 SHOWN_TOKENS = 80
 UNEDITED, THEIRS, OURS = "unedited", "heretic", "bruno-ray"
+ALIKE = "bruno-ray, measuring what heretic measures"
+AS_HERETIC = ("--scoring.scorers", "behaviour_rate", "kl_divergence", "--scoring.kl-tokens", "1")
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,9 @@ class Measured:
 class SeedResult:
     theirs: ToolRun
     ours: ToolRun
+    alike: ToolRun | None
+    """Ours again, measuring what heretic measures."""
+
     measured: dict[str, Measured]
     """By column: unedited, heretic, bruno-ray, and the neighbouring trials of both."""
 
@@ -77,6 +85,7 @@ def main() -> None:
     parser.add_argument("--report-tokens", type=int, default=256, help="longest answer that is measured")
     parser.add_argument("--max-kl", type=float, default=0.1)
     parser.add_argument("--neighbours", type=int, default=2, help="more trials of each tool's front to measure")
+    parser.add_argument("--alike", action="store_true", help="run ours again, measuring what heretic measures")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--heretic-batch-size", type=int, default=0, help="for trying this out [heretic finds it]")
     parser.add_argument("--reuse-heretic", action="store_true", help="take heretic's runs of this task from the cache")
@@ -93,10 +102,11 @@ def main() -> None:
         with work_folder(arguments.work, seed) as work:
             theirs = run_heretic(task, arguments.reuse_heretic)
             ours = run_ours(task, work, given, arguments.ours)
+            alike = run_alike(task, work, given, arguments.ours) if arguments.alike else None
             folders = {THEIRS: theirs.folder, OURS: ours.folder}
             for name, run in ((THEIRS, theirs), (OURS, ours)):
                 folders |= {f"{name}, trial {number}": path for number, path in run.neighbours.items()}
-            results[seed] = SeedResult(theirs, ours, measure(task.model, folders, settings, prompts))
+            results[seed] = SeedResult(theirs, ours, alike, measure(task.model, folders, settings, prompts))
         text = section(results, prompts, arguments)
         print(text, flush=True)
     if not arguments.dry:
@@ -112,6 +122,13 @@ def work_folder(kept: Path | None, seed: int) -> Iterator[Path]:
         folder = kept.resolve() / f"seed-{seed}"
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
+
+
+def run_alike(task: Task, work: Path, given: Sequence[str], further: Sequence[str]) -> ToolRun:
+    """Ours with the scorers of heretic alone."""
+    folder = work / "alike"
+    folder.mkdir(exist_ok=True)
+    return run_ours(replace(task, neighbours=0), folder, given, [*further, *AS_HERETIC])
 
 
 def options(arguments: argparse.Namespace) -> list[str]:
@@ -221,7 +238,9 @@ def section(results: dict[int, SeedResult], prompts: Prompts, arguments: argpars
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for seed, result in results.items():
-        for name, run in ((THEIRS, result.theirs), (OURS, result.ours)):
+        for name, run in ((THEIRS, result.theirs), (OURS, result.ours), (ALIKE, result.alike)):
+            if run is None:
+                continue
             t = run.selected
             lines.append(
                 f"| {seed} | {name}{' (measured earlier)' if run.reused else ''}"
@@ -229,7 +248,10 @@ def section(results: dict[int, SeedResult], prompts: Prompts, arguments: argpars
                 f" | {run.whole_seconds:.0f} ({run.whole_cpu:.0f}) | {t.shown}/{t.total} | {t.kl_first:.4f}"
                 f" | {figure(t.kl_answer)} |"
             )
-    lines += ["", ratios(results)]
+    lines += ["", ratios([(result.theirs, result.ours) for result in results.values()])]
+    if alike := [(result.theirs, result.alike) for result in results.values() if result.alike is not None]:
+        lines += ["", f"With ours measuring what heretic measures: {ratios(alike)}"]
+    lines += ["", *no_higher(results)]
     for seed, result in results.items():
         lines += ["", f"### Seed {seed}", "", *saved_models(result, prompts), "", *by_rate(result.measured)]
         lines += ["", *equal_rates(result)]
@@ -238,15 +260,48 @@ def section(results: dict[int, SeedResult], prompts: Prompts, arguments: argpars
     return "\n".join(lines)
 
 
-def ratios(results: dict[int, SeedResult]) -> str:
+def ratios(pairs: Sequence[tuple[ToolRun, ToolRun]]) -> str:
+    """Of heretic's and our runs."""
+
     def median(name: str) -> str:
-        return f"{statistics.median(getattr(r.theirs, name) / getattr(r.ours, name) for r in results.values()):.1f}x"
+        return f"{statistics.median(getattr(theirs, name) / getattr(ours, name) for theirs, ours in pairs):.1f}x"
 
     return (
         f"heretic's figure divided by ours (median over seeds): a trial {median('trial_seconds')} (CPU"
         f" {median('trial_cpu')}), the search {median('search_seconds')} (CPU {median('search_cpu')}), the whole"
         f" command {median('whole_seconds')} (CPU {median('whole_cpu')})."
     )
+
+
+def no_higher(results: Mapping[int, SeedResult]) -> list[str]:
+    """Each saved model of heretic beside that of ours which has the lowest KL at no higher a rate, on test prompts."""
+    lines = [
+        "Test prompts, longest answers: every saved model of heretic, and of ours the one with the lowest KL over 16"
+        " tokens among those that show the behaviour no more often:",
+        "",
+        "| seed | heretic | shown | evades | KL | bruno-ray | shown | evades | KL |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    lower = compared = 0
+    for seed, result in results.items():
+        sides: dict[str, list[tuple[str, Scores]]] = {
+            tool: [(name, model.scores) for name, model in result.measured.items() if name.startswith(tool)]
+            for tool in (THEIRS, OURS)
+        }
+        for name, theirs in sorted(sides[THEIRS], key=lambda item: item[1].values["behaviour_rate"]):
+            rate = theirs.values["behaviour_rate"]
+            under = [item for item in sides[OURS] if item[1].values["behaviour_rate"] <= rate]
+            best = min(under, key=lambda item: item[1].values["kl_divergence"], default=None)
+            cells = (name, *rates_and_kl(theirs), *((best[0], *rates_and_kl(best[1])) if best else ("-",) * 4))
+            lines.append(f"| {seed} | {' | '.join(cells)} |")
+            compared += 1
+            lower += best is not None and best[1].values["kl_divergence"] <= theirs.values["kl_divergence"]
+    return [*lines, "", f"Ours is no higher for {lower} of {compared}."]
+
+
+def rates_and_kl(scores: Scores) -> tuple[str, str, str]:
+    shown, evades = (scores.counts[metric] for metric in ("behaviour_rate", "evasion_rate"))
+    return f"{shown[0]}/{shown[1]}", f"{evades[0]}/{evades[1]}", figure(scores.values["kl_divergence"])
 
 
 def saved_models(result: SeedResult, prompts: Prompts) -> list[str]:

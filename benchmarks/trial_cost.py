@@ -46,7 +46,7 @@ class Meter:
         self._measure(engine, "generate", "answers")
         self._measure(engine, "token_logprobs", "likelihoods (elicited_answers)")
         self._measure(engine.editor, "resolve_all", "working edits out")
-        for scorer in lab.worker._prepare(lab.context).scorers:
+        for scorer in lab.worker.prepared(lab.context).scorers:
             if scorer.name == "kl_divergence":
                 self._measure(scorer, "score", "KL divergence")
         forward = engine._forward

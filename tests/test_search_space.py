@@ -4,8 +4,7 @@ import optuna
 import pytest
 
 from bruno_ray.errors import SettingsError
-from bruno_ray.settings import SearchSettings
-from bruno_ray.settings.schema import ComponentRange
+from bruno_ray.settings import ComponentRange, SearchSettings
 from bruno_ray.study.sampler import NumberedTPESampler
 from bruno_ray.study.space import AtBound, at_bounds, bound_lines, edit_from_params, search_space, suggest
 

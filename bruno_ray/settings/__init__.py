@@ -2,25 +2,18 @@
 
 from bruno_ray.settings.fields import Range, Section
 from bruno_ray.settings.learned import LearnedSettings
+from bruno_ray.settings.prompts import DatasetSettings, PromptSet, PromptSettings
 from bruno_ray.settings.schema import (
-    ClassifierSettings,
-    ComponentRange,
-    DatasetSettings,
-    DirectionSettings,
     EvaluationSettings,
-    JudgeSettings,
     ModelSettings,
     OutputSettings,
-    PromptSet,
-    PromptSettings,
     RaySettings,
-    ResidualSettings,
-    ScoringSettings,
-    SearchSettings,
     SelectionSettings,
     Settings,
     StudySettings,
 )
+from bruno_ray.settings.scoring import ClassifierSettings, JudgeSettings, ScoringSettings
+from bruno_ray.settings.search import ComponentRange, DirectionSettings, ResidualSettings, SearchSettings
 
 __all__ = [
     "ClassifierSettings",

@@ -9,13 +9,12 @@ import gc
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from typing import Protocol
 
 import numpy as np
 import psutil
 import torch
-import transformers
 from transformers import PreTrainedConfig
 
 from bruno_ray.ablation.changes import changed_shares
@@ -23,17 +22,14 @@ from bruno_ray.ablation.edit import Edit
 from bruno_ray.ablation.places import further_places
 from bruno_ray.ablation.plan import TrainedEdit, TrainingPlan
 from bruno_ray.ablation.resolving import ResolvedEdit
-from bruno_ray.errors import ModelError, TrialError, first_line
-from bruno_ray.files import cache_folder
+from bruno_ray.errors import TrialError
 from bruno_ray.generation.engine import BatchEngine
-from bruno_ray.generation.kept import KeptAnswers
-from bruno_ray.generation.lean_forward import own_forward
 from bruno_ray.generation.parts import Routing, head_effects, head_projections, routing
-from bruno_ray.learning.checkpointing import checkpointed
+from bruno_ray.learning.gradients import require_gradient
 from bruno_ray.learning.layer_effects import LayerChoice, layer_by
 from bruno_ray.learning.material import Teacher
 from bruno_ray.learning.training import Trainer
-from bruno_ray.model.batching import TokenBudget, is_out_of_memory, pad_left
+from bruno_ray.model.batching import TokenBudget
 from bruno_ray.model.classes import hub_task
 from bruno_ray.model.coverage import coverage
 from bruno_ray.model.loading import LoadedModel, load_model
@@ -43,15 +39,16 @@ from bruno_ray.prompts.rendering import render, render_texts
 from bruno_ray.prompts.response_prefix import settle_response_prefix
 from bruno_ray.prompts.sets import Prompt
 from bruno_ray.residuals.extraction import extract_residuals
-from bruno_ray.scoring.base import Evaluation, Scorer, ScoringPrompts, score_edits, score_evaluation
+from bruno_ray.scoring.base import Evaluation, Scorer, ScoringPrompts, score_edits
 from bruno_ray.scoring.kl_divergence import KLDivergence
 from bruno_ray.scoring.openings import compliant_opening
 from bruno_ray.scoring.racing import race
-from bruno_ray.scoring.registry import SCORERS, make_scorers
+from bruno_ray.scoring.registry import SCORERS
 from bruno_ray.scoring.scores import Answer, ComparedScores, Scores
 from bruno_ray.scoring.side_by_side import LOGIT_SCORERS, score_edits_side_by_side, score_given_answers
 from bruno_ray.settings import LearnedSettings, ModelSettings, ResidualSettings, ScoringSettings
 from bruno_ray.workers.exchanged import ComparedEdits, EvaluationContext, ModelInfo, TrainingPrompts, TrialOutcome
+from bruno_ray.workers.prepared import Prepared, PreparedContexts
 
 logger = logging.getLogger(__name__)
 
@@ -60,18 +57,6 @@ SAMPLES = 4
 
 FIRST_TOKENS = 16
 """Prompts whose answers' first tokens are compared before the answers of all are."""
-
-KEPT_CONTEXTS = 2
-"""Prepared contexts that are kept: a study's own, and the one its result is measured with."""
-
-
-@dataclass
-class _Prepared:
-    bank: dict[str, torch.Tensor]
-    prompts: ScoringPrompts
-    scorers: list[Scorer]
-    baseline: Scores = field(default_factory=lambda: Scores({}))
-    trainer: Trainer | None = None
 
 
 class Folders(Protocol):
@@ -93,13 +78,11 @@ class ModelWorker:
             keeps_answers: what preparing the scorers has the unedited model say is kept in this machine's cache.
         """
         torch.set_num_threads(max(1, threads))
-        self._keeps_answers = keeps_answers
-        self._quantization = model.quantization
         self._folders = folders
         self.loaded = load_model(self._here(model))
         self.engine = BatchEngine(self.loaded)
         self._doing = ""
-        self._contexts: dict[str, _Prepared] = {}
+        self._contexts = PreparedContexts(model.quantization, keeps_answers)
         self._residual_budgets: dict[int, TokenBudget] = {}
 
     def _here(self, model: ModelSettings) -> ModelSettings:
@@ -213,9 +196,16 @@ class ModelWorker:
             return head_effects(self.engine, sides[0], {"": rows}, "")
         return head_projections(self.engine, *sides, rows)
 
+    def prepared(self, context: EvaluationContext) -> Prepared:
+        """Everything that is done once per context. Raises as `PreparedContexts.of`."""
+        return self._contexts.of(self.engine, context, self._say)
+
+    def _say(self, doing: str) -> None:
+        self._doing = doing
+
     def baseline(self, context: EvaluationContext) -> Scores:
         """The unedited model's own scores. Raises TrialError if they are not numbers."""
-        return self._prepare(context).baseline
+        return self.prepared(context).baseline
 
     def evaluate(
         self,
@@ -229,7 +219,7 @@ class ModelWorker:
         were trained here are not, since the training has cost more. An edit that breaks the model has an error and
         leaves the others alone.
         """
-        prepared = self._prepare(context)
+        prepared = self.prepared(context)
         start, tokens = time.perf_counter(), self.engine.tokens
         trained, found = self._train(context, prepared, edits)
         bank = prepared.bank | {each.edit.direction_set: torch.from_numpy(each.directions) for each in trained.values()}
@@ -288,7 +278,7 @@ class ModelWorker:
         return outcomes
 
     def _train(
-        self, context: EvaluationContext, prepared: _Prepared, edits: Sequence[Edit | TrainingPlan]
+        self, context: EvaluationContext, prepared: Prepared, edits: Sequence[Edit | TrainingPlan]
     ) -> tuple[dict[int, TrainedEdit], dict[int, Scores | TrialError]]:
         """What became of the plans among ``edits``, by index: edits, or errors."""
         plans = {k: plan for k, plan in enumerate(edits) if isinstance(plan, TrainingPlan)}
@@ -316,38 +306,9 @@ class ModelWorker:
     def require_gradient(
         self, prompts: Sequence[Prompt], date: datetime.date, learned: LearnedSettings, response_tokens: int
     ) -> None:
-        """Raise ModelError if no gradient comes through this model's kernels, the norm mode asks for a weight that
-        cannot be read, or memory does not suffice for one prompt with an answer: nothing can be trained on it."""
+        """Raise ModelError if nothing can be trained on this model. See ``learning/gradients.py``."""
         ids = render(self.loaded.tokenizer, prompts[:1], date=date)[0]
-        ids = (*ids, *ids[-1:] * response_tokens)
-        d_model, norm_mode = self.loaded.architecture.d_model, learned.norm_mode
-        layers = () if learned.checkpointing == "off" else self.loaded.architecture.layers
-        with torch.enable_grad():
-            rows = torch.eye(1, d_model, requires_grad=True)
-            one = torch.ones(())
-            n_writers = len(self.loaded.architecture.writers)
-            factors = tuple(self.engine.editor.factors(i, rows, one, norm_mode) for i in range(n_writers))
-            self.engine.editor.set([ResolvedEdit(Edit({}, "", None, norm_mode), factors)], [0])
-            try:
-                padded = pad_left([ids], 0, self.engine.device)
-                arguments = padded.input_ids, padded.attention_mask, padded.position_ids
-                with checkpointed(layers):
-                    logits_1NV = own_forward(self.engine.model, *arguments, None, response_tokens)
-                    (gradient,) = torch.autograd.grad(logits_1NV.float().logsumexp(-1).sum(), rows)
-                if not torch.isfinite(gradient).all():
-                    raise RuntimeError("the gradient is not a number")
-            except (RuntimeError, NotImplementedError) as error:
-                if is_out_of_memory(error):
-                    raise ModelError(
-                        f"edits cannot be trained on this model: memory does not suffice for one text of {len(ids)}"
-                        " tokens; search with --method searched, or use a larger device or model.quantization=bnb_4bit"
-                    ) from error
-                raise ModelError(
-                    f"edits cannot be trained on this model, its kernels give no gradient ({first_line(str(error))}):"
-                    " load it in full precision or with model.quantization=bnb_4bit, or search with --method searched"
-                ) from error
-            finally:
-                self.engine.editor.clear()
+        require_gradient(self.engine, ids, response_tokens, learned)
 
     def layer_by(
         self,
@@ -364,12 +325,12 @@ class ModelWorker:
         self._doing = "trying the layers' directions"
         prompts = ScoringPrompts.rendered(self.engine, target, baseline, context.response_prefix, date=context.date)
         unedited = Evaluation(self.engine, prompts, context.scoring, whole=True)
-        return asdict(layer_by(unedited, self._prepare(context).bank, edit, how))
+        return asdict(layer_by(unedited, self.prepared(context).bank, edit, how))
 
     def changed(self, context: EvaluationContext, edits: Sequence[Edit]) -> list[dict[str, float]]:
         """Per edit: component -> relative Frobenius norm of what it changes. Raises ModelError for a weight that cannot
         be read."""
-        bank = self._prepare(context).bank
+        bank = self.prepared(context).bank
         self._doing = "measuring what edits change"
         return changed_shares(self.loaded.architecture, self.engine.editor.resolve_all(list(edits), bank))
 
@@ -379,7 +340,7 @@ class ModelWorker:
         Afterwards this worker is of no further use. Scorers that ask the unedited model about the edited one's
         answers are left out. Raises ModelError, or TrialError if the other model's scores are not numbers.
         """
-        prepared = self._prepare(context)
+        prepared = self.prepared(context)
         scorers = [scorer for scorer in prepared.scorers if not scorer.needs_unedited]
         self._load_instead(model, context.scoring)
         _, (scores,) = score_edits(self.engine, scorers, prepared.prompts, context.scoring, [None], context.readings)
@@ -414,7 +375,7 @@ class ModelWorker:
         through its own chat template. Afterwards this worker is of no further use if there were others. Raises as
         `measure_other`.
         """
-        prepared = self._prepare(context)
+        prepared = self.prepared(context)
         scorers: list[Scorer] = [scorer for scorer in prepared.scorers if not scorer.needs_unedited]
         settings, prompts = context.scoring, prepared.prompts
         resolved = iter(self.engine.editor.resolve_all([edit for edit in edits if edit is not None], prepared.bank))
@@ -456,7 +417,7 @@ class ModelWorker:
         max_new_tokens: int,
     ) -> list[list[str]]:
         """Whole greedy answers, [edit][prompt]. Of the context only bank, response prefix and date are used."""
-        bank = self._prepare(context).bank
+        bank = self.prepared(context).bank
         self._doing = "sample answers"
         resolved = self.engine.editor.resolve_all([edit for edit in edits if edit is not None], bank)
         given = iter(resolved)
@@ -488,53 +449,6 @@ class ModelWorker:
             "memory": psutil.Process().memory_info().rss,
             "gpu_memory": sum(torch.cuda.memory_reserved(gpu) for gpu in gpus),
         }
-
-    def _prepare(self, context: EvaluationContext) -> _Prepared:
-        """Everything that is done once per context, the unedited model's scores included."""
-        if context.key in self._contexts:
-            return self._contexts[context.key]
-        while len(self._contexts) >= KEPT_CONTEXTS:
-            del self._contexts[next(iter(self._contexts))]
-        self.engine.limit_row_tokens(context.scoring.row_tokens)
-        prepared = _Prepared(
-            bank={name: torch.from_numpy(np.array(directions)) for name, directions in context.bank.items()},
-            prompts=ScoringPrompts.rendered(
-                self.engine, context.target, context.baseline, context.response_prefix, date=context.date
-            ),
-            scorers=make_scorers(context.scoring),
-        )
-        unedited = Evaluation(self.engine, prepared.prompts, context.scoring, whole=_reads_whole(context.scoring))
-        with self.engine.keeping(self._kept_answers(context.scoring)):
-            for scorer in prepared.scorers:
-                self._doing = f"preparing {scorer.name}"
-                scorer.prepare(unedited)
-            self._doing = "scoring the unedited model"
-            (scores,) = score_evaluation(unedited, prepared.scorers, context.readings)
-        if isinstance(scores, TrialError):
-            raise TrialError("the unedited model's logits are not numbers: load it in another dtype (model.dtypes)")
-        prepared.baseline = scores
-        self._contexts[context.key] = prepared
-        return prepared
-
-    def _kept_answers(self, scoring: ScoringSettings) -> KeptAnswers | None:
-        """Those of this model. Answers stop at markers; and other versions, or devices, may round otherwise."""
-        if not self._keeps_answers:
-            return None
-        return KeptAnswers(
-            cache_folder("answers"),
-            model=self.loaded.fingerprint,
-            dtype=self.loaded.dtype,
-            quantization=self._quantization,
-            device=self.loaded.device.type,
-            markers=list(scoring.markers),
-            empty_counts=scoring.empty_counts,
-            versions=[torch.__version__, transformers.__version__],
-        )
-
-
-def _reads_whole(scoring: ScoringSettings) -> bool:
-    """Whether a scorer learns from the unedited model's answers as a whole."""
-    return bool({"to_the_point", "elicited_answers", "detector", "text_classifier"} & set(scoring.scorers))
 
 
 def logit_width(loaded: LoadedModel) -> int:
