@@ -508,7 +508,7 @@ def test_the_hub_as_its_own_clients_ask_it(folder: Path) -> None:
     }
     with hub_with("owner/name", files) as address:
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        environment |= {"HF_ENDPOINT": address, "HF_HOME": str(folder), "PYTHONPATH": str(Path(__file__).parents[1])}
+        environment |= {"HF_ENDPOINT": address, "HF_HOME": str(folder), "PYTHONPATH": str(Path(__file__).parents[2])}
         command = [sys.executable, "-c", READ_EACH, *expected]
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert dict(zip(expected, map(json.loads, done.stdout.splitlines()))) == expected, done.stderr

@@ -1,0 +1,138 @@
+"""Train, validation, test and finalists: without overlap, alike on both sides."""
+
+from pathlib import Path
+
+import pytest
+
+from bruno_ray.errors import PromptError
+from bruno_ray.prompts.sets import Prompt, PromptParts, Prompts, load_prompts
+from bruno_ray.settings.sources import load
+from tests.prompts.writing import LETTERS, write_jsonl
+
+
+def prompts_of(target: str, baseline: str, *flags: str) -> Prompts:
+    return load_prompts(load(["--target", target, "--baseline", baseline, *flags], environ={}).settings)
+
+
+def users(prompts: tuple[Prompt, ...]) -> set[str]:
+    return {prompt.user for prompt in prompts}
+
+
+def test_parts_are_cut_without_overlap_and_alike_on_both_sides(empty_directory: Path) -> None:
+    questions = [f"What is {i}?" for i in range(60)]
+    name = write_jsonl(empty_directory / "a.jsonl", questions)
+    shuffled = write_jsonl(empty_directory / "b.jsonl", questions[::-1])
+    flags = (
+        "--prompts.n-train",
+        "40",
+        "--prompts.n-validation",
+        "10",
+        "--prompts.n-test",
+        "10",
+        "--prompts.n-finalists",
+        "0",
+    )
+    suffixes = ("--prompts.target.train.suffix", " At length.", "--prompts.baseline.train.prefix", "Briefly: ")
+    prompts = prompts_of(name, shuffled, *flags, *suffixes)
+    for side in (prompts.target, prompts.baseline):
+        assert [len(part) for part in (side.train, side.validation, side.test)] == [40, 10, 10]
+        assert len(users(side.train) | users(side.validation) | users(side.test)) == 60
+    bare = {user.removesuffix(" At length.") for user in users(prompts.target.test)}
+    assert bare == {user.removeprefix("Briefly: ") for user in users(prompts.baseline.test)}
+    again = prompts_of(name, shuffled, *flags, *suffixes)
+    assert again == prompts
+    assert prompts_of(name, shuffled, *flags, *suffixes[:2]).fingerprint != prompts.fingerprint
+
+
+def test_few_prompts_are_shared_in_proportion(empty_directory: Path) -> None:
+    target = write_jsonl(empty_directory / "a.jsonl", [f"a {i}" for i in range(60)])
+    baseline = write_jsonl(empty_directory / "b.jsonl", [f"b {i}" for i in range(3)])
+    prompts = prompts_of(target, baseline)
+    assert sizes(prompts.target) == [39, 9, 9, 3] and sizes(prompts.baseline) == [1, 1, 1, 0]
+    assert sizes(prompts_of(target, target, "--prompts.target.train.suffix", "?").target) == [39, 9, 9, 3]
+    few = write_jsonl(empty_directory / "c.jsonl", ["c 1", "c 2"])
+    with pytest.raises(PromptError, match="only 2 prompts, too few to take out validation and test"):
+        prompts_of(target, few)
+
+
+def test_parts_of_their_own(empty_directory: Path) -> None:
+    a = write_jsonl(empty_directory / "a.jsonl", [f"a {i}" for i in range(20)], reply="yes")
+    b = write_jsonl(empty_directory / "b.jsonl", [f"b {i}" for i in range(20)])
+    prompts = prompts_of(
+        a, b, "--prompts.target.train.split", "[:15]", "--prompts.target.test.source", a, "--prompts.target.test.split",
+        "[15:]", "--prompts.n-train", "10", "--prompts.n-validation", "5", "--prompts.n-test", "4",
+        "--prompts.target.test.answer-column", "reply", "--prompts.target.test.system-prompt", "Be kind.",
+    )  # fmt: skip
+    assert sizes(prompts.target)[2:] == [4, 1]
+    assert users(prompts.target.test) | users(prompts.target.finalists) == {f"a {i}" for i in range(15, 20)}
+    assert prompts.target.test[0].answer == "yes" and prompts.target.test[0].system == "Be kind."
+    assert prompts.target.train[0].system == "You are a helpful assistant."
+    assert users(prompts.target.train) | users(prompts.target.validation) == {f"a {i}" for i in range(15)}
+    more = prompts_of(a, b, "--prompts.target.test.source", a, "--prompts.target.train.split", "[:10]",
+                      "--prompts.target.test.split", "[10:]", "--prompts.n-test", "6")  # fmt: skip
+    assert [prompt.user for prompt in more.target.test] == [f"a {i}" for i in range(10, 16)], "as without finalists"
+    assert [prompt.user for prompt in more.target.finalists] == ["a 16", "a 17", "a 18"]
+
+
+def test_finalists_are_half_as_many_as_the_test_prompts_at_most(empty_directory: Path) -> None:
+    a, b = (write_jsonl(empty_directory / f"{name}.jsonl", [f"{name} {i}" for i in range(90)]) for name in "ab")
+    flags = ("--prompts.n-train", "20", "--prompts.n-validation", "20", "--prompts.n-test", "20")
+    assert sizes(prompts_of(a, b, *flags).target) == [20, 20, 20, 10]
+    assert sizes(prompts_of(a, b, *flags, "--prompts.n-finalists", "4").target) == [20, 20, 20, 4]
+    assert sizes(prompts_of(a, b, *flags, "--prompts.n-finalists", "0").target) == [20, 20, 20, 0]
+
+
+def sizes(side: PromptParts) -> list[int]:
+    return [len(part) for part in (side.train, side.validation, side.test, side.finalists)]
+
+
+def test_overlap_is_refused_with_counts_and_an_example(empty_directory: Path) -> None:
+    a = write_jsonl(empty_directory / "a.jsonl", [f"Prompt {i}" for i in range(20)])
+    b = write_jsonl(empty_directory / "b.jsonl", [f"b {i}" for i in range(17)] + [f"  PROMPT\t{i}" for i in range(3)])
+    with pytest.raises(PromptError, match=r"prompts\.target\.\w+ and prompts\.baseline\.\w+ share \d of .*Prompt \d"):
+        prompts_of(a, b)
+    c = write_jsonl(empty_directory / "c.jsonl", [f"c {i}" for i in range(20)])
+    test = ("--prompts.target.test.source", a, "--prompts.target.test.split", "[:4]")
+    split = ("--prompts.target.train.split", "[2:]", "--prompts.target.validation.source", "d.jsonl")
+    write_jsonl(empty_directory / "d.jsonl", ["d"])
+    with pytest.raises(PromptError, match=r"prompts\.target\.train and prompts\.target\.\w+ share \d of \d prompts"):
+        prompts_of(a, c, *test, *split)
+
+
+def test_trainings_see_the_prompts_of_all_protected_sets(empty_directory: Path) -> None:
+    target, baseline, first, second = (
+        write_jsonl(empty_directory / f"{side}.jsonl", [f"{side} {i}" for i in range(30)]) for side in "abcd"
+    )
+    assert prompts_of(target, baseline).protected == ()
+    prompts = prompts_of(target, baseline, "--prompts.protect", f"one={first},two={second}")
+    assert sorted(users(prompts.protected)) == sorted(f"{side} {i}" for side in "cd" for i in range(30))
+
+
+def test_the_same_question_asked_in_two_ways_is_no_overlap(empty_directory: Path) -> None:
+    a = write_jsonl(empty_directory / "a.jsonl", LETTERS)
+    prompts_of(a, a, "--prompts.target.train.suffix", " At length.")
+    prompts_of(a, a, "--prompts.target.train.system-prompt", "Be verbose.")
+    with pytest.raises(PromptError, match="share"):
+        prompts_of(a, a)
+
+
+def test_empty_and_one_sided(empty_directory: Path) -> None:
+    a = write_jsonl(empty_directory / "a.jsonl", LETTERS)
+    (empty_directory / "empty.jsonl").write_text("")
+    (empty_directory / "blank.txt").write_text("\n  \n")
+    (empty_directory / "lonely.toml").write_text(f"[prompts.target.train]\nsource = '{a}'\n")
+    for source in ("empty.jsonl", "blank.txt"):
+        with pytest.raises(PromptError, match=r"prompts\.baseline\.train is empty"):
+            prompts_of(a, source)
+    with pytest.raises(PromptError, match=r"prompts\.baseline\.train is empty"):
+        prompts_of(a, a, "--prompts.baseline.train.split", "[5:5]")
+    with pytest.raises(PromptError, match=r"no baseline prompts; set prompts\.baseline\.train\.source"):
+        load_prompts(load(["--behaviour", "lonely.toml"], environ={}).settings)
+
+
+def test_duplicates_are_left_out(empty_directory: Path) -> None:
+    a = write_jsonl(empty_directory / "a.jsonl", LETTERS + [text.upper() for text in LETTERS])
+    b = write_jsonl(empty_directory / "b.jsonl", [f"b {i}" for i in range(10)])
+    target = prompts_of(a, b).target
+    parts = (target.train, target.validation, target.test, target.finalists)
+    assert set().union(*map(users, parts)) == set(LETTERS)
