@@ -169,6 +169,9 @@ def test_what_is_meant_by_a_name(home: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert parse_reference("smollm2") == Loadable(model="smollm2")
     with pytest.raises(OutputError, match=r"nothing:3 is no run here, no model and no server"):
         parse_reference("nothing:3")
+    for mistaken in ("mine:last", "./runs/mine:last"):
+        with pytest.raises(OutputError, match="mine:last"):
+            parse_reference(mistaken)
     with pytest.raises(SettingsError, match="names no model; write MODEL@http"):
         parse_reference("@http://localhost/v1")
 

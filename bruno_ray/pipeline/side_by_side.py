@@ -15,8 +15,8 @@ from bruno_ray.progress import phase
 from bruno_ray.prompts.sets import Prompts, load_prompts
 from bruno_ray.publishing.card import behaviour_name
 from bruno_ray.publishing.side_by_side import Contestant, SideBySide, render_page
-from bruno_ray.runs import lookup
 from bruno_ray.runs.directory import RunDirectory
+from bruno_ray.runs.lookup import run_named
 from bruno_ray.runs.records import RunRecord, ScoresRecord
 from bruno_ray.scoring.chat_server import ChatServer
 from bruno_ray.scoring.markers import Markers
@@ -68,17 +68,11 @@ def parse_reference(text: str) -> Served | Loadable:
         if not model:
             raise SettingsError(f"command line: {text} names no model; write MODEL@{url}")
         return Served(model, url)
-    if _is_run(text) or _is_run(text.rpartition(":")[0]):
-        return Loadable(*lookup.find_trial(text))
+    if (found := run_named(text)) is not None:
+        return Loadable(*found)
     if text.endswith(("/", ".gguf")) or expanded(text).exists() or "/" in text or ":" not in text:
         return Loadable(model=text)
     raise OutputError(f"{text} is no run here, no model and no server: give RUN:TRIAL, a model, or MODEL@URL")
-
-
-def _is_run(name: str) -> bool:
-    if (expanded(name) / "run.json").is_file():
-        return True
-    return bool(name) and not lookup.is_path(name) and (lookup.output_directory() / name / "run.json").is_file()
 
 
 def compare(

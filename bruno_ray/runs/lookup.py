@@ -38,8 +38,15 @@ def output_directory() -> Path:
 
 
 def run_named(reference: str) -> tuple[RunDirectory, int | None] | None:
-    """As `find_trial`, or None where no run has that name or place, so that it is a model's."""
-    name, colon, number = reference.rpartition(":")
-    place = name if colon and number.isdigit() and not Path(reference).exists() else reference
+    """As `find_trial`, or None where no run has that name or place, so that it is a model's.
+
+    A run with something after it that is no trial's number is meant as a run: that raises, as it does there.
+    """
+    name, _, _ = reference.rpartition(":")
+    places = [reference, name] if name and not Path(reference).exists() else [reference]
+    return find_trial(reference) if any(map(_holds_run, places)) else None
+
+
+def _holds_run(place: str) -> bool:
     folders = [expanded(place)] if is_path(place) else [Path(place), output_directory() / place]
-    return find_trial(reference) if any((folder / "run.json").is_file() for folder in folders) else None
+    return any((folder / "run.json").is_file() for folder in folders)
