@@ -78,6 +78,9 @@ class TrainingPlan:
 
     norm_mode: NormMode = "none"
 
+    suppress_steps: int | None = None
+    """In so many steps, the first ones, the term counts; in all when not given."""
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 

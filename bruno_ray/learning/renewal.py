@@ -46,7 +46,7 @@ class Renewal:
         """Whether what it says by now is trained on; otherwise it only decides between the starts of one training."""
         plan = trainee.plan
         learns = plan.answers and self._confidence < math.inf
-        return bool(plan.suppress or plan.inform or plan.entropy or learns)
+        return bool(trainee.weight("suppress") or plan.inform or plan.entropy or learns)
 
     def votes(self, plan: TrainingPlan) -> Votes:
         """For the starts of one training, with what its peers say."""

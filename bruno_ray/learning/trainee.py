@@ -99,6 +99,7 @@ class Trainee:
         self._mask[: plan.first_layer] = 0
         self.strengths_LC = (strengths * self._mask).requires_grad_(True)
         self._retain = plan.retain
+        self._step = 0
         self._smoothed: float | None = None
         self._sums: dict[str, float] = {}
         self._curves: dict[str, list[float]] = {}
@@ -130,7 +131,7 @@ class Trainee:
             drawn["entropy"] = self.sample([self.said[p] for p in sorted(self.said)], settings.target_rows)
         rows = []
         for term, texts in drawn.items():
-            if not getattr(self.plan, term):
+            if not self.weight(term):
                 continue
             total = sum(sum(text.weights) if text.weights else len(text.continuation) for text in texts)
             rows += [(term, text, 1 / total) for text in texts]
@@ -173,7 +174,8 @@ class Trainee:
     def standing(self) -> tuple[int, float]:
         """For comparing starts of one plan, less is better: target prompts that it still answers with the behaviour,
         less those that it answers properly and surely; then its loss over the last steps."""
-        last = [getattr(self.plan, term) * values[-1] for term, values in self._recent().items()]
+        counting = {term: values for term, values in self._recent().items() if self.weight(term)}
+        last = [getattr(self.plan, term) * values[-1] for term, values in counting.items()]
         return len(self.present) - len(self.sure), sum(last)
 
     def _recent(self) -> dict[str, list[float]]:
@@ -191,12 +193,18 @@ class Trainee:
 
     def weight(self, term: str) -> float:
         """What a term of the loss counts by now: as planned, retain also more."""
-        return self._retain if term == "retain" else getattr(self.plan, term)
+        if term == "retain":
+            return self._retain
+        until = self.plan.suppress_steps
+        if term == "suppress" and until is not None and self._step >= until:
+            return 0.0
+        return getattr(self.plan, term)
 
     def end_step(self) -> None:
         for term, value in self._sums.items():
             self._curves.setdefault(term, []).append(value)
         self._hold(self._sums.get("retain"))
+        self._step += 1
         self._sums = {}
 
     def _hold(self, kl: float | None) -> None:

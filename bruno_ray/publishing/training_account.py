@@ -53,7 +53,9 @@ def plan_rows(plan: dict[str, Any], start_layer: float | None) -> list[tuple[str
         start += f", the best of {1 + len(rivals)} starts"
     given = [(term, plan[term]) for term in ("answers", "suppress", "retain")]
     given += [(term, plan[term]) for term in ("induce", "protect", "inform", "entropy") if plan.get(term)]
-    weights = ", ".join(f"{term} {weight:.3g}" for term, weight in given)
+    until = plan.get("suppress_steps")
+    when = {"suppress": "" if until is None else f" in the first {until} steps"}
+    weights = ", ".join(f"{term} {weight:.3g}{when.get(term, '')}" for term, weight in given)
     return [
         ("Subspace", f"rank {plan['rank']}, {shared}"),
         ("Start", start),

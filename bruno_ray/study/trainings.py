@@ -35,6 +35,9 @@ INFORMED = 1.7
 """What a training costs with the terms of the loss that take the place of desired answers (measured on organisms: CPU
 seconds with these terms over those without)."""
 
+FIRST_SUPPRESS = 0.3
+"""Weight of the suppression in the first steps of a training that has desired answers."""
+
 WAY_BACK = 3
 """A text that is trained on costs as much as so many that are read."""
 
@@ -139,6 +142,7 @@ class Trainings:
         base = self._best(trial.study) if _polishes(learned, self.has_answers) else None
         alone = base is not None and training % 2 == 1
         inform, entropy = _informing(learned, self.has_answers)
+        suppress, suppress_steps = _suppressing(learned, self.has_answers)
         rivals = () if alone else self._rivals(params[START_LAYER])
         return TrainingPlan(
             rank=params.get(RANK, learned.ranks[0]),
@@ -147,7 +151,8 @@ class Trainings:
             start_layer=params[START_LAYER],
             first_layer=round(params[FIRST_LAYER]),
             answers=learned.answers,
-            suppress=_without_answers(learned.suppress, 1.0, self.has_answers),
+            suppress=suppress,
+            suppress_steps=suppress_steps,
             retain=params[RETAIN],
             learning_rate=learned.learning_rate,
             steps=steps,
@@ -190,6 +195,17 @@ class Trainings:
 def _informing(learned: LearnedSettings, has_answers: bool) -> tuple[float, float]:
     """Weights of inform and entropy."""
     return _without_answers(learned.inform, 1.0, has_answers), _without_answers(learned.entropy, 0.3, has_answers)
+
+
+def _suppressing(learned: LearnedSettings, has_answers: bool) -> tuple[float, int | None]:
+    """Weight of the suppression, and in how many steps, the first ones, it counts; None: in all.
+
+    With desired answers it counts until the first starts end. Answers alone free a real model of the behaviour late;
+    throughout, the two work against each other: where a refusal takes up words of the question, so do the answers.
+    """
+    if learned.suppress is not None:
+        return learned.suppress, None
+    return (FIRST_SUPPRESS, round(HEATS[0] * learned.steps)) if has_answers else (1.0, None)
 
 
 def _without_answers(given: float | None, default: float, has_answers: bool) -> float:

@@ -228,6 +228,18 @@ def test_retain_counts_more_while_the_divergence_is_above_its_bound(subject: Sub
     assert set(weights(LEARNED.model_copy(update={"retain_kl": 0.0}), above)) == {1.5}
 
 
+def test_a_term_counts_no_longer_than_planned(subject: Subject) -> None:
+    teacher = subject.teacher()
+    given = plan(suppress=0.3, suppress_steps=2)
+    trainee = Trainee(given, subject.engine, subject.bank, teacher.material, LEARNED, Votes(1, teacher.asked))
+    weights, drawn = [], []
+    for _ in range(4):
+        weights.append(trainee.weight("suppress"))
+        drawn.append("suppress" in {term for term, *_ in trainee.draw()})
+        trainee.end_step()
+    assert weights == [0.3, 0.3, 0, 0] and drawn == [True, True, False, False]
+
+
 def test_a_bound_is_held_that_the_planned_weight_does_not_hold(subject: Subject) -> None:
     """64 steps let a weight of 0.02 grow to 9."""
     free, held = (

@@ -16,7 +16,7 @@ from bruno_ray.study.sampler import NumberedTPESampler
 from bruno_ray.study.selection import load_trials
 from bruno_ray.study.space import search_space, suggest
 from bruno_ray.study.storage import load_study
-from bruno_ray.study.trainings import Trainings, affordable
+from bruno_ray.study.trainings import FIRST_SUPPRESS, Trainings, affordable
 from bruno_ray.study.trial_result import PLAN, TRAINING, TrialResult
 from tests.support.schedules import OBJECTIVES, SPACE, memory_folder, opened  # noqa: F401 - a fixture among them
 
@@ -278,14 +278,17 @@ def test_protected_prompts_and_inducing_are_in_a_plan_where_they_are_asked_for(m
     assert TrainingPlan.from_dict(older) == next(iter(first)), "plans of older studies are read"
 
 
-@pytest.mark.parametrize(("has_answers", "given", "suppress"), [(True, None, 0), (False, None, 1), (True, 0.5, 0.5)])
-def test_desired_answers_replace_the_suppression(
+@pytest.mark.parametrize(
+    ("has_answers", "given", "suppress"),
+    [(True, None, (FIRST_SUPPRESS, 40)), (False, None, (1, None)), (True, 0.5, (0.5, None)), (True, 0.0, (0, None))],
+)
+def test_desired_answers_need_the_suppression_at_first_alone(
     memory_folder: Path,  # noqa: F811
     has_answers: bool,
     given: float | None,
-    suppress: float,
+    suppress: tuple[float, int | None],
 ) -> None:
-    chosen = trainings("learned", has_answers, suppress=given)
+    chosen = trainings("learned", has_answers, suppress=given, steps=160)
     with opened(memory_folder) as study:
         batch = batch_study(study, chosen).ask(0, 3)
-    assert {plan.suppress for plan in batch.edits.values()} == {suppress}
+    assert {(plan.suppress, plan.suppress_steps) for plan in batch.edits.values()} == {suppress}
