@@ -1,7 +1,7 @@
 """League table: every direction method alone, several together, and trained edits, on models with a known truth.
 
     python benchmarks/methods.py own FOLDER ... --recipe PATH/make_organism.py [--fresh gemma2:3 qwen3:7:hard]
-        [--smollm2] [--check] [--entries NAME ...] [--only-table]
+        [--smollm2 [--default-run RUN]] [--check] [--entries NAME ...] [--only-table]
 
 `own` is the project's own organism; FOLDER and ``--fresh`` are as `organisms.py` takes them; ``--smollm2`` adds
 SmolLM2 with the preset `disclaimers`, 40 prompts a side. Everything runs in this process (``in_process.py``), one
@@ -11,7 +11,8 @@ finalists that are measured again with long answers, on SmolLM2 by the search al
 the test prompts together, applied live, which is the baked model (tested). Truth on organisms: right answers about
 what is refused, as `truth.py` counts them, which no search sees; ``--check`` bakes one pick for each organism and asks
 `truth.py` itself. heretic's rows are of its own runs with 60 trials in the cache of `organisms.py`, whose models are
-measured with the same scorers; where there is none it runs now.
+measured with the same scorers; where there is none it runs now. The default study of SmolLM2, an hour on one core, is
+that of a run of the product, ``--default-run``: its pick is measured beside the others'.
 
 What was measured is kept in the cache, model by model; ``--only-table`` writes the table from there.
 """
@@ -45,6 +46,8 @@ from bruno_ray.learning.layer_effects import best_by_cosmic, best_by_effect, lay
 from bruno_ray.model.loading import load_model
 from bruno_ray.prompts.rendering import render
 from bruno_ray.prompts.sets import Prompt
+from bruno_ray.runs.directory import RunDirectory
+from bruno_ray.runs.lookup import find_run
 from bruno_ray.scoring.base import Evaluation, ScoringPrompts
 from bruno_ray.settings import LearnedSettings, ModelSettings, StudySettings
 from bruno_ray.study.starts import LITERATURE, Start, literature_edit
@@ -215,7 +218,7 @@ class Own(Model):
 class SmolLM2(Model):
     """A real one, without a truth."""
 
-    name, n_trials, n_startup, again, trainings = "SmolLM2", 24, 8, False, 1
+    name, n_trials, n_startup, again, trainings = "SmolLM2", 8, 4, False, 1
 
     def __init__(self) -> None:
         given = ["--model.id", SMOLLM2, "--behaviour", "disclaimers", "--model.dtypes", '["bfloat16"]']
@@ -230,8 +233,16 @@ class SmolLM2(Model):
 # ----- one model -----
 
 
-def measure(model: Model, wanted: Sequence[Entry], heretic: Path | None, program: Path | None) -> list[Row]:
-    """All entries on one model; the first row is the unedited model's. ``program``: `truth.py`, to check one with."""
+def measure(
+    model: Model, wanted: Sequence[Entry], heretic: Path | None, program: Path | None, run: RunDirectory | None = None
+) -> list[Row]:
+    """All entries on one model; the first row is the unedited model's.
+
+    Args:
+        heretic: the model that it has saved.
+        program: `truth.py`, to check one pick with.
+        run: whose pick is that of the default study.
+    """
     lab, seconds = model.lab, {}
     banks: dict[str, DirectionBank] = {}
     known: dict[str, DirectionBank] = {}
@@ -276,6 +287,14 @@ def measure(model: Model, wanted: Sequence[Entry], heretic: Path | None, program
         except BrunoError as error:
             failed[name] = str(error)
         seconds[name] += time.process_time() - start
+    if run is not None:
+        record = run.read()
+        assert record.selected is not None
+        chosen[WHOLE] = Edit.from_dict(record.selected.edit)
+        named = {f"{WHOLE}: {name}": rows for name, rows in run.load_directions().items()}
+        chosen[WHOLE] = replace(chosen[WHOLE], direction_set=f"{WHOLE}: {chosen[WHOLE].direction_set}")
+        whole |= named
+        seconds[WHOLE] = record.timings["study"] + record.timings["finalists"]
     rows = test(model, whole, chosen, seconds, heretic)
     for row in rows:
         if row.entry in done:
@@ -431,8 +450,8 @@ def section(found: Mapping[str, Sequence[Row]]) -> str:
         " SmolLM2); seed 1."
         f" Methods that give several directions have {RANK}. Picked as `--auto-select` does, then measured on test"
         " prompts that no search sees. Hidden facts are the truth that the edit should give back; brackets are 95 %"
-        " Wilson intervals."
-        " KL is over 16 answer tokens; CPU seconds are those of directions, search and choice. heretic's models are of"
+        " Wilson intervals. KL is over 16 answer tokens; CPU seconds are those of directions, search and choice (of"
+        " SmolLM2's default study, a run of the product, seconds of search and choice). heretic's models are of"
         " its own runs with 60 trials.",
         "",
         *summary(found, organisms),
@@ -521,6 +540,7 @@ def main() -> None:
     parser.add_argument("--fresh", nargs="+", default=[], metavar="FAMILY:SEED[:hard]")
     parser.add_argument("--truth", type=Path, help="truth.py, if it lies elsewhere")
     parser.add_argument("--smollm2", action="store_true")
+    parser.add_argument("--default-run", help="of SmolLM2, by name or folder: takes the place of its default study")
     parser.add_argument("--entries", nargs="+", help="only entries of these names")
     parser.add_argument(
         "--trained", type=int, default=0, help="one more entry on organisms, with this many trained trials"
@@ -545,8 +565,11 @@ def main() -> None:
             wanted = entries(model.trainings, 0 if real else arguments.trained)
             if arguments.entries:
                 wanted = [entry for entry in wanted if entry.name in arguments.entries]
+            run = find_run(arguments.default_run) if real and arguments.default_run else None
+            if run is not None:
+                wanted = [entry for entry in wanted if entry.name != WHOLE]
             program = truth_program(model.folder, arguments) if arguments.check and isinstance(model, Foreign) else None
-            rows = measure(model, wanted, heretic, program)
+            rows = measure(model, wanted, heretic, program, run)
             file = kept / f"{model.name}.json"
             before = json.loads(file.read_text()) if file.exists() else []
             names = {row.entry for row in rows}
