@@ -51,7 +51,8 @@ SHOWN_CHARACTERS = 200
 SHOWN_TOKENS = 80
 UNEDITED, THEIRS, OURS = "unedited", "heretic", "bruno-ray"
 ALIKE = "bruno-ray, measuring what heretic measures"
-AS_HERETIC = ("--scoring.scorers", "behaviour_rate", "kl_divergence", "--scoring.kl-tokens", "1")
+AS_HERETIC = ("--scoring.scorers", "behaviour_rate,kl_divergence", "--scoring.kl-tokens", "1")
+AS_HERETIC += ("--scoring.report-tokens", "30", "--prompts.n-finalists", "0")  # only the search is looked at
 
 
 @dataclass(frozen=True)

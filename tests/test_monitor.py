@@ -1,5 +1,6 @@
 """Snapshots of a study that is running: right, and taken from the view's thread while the schedule moves on."""
 
+import itertools
 import sys
 import threading
 from collections.abc import Iterator
@@ -55,6 +56,23 @@ def test_a_snapshot_counts_trials_as_they_come_and_go(memory_folder: Path) -> No
         schedule.take_due()
         after = monitor.snapshot()
         assert (after.complete, after.running, after.failed) == (4, 8, 4), "four of them in place of the failed ones"
+
+
+def test_the_time_to_go_counts_what_trials_cost(memory_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four searched trials in eight seconds, four more to come, then four that cost ten times as much."""
+    clock = iter([0.0])
+    monkeypatch.setattr("bruno_ray.study.monitor.time.monotonic", lambda: next(clock))
+    with opened(memory_folder) as study:
+        schedule = make_schedule(study, target=12)
+        schedule.cost = lambda number: 10.0 if number >= 8 else 1.0
+        monitor = Monitor(schedule, NoPool())
+        schedule.on_batch = monitor.add
+        first, *_ = schedule.take_due()
+        clock = iter([8.0])
+        bring(schedule, first)
+        for now, remaining in ((8.0, 88.0), (18.0, 78.0), (200.0, 2.0)):
+            clock = itertools.repeat(now)
+            assert monitor.snapshot().remaining == remaining
 
 
 def test_snapshots_are_taken_while_another_thread_asks_and_tells(memory_folder: Path, impatient: None) -> None:

@@ -1,7 +1,9 @@
 """Snapshots of a running study for the progress view."""
 
+import itertools
 import logging
 import time
+from collections.abc import Sequence
 
 import psutil
 from ray.exceptions import RayError
@@ -30,7 +32,10 @@ class Monitor:
         self._pool = pool
         self._records = load_trials(schedule.study.study)
         self._started = time.monotonic()
-        self._at_start = sum(record.state in COUNTED for record in self._records)
+        self._came_at = self._started
+        """When the last batch came back."""
+
+        self._at_start = {record.number for record in self._records if record.state in COUNTED}
         self._driver = psutil.Process()
         self._workers: tuple[WorkerState, ...] = ()
         self._asked_at = 0.0
@@ -51,13 +56,11 @@ class Monitor:
             )
             for number, result in batch.results.items()
         ]
+        self._came_at = time.monotonic()
 
     def snapshot(self) -> Snapshot:
         schedule, records = self._schedule, self._records
         complete = sum(record.state in COUNTED for record in records)
-        elapsed = time.monotonic() - self._started
-        new = complete - self._at_start
-        to_go = max(schedule.target - complete, 0)
         return Snapshot(
             name=schedule.study.study.study_name,
             objectives=schedule.study.objectives,
@@ -66,13 +69,28 @@ class Monitor:
             running=schedule.running,
             failed=sum(record.state == "FAIL" for record in records),
             pruned=sum(record.state == "PRUNED" for record in records),
-            elapsed=elapsed,
-            remaining=0.0 if not to_go else elapsed / new * to_go if new else None,
+            elapsed=time.monotonic() - self._started,
+            remaining=self._remaining(records),
             memory=self._driver.memory_info().rss,
             front=tuple(pareto_front(records, schedule.study.objectives)),
             workers=self._worker_states(),
             note="stopping" if schedule.stopping else "",
         )
+
+    def _remaining(self, records: Sequence[TrialRecord]) -> float | None:
+        """Seconds to go, from what the trials so far have taken and what those to come cost beside them; at least
+        those of one searched trial."""
+        schedule = self._schedule
+        counted = {record.number for record in records if record.state in COUNTED}
+        if len(counted) >= schedule.target:
+            return 0.0
+        if not (new := counted - self._at_start):
+            return None
+        past = counted | {record.number for record in records if record.state == "FAIL"}
+        to_come = (number for number in itertools.count() if number not in past)
+        ahead = sum(map(schedule.cost, itertools.islice(to_come, schedule.target - len(counted))))
+        each = (self._came_at - self._started) / sum(map(schedule.cost, new))
+        return max(each, each * ahead - (time.monotonic() - self._came_at))
 
     def _worker_states(self) -> tuple[WorkerState, ...]:
         if time.monotonic() - self._asked_at > 1.0:

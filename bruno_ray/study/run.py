@@ -172,7 +172,8 @@ def make_schedule(
     training = getattr(context, "training", None)
     answered = training is not None and any(prompt.answer for prompt in training.target)
     protected = training is not None and bool(training.protected)
-    trainings = Trainings(settings, direction_sets, info.n_layers, answered, protected)
+    scored = [getattr(context, side, ()) for side in ("target", "baseline")]
+    trainings = Trainings(settings, direction_sets, info.n_layers, answered, protected, sum(map(len, scored)))
     wanted = []
     if settings.study.literature_first:
         wanted.append(Start(literature_edit(direction_sets, info.n_layers, info.components), LITERATURE))
@@ -202,6 +203,7 @@ def make_schedule(
         batch_size=lambda number: trainings.batch_size(number, usual),
         window=window_for(settings.ray.workers),
         workers=settings.ray.workers,
+        cost=trainings.cost,
     )
 
 

@@ -51,6 +51,7 @@ class Schedule:
         window: int,
         workers: int,
         on_batch: Callable[[Batch], None] = lambda batch: None,
+        cost: Callable[[int], float] = lambda number: 1.0,
     ):
         """
         Args:
@@ -60,6 +61,7 @@ class Schedule:
             window: batches asked and not yet told, at most.
             workers: fewer unfinished batches than this leave a worker idle.
             on_batch: called with every batch that has come back.
+            cost: about what the trial of a number costs, in searched ones, for whoever estimates the time to go.
         """
         self.study = study
         self.target = target
@@ -67,6 +69,7 @@ class Schedule:
         self.window = window
         self.workers = workers
         self.on_batch = on_batch
+        self.cost = cost
 
         self.stopping = False
         """Set to ask for no new trials and let those under way finish."""

@@ -70,6 +70,9 @@ class Trainings:
     has_protected: bool = False
     """Whether there are prompts whose answers must stay."""
 
+    validation_prompts: int = 0
+    """That a searched trial is scored on, of both sides."""
+
     @property
     def first(self) -> int | None:
         """Number of the first trained trial; None if none is."""
@@ -102,6 +105,15 @@ class Trainings:
         points, although its trainings are counted anew."""
         _, version = self.training(number)
         return (number - version) // versions(self.settings.learned)
+
+    def cost(self, number: int) -> float:
+        """About what a trial costs, in searched ones."""
+        if not self.is_trained(number) or not self.validation_prompts:
+            return 1.0
+        training, _ = self.training(number)
+        alone = _polishes(self.settings.learned, self.has_answers) and training % 2 == 1
+        whole = _training_texts(self.settings.learned, self.has_answers, alone) / self.validation_prompts
+        return 1.0 + whole / versions(self.settings.learned)
 
     def batch_size(self, number: int, usual: int) -> int:
         """Trials to ask from trial ``number`` on: a batch is searched or trained, and holds whole trainings."""
@@ -257,9 +269,8 @@ def affordable(settings: Settings, validation_prompts: int, has_answers: bool) -
     learned = settings.learned
     search = float(settings.study.n_trials * validation_prompts)
     each, most = versions(learned), most_trials(settings)
-    informed = INFORMED if any(_informing(learned, has_answers)) else 1.0
     polishes = _polishes(learned, has_answers)
-    costs = [informed * _texts(learned, polishes=polishes and i % 2 == 1) for i in range(math.ceil(most / each))]
+    costs = [_training_texts(learned, has_answers, polishes and i % 2 == 1) for i in range(math.ceil(most / each))]
     draws = 1 if has_answers else DRAWS
     trainings, spent = 0, 0.0
     for cost in costs:
@@ -267,14 +278,15 @@ def affordable(settings: Settings, validation_prompts: int, has_answers: bool) -
         if spent > search and not (trainings < draws and cost <= search * DEAREST):
             break
         trainings += 1
-    first = informed * _texts(learned, polishes=False)
+    first = _training_texts(learned, has_answers, alone=False)
     return Affordable(min(most, trainings * each), first / max(1, validation_prompts))
 
 
-def _texts(learned: LearnedSettings, polishes: bool) -> float:
-    """Texts that one training is worth; while several starts compete, each costs as much as one alone."""
+def _training_texts(learned: LearnedSettings, has_answers: bool, alone: bool) -> float:
+    """Texts that one training is worth; while several starts compete, each costs as much as one ``alone``."""
+    informed = INFORMED if any(_informing(learned, has_answers)) else 1.0
     share, begun = 0.0, 0.0
     for halvings, ended in enumerate(HEATS):
-        starts = 1 if polishes else max(1, learned.starts >> halvings)
+        starts = 1 if alone else max(1, learned.starts >> halvings)
         share, begun = share + starts * (ended - begun), ended
-    return share * learned.steps * (learned.target_rows + learned.baseline_rows) * WAY_BACK
+    return informed * share * learned.steps * (learned.target_rows + learned.baseline_rows) * WAY_BACK

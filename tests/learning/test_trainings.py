@@ -16,7 +16,7 @@ from bruno_ray.study.sampler import NumberedTPESampler
 from bruno_ray.study.selection import load_trials
 from bruno_ray.study.space import search_space, suggest
 from bruno_ray.study.storage import load_study
-from bruno_ray.study.trainings import FIRST_SUPPRESS, Trainings, affordable
+from bruno_ray.study.trainings import FIRST_SUPPRESS, Trainings, affordable, versions
 from bruno_ray.study.trial_result import PLAN, TRAINING, TrialResult
 from tests.support.schedules import OBJECTIVES, SPACE, memory_folder, opened  # noqa: F401 - a fixture among them
 
@@ -87,6 +87,15 @@ def test_a_study_trains_as_much_as_its_search_pays_for(n_trials: int, prompts: i
     assert found.trials == trials
     # 160 steps of 32 texts forward and back, from four starts for a quarter, two for a quarter, one for a half.
     assert found.searched_trials == pytest.approx(160 * 32 * 3 * 2 * (1 if answers else 1.7) / prompts)
+
+
+def test_trained_trials_cost_what_their_training_does() -> None:
+    chosen = dataclasses.replace(trainings("both", has_answers=True), validation_prompts=60)
+    first = chosen.first
+    assert first is not None and chosen.cost(first - 1) == 1
+    one = affordable(chosen.settings, 60, True).searched_trials / versions(chosen.settings.learned)
+    assert chosen.cost(first) == pytest.approx(1 + one)
+    assert trainings("both", has_answers=True).cost(first) == 1, "nothing is known of the prompts"
 
 
 def test_terms_that_are_turned_off_cost_nothing() -> None:
