@@ -91,6 +91,7 @@ def main() -> None:
     parser.add_argument("--heretic-batch-size", type=int, default=0, help="for trying this out [heretic finds it]")
     parser.add_argument("--reuse-heretic", action="store_true", help="take heretic's runs of this task from the cache")
     parser.add_argument("--work", type=Path, help="folder that keeps our runs; what is there is not run again")
+    parser.add_argument("--section", default="real_model", help="its name in RESULTS.md")
     parser.add_argument("--dry", action="store_true", help="print the section, leave RESULTS.md alone")
     parser.add_argument("--ours", nargs=argparse.REMAINDER, default=[], help="further options of `bruno-ray run`")
     arguments = parser.parse_args()
@@ -111,7 +112,7 @@ def main() -> None:
         text = section(results, prompts, arguments)
         print(text, flush=True)
     if not arguments.dry:
-        write_section("real_model", text)
+        write_section(arguments.section, text)
 
 
 @contextmanager
