@@ -1,7 +1,7 @@
 """League table: every direction method alone, several together, and trained edits, on models with a known truth.
 
     python benchmarks/methods.py own FOLDER ... --recipe PATH/make_organism.py [--fresh gemma2:3 qwen3:7:hard]
-        [--smollm2 [--default-run RUN]] [--check] [--entries NAME ...] [--only-table]
+        [--smollm2 [--default-run RUN[:TRIAL]]] [--check] [--entries NAME ...] [--only-table]
 
 `own` is the project's own organism; FOLDER and ``--fresh`` are as `organisms.py` takes them; ``--smollm2`` adds
 SmolLM2 with the preset `disclaimers`, 40 prompts a side. Everything runs in this process (``in_process.py``), one
@@ -46,11 +46,13 @@ from bruno_ray.learning.layer_effects import best_by_cosmic, best_by_effect, lay
 from bruno_ray.model.loading import load_model
 from bruno_ray.prompts.rendering import render
 from bruno_ray.prompts.sets import Prompt
+from bruno_ray.runs import lookup
 from bruno_ray.runs.directory import RunDirectory
-from bruno_ray.runs.lookup import find_run
 from bruno_ray.scoring.base import Evaluation, ScoringPrompts
 from bruno_ray.settings import LearnedSettings, ModelSettings, StudySettings
+from bruno_ray.study.selection import find_trial, load_trials
 from bruno_ray.study.starts import LITERATURE, Start, literature_edit
+from bruno_ray.study.storage import load_study
 from bruno_ray.study.trainings import DRAWS, versions
 
 OWN, SMOLLM2, HERETIC = "own", "smollm2", "heretic 1.4.0, 60 trials"
@@ -234,14 +236,18 @@ class SmolLM2(Model):
 
 
 def measure(
-    model: Model, wanted: Sequence[Entry], heretic: Path | None, program: Path | None, run: RunDirectory | None = None
+    model: Model,
+    wanted: Sequence[Entry],
+    heretic: Path | None,
+    program: Path | None,
+    run: tuple[RunDirectory, int | None] | None = None,
 ) -> list[Row]:
     """All entries on one model; the first row is the unedited model's.
 
     Args:
         heretic: the model that it has saved.
         program: `truth.py`, to check one pick with.
-        run: whose pick is that of the default study.
+        run: whose pick, or trial, is that of the default study.
     """
     lab, seconds = model.lab, {}
     banks: dict[str, DirectionBank] = {}
@@ -288,10 +294,10 @@ def measure(
             failed[name] = str(error)
         seconds[name] += time.process_time() - start
     if run is not None:
-        record = run.read()
-        assert record.selected is not None
-        chosen[WHOLE] = Edit.from_dict(record.selected.edit)
-        named = {f"{WHOLE}: {name}": rows for name, rows in run.load_directions().items()}
+        directory, number = run
+        record, edit = directory.read(), edit_of(directory, number)
+        chosen[WHOLE] = edit
+        named = {f"{WHOLE}: {name}": rows for name, rows in directory.load_directions().items()}
         chosen[WHOLE] = replace(chosen[WHOLE], direction_set=f"{WHOLE}: {chosen[WHOLE].direction_set}")
         whole |= named
         seconds[WHOLE] = record.timings["study"] + record.timings["finalists"]
@@ -304,6 +310,16 @@ def measure(
     return rows + [
         Row(name, (0, 0), None, None, None, 0.0, 0.0, 0.0, [f"failed: {why}"]) for name, why in failed.items()
     ]
+
+
+def edit_of(run: RunDirectory, number: int | None) -> Edit:
+    """Of a trial; of the selected one if there is no number."""
+    record = run.read()
+    if number is None:
+        assert record.selected is not None
+        return Edit.from_dict(record.selected.edit)
+    study = load_study(record.settings.study.storage, run.path, record.settings.study.name or run.name)
+    return Edit.from_dict(dict(find_trial(load_trials(study), number).edit or {}))
 
 
 def bank_of(lab: Lab, entry: Entry, known: dict[str, DirectionBank]) -> DirectionBank:
@@ -540,7 +556,7 @@ def main() -> None:
     parser.add_argument("--fresh", nargs="+", default=[], metavar="FAMILY:SEED[:hard]")
     parser.add_argument("--truth", type=Path, help="truth.py, if it lies elsewhere")
     parser.add_argument("--smollm2", action="store_true")
-    parser.add_argument("--default-run", help="of SmolLM2, by name or folder: takes the place of its default study")
+    parser.add_argument("--default-run", help="of SmolLM2, RUN or RUN:TRIAL: takes the place of its default study")
     parser.add_argument("--entries", nargs="+", help="only entries of these names")
     parser.add_argument(
         "--trained", type=int, default=0, help="one more entry on organisms, with this many trained trials"
@@ -565,7 +581,7 @@ def main() -> None:
             wanted = entries(model.trainings, 0 if real else arguments.trained)
             if arguments.entries:
                 wanted = [entry for entry in wanted if entry.name in arguments.entries]
-            run = find_run(arguments.default_run) if real and arguments.default_run else None
+            run = lookup.find_trial(arguments.default_run) if real and arguments.default_run else None
             if run is not None:
                 wanted = [entry for entry in wanted if entry.name != WHOLE]
             program = truth_program(model.folder, arguments) if arguments.check and isinstance(model, Foreign) else None

@@ -97,6 +97,30 @@ def test_what_few_prompts_cannot_tell_the_search_does():
     assert choice.trial.number == 1 and "1 is within one prompt of the lowest share without" in choice.reason
 
 
+def test_references_that_no_edit_comes_near_decide_nothing():
+    """On a real model all edits missed 0.77 to 0.87 of what the unedited one could be made to say, and those that
+    answered as was asked missed most."""
+    near = [trial(0, 0.0, 0.01, elicited_mismatch=0.4), trial(1, 0.0, 0.09, elicited_mismatch=0.1)]
+    far = [trial(0, 0.0, 0.01, elicited_mismatch=0.87), trial(1, 0.0, 0.09, elicited_mismatch=0.77)]
+    assert [auto_select(each, 0.1).trial.number for each in (near, far)] == [1, 0]
+
+
+def test_the_kl_of_few_prompts_is_taken_with_that_of_the_search():
+    """Of two finalists, one had 0.087 over 20 prompts, 0.058 over the search's 40 and 0.042 over 40 others."""
+    searched = [
+        replace(each, counts={"behaviour_rate": (0, 40)})
+        for each in (with_edit(trial(0, 0.0, 0.073), 0), with_edit(trial(1, 0.0, 0.058), 1))
+    ]
+    measured = [
+        replace(each, counts={"behaviour_rate": (0, 20)}, values=each.values | {"kl_divergence": kl})
+        for each, kl in zip(searched, (0.069, 0.087))
+    ]
+    assert auto_select(measured, 0.1).trial.number == 0
+    choice = auto_select(measured, 0.1, searched={each.number: each for each in searched})
+    assert choice.trial.number == 1
+    assert choice.reason.endswith("among them it has the lowest KL (0.06767; next 0.07167, with the search's prompts)")
+
+
 def test_finalists_are_what_the_rule_takes_one_after_the_other():
     trials = [with_edit(trial(i, i / 20, 0.01), i) for i in range(5)]
     trials.append(with_edit(trial(5, 0.0, 0.01), 0))  # the first one's edit once more

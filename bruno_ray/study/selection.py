@@ -27,6 +27,10 @@ COUNTED = ("COMPLETE", "PRUNED")
 SIMILAR_DOUBT = 0.05
 """Edits whose doubt differs by less are equally sure of their answers."""
 
+MET = 0.5
+"""What the unedited model can be made to say tells edits apart where some edit misses less of it than this: references
+that no edit comes near are none. (Organisms: the best miss 0 to 0.14; SmolLM2, `disclaimers`: 0.69 to 0.77.)"""
+
 BROKEN = 0.5
 """Share of the answers without the behaviour that may be improper before a pick is said to look broken."""
 
@@ -142,11 +146,12 @@ def auto_select(
     1. fewest prompts without a proper answer (`unanswered`);
     2. the other objectives in their order, except the KL and what the first step counts; then how unsure the model is
        of its answers (`confidence`) and how much they miss of what the unedited model can be made to say
-       (`elicited_answers`), where they were measured;
+       (`elicited_answers`), where they were measured and some edit comes near;
     3. the lowest KL, and of equals the lowest number.
 
     Finalists are told apart by few prompts. With ``searched``, what the search found of each trial by number, the first
-    step is taken there once more: what ten prompts cannot tell, the search's hundred may.
+    step is taken there once more, and the KL of the last one is that over the prompts of both: what ten prompts cannot
+    tell, the search's hundred may.
 
     Where `confidence` was measured, which tells edits apart that these few prompts cannot, the first step keeps whoever
     is within a standard error. Otherwise a step keeps whoever is no more than one prompt worse than the best: half a
@@ -239,7 +244,10 @@ def _pick(
     left, words = list(candidates), ""
     counted = (BEHAVIOUR, EVASION, INCOHERENCE)
     others = [name for name in objectives if name not in counted and not name.startswith("kl_")]
-    others += [name for name in (DOUBT, MISMATCH) if _all_have(name, candidates) and name not in others]
+    telling = [name for name in (DOUBT, MISMATCH) if _all_have(name, candidates)]
+    if MISMATCH in telling and min(trial.values[MISMATCH] for trial in candidates) > MET:
+        telling.remove(MISMATCH)
+    others += [name for name in telling if name not in others]
     nearly = max(prompt, _standard_error(candidates)) if _all_have(DOUBT, candidates) else prompt
     steps: list[tuple[str, Callable[[TrialRecord], float], float]] = [("", unanswered, nearly)]
     if searched:
@@ -263,12 +271,14 @@ def _pick(
                 f" {_how_near(tolerance, prompt)} of the fewest without a proper answer, {_share_text(lowest, prompt)}"
             )
         left = kept
-    best = min(left, key=lambda trial: (_value(trial, KL), trial.number))
+    kl = {trial.number: _kl(trial, (searched or {}).get(trial.number)) for trial in left}
+    best = min(left, key=lambda trial: (kl[trial.number], trial.number))
     if len(left) == 1:
         words += "; it is the only one"
     else:
-        following = min(_value(trial, KL) for trial in left if trial is not best)
-        words += f"; among them it has the lowest KL ({_value(best, KL):.4g}; next {following:.4g})"
+        following = min(kl[trial.number] for trial in left if trial is not best)
+        of_both = ", with the search's prompts" if searched else ""
+        words += f"; among them it has the lowest KL ({kl[best.number]:.4g}; next {following:.4g}{of_both})"
     rest = _others(candidates, best)
     second = _pick(rest, max_kl, objectives, False, searched).trial if rest and runner_up else None
     return Choice(best, words, second)
@@ -289,6 +299,15 @@ def _how_near(tolerance: float, prompt: float) -> str:
 
 def _share_text(share: float, prompt: float) -> str:
     return f"{share / prompt:.3g} of {1 / prompt:.0f}" if prompt else f"{share:.4g}"
+
+
+def _kl(trial: TrialRecord, searched: TrialRecord | None) -> float:
+    """Over the prompts of both measurements, if there are two. A trained edit changes few prompts much: its mean over
+    twenty of them may be twice that over forty others."""
+    if searched is None:
+        return _value(trial, KL)
+    own, others = (max((total for _, total in each.counts.values()), default=1) for each in (trial, searched))
+    return (own * _value(trial, KL) + others * _value(searched, KL)) / (own + others)
 
 
 def _value(trial: TrialRecord, name: str) -> float:
