@@ -118,7 +118,9 @@ def test_the_kl_of_few_prompts_is_taken_with_that_of_the_search():
     assert auto_select(measured, 0.1).trial.number == 0
     choice = auto_select(measured, 0.1, searched={each.number: each for each in searched})
     assert choice.trial.number == 1
-    assert choice.reason.endswith("among them it has the lowest KL (0.06767; next 0.07167, with the search's prompts)")
+    assert choice.reason.endswith(
+        "among them it has the lowest KL (0.06767; next 0.07167, with the prompts of the search)"
+    )
 
 
 def test_finalists_are_what_the_rule_takes_one_after_the_other():

@@ -277,7 +277,7 @@ def _pick(
         words += "; it is the only one"
     else:
         following = min(kl[trial.number] for trial in left if trial is not best)
-        of_both = ", with the search's prompts" if searched else ""
+        of_both = ", with the prompts of the search" if searched else ""
         words += f"; among them it has the lowest KL ({kl[best.number]:.4g}; next {following:.4g}{of_both})"
     rest = _others(candidates, best)
     second = _pick(rest, max_kl, objectives, False, searched).trial if rest and runner_up else None
