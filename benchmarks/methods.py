@@ -46,13 +46,12 @@ from bruno_ray.learning.layer_effects import best_by_cosmic, best_by_effect, lay
 from bruno_ray.model.loading import load_model
 from bruno_ray.prompts.rendering import render
 from bruno_ray.prompts.sets import Prompt
+from bruno_ray.python import Run
 from bruno_ray.runs import lookup
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.scoring.base import Evaluation, ScoringPrompts
 from bruno_ray.settings import LearnedSettings, ModelSettings, StudySettings
-from bruno_ray.study.selection import find_trial, load_trials
 from bruno_ray.study.starts import LITERATURE, Start, literature_edit
-from bruno_ray.study.storage import load_study
 from bruno_ray.study.trainings import DRAWS, versions
 
 OWN, SMOLLM2, HERETIC = "own", "smollm2", "heretic 1.4.0, 60 trials"
@@ -294,13 +293,11 @@ def measure(
             failed[name] = str(error)
         seconds[name] += time.process_time() - start
     if run is not None:
-        directory, number = run
-        record, edit = directory.read(), edit_of(directory, number)
-        chosen[WHOLE] = edit
-        named = {f"{WHOLE}: {name}": rows for name, rows in directory.load_directions().items()}
-        chosen[WHOLE] = replace(chosen[WHOLE], direction_set=f"{WHOLE}: {chosen[WHOLE].direction_set}")
-        whole |= named
-        seconds[WHOLE] = record.timings["study"] + record.timings["finalists"]
+        product, number = Run(run[0]), run[1]
+        edit, timings = product.edit(number), product.record.timings
+        chosen[WHOLE] = replace(edit, direction_set=f"{WHOLE}: {edit.direction_set}")
+        whole |= {f"{WHOLE}: {name}": rows for name, rows in product.directions().items()}
+        seconds[WHOLE] = timings["study"] + timings["finalists"]
     rows = test(model, whole, chosen, seconds, heretic)
     for row in rows:
         if row.entry in done:
@@ -310,16 +307,6 @@ def measure(
     return rows + [
         Row(name, (0, 0), None, None, None, 0.0, 0.0, 0.0, [f"failed: {why}"]) for name, why in failed.items()
     ]
-
-
-def edit_of(run: RunDirectory, number: int | None) -> Edit:
-    """Of a trial; of the selected one if there is no number."""
-    record = run.read()
-    if number is None:
-        assert record.selected is not None
-        return Edit.from_dict(record.selected.edit)
-    study = load_study(record.settings.study.storage, run.path, record.settings.study.name or run.name)
-    return Edit.from_dict(dict(find_trial(load_trials(study), number).edit or {}))
 
 
 def bank_of(lab: Lab, entry: Entry, known: dict[str, DirectionBank]) -> DirectionBank:

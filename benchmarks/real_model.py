@@ -26,6 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from results import write_section
 from tool_runs import Task, ToolRun, TrialFigures, front, run_heretic, run_ours
@@ -51,8 +52,8 @@ SHOWN_CHARACTERS = 200
 SHOWN_TOKENS = 80
 UNEDITED, THEIRS, OURS = "unedited", "heretic", "bruno-ray"
 ALIKE = "bruno-ray, measuring what heretic measures"
-AS_HERETIC = ("--scoring.scorers", "behaviour_rate,kl_divergence", "--scoring.kl-tokens", "1")
-AS_HERETIC += ("--scoring.report-tokens", "30", "--prompts.n-finalists", "0")  # only the search is looked at
+HERETICS: dict[str, Any] = {"scorers": ("behaviour_rate", "kl_divergence"), "kl_tokens": 1}
+"""What heretic measures, as our settings of scoring."""
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,12 @@ def work_folder(kept: Path | None, seed: int) -> Iterator[Path]:
 
 
 def run_alike(task: Task, work: Path, given: Sequence[str], further: Sequence[str]) -> ToolRun:
-    """Ours with the scorers of heretic alone."""
+    """Ours with the scorers of heretic alone. Only the search is looked at: the rest is kept short."""
     folder = work / "alike"
     folder.mkdir(exist_ok=True)
-    return run_ours(replace(task, neighbours=0), folder, given, [*further, *AS_HERETIC])
+    options = ["--scoring.scorers", ",".join(HERETICS["scorers"]), "--scoring.kl-tokens", str(HERETICS["kl_tokens"])]
+    options += ["--scoring.report-tokens", str(task.tokens), "--prompts.n-finalists", "0"]
+    return run_ours(replace(task, neighbours=0), folder, given, [*further, *options])
 
 
 def options(arguments: argparse.Namespace) -> list[str]:

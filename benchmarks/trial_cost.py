@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 from in_process import Lab
-from real_model import BEHAVIOUR, SYSTEM
+from real_model import BEHAVIOUR, HERETICS, SYSTEM
 from results import write_section
 
 from bruno_ray.files import cache_folder
@@ -78,7 +78,7 @@ def lab_of(arguments: argparse.Namespace) -> Lab:
     n = arguments.prompts
     scoring: dict[str, Any] = {"response_tokens": TOKENS}
     if arguments.as_heretic:
-        scoring |= {"kl_tokens": 1, "scorers": ("behaviour_rate", "kl_divergence")}
+        scoring |= HERETICS
     return Lab(
         behaviour=BEHAVIOUR,
         model={"id": str(named_folder("smollm2")), "dtypes": (arguments.dtype,)},

@@ -3,7 +3,6 @@
 import itertools
 import logging
 import time
-from collections.abc import Sequence
 
 import psutil
 from ray.exceptions import RayError
@@ -60,33 +59,33 @@ class Monitor:
 
     def snapshot(self) -> Snapshot:
         schedule, records = self._schedule, self._records
-        complete = sum(record.state in COUNTED for record in records)
+        counted = {record.number for record in records if record.state in COUNTED}
+        failed = {record.number for record in records if record.state == "FAIL"}
         return Snapshot(
             name=schedule.study.study.study_name,
             objectives=schedule.study.objectives,
             target=schedule.target,
-            complete=complete,
+            complete=len(counted),
             running=schedule.running,
-            failed=sum(record.state == "FAIL" for record in records),
+            failed=len(failed),
             pruned=sum(record.state == "PRUNED" for record in records),
             elapsed=time.monotonic() - self._started,
-            remaining=self._remaining(records),
+            remaining=self._remaining(counted, failed),
             memory=self._driver.memory_info().rss,
             front=tuple(pareto_front(records, schedule.study.objectives)),
             workers=self._worker_states(),
             note="stopping" if schedule.stopping else "",
         )
 
-    def _remaining(self, records: Sequence[TrialRecord]) -> float | None:
+    def _remaining(self, counted: set[int], failed: set[int]) -> float | None:
         """Seconds to go, from what the trials so far have taken and what those to come cost beside them; at least
-        those of one searched trial."""
+        those of one searched trial. Trials by their numbers."""
         schedule = self._schedule
-        counted = {record.number for record in records if record.state in COUNTED}
         if len(counted) >= schedule.target:
             return 0.0
         if not (new := counted - self._at_start):
             return None
-        past = counted | {record.number for record in records if record.state == "FAIL"}
+        past = counted | failed
         to_come = (number for number in itertools.count() if number not in past)
         ahead = sum(map(schedule.cost, itertools.islice(to_come, schedule.target - len(counted))))
         each = (self._came_at - self._started) / sum(map(schedule.cost, new))

@@ -219,12 +219,22 @@ def _within(trials: Sequence[TrialRecord], max_kl: float) -> list[TrialRecord]:
 
 def _one_prompt(trial: TrialRecord) -> float:
     """What one prompt is of all that a trial was measured on; 0 if nothing of it was counted."""
-    return 1 / max((total for _, total in trial.counts.values()), default=math.inf)
+    n = _n_prompts(trial)
+    return 1 / n if n else 0.0
+
+
+def _n_prompts(trial: TrialRecord) -> int:
+    return max((total for _, total in trial.counts.values()), default=0)
 
 
 def _all_have(name: str, trials: Sequence[TrialRecord]) -> bool:
     """Whether a metric was measured for all: a search that is gone on with by training has not asked for doubt."""
     return all(name in trial.values for trial in trials)
+
+
+def _tells(name: str, trials: Sequence[TrialRecord]) -> bool:
+    """Whether a metric that is no objective can tell these trials apart."""
+    return _all_have(name, trials) and (name != MISMATCH or min(trial.values[name] for trial in trials) <= MET)
 
 
 def _standard_error(trials: Sequence[TrialRecord]) -> float:
@@ -244,10 +254,7 @@ def _pick(
     left, words = list(candidates), ""
     counted = (BEHAVIOUR, EVASION, INCOHERENCE)
     others = [name for name in objectives if name not in counted and not name.startswith("kl_")]
-    telling = [name for name in (DOUBT, MISMATCH) if _all_have(name, candidates)]
-    if MISMATCH in telling and min(trial.values[MISMATCH] for trial in candidates) > MET:
-        telling.remove(MISMATCH)
-    others += [name for name in telling if name not in others]
+    others += [name for name in (DOUBT, MISMATCH) if _tells(name, candidates) and name not in others]
     nearly = max(prompt, _standard_error(candidates)) if _all_have(DOUBT, candidates) else prompt
     steps: list[tuple[str, Callable[[TrialRecord], float], float]] = [("", unanswered, nearly)]
     if searched:
@@ -306,7 +313,7 @@ def _kl(trial: TrialRecord, searched: TrialRecord | None) -> float:
     twenty of them may be twice that over forty others."""
     if searched is None:
         return _value(trial, KL)
-    own, others = (max((total for _, total in each.counts.values()), default=1) for each in (trial, searched))
+    own, others = (_n_prompts(each) or 1 for each in (trial, searched))
     return (own * _value(trial, KL) + others * _value(searched, KL)) / (own + others)
 
 

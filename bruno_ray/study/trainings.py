@@ -110,10 +110,9 @@ class Trainings:
         """About what a trial costs, in searched ones."""
         if not self.is_trained(number) or not self.validation_prompts:
             return 1.0
-        training, _ = self.training(number)
-        alone = _polishes(self.settings.learned, self.has_answers) and training % 2 == 1
-        whole = _training_texts(self.settings.learned, self.has_answers, alone) / self.validation_prompts
-        return 1.0 + whole / versions(self.settings.learned)
+        learned, (training, _) = self.settings.learned, self.training(number)
+        whole = _training_texts(learned, self.has_answers, training) / self.validation_prompts
+        return 1.0 + whole / versions(learned)
 
     def batch_size(self, number: int, usual: int) -> int:
         """Trials to ask from trial ``number`` on: a batch is searched or trained, and holds whole trainings."""
@@ -152,7 +151,7 @@ class Trainings:
         steps = max(1, learned.steps >> checkpoint)
         params = trial.params
         base = self._best(trial.study) if _polishes(learned, self.has_answers) else None
-        alone = base is not None and training % 2 == 1
+        alone = base is not None and _polishes_alone(learned, self.has_answers, training)
         inform, entropy = _informing(learned, self.has_answers)
         suppress, suppress_steps = _suppressing(learned, self.has_answers)
         rivals = () if alone else self._rivals(params[START_LAYER])
@@ -234,6 +233,11 @@ def _polishes(learned: LearnedSettings, has_answers: bool) -> bool:
     return has_answers if learned.polish is None else learned.polish
 
 
+def _polishes_alone(learned: LearnedSettings, has_answers: bool, training: int) -> bool:
+    """Whether the best searched edit is the only start of a training, by its number."""
+    return _polishes(learned, has_answers) and training % 2 == 1
+
+
 def versions(learned: LearnedSettings) -> int:
     """Trials of one training. The whole one comes first, then shorter ones, then those of less strength: a study of few
     trials leaves out the last."""
@@ -269,8 +273,7 @@ def affordable(settings: Settings, validation_prompts: int, has_answers: bool) -
     learned = settings.learned
     search = float(settings.study.n_trials * validation_prompts)
     each, most = versions(learned), most_trials(settings)
-    polishes = _polishes(learned, has_answers)
-    costs = [_training_texts(learned, has_answers, polishes and i % 2 == 1) for i in range(math.ceil(most / each))]
+    costs = [_training_texts(learned, has_answers, i) for i in range(math.ceil(most / each))]
     draws = 1 if has_answers else DRAWS
     trainings, spent = 0, 0.0
     for cost in costs:
@@ -278,12 +281,13 @@ def affordable(settings: Settings, validation_prompts: int, has_answers: bool) -
         if spent > search and not (trainings < draws and cost <= search * DEAREST):
             break
         trainings += 1
-    first = _training_texts(learned, has_answers, alone=False)
+    first = _training_texts(learned, has_answers, 0)
     return Affordable(min(most, trainings * each), first / max(1, validation_prompts))
 
 
-def _training_texts(learned: LearnedSettings, has_answers: bool, alone: bool) -> float:
-    """Texts that one training is worth; while several starts compete, each costs as much as one ``alone``."""
+def _training_texts(learned: LearnedSettings, has_answers: bool, training: int) -> float:
+    """Texts that a training is worth, by its number; while several starts compete, each costs as much as one alone."""
+    alone = _polishes_alone(learned, has_answers, training)
     informed = INFORMED if any(_informing(learned, has_answers)) else 1.0
     share, begun = 0.0, 0.0
     for halvings, ended in enumerate(HEATS):

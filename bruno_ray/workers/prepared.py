@@ -2,7 +2,7 @@
 own scores."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -33,7 +33,7 @@ class Prepared:
     bank: DirectionBank
     prompts: ScoringPrompts
     scorers: list[Scorer]
-    baseline: Scores = field(default_factory=lambda: Scores({}))
+    baseline: Scores
     """Of the unedited model."""
 
     trainer: Trainer | None = None
@@ -63,26 +63,23 @@ class PreparedContexts:
         while len(self._known) >= KEPT_CONTEXTS:
             del self._known[next(iter(self._known))]
         engine.limit_row_tokens(context.scoring.row_tokens)
-        prepared = Prepared(
-            bank={name: torch.from_numpy(np.array(directions)) for name, directions in context.bank.items()},
-            prompts=ScoringPrompts.rendered(
-                engine, context.target, context.baseline, context.response_prefix, date=context.date
-            ),
-            scorers=make_scorers(context.scoring),
+        prompts = ScoringPrompts.rendered(
+            engine, context.target, context.baseline, context.response_prefix, date=context.date
         )
+        scorers = make_scorers(context.scoring)
         whole = bool(READ_WHOLE & set(context.scoring.scorers))
-        unedited = Evaluation(engine, prepared.prompts, context.scoring, whole=whole)
+        unedited = Evaluation(engine, prompts, context.scoring, whole=whole)
         with engine.keeping(self._kept_answers(engine.loaded, context.scoring)):
-            for scorer in prepared.scorers:
+            for scorer in scorers:
                 say(f"preparing {scorer.name}")
                 scorer.prepare(unedited)
             say("scoring the unedited model")
-            (scores,) = score_evaluation(unedited, prepared.scorers, context.readings)
+            (scores,) = score_evaluation(unedited, scorers, context.readings)
         if isinstance(scores, TrialError):
             raise TrialError("the unedited model's logits are not numbers: load it in another dtype (model.dtypes)")
-        prepared.baseline = scores
-        self._known[context.key] = prepared
-        return prepared
+        bank = {name: torch.from_numpy(np.array(directions)) for name, directions in context.bank.items()}
+        self._known[context.key] = Prepared(bank, prompts, scorers, scores)
+        return self._known[context.key]
 
     def _kept_answers(self, loaded: LoadedModel, scoring: ScoringSettings) -> KeptAnswers | None:
         """Those of this model. Answers stop at markers; and other versions, or devices, may round otherwise."""
