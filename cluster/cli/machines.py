@@ -228,7 +228,7 @@ def machine_facts(session: Session, nodes: Sequence[ClusterNode]) -> tuple[dict[
     notes: list[str] = []
 
     def ask(node: ClusterNode) -> str:
-        shell = session.shell(node)
+        shell = session.shell(node, wait_s=0)
         if node.is_head:
             text = shell.run(TUNNELS_COMMAND).strip()
             if text:

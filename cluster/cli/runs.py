@@ -111,7 +111,7 @@ def watch(arguments: argparse.Namespace) -> int:
 def watch_view(session: Session) -> RenderableType:
     parts: list[RenderableType] = [Text(time.strftime("%H:%M:%S")), status_view(session)]
     try:
-        parts.append(progress_view(session.head_shell(), None, session.folder))
+        parts.append(progress_view(session.head_shell(wait_s=0), None, session.folder))
     except ClusterError as error:
         parts.append(Text(str(error), style="yellow"))
     return Group(*parts)

@@ -1,6 +1,7 @@
 """A cluster as its user's machine sees it: cluster.yaml, the provider, and a shell on each node."""
 
 import logging
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,12 @@ from cluster.setup.bootstrap import bootstrapped
 from cluster.vast.models import State
 
 logger = logging.getLogger(__name__)
+
+WAIT_S = 30.0
+"""How long a node that is set up may leave a command of its user's without an answer: a dropped connection, or a
+machine that computes at its limit."""
+
+PAUSE_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -69,17 +76,28 @@ class Session:
             )
         return heads[0]
 
-    def shell(self, node: ClusterNode) -> Shell:
-        """Commands on a node. Raises `NodeError` when none of its addresses runs any."""
+    def shell(self, node: ClusterNode, wait_s: float | None = None) -> Shell:
+        """Commands on a node. Raises `NodeError` when none of its addresses runs any.
+
+        Args:
+            wait_s: after which it is not asked again, `WAIT_S` where nothing is given; 0 asks each address once.
+        """
         identity = SshIdentity(self.folder / KEY_NAME, self.folder / KNOWN_HOSTS_NAME)
-        for endpoint in node.instance.ssh_endpoints:
-            if runs_commands(endpoint, identity, host_key_alias(node.id)):
-                return Shell(endpoint, identity, host_key_alias(node.id))
+        deadline, patience = time.monotonic() + (WAIT_S if wait_s is None else wait_s), 1.0
+        while True:
+            for endpoint in node.instance.ssh_endpoints:
+                if runs_commands(endpoint, identity, host_key_alias(node.id), patience):
+                    return Shell(endpoint, identity, host_key_alias(node.id))
+            if time.monotonic() >= deadline:
+                break
+            logger.info("instance %s does not answer yet: asking again", node.id)
+            time.sleep(PAUSE_S)
+            patience *= 2  # one that is at its limit needs longer than usual for a login
         tried = ", ".join(str(endpoint) for endpoint in node.instance.ssh_endpoints) or "it has no address yet"
         raise NodeError(f"instance {node.id} does not answer ({tried}): see `bruno-ray cluster status`, try again")
 
-    def head_shell(self) -> Shell:
-        return self.shell(self.head())
+    def head_shell(self, wait_s: float | None = None) -> Shell:
+        return self.shell(self.head(), wait_s)
 
     def token(self) -> str:
         """What Ray's dashboard and job API ask for."""

@@ -16,8 +16,11 @@ from cluster.network.ssh_master import Endpoint, SshIdentity
 
 logger = logging.getLogger(__name__)
 
+CONNECT_TIMEOUT_S = 20
+"""A user's command waits longer for the key exchange than the tunnels, which soon try again by themselves."""
+
 COMMAND_TIMEOUT_S = 60.0
-TUNNEL_TIMEOUT_S = 20.0
+TUNNEL_TIMEOUT_S = 30.0
 TUNNEL_TRIES = 3
 """An ssh that ends before its port listens is tried again: one connection that is dropped should end no command."""
 
@@ -40,7 +43,8 @@ class Shell:
     host_key_alias: str
 
     def ssh(self, *options: str) -> list[str]:
-        return ["ssh", *self.identity.options(self.host_key_alias), *options, "-p", str(self.endpoint.port)]
+        patience = ("-o", f"ConnectTimeout={CONNECT_TIMEOUT_S}")  # of an option that is given twice ssh takes the first
+        return ["ssh", *patience, *self.identity.options(self.host_key_alias), *options, "-p", str(self.endpoint.port)]
 
     @property
     def target(self) -> str:

@@ -5,10 +5,11 @@ Vast.ai's shells put every session into tmux until `~/.no_auto_tmux` is there, a
 """
 
 import logging
+import math
 import socket
 import subprocess
 
-from cluster.network.ssh_master import Endpoint, SshIdentity
+from cluster.network.ssh_master import CONNECT_TIMEOUT_S, Endpoint, SshIdentity
 
 logger = logging.getLogger(__name__)
 
@@ -21,14 +22,15 @@ COMMAND_S = 8.0
 MARK = "bruno-ray-runs-commands"
 
 
-def runs_commands(endpoint: Endpoint, identity: SshIdentity, host_key_alias: str) -> bool:
-    """Whether a command comes back from there; False is "not yet", and takes 12 s at most."""
-    if not greets(endpoint):
+def runs_commands(endpoint: Endpoint, identity: SshIdentity, host_key_alias: str, patience: float = 1.0) -> bool:
+    """Whether a command comes back from there; False is "not yet", and takes 12 s at most, times ``patience``."""
+    if not greets(endpoint, patience * GREETING_S):
         return False
-    words = ["ssh", "-T", "-n", *identity.options(host_key_alias), "-p", str(endpoint.port)]
+    words = ["ssh", "-T", "-n", "-o", f"ConnectTimeout={math.ceil(patience * CONNECT_TIMEOUT_S)}"]
+    words += [*identity.options(host_key_alias), "-p", str(endpoint.port)]
     words += [f"{endpoint.user}@{endpoint.host}", f"echo {MARK}"]
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=COMMAND_S, errors="replace")
+        done = subprocess.run(words, capture_output=True, text=True, timeout=patience * COMMAND_S, errors="replace")
     except subprocess.TimeoutExpired:
         logger.debug("%s logs us in, perhaps, and runs nothing", endpoint)
         return False

@@ -3,10 +3,8 @@
 Files that use it are of the xdist group "lab": one process runs them one after the other, in their order here.
 """
 
-import subprocess
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,8 +13,9 @@ from filelock import FileLock
 from tests.cluster.fake_vast.cluster import ImitatedCluster
 from tests.cluster.lab import Lab, missing_for_lab, sweep
 from tests.cluster.lab.life import LIFE, job, laptop
+from tests.cluster.ssh import KeyPair, make_key, sshd
 
-__all__ = ["job", "laptop"]
+__all__ = ["job", "laptop", "sshd"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -30,18 +29,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def module_of(item: pytest.Item) -> str:
     return item.module.__name__ if isinstance(item, pytest.Function) else ""
-
-
-@dataclass(frozen=True)
-class KeyPair:
-    private: Path
-    public: str
-
-
-def make_key(folder: Path, name: str = "key") -> KeyPair:
-    private = folder / name
-    subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", str(private)], check=True)
-    return KeyPair(private, private.with_suffix(".pub").read_text().strip())
 
 
 @pytest.fixture(scope="session")

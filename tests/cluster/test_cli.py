@@ -65,6 +65,7 @@ class Laptop:
         monkeypatch.delenv("VAST_API_KEY", raising=False)
         monkeypatch.chdir(CHECKOUT)
         monkeypatch.setattr(sys, "stdin", io.StringIO())  # no terminal
+        monkeypatch.setattr("cluster.jobs.session.WAIT_S", 0.0)  # nobody comes where there are no bodies
 
     def run(self, *words: str, config: Path = CLUSTER_YAML) -> Done:
         """`main` in this process."""

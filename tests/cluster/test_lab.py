@@ -10,12 +10,12 @@ import pytest
 
 from cluster.network.probe import greets
 from cluster.network.ssh_master import Endpoint, SshIdentity
-from tests.cluster.conftest import KeyPair
 from tests.cluster.fake_vast.machines import MachineOrder
 from tests.cluster.lab import Container, Lab
 from tests.cluster.lab.container import CHECKOUT, INSIDE
 from tests.cluster.lab.machine import NamespaceMachine
 from tests.cluster.lab.namespaces import NETNS_FOLDER, namespaces_of, sweep
+from tests.cluster.ssh import KeyPair
 from tests.support.waiting import wait_for
 
 pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("lab")]

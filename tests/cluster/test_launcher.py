@@ -24,9 +24,9 @@ from cluster.settings import ClusterSettings
 from cluster.setup.bootstrap import bootstrapped
 from cluster.setup.ray_start import CONFIG_OPTION, without_autoscaler
 from cluster.supervisor import take_costs
-from tests.cluster.conftest import KeyPair
 from tests.cluster.fake_vast.cluster import NODE_CONFIG, ImitatedCluster, worker_tags
 from tests.cluster.lab import Lab
+from tests.cluster.ssh import KeyPair
 from tests.support.programs import needs
 from tests.support.waiting import wait_for
 

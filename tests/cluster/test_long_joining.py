@@ -8,7 +8,7 @@ import pytest
 from benchmarks.mesh_size import MESHES
 from benchmarks.network import WORKERS, joining
 from cluster.settings import MeshKind
-from tests.cluster.conftest import KeyPair
+from tests.cluster.ssh import KeyPair
 
 logger = logging.getLogger(__name__)
 pytestmark = [

@@ -16,11 +16,11 @@ import pytest
 
 from cluster.network.addresses import NodeAddress
 from cluster.network.mesh import listeners, listening_on
-from tests.cluster.conftest import KeyPair
 from tests.cluster.lab import Container, Lab
 from tests.cluster.lab.container import CHECKOUT
 from tests.cluster.lab.far_away import ROUND_TRIP_S
 from tests.cluster.lab.supervised import MAX_CPUS
+from tests.cluster.ssh import KeyPair
 from tests.support.waiting import wait_for
 
 pytestmark = pytest.mark.xdist_group("lab")

@@ -59,6 +59,12 @@ class Booted:
                 continue
         return found
 
+    def end(self) -> None:
+        """Kill what runs on it still."""
+        for pid in self.switches():
+            with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
+                os.kill(pid, signal.SIGKILL)
+
     def is_there(self) -> bool:
         return self.instance.destroyed_at is None
 
@@ -75,9 +81,7 @@ def machine(tmp_path: Path) -> Iterator[Booted]:
         booted = Booted(vast, server, instances[0], instances[1], tmp_path / "home")
         booted.home.mkdir()
         yield booted
-        for pid in booted.switches():
-            with contextlib.suppress(ProcessLookupError):  # it has just ended by itself
-                os.kill(pid, signal.SIGKILL)
+        booted.end()
 
 
 def test_sessions_run_commands_and_the_cluster_is_let_in(machine: Booted) -> None:
@@ -105,8 +109,7 @@ def test_it_lives_as_long_as_the_head_shows_itself(machine: Booted) -> None:
     assert machine.is_there()
     os.utime(heartbeat, (0, 0))
     wait_for(lambda: not machine.is_there(), "its end after the last heartbeat")
-    for pid in alone.switches():
-        os.kill(pid, signal.SIGKILL)
+    alone.end()
 
 
 def test_the_absolute_end_comes_although_the_head_is_there(machine: Booted) -> None:

@@ -1,11 +1,7 @@
 """Ray's own code on our provider: autoscaler v2's adapter, and the commands that its runner is given."""
 
-import getpass
 import json
-import shlex
 import subprocess
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +23,8 @@ from cluster.network.probe import greets
 from cluster.network.ssh_master import Endpoint
 from cluster.node_provider import VastNodeProvider
 from cluster.setup import command_runner
-from tests.cluster.conftest import make_key
 from tests.cluster.fake_vast.cluster import ImitatedCluster, worker_tags
+from tests.cluster.ssh import Sshd
 from tests.support.programs import needs
 from tests.support.waiting import wait_for
 
@@ -97,57 +93,6 @@ def test_nothing_that_ray_may_call_is_left_to_its_base_class_by_accident() -> No
         "fillout_available_node_types_resources",
         "post_process",
     }
-
-
-LOGIN_SHELL = """\
-#!/bin/bash
-# A login shell of Vast.ai: into tmux, which needs a terminal, until a file in the home folder forbids it.
-export HOME={home}
-if [ ! -f ~/.no_auto_tmux ]; then echo "open terminal failed: not a terminal" >&2; exit 1; fi
-exec bash -c "$SSH_ORIGINAL_COMMAND"
-"""
-
-
-@dataclass(frozen=True)
-class Sshd:
-    """A real sshd on this machine, whose shells have a home folder of their own."""
-
-    home: Path
-    endpoint: Endpoint
-    key: Path
-
-
-@pytest.fixture
-def sshd(tmp_path: Path) -> Iterator[Sshd]:
-    home = tmp_path / "home of the machine"
-    home.mkdir()
-    key, host_key = make_key(tmp_path, "client"), make_key(tmp_path, "host")
-    (tmp_path / "authorized_keys").write_text(key.public + "\n")
-    (tmp_path / "shell").write_text(LOGIN_SHELL.format(home=shlex.quote(str(home))))
-    (tmp_path / "shell").chmod(0o755)
-    port = free_port()
-    settings = {
-        "Port": port,
-        "ListenAddress": "127.0.0.1",
-        "HostKey": host_key.private,
-        "AuthorizedKeysFile": tmp_path / "authorized_keys",
-        "ForceCommand": tmp_path / "shell",
-        "StrictModes": "no",
-        "UsePAM": "no",
-        "PidFile": "none",
-    }
-    (tmp_path / "sshd_config").write_text("".join(f"{name} {value}\n" for name, value in settings.items()))
-    Path("/run/sshd").mkdir(parents=True, exist_ok=True)
-    server = subprocess.Popen(
-        ["/usr/sbin/sshd", "-D", "-e", "-f", str(tmp_path / "sshd_config")], stderr=subprocess.DEVNULL
-    )
-    endpoint = Endpoint("127.0.0.1", port, getpass.getuser())
-    try:
-        wait_for(lambda: greets(endpoint), "the greeting of sshd")
-        yield Sshd(home, endpoint, key.private)
-    finally:
-        server.terminate()
-        server.wait()
 
 
 class RecordingRunner:

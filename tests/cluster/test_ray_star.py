@@ -5,10 +5,10 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.cluster.conftest import KeyPair
 from tests.cluster.lab import Lab
 from tests.cluster.lab.far_away import ROUND_TRIP_S
 from tests.cluster.lab.ray_lab import RayLab
+from tests.cluster.ssh import KeyPair
 
 pytestmark = [
     *(pytest.mark.cluster, pytest.mark.ray, pytest.mark.slow),
