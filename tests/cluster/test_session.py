@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -22,11 +23,12 @@ pytestmark = needs("/usr/sbin/sshd", "ssh-keygen", package="openssh-server")
 
 @dataclass
 class Waiting:
-    """Stands where `Session.shell` pauses. The machine runs commands after so many pauses."""
+    """Stands where `Session.shell` looks for `time`. The machine runs commands after so many pauses."""
 
     sshd: Sshd
     pauses: int
     paused: int = 0
+    monotonic = staticmethod(time.monotonic)
 
     def sleep(self, seconds: float) -> None:
         self.paused += 1
@@ -58,7 +60,7 @@ def test_a_machine_that_is_busy_is_asked_again_with_more_patience(
 ) -> None:
     waiting, patience = Waiting(sshd, pauses=2), []
     greets = probe.greets
-    monkeypatch.setattr(sessions.time, "sleep", waiting.sleep)
+    monkeypatch.setattr(sessions, "time", waiting)
     monkeypatch.setattr(probe, "greets", lambda endpoint, limit_s: patience.append(limit_s) or greets(endpoint))
     with caplog.at_level(logging.INFO):
         shell = session.shell(node)
@@ -71,7 +73,7 @@ def test_who_only_looks_does_not_wait(
     session: Session, node: ClusterNode, sshd: Sshd, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waiting = Waiting(sshd, pauses=1)
-    monkeypatch.setattr(sessions.time, "sleep", waiting.sleep)
+    monkeypatch.setattr(sessions, "time", waiting)
     with pytest.raises(NodeError, match=rf"instance {node.id} does not answer \(.*{sshd.endpoint.port}\)"):
         session.shell(node, wait_s=0)
     assert waiting.paused == 0
