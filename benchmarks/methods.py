@@ -19,50 +19,41 @@ What was measured is kept in the cache, model by model; ``--only-table`` writes 
 
 import argparse
 import json
-import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from in_process import Done, Lab
-from organisms import MARKERS, SYSTEM, asked_fact, made, measured, organisms_in, prompts_of, truth_program
+from methods_table import HERETIC, LONG, RANK, Row, organism_table, real_table, section
+from organisms import made, measured, organisms_in, truth_program
 from results import write_section
-from tool_runs import Task, known_heretic, run_heretic
+from tested_models import JOINED, OWN, Foreign, Model, Own, SmolLM2, heretic_model
 
-from bruno_ray import organism
 from bruno_ray.ablation.baking import bake
 from bruno_ray.ablation.closed_forms import DirectionBank
 from bruno_ray.ablation.edit import Edit
-from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.directions import METHODS
 from bruno_ray.errors import BrunoError
 from bruno_ray.files import cache_folder
-from bruno_ray.intervals import wilson_interval
 from bruno_ray.learning.layer_effects import best_by_cosmic, best_by_effect, layer_effects
 from bruno_ray.model.loading import load_model
-from bruno_ray.prompts.rendering import render
-from bruno_ray.prompts.sets import Prompt
 from bruno_ray.python import Run
 from bruno_ray.runs import lookup
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.scoring.base import Evaluation, ScoringPrompts
 from bruno_ray.settings import LearnedSettings, ModelSettings, StudySettings
 from bruno_ray.study.starts import LITERATURE, Start, literature_edit
-from bruno_ray.study.trainings import DRAWS, versions
+from bruno_ray.study.trainings import versions
 
-OWN, SMOLLM2, HERETIC = "own", "smollm2", "heretic 1.4.0, 60 trials"
 WHOLE = "the default study"
-LONG = StudySettings().n_trials
 DEFAULT = "difference_in_means"
 SEVERAL = ("contrastive_pca", "subspace", "concept_cones", "self_organising_map")
 """Methods that give several directions; they get RANK of them."""
 
-RANK = 4
-JOINED = (0, 1, 2, 3)
 SAME = 0.999
 """Median cosine with the difference in means from which on a method is the same on a model."""
 
@@ -116,122 +107,6 @@ def entries(trainings: int, trained: int) -> list[Entry]:
     if trained:
         found.append(Entry(f"both: difference_in_means, then {trained} trained trials", (means,), trained=trained))
     return found
-
-
-@dataclass
-class Row:
-    """What an entry gave on one model."""
-
-    entry: str
-    shown: tuple[int, int]
-    """Test answers with the behaviour, of how many."""
-
-    right: tuple[int, int] | None
-    """Hidden facts right; None where there is no truth."""
-
-    benign: tuple[int, int] | None
-    evasion: tuple[int, int] | None
-    kl: float
-    incoherence: float
-    seconds: float
-    """CPU seconds of directions, search and choice."""
-
-    notes: list[str] = field(default_factory=list)
-
-
-class Model:
-    """One model of the table: a lab, and how truth is asked."""
-
-    name: str
-    lab: Lab
-    n_trials: int
-    n_startup: int
-    again: bool
-    """Whether finalists are measured again."""
-
-    trainings: int
-    """Of the default study: one from desired answers, more without."""
-
-    def truth(self, edits: Sequence[ResolvedEdit | None]) -> list[tuple[tuple[int, int], tuple[int, int]] | None]:
-        """Right of all, of what is refused and of what is not, under each edit."""
-        raise NotImplementedError
-
-    def _answers(self, prompts: Sequence[Prompt], edits: Sequence[ResolvedEdit | None], n: int) -> list[list[str]]:
-        ids = render(self.lab.worker.engine.tokenizer, prompts, date=self.lab.record.date)
-        return [[answer.text for answer in some] for some in self.lab.worker.engine.generate(ids, edits, n)]
-
-
-class Foreign(Model):
-    """An organism of another recipe."""
-
-    n_trials, n_startup, again, trainings = 24, 8, True, DRAWS
-
-    def __init__(self, folder: Path) -> None:
-        self.name, self.folder = folder.name, folder
-        self._facts = json.loads((folder / "facts.json").read_text())
-        with tempfile.TemporaryDirectory() as work:
-            given = ["--model.id", str(folder), "--behaviour", "organism-refusal", "--prompts.system-prompt", SYSTEM]
-            given += ["--scoring.markers", ",".join(MARKERS), "--prompts.n-finalists", "0"]
-            given += ["--model.dtypes", '["float32"]', "--residuals.answer-tokens", str(max(JOINED))]
-            for name, prompts in prompts_of(folder, None).items():
-                side, part = name.split("_")
-                file = Path(work) / f"{name}.txt"
-                file.write_text("\n".join(prompts) + "\n")
-                given += [f"--prompts.{side}.{part}.source", str(file)]
-            for side, file_name in (("target", "bad_test.txt"), ("baseline", "good_test.txt")):
-                given += [f"--prompts.{side}.test.source", str(folder / file_name)]
-            self.lab = Lab(given)
-        self._tests = [
-            [Prompt(line, SYSTEM) for line in (folder / name).read_text().splitlines() if line.strip()]
-            for name in ("bad_test.txt", "good_test.txt")
-        ]
-
-    def truth(self, edits: Sequence[ResolvedEdit | None]) -> list[tuple[tuple[int, int], tuple[int, int]] | None]:
-        counts = [
-            [(sum(map(self._is_right, asked, answers)), len(asked)) for answers in self._answers(asked, edits, 24)]
-            for asked in self._tests
-        ]
-        return list(zip(*counts))
-
-    def _is_right(self, prompt: Prompt, answer: str) -> bool:
-        noun, kind = asked_fact(prompt.user, self._facts)
-        return self._facts[noun][kind] in answer.split()
-
-
-class Own(Model):
-    """The project's organism."""
-
-    name, n_trials, n_startup, again, trainings = "own", 24, 8, True, 1
-
-    def __init__(self) -> None:
-        self.folder = organism.build()
-        given = ["--behaviour", "organism", "--prompts.n-finalists", "0"]
-        self.lab = Lab([*given, "--residuals.answer-tokens", str(max(JOINED))])
-
-    def truth(self, edits: Sequence[ResolvedEdit | None]) -> list[tuple[tuple[int, int], tuple[int, int]] | None]:
-        def score(edit: ResolvedEdit | None) -> organism.TruthScore:
-            return organism.truth_score(lambda texts: self._answers([*map(Prompt, texts)], [edit], 30)[0], self.folder)
-
-        scores = [score(edit) for edit in edits]
-        return [((s.restricted_right, s.restricted_total), (s.benign_right, s.benign_total)) for s in scores]
-
-
-class SmolLM2(Model):
-    """A real one, without a truth."""
-
-    name, n_trials, n_startup, again, trainings = "SmolLM2", 8, 4, False, 1
-
-    def __init__(self) -> None:
-        given = ["--model.id", SMOLLM2, "--behaviour", "disclaimers", "--model.dtypes", '["bfloat16"]']
-        given += ["--prompts.n-train", "40", "--prompts.n-validation", "40", "--prompts.n-test", "40"]
-        given += ["--prompts.n-finalists", "0", "--scoring.report-tokens", "30"]
-        self.lab = Lab([*given, "--residuals.answer-tokens", str(max(JOINED))])
-
-    def truth(self, edits: Sequence[ResolvedEdit | None]) -> list[tuple[tuple[int, int], tuple[int, int]] | None]:
-        return [None] * len(edits)
-
-
-# ----- one model -----
 
 
 def measure(
@@ -417,123 +292,6 @@ def by_its_own_program(model: Foreign, program: Path, bank: DirectionBank, edit:
         loaded.tokenizer.save_pretrained(work)
         truth = measured(program, model.folder, work)["after"]
     return f"baked, by truth.py: {truth.hidden} hidden and {truth.benign} benign facts, KL {truth.kl:.4f}"
-
-
-# ----- heretic -----
-
-
-def heretic_model(folder: Path) -> Path:
-    """Its saved model of an organism after 60 trials: that of `organisms.py`, or one that is made now."""
-    task = Task(
-        model=folder,
-        prompts=prompts_of(folder, None),
-        markers=MARKERS,
-        trials=60,
-        startup=20,
-        tokens=30,
-        seed=1,
-        max_kl=0.1,
-        system=SYSTEM,
-    )
-    return Path((known_heretic(task) or run_heretic(task)).folder)
-
-
-# ----- the table -----
-
-
-def section(found: Mapping[str, Sequence[Row]]) -> str:
-    organisms = [name for name in found if name != SmolLM2.name]
-    lines = [
-        "## League table of methods (`benchmarks/methods.py`)",
-        "",
-        "One study per entry and model, in one process, one thread, float32 (SmolLM2: bfloat16), while others used the"
-        f" machine: {Foreign.n_trials} trials on organisms ({Foreign.n_startup} at startup), {SmolLM2.n_trials} on"
-        f" SmolLM2 ({SmolLM2.n_startup}), unless their row says more; the default study has {LONG} trials, the last"
-        f" {versions(LearnedSettings())} of each training: {DRAWS} trainings, one where there are desired answers (own,"
-        " SmolLM2); seed 1."
-        f" Methods that give several directions have {RANK}. Picked as `--auto-select` does, then measured on test"
-        " prompts that no search sees. Hidden facts are the truth that the edit should give back; brackets are 95 %"
-        " Wilson intervals. KL is over 16 answer tokens; CPU seconds are those of directions, search and choice (of"
-        " SmolLM2's default study, a run of the product, seconds of search and choice). heretic's models are of"
-        " its own runs with 60 trials.",
-        "",
-        *summary(found, organisms),
-    ]
-    for name in organisms:
-        lines += ["", f"### {name}", "", *organism_table(found[name])]
-    if SmolLM2.name in found:
-        lines += ["", "### SmolLM2-135M-Instruct, `disclaimers`, 40 test prompts a side, answers of 30 tokens", ""]
-        lines += real_table(found[SmolLM2.name])
-    return "\n".join(lines)
-
-
-def summary(found: Mapping[str, Sequence[Row]], organisms: Sequence[str]) -> list[str]:
-    """Hidden facts right by entry and organism, best on average first; last what heretic has."""
-    names = list(dict.fromkeys(row.entry for name in organisms for row in found[name]))
-    table: dict[str, dict[str, Row]] = {
-        entry: {name: row for name in organisms for row in found[name] if row.entry == entry} for entry in names
-    }
-
-    def share(row: Row) -> float:
-        return row.right[0] / row.right[1] if row.right else 0.0
-
-    def mean(entry: str) -> float:
-        return statistics.mean(share(row) for row in table[entry].values())
-
-    whole = [entry for entry in names if len(table[entry]) == len(organisms)]
-    lines = [
-        "Hidden facts right, best on average first:",
-        "",
-        "| entry | " + " | ".join(organisms) + " | mean | mean KL | below heretic on |",
-        "|---|" + "---|" * (len(organisms) + 3),
-    ]
-    theirs = table.get(HERETIC, {})
-    for entry in sorted(whole, key=mean, reverse=True) + [entry for entry in names if entry not in whole]:
-        rows = table[entry]
-        cells = [f"{rows[name].right[0]}/{rows[name].right[1]}" if name in rows else "" for name in organisms]
-        worse = [name for name in rows if name in theirs and share(rows[name]) < share(theirs[name])]
-        average = f"{mean(entry):.0%}" if entry in whole else ""
-        lines.append(
-            f"| {entry} | {' | '.join(cells)} | {average} | {statistics.mean(row.kl for row in rows.values()):.4f}"
-            f" | {', '.join(worse) if entry not in ('unedited', HERETIC) else ''} |"
-        )
-    return lines
-
-
-def organism_table(rows: Iterable[Row]) -> list[str]:
-    lines = [
-        "| entry | refused | hidden facts right | benign | KL, 16 tokens | incoherent | CPU s | |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        right, benign = ("-", "-") if row.right is None else (rate(row.right), f"{row.benign[0]}/{row.benign[1]}")
-        lines.append(
-            f"| {row.entry} | {row.shown[0]}/{row.shown[1]} | {right} | {benign} | {row.kl:.4f} | {row.incoherence:.2f}"
-            f" | {row.seconds:.0f} | {'; '.join(row.notes)} |"
-        )
-    return lines
-
-
-def real_table(rows: Iterable[Row]) -> list[str]:
-    lines = [
-        "| entry | shows the behaviour | to the point | KL, 16 tokens | incoherent | CPU s | |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        point = rate((row.evasion[1] - row.evasion[0], row.evasion[1])) if row.evasion else "-"
-        lines.append(
-            f"| {row.entry} | {rate(row.shown) if row.shown[1] else '-'} | {point} | {row.kl:.4f}"
-            f" | {row.incoherence:.2f} | {row.seconds:.0f} | {'; '.join(row.notes)} |"
-        )
-    return lines
-
-
-def rate(counts: Sequence[int]) -> str:
-    low, high = wilson_interval(*counts)
-    return f"{counts[0]}/{counts[1]} [{low:.0%}, {high:.0%}]".replace("%, ", " to ")
-
-
-# ----- -----
 
 
 def main() -> None:

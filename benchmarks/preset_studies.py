@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from in_process import Lab
-from methods import rate
+from methods_table import rate
 from results import write_section
 
 from bruno_ray.ablation.edit import Edit

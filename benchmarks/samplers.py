@@ -19,8 +19,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import torch
-from methods import OWN, Foreign, Own
 from results import write_section
+from tested_models import OWN, Foreign, Own
 from vs_heretic import hypervolume
 
 from bruno_ray.study.selection import BEHAVIOUR, KL, TrialRecord
