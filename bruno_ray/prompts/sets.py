@@ -105,7 +105,7 @@ def load_rows(dataset: DatasetSettings, system_prompt: str | None, limit: int) -
 
     Raises PromptError as `sources.read`.
     """
-    return tuple(_prompt(dataset, row, system_prompt) for row in read(dataset, limit).rows)
+    return tuple(_prompt(dataset, i, row, system_prompt) for i, row in enumerate(read(dataset, limit).rows))
 
 
 def _load_side(side: str, given: PromptSet, settings: PromptSettings) -> PromptParts:
@@ -154,9 +154,9 @@ def _load_part(
     """The prompts of a data set, each once, and what is to be said of them."""
     unique: dict[str, Prompt] = {}
     rows, notes = read(dataset, limit)
-    for row in rows:
-        prompt = _prompt(dataset, row, settings.system_prompt)
-        unique.setdefault(_identity(prompt), prompt)
+    for i, row in enumerate(rows):
+        prompt = _prompt(dataset, i, row, settings.system_prompt)
+        unique.setdefault(_told(prompt.system, row.text), prompt)  # whatever wording is around it
     if not unique:
         raise PromptError(f"{name} is empty: {dataset.source} has no prompts in {dataset.split!r}; widen the split")
     if len(unique) < len(rows):
@@ -164,16 +164,23 @@ def _load_part(
     return list(unique.values()), notes
 
 
-def _prompt(dataset: DatasetSettings, row: Row, system_prompt: str | None) -> Prompt:
+def _prompt(dataset: DatasetSettings, i: int, row: Row, system_prompt: str | None) -> Prompt:
+    """``i``: the row's place, which says whose turn it is of several prefixes or suffixes."""
     system = row.system or system_prompt
+    prefixes, suffixes = _several(dataset.prefix), _several(dataset.suffix)
+    suffix = suffixes[i % len(suffixes)]
     return Prompt(
-        dataset.prefix + row.text + dataset.suffix,
+        prefixes[i % len(prefixes)] + row.text + suffix,
         system if dataset.system_prompt is None else dataset.system_prompt,
         row.answer,
         tuple((row.words or "").split()),
         row.category,
-        kept_end=len(dataset.suffix),
+        kept_end=len(suffix),
     )
+
+
+def _several(wordings: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (wordings,) if isinstance(wordings, str) else wordings
 
 
 def _cut(name: str, prompts: list[Prompt], shares: dict[str, int], dataset: DatasetSettings) -> dict[str, list[Prompt]]:
@@ -216,7 +223,8 @@ def same_questions(prompts: Prompts, settings: PromptSettings) -> dict[int, int]
 
 def _text_within(prompt: Prompt, dataset: DatasetSettings) -> str:
     """What stands between prefix and suffix, apart from case, width and spaces."""
-    return _normalise(prompt.user[len(dataset.prefix) : len(prompt.user) - len(dataset.suffix)])
+    before = max((each for each in _several(dataset.prefix) if prompt.user.startswith(each)), key=len)
+    return _normalise(prompt.user[len(before) : len(prompt.user) - prompt.kept_end])
 
 
 def _normalise(text: str) -> str:
@@ -225,7 +233,11 @@ def _normalise(text: str) -> str:
 
 def _identity(prompt: Prompt) -> str:
     """Two prompts are the same if the model is told the same, apart from case, width and spaces."""
-    return _normalise(prompt.system or "") + "\0" + _normalise(prompt.user)
+    return _told(prompt.system, prompt.user)
+
+
+def _told(system: str | None, text: str) -> str:
+    return _normalise(system or "") + "\0" + _normalise(text)
 
 
 def _refuse_overlap(prompts: Prompts) -> None:

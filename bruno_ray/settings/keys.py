@@ -120,6 +120,8 @@ def parse_text(field: FieldInfo, text: str, label: str) -> Any:
     stripped = text.strip()
     if is_optional(field) and stripped.lower() in ("none", "null"):
         return None
+    if str in get_args(field.annotation) and tuple in kinds and get_origin(field.annotation) is not tuple:
+        return parse_json(stripped, label) if stripped.startswith('["') else text  # one text, or several as JSON
     if get_origin(field.annotation) is tuple or tuple in kinds or list in kinds:
         if stripped.startswith("["):
             return parse_json(stripped, label)

@@ -1,11 +1,22 @@
 """Settings of the prompts: the two sides of the contrast, and what must stay."""
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import NonNegativeInt, PositiveInt, field_validator
+from pydantic import BeforeValidator, NonNegativeInt, PositiveInt, field_validator
 
 from bruno_ray.settings.fields import Section, setting
+
+
+def _texts(given: Any) -> Any:
+    texts = [given] if isinstance(given, str) else given
+    if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError("write a text, or a list of texts")
+    return given
+
+
+Wordings = Annotated[str | tuple[str, ...], BeforeValidator(_texts)]
+"""One text, or several that take turns."""
 
 
 class DatasetSettings(Section):
@@ -46,11 +57,12 @@ class DatasetSettings(Section):
     """Read rows one by one instead of downloading everything; when not given, on for a hub data set with a slice
     that starts at 0 (`train[:200]`)."""
 
-    prefix: str = ""
-    """Text put before every prompt."""
+    prefix: Wordings = ""
+    """Text put before every prompt. Of a list of texts each prompt gets the next one in turn."""
 
-    suffix: str = ""
-    """Text put after every prompt."""
+    suffix: Wordings = ""
+    """Text put after every prompt, or a list of texts in turn: directions and trained edits that have seen an
+    instruction in one wording alone may know no other."""
 
     system_prompt: str | None = None
     """Overrides `prompts.system_prompt` for this set, and the system turns of its conversations."""

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from bruno_ray.errors import PromptError
-from bruno_ray.prompts.sets import Prompt, PromptParts, Prompts, load_prompts
+from bruno_ray.errors import PromptError, SettingsError
+from bruno_ray.prompts.sets import Prompt, PromptParts, Prompts, load_prompts, same_questions
 from bruno_ray.settings.sources import load
 from tests.prompts.writing import LETTERS, write_jsonl
 
@@ -42,6 +42,42 @@ def test_parts_are_cut_without_overlap_and_alike_on_both_sides(empty_directory: 
     again = prompts_of(name, shuffled, *flags, *suffixes)
     assert again == prompts
     assert prompts_of(name, shuffled, *flags, *suffixes[:2]).fingerprint != prompts.fingerprint
+
+
+def test_several_wordings_take_turns_and_a_question_stays_one(empty_directory: Path) -> None:
+    """A question that comes twice would have another wording the second time: it counts once, in one part."""
+    name = write_jsonl(empty_directory / "a.jsonl", [f"a {i % 30}" for i in range(60)])
+    wordings = ("--prompts.target.train.suffix", '[" At length.", " Say a lot, please."]')
+    prompts = prompts_of(name, name, *wordings, "--prompts.baseline.train.prefix", "Say, briefly: ")
+    for part in ("train", "validation", "test"):
+        asked = users(getattr(prompts.target, part))
+        bare = {user.removesuffix(" At length.").removesuffix(" Say a lot, please.") for user in asked}
+        assert bare == {user.removeprefix("Say, briefly: ") for user in users(getattr(prompts.baseline, part))}
+    everything = users(prompts.target.train) | users(prompts.target.validation) | users(prompts.target.test)
+    everything |= users(prompts.target.finalists)
+    assert len(everything) == 30
+    assert {user for user in everything if user.endswith(" At length.")} == {
+        f"a {i} At length." for i in range(0, 30, 2)
+    }
+    assert [prompt.kept_end for prompt in prompts.target.train if prompt.user.startswith("a 1 ")] in ([], [19])
+
+
+def test_of_two_prefixes_the_longer_one_is_taken_off(empty_directory: Path) -> None:
+    name = write_jsonl(empty_directory / "a.jsonl", [f"Say {i}" for i in range(30)])
+    flags = ("--prompts.target.train.prefix", '["Say ", "Say aloud "]', "--prompts.baseline.train.suffix", "!")
+    settings = load(["--target", name, "--baseline", name, *flags], environ={}).settings
+    prompts = load_prompts(settings)
+    pairs = same_questions(prompts, settings.prompts)
+    assert len(pairs) == len(prompts.target.train)
+    assert all(prompts.target.train[a].user.endswith(prompts.baseline.train[b].user[:-1]) for a, b in pairs.items())
+
+
+@pytest.mark.parametrize("given", ["[]", "3", '["a", 3]'])
+def test_wordings_are_texts(given: str, empty_directory: Path) -> None:
+    config = empty_directory / "wordings.toml"
+    config.write_text(f'[prompts.target.train]\nsource = "a.txt"\nsuffix = {given}\n')
+    with pytest.raises(SettingsError, match=r"suffix: .*: write a text, or a list of texts$"):
+        load([], config=config, environ={})
 
 
 def test_few_prompts_are_shared_in_proportion(empty_directory: Path) -> None:

@@ -27,15 +27,19 @@ def test_contrast_presets_hold_the_question_fixed(behaviour: str, sizes: tuple[i
     for part, size in zip(PARTS, sizes):
         sides = []
         for side in ("target", "baseline"):
-            suffix = getattr(getattr(settings.prompts, side), part).suffix
-            texts = [prompt.user for prompt in getattr(getattr(prompts, side), part)]
-            assert all(text.endswith(suffix) for text in texts) and suffix.startswith(" ")
-            sides.append([text.removesuffix(suffix) for text in texts])
-            instructions.append(suffix)
+            given = getattr(getattr(settings.prompts, side), part).suffix
+            suffixes = (given,) if isinstance(given, str) else given
+            asked_so = getattr(getattr(prompts, side), part)
+            assert [prompt.user[-prompt.kept_end :] for prompt in asked_so] == [
+                suffixes[i % len(suffixes)] for i in range(size)
+            ]
+            assert all(suffix.startswith(" ") for suffix in suffixes)
+            sides.append([prompt.user[: -prompt.kept_end] for prompt in asked_so])
+            instructions += suffixes
         assert sides[0] == sides[1] and len(sides[0]) == size
         assert all(question.endswith(("?", ".")) for question in sides[0])
         asked += sides[0]
-    assert len(set(asked)) == sum(sizes) and len(set(instructions)) == 2 * len(PARTS)
+    assert len(set(asked)) == sum(sizes) and len(set(instructions)) == len(instructions) == 2 * (6 + 1 + 1)
 
 
 def load_example(name: str) -> Any:
