@@ -103,8 +103,11 @@ def atomic_file(path: Path, durable: bool = True) -> Iterator[Path]:
     may write the same path: the last one wins. Raises OSError as it comes; `output_errors` turns it into one line.
     """
     aside = _aside(path)
+    aside.touch()
+    mode = aside.stat().st_mode
     try:
         yield aside
+        aside.chmod(mode)  # safetensors puts a file of its own there, which its owner alone may read
         if durable:
             flush(aside)
         os.replace(aside, path)
@@ -137,9 +140,12 @@ def whole_directory(path: Path, replace: bool = False) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = _aside(path)
     aside.mkdir()
+    mode = aside.stat().st_mode
     try:
         yield aside
         for place in (aside, *aside.rglob("*")):
+            if place.is_file():  # as above
+                place.chmod(place.stat().st_mode | (mode & 0o666))
             flush(place)
         if replace and path.exists():
             shutil.rmtree(path)

@@ -8,10 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from bruno_ray.errors import OutputError, SettingsError
 from bruno_ray.files import (
     atomic_directory,
+    atomic_file,
     cache_folder,
     expanded,
     output_errors,
@@ -216,6 +218,19 @@ def test_folder_appears_complete_or_not_at_all(tmp_path):
     assert visible_and_hidden(tmp_path) == ["model"] and (target / "sub" / "whole").read_text() == "x"
     with pytest.raises(OutputError, match="exists already"), atomic_directory(target):
         pass
+
+
+def test_what_safetensors_writes_can_be_read_by_whoever_may_read_the_rest(tmp_path):
+    """It makes files that only their owner may read."""
+    tensors = {"a": torch.zeros(2)}
+    (tmp_path / "plain").write_text("as open makes it")
+    with atomic_file(tmp_path / "one.safetensors") as aside:
+        save_file(tensors, aside)
+    with atomic_directory(tmp_path / "folder") as aside:
+        save_file(tensors, aside / "two.safetensors")
+    expected = (tmp_path / "plain").stat().st_mode
+    assert (tmp_path / "one.safetensors").stat().st_mode == expected
+    assert (tmp_path / "folder" / "two.safetensors").stat().st_mode == expected
 
 
 def test_remains_of_a_killed_writer_are_removed_by_the_next(tmp_path):

@@ -122,15 +122,25 @@ def test_a_finished_run_answers_to_the_other_commands(finished: Path, capsys: py
 
 @pytest.mark.ray
 @pytest.mark.slow
+def test_a_finished_run_that_is_resumed_stays_as_it_is(finished: Path) -> None:
+    before = RunDirectory.open(finished).read()
+    report = (finished / "report.html").stat().st_mtime_ns
+    assert main.main(["resume", str(finished)]) == 0
+    assert RunDirectory.open(finished).read() == before and not list(finished.glob("model-*"))
+    assert (finished / "report.html").stat().st_mtime_ns > report
+
+
+@pytest.mark.ray
+@pytest.mark.slow
 def test_more_trials_can_be_run_afterwards(finished: Path) -> None:
     assert main.main(["resume", str(finished), "--more", "8", "--selection.auto", "false"]) == 0
     assert RunDirectory.open(finished).read().n_trials["COMPLETE"] == 48
     assert not list(finished.glob("model-*"))
-    assert (
-        main.main(["resume", str(finished), "--more", "4", "--selection.auto", "true"]) == 0
-    )  # selects again, saves beside what was saved
-    selected = RunDirectory.open(finished).read().selected
-    assert Path(selected.saved_path).name == f"model-{selected.number}"
+    before = RunDirectory.open(finished).read().selected.number
+    assert main.main(["resume", str(finished), "--more", "4", "--selection.auto", "true"]) == 0
+    selected = RunDirectory.open(finished).read().selected  # another one is saved beside the first, the same is not
+    assert selected.saved is not None
+    assert Path(selected.saved_path).name == ("model" if selected.number == before else f"model-{selected.number}")
 
 
 @pytest.mark.slow

@@ -141,7 +141,10 @@ def test_wrong_values_name_their_source(empty_directory: Path) -> None:
     raises_one_line("--scoring.markers", "not UTF-8", argv=["--scoring.markers", '["abc \\ud83d"]'])
     raises_one_line("--trials", "value", argv=["--trials"])
     raises_one_line("--trials", "value", argv=["--trials", "--seed", "3"])
-    raises_one_line("--study.seed: --seed is given too", argv=["--seed", "3", "--study.seed", "4"])
+    raises_one_line("--study.seed and --seed differ; leave one out", argv=["--seed", "3", "--study.seed", "4"])
+    raises_one_line("--seed is given twice, with different values", argv=["--seed", "3", "--seed", "4"])
+    for name in ("a/../b", "..", "a\\b", "trial:3", ""):
+        raises_one_line("--study-name", "that of a folder", argv=[f"--study-name={name}"])
     raises_one_line("stray", "too many", argv=["stray"])
     raises_one_line("behaviour", "refusl", "'refusal'", argv=["--behaviour", "refusl"])
     raises_one_line("prompts.target.test.source", "required", argv=["--prompts.target.test.split", "test"])

@@ -6,6 +6,7 @@ from bruno_ray.cli import values
 from bruno_ray.cli.command import Command
 from bruno_ray.cli.setting_flags import RESUMABLE_FLAGS, load_settings, takes_settings
 from bruno_ray.progress import phase
+from bruno_ray.runs.directory import refuse_existing
 from bruno_ray.runs.lookup import find_run
 from bruno_ray.settings import sources
 from bruno_ray.settings.flags import flag_values
@@ -34,6 +35,8 @@ def _run(arguments: argparse.Namespace) -> None:
         for path in repeat(loaded.settings, arguments.repeats):
             print(path)
         return
+    if (name := loaded.settings.study.name) is not None:  # said before ten seconds of imports
+        refuse_existing(loaded.settings.output.directory / name)
     with phase(LOADING):
         from bruno_ray.pipeline.run import run
 

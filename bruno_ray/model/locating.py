@@ -20,19 +20,26 @@ def locate(settings: ModelSettings) -> ModelSettings:
         ModelError: no id, a path that does not hold a model, or a GGUF file that cannot be had or read.
         OutputError: the cache cannot be written.
     """
-    if not settings.id:
-        raise ModelError("no model given: name a Hugging Face model id or a folder, such as `bruno-ray run MODEL`")
+    require_there(settings)
     path = expanded(settings.id)
     if is_gguf(settings):
         return _located(settings, gguf_folder(_gguf_file(settings, path), next(iter(settings.dtypes), "auto")))
     if find_named(settings.id):
         return _located(settings, named_folder(settings.id))
+    return _located(settings, path) if path.is_dir() else settings
+
+
+def require_there(settings: ModelSettings) -> None:
+    """Raise ModelError if no model is named, or a folder that is none; ids of the hub are not asked for."""
+    if not settings.id:
+        raise ModelError("no model given: name a Hugging Face model id or a folder, such as `bruno-ray run MODEL`")
+    path = expanded(settings.id)
+    if is_gguf(settings) or find_named(settings.id):
+        return
     if path.is_dir():
         _require_config(settings.id, path)
-        return _located(settings, path)
-    if _is_path(settings.id, path):
+    elif _is_path(settings.id, path):
         raise ModelError(f"no such folder: {settings.id}. Check the path, or give a Hugging Face id like `owner/name`")
-    return settings
 
 
 def is_gguf(settings: ModelSettings) -> bool:

@@ -36,7 +36,16 @@ def study_of(path: Path, settings: Settings) -> optuna.Study:
 
 
 def trials_of(path: Path, settings: Settings) -> list[TrialRecord]:
-    return load_trials(study_of(path, settings))
+    """Trials of a run's study. Says so when there are fewer than the run has had: its journal was cut or replaced."""
+    trials = load_trials(study_of(path, settings))
+    run = RunDirectory(path)
+    noted = sum(run.read().n_trials.values()) if run.run_file.is_file() else 0
+    if len(trials) < noted:
+        logger.warning(
+            "the study of %s holds %d of its %d trials, so it was cut short or is another one: restore %s from a copy",
+            *(path.name, len(trials), noted, settings.study.storage or run.journal_file),
+        )
+    return trials
 
 
 def n_complete(path: Path, settings: Settings) -> int:

@@ -77,7 +77,7 @@ def save(
 def _what_stays(run: RunDirectory, number: int) -> str:
     selected = run.read().selected
     own = f"its selected trial stays {selected.number}" if selected else "no trial of it is selected"
-    return f"run.json, report and model of {run.name} are not changed by trial {number} saved elsewhere: {own}"
+    return f"{run.name} keeps its own model and report, and notes where trial {number} lies: {own}"
 
 
 def report(path: Path) -> Path:

@@ -52,11 +52,15 @@ SHOWN, LINE = 3, 160
 
 
 def select(run: RunDirectory, selected: SelectedRecord) -> None:
-    """Make a trial the run's own selection. What only the one before had, such as its truth score, goes with that."""
+    """Make a trial the run's own selection. What only the one before had, such as its truth score, goes with that; what
+    was measured of the same trial's saved model stays."""
 
     def change(record: RunRecord) -> dict[str, Any]:
-        same = record.selected is not None and record.selected.number == selected.number
-        return {"selected": selected, "extra": record.extra if same else {}}
+        before = record.selected
+        if before is None or before.number != selected.number:
+            return {"selected": selected, "extra": {}}
+        kept = {name: getattr(before, name) for name in ("saved", "saved_path") if getattr(selected, name) is None}
+        return {"selected": selected.model_copy(update=kept)}
 
     run.change(change)
 
@@ -217,6 +221,25 @@ def finish(run: RunDirectory, prompts: Prompts, choose: Choose, folder: Path | N
         write_report(run, study_of(run.path, run.read().settings))
         laps.end("report")
     return picked.number
+
+
+def saved_folder(run: RunDirectory, trial: int) -> Path | None:
+    """Where that trial was saved to, if it is still there."""
+    record = run.read()
+    places = [Path(folder) for folder, number in record.saved_elsewhere.items() if number == trial]
+    if record.selected is not None and record.selected.number == trial and record.selected.saved_path:
+        places.insert(0, Path(record.selected.saved_path))
+    return next((place for place in places if (place / "README.md").is_file()), None)
+
+
+def folder_to_fill(run: RunDirectory, number: int) -> Path | None:
+    """Where the selected trial is to be saved; None where the run has it already, and has measured it there."""
+    selected = run.read().selected
+    is_measured = selected is not None and selected.number == number and selected.saved is not None
+    if is_measured and (folder := saved_folder(run, number)) is not None:
+        logger.info("trial %d is saved in %s already", number, folder)
+        return None
+    return free_model_folder(run, number)
 
 
 def free_model_folder(run: RunDirectory, number: int) -> Path | None:

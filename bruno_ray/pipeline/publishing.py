@@ -1,11 +1,10 @@
 """A trial goes to the hub: `bruno-ray publish RUN`. Folders need no more than ``publishing.hub``."""
 
 import logging
-from pathlib import Path
 
 from bruno_ray.errors import OutputError
 from bruno_ray.pipeline import commands
-from bruno_ray.pipeline.finishing import free_model_folder
+from bruno_ray.pipeline.finishing import free_model_folder, saved_folder
 from bruno_ray.publishing import hub
 from bruno_ray.runs.directory import RunDirectory
 
@@ -36,12 +35,3 @@ def publish_run(
         logger.info("trial %d is not saved yet: saving it to %s", trial, folder)
         commands.save(run.path, trial=trial, to=folder)
     return hub.plan(folder, repository)
-
-
-def saved_folder(run: RunDirectory, trial: int) -> Path | None:
-    """Where that trial was saved to, if it is still there."""
-    record = run.read()
-    places = [Path(folder) for folder, number in record.saved_elsewhere.items() if number == trial]
-    if record.selected is not None and record.selected.number == trial and record.selected.saved_path:
-        places.insert(0, Path(record.selected.saved_path))
-    return next((place for place in places if (place / "README.md").is_file()), None)

@@ -69,17 +69,48 @@ def resume(
     began: float | None = None,
 ) -> Path:
     """Go on with a run: trials under way when it stopped are evaluated, then new ones until the target."""
+    from bruno_ray.pipeline.choosing import n_complete
+
     laps = Laps(began)
     laps.end("program")
-    settings = find_model(apply(RunDirectory.open(path).read().settings, flatten(overrides or {}, "overrides")))
+    run = RunDirectory.open(path)
+    settings = find_model(apply(run.read().settings, flatten(overrides or {}, "overrides")))
+    done = n_complete(path, settings)
     if more is not None:
-        from bruno_ray.pipeline.choosing import n_complete
-
-        total = n_complete(path, settings) + more
+        total = done + more
     if total is not None:
         settings = settings.model_copy(update={"study": settings.study.model_copy(update={"n_trials": total})})
+    if is_finished(run, settings, done):
+        return path
     laps.end("model")
     return search(settings, path, laps)
+
+
+def is_finished(run: RunDirectory, settings: Settings, done: int) -> bool:
+    """Whether nothing is left to do for a run that picks by rule: its pick is saved and measured. The report is then
+    written again, in case that is what was interrupted.
+
+    Args:
+        done: trials of its study that count.
+    """
+    from bruno_ray.pipeline.finishing import saved_folder
+
+    record = run.read()
+    selected = record.selected
+    same = settings.selection == record.settings.selection and settings.scoring == record.settings.scoring
+    if not (settings.selection.auto and same and done >= settings.study.n_trials):
+        return False
+    if selected is None or selected.saved is None or (folder := saved_folder(run, selected.number)) is None:
+        return False
+    from bruno_ray.pipeline import commands
+
+    logger.info(
+        "%s is finished: %d trials, trial %d is saved in %s; `bruno-ray resume %s --more N` adds trials,"
+        " `bruno-ray save %s:N --to FOLDER` saves another one",
+        *(run.name, done, selected.number, folder, run.name, run.name),
+    )
+    commands.report(run.path)
+    return True
 
 
 def search(settings: Settings, path: Path, laps: Laps) -> Path:
@@ -105,7 +136,7 @@ def search(settings: Settings, path: Path, laps: Laps) -> Path:
         with worker_pool(settings) as pool:
             with phase("starting workers", pool.progress):
                 from bruno_ray.pipeline.choosing import pick_automatically, study_of
-                from bruno_ray.pipeline.finishing import free_model_folder, has_room, score_selected, write_model
+                from bruno_ray.pipeline.finishing import folder_to_fill, has_room, score_selected, write_model
                 from bruno_ray.pipeline.judging import judge_run
                 from bruno_ray.pipeline.starting import effect_starts
                 from bruno_ray.publishing import report
@@ -137,7 +168,7 @@ def search(settings: Settings, path: Path, laps: Laps) -> Path:
             if picked is not None:
                 with timed(run, "test", pool):
                     score_selected(run, picked, prompts, pool)
-            folder = free_model_folder(run, picked.number) if picked is not None else None
+            folder = folder_to_fill(run, picked.number) if picked is not None else None
             if folder is not None and has_room(run.read()):
                 write_model(run, prompts, folder, pool=pool)
                 folder = None
@@ -172,11 +203,11 @@ def resumable(path: Path) -> Iterator[None]:
 def ask_and_save(run: RunDirectory, prompts: Prompts) -> None:
     """Save the trial that somebody at the terminal picks, and write the report once more."""
     from bruno_ray.pipeline.choosing import pick
-    from bruno_ray.pipeline.finishing import finish, free_model_folder
+    from bruno_ray.pipeline.finishing import finish, folder_to_fill
 
     if (picked := pick(run)) is None:
         logger.info(
             "no trial was saved: `bruno-ray save %s` asks again, with --trial N or --auto it does not", run.name
         )
         return
-    finish(run, prompts, lambda _: picked, free_model_folder(run, picked.number))
+    finish(run, prompts, lambda _: picked, folder_to_fill(run, picked.number))

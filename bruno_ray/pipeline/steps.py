@@ -20,7 +20,7 @@ from bruno_ray.ablation.edit import ADDITION, OPENED, SHIFTS, direction_sets_of
 from bruno_ray.errors import SettingsError, StudyError
 from bruno_ray.files import cache_folder
 from bruno_ray.model.coverage_table import format_coverage
-from bruno_ray.model.locating import locate
+from bruno_ray.model.locating import locate, require_there
 from bruno_ray.prompts.sets import PARTS, Prompt, Prompts
 from bruno_ray.residuals.store import ResidualStore, residual_key
 from bruno_ray.runs.directory import RunDirectory
@@ -31,6 +31,7 @@ from bruno_ray.settings import ModelSettings, ResidualSettings, ScoringSettings,
 from bruno_ray.settings.passwords import without_password
 from bruno_ray.study.fingerprint import same_model
 from bruno_ray.workers.exchanged import EvaluationContext, ModelInfo, TrainingPrompts, model_worker
+from bruno_ray.workers.joining import cluster_address
 from bruno_ray.workers.pool import WorkerPool
 from bruno_ray.workers.session import cpus_per_worker
 from bruno_ray.workers.shipping import Folders, absolute_if_folder
@@ -55,12 +56,15 @@ PREFIX_PROMPTS = 32
 def find_model(settings: Settings) -> Settings:
     """A folder by its full path, which means the same wherever a worker runs and wherever the run goes on.
 
-    `organism` and `organism-hard` as model ids name the embedded organisms, trained on first use.
+    `organism` and `organism-hard` as model ids name the embedded organisms, trained on first use. Raises ModelError for
+    a folder that is not there or holds no model, where workers see the folders of this machine.
     """
     name = absolute_if_folder(settings.model.id)
     match = re.fullmatch(r"organism(?:-(\w+))?", name)
     if match is not None:
         name = str(organism.build(recipe=match[1] or "standard") / "model")
+    elif cluster_address(settings.ray) is None:
+        require_there(settings.model)
     return settings.model_copy(update={"model": settings.model.model_copy(update={"id": name})})
 
 

@@ -133,7 +133,7 @@ def _load_side(side: str, given: PromptSet, settings: PromptSettings) -> PromptP
         if source == "test" and len(prompts) >= limit:  # the test prompts are the first ones, as without finalists
             parts |= {"test": prompts[: wanted["test"]], "finalists": prompts[wanted["test"] : limit]}
         elif len(shares) > 1:
-            parts |= _cut(name, prompts, shares, datasets[source])
+            parts |= _cut(name, prompts, shares, datasets[source], notes)
         else:
             parts[source] = prompts[: wanted[source]]
         _show(name, datasets[source].source, {part: parts[part] for part in shares}, notes)
@@ -158,7 +158,8 @@ def _load_part(
         prompt = _prompt(dataset, i, row, settings.system_prompt)
         unique.setdefault(_told(prompt.system, row.text), prompt)  # whatever wording is around it
     if not unique:
-        raise PromptError(f"{name} is empty: {dataset.source} has no prompts in {dataset.split!r}; widen the split")
+        where = f" in {dataset.split!r}; widen the split" if dataset.split != "train" else "; give another source"
+        raise PromptError(f"{name} is empty: {dataset.source} has no prompts{where}")
     if len(unique) < len(rows):
         notes = (*notes, f"{len(rows) - len(unique)} duplicates left out")
     return list(unique.values()), notes
@@ -183,7 +184,9 @@ def _several(wordings: str | tuple[str, ...]) -> tuple[str, ...]:
     return (wordings,) if isinstance(wordings, str) else wordings
 
 
-def _cut(name: str, prompts: list[Prompt], shares: dict[str, int], dataset: DatasetSettings) -> dict[str, list[Prompt]]:
+def _cut(
+    name: str, prompts: list[Prompt], shares: dict[str, int], dataset: DatasetSettings, notes: tuple[str, ...]
+) -> dict[str, list[Prompt]]:
     """Deals one list out to several parts, in proportion to `shares` if there are too few prompts for all; the first
     gets what the others leave.
 
@@ -191,8 +194,9 @@ def _cut(name: str, prompts: list[Prompt], shares: dict[str, int], dataset: Data
     questions in two ways have each question in the same part. Order within a part is that of the list.
     """
     if len(prompts) < len(shares):
+        noted = f" ({'; '.join(notes)})" if notes else ""
         raise PromptError(
-            f"{name} has only {len(prompts)} prompts, too few to take out {' and '.join(list(shares)[1:])};"
+            f"{name} has only {len(prompts)} prompts{noted}, too few to take out {' and '.join(list(shares)[1:])};"
             f" give more prompts, or set {name.rpartition('.')[0]}.{list(shares)[-1]}.source"
         )
 

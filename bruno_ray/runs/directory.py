@@ -121,7 +121,9 @@ class RunDirectory:
             data = json.loads(self.run_file.read_text(encoding="utf-8"))
             version = data["schema_version"]
         except (ValueError, KeyError, TypeError) as error:
-            raise OutputError(f"{self.run_file} is damaged: start the run again under another name") from error
+            raise OutputError(
+                f"{self.run_file} is damaged: restore it from a copy, or start the run again under another name"
+            ) from error
         if version != SCHEMA_VERSION:
             raise OutputError(
                 f"{self.run_file} has schema {version} and this bruno-ray reads {SCHEMA_VERSION}: use the version"

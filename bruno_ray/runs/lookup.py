@@ -6,6 +6,7 @@ not get in the way of a path.
 
 from pathlib import Path
 
+from bruno_ray.errors import OutputError
 from bruno_ray.files import expanded
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.settings import sources
@@ -14,6 +15,10 @@ from bruno_ray.settings import sources
 def find_run(reference: str, directory: Path | None = None) -> RunDirectory:
     """The run at a path or of a name, in ``directory`` or where the settings say. Raises OutputError if there is none,
     SettingsError as `sources.load`."""
+    name, colon, number = reference.rpartition(":")
+    if colon and not Path(reference).exists() and _holds_run(name, directory):
+        what = "this is about a whole run" if number.isdigit() else "after a colon stands a trial's number, from 0 on"
+        raise OutputError(f"{reference}: {what}: give {name}, or see its trials with `bruno-ray front {name} --all`")
     if is_path(reference):
         return RunDirectory.open(expanded(reference))
     return RunDirectory.find(reference, directory or output_directory())
@@ -47,6 +52,6 @@ def run_named(reference: str) -> tuple[RunDirectory, int | None] | None:
     return find_trial(reference) if any(map(_holds_run, places)) else None
 
 
-def _holds_run(place: str) -> bool:
-    folders = [expanded(place)] if is_path(place) else [Path(place), output_directory() / place]
+def _holds_run(place: str, directory: Path | None = None) -> bool:
+    folders = [expanded(place)] if is_path(place) else [Path(place), (directory or output_directory()) / place]
     return any((folder / "run.json").is_file() for folder in folders)

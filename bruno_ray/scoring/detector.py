@@ -171,8 +171,8 @@ def require_enough(n_target: int, n_baseline: int) -> None:
     for side, n in (("target", n_target), ("baseline", n_baseline)):
         if n < FEWEST_ANSWERS:
             raise PromptError(
-                f"the detector learns from at least {FEWEST_ANSWERS} answers to {side} prompts and there are {n}: give"
-                " more prompts, or leave it out of scoring.report_scorers"
+                f"at least {FEWEST_ANSWERS} answers to {side} prompts are needed to tell the two sides apart, and there"
+                f" are {n}: give more {side} train prompts, or raise prompts.n_train"
             )
 
 

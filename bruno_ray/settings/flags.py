@@ -53,7 +53,10 @@ def flag_values(argv: Sequence[str], flags: Mapping[str, str] = FLAGS) -> Source
             if isinstance(value, list) and isinstance(earlier.value, list):
                 value = earlier.value + value  # a repeated list flag adds to the list
             else:
-                raise SettingsError(f"{flag}: {earlier.label} is given too, with another value; leave one out")
+                both = (
+                    "is given twice, with different values" if earlier.label == flag else f"and {earlier.label} differ"
+                )
+                raise SettingsError(f"{flag} {both}; leave one out")
         said[key] = Provenance(value, "command line", flag)
     return said
 

@@ -5,6 +5,7 @@ Precedence, highest first: command line, ``BRUNO_*`` environment (``__`` for nes
 read and merged is in ``sources.py``. An unknown key is an error at every depth.
 """
 
+import re
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +15,7 @@ from pydantic import (
     PositiveFloat,
     PositiveInt,
     field_serializer,
+    field_validator,
     model_validator,
 )
 
@@ -68,6 +70,13 @@ class ModelSettings(Section):
 class StudySettings(Section):
     name: str | None = setting(None, alias="--study-name")
     """Name of the study and of the run directory; when not given, from the model, behaviour and a hash of both."""
+
+    @field_validator("name")
+    @classmethod
+    def _names_one_folder(cls, name: str | None) -> str | None:
+        if name is not None and (name in ("", ".", "..") or re.search(r"[/\\\0]|:\d+$", name)):
+            raise ValueError("a study's name is that of a folder: no / or \\ in it, and no :NUMBER at its end")
+        return name
 
     n_trials: PositiveInt = setting(200, alias="--trials")
     """Completed trials in total, over all resumptions."""

@@ -163,7 +163,7 @@ def open_storage(url: str | None, run_dir: Path, read_only: bool = False) -> Bas
             ) from error
     path = run_dir / JOURNAL if url is None else Path(url)
     if read_only and not path.exists():
-        raise NoStudyError(f"there is no study at {path}: give the run directory of a run that has started its search")
+        raise NoStudyError(f"there is no study at {path}: the search has not begun, or this file is to be restored")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         journal = RunJournal(path, read_only)

@@ -91,6 +91,12 @@ def test_few_prompts_are_shared_in_proportion(empty_directory: Path) -> None:
         prompts_of(target, few)
 
 
+def test_prompts_that_are_too_few_for_being_the_same_are_said_to_be(empty_directory: Path) -> None:
+    same = write_jsonl(empty_directory / "a.jsonl", ["the same"] * 40)
+    with pytest.raises(PromptError, match=r"has only 1 prompts \(39 duplicates left out\), too few"):
+        prompts_of(same, same)
+
+
 def test_parts_of_their_own(empty_directory: Path) -> None:
     a = write_jsonl(empty_directory / "a.jsonl", [f"a {i}" for i in range(20)], reply="yes")
     b = write_jsonl(empty_directory / "b.jsonl", [f"b {i}" for i in range(20)])
