@@ -20,6 +20,7 @@ from bruno_ray.prompts.sets import Prompts
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import RunnerUpRecord, ScoresRecord, SelectedRecord
 from bruno_ray.settings import Settings
+from bruno_ray.settings.passwords import without_password
 from bruno_ray.study import selection
 from bruno_ray.study.selection import Choice, TrialRecord, load_trials
 from bruno_ray.study.storage import load_study
@@ -41,9 +42,10 @@ def trials_of(path: Path, settings: Settings) -> list[TrialRecord]:
     run = RunDirectory(path)
     noted = sum(run.read().n_trials.values()) if run.run_file.is_file() else 0
     if len(trials) < noted:
+        place = without_password(settings.study.storage) if settings.study.storage else run.journal_file
         logger.warning(
             "the study of %s holds %d of its %d trials, so it was cut short or is another one: restore %s from a copy",
-            *(path.name, len(trials), noted, settings.study.storage or run.journal_file),
+            *(path.name, len(trials), noted, place),
         )
     return trials
 
