@@ -13,7 +13,7 @@ from bruno_ray.study.monitor import Monitor
 from bruno_ray.study.progress import Snapshot
 from bruno_ray.study.schedule import Schedule
 from bruno_ray.workers.messages import EditOutcome, Failed, Scored
-from bruno_ray.workers.worker_actor import WorkerState
+from bruno_ray.workers.worker_actor import BUSY, IDLE, WorkerState
 from tests.support.fakes import fake_scores
 from tests.support.schedules import make_schedule, memory_folder, opened
 
@@ -25,6 +25,16 @@ class NoPool:
 
     def snapshot(self, timeout: float = 10.0) -> list[WorkerState]:
         return []
+
+
+class OneAtWork:
+    """A worker that has so many seconds to go."""
+
+    def __init__(self, to_go: float) -> None:
+        self.states = [WorkerState("worker 0", BUSY, to_go=to_go), WorkerState("worker 1", IDLE, to_go=9999.0)]
+
+    def snapshot(self, timeout: float = 10.0) -> list[WorkerState]:
+        return self.states
 
 
 @pytest.fixture
@@ -73,6 +83,9 @@ def test_the_time_to_go_counts_what_trials_cost(memory_folder: Path, monkeypatch
         for now, remaining in ((8.0, 88.0), (18.0, 78.0), (200.0, 2.0)):
             clock = itertools.repeat(now)
             assert monitor.snapshot().remaining == remaining
+        monitor._pool = OneAtWork(600.0)
+        clock = itertools.repeat(220.0)
+        assert monitor.snapshot().remaining == 600.0, "it is late, and its worker knows better"
 
 
 def test_snapshots_are_taken_while_another_thread_asks_and_tells(memory_folder: Path, impatient: None) -> None:

@@ -14,7 +14,7 @@ from bruno_ray.study.progress import Snapshot
 from bruno_ray.study.schedule import Schedule
 from bruno_ray.study.selection import COUNTED, TrialRecord, load_trials, pareto_front
 from bruno_ray.workers.pool import TO_SHOW_S, WorkerPool
-from bruno_ray.workers.worker_actor import WorkerState
+from bruno_ray.workers.worker_actor import BUSY, WorkerState
 
 logger = logging.getLogger(__name__)
 
@@ -78,8 +78,9 @@ class Monitor:
         )
 
     def _remaining(self, counted: set[int], failed: set[int]) -> float | None:
-        """Seconds to go, from what the trials so far have taken and what those to come cost beside them; at least
-        those of one searched trial. Trials by their numbers."""
+        """Seconds to go, from what the trials so far have taken and what those to come cost beside them. Once more time
+        has passed than that, what the workers say of their own work, or at least a searched trial. Trials by their
+        numbers."""
         schedule = self._schedule
         if len(counted) >= schedule.target:
             return 0.0
@@ -89,7 +90,10 @@ class Monitor:
         to_come = (number for number in itertools.count() if number not in past)
         ahead = sum(map(schedule.cost, itertools.islice(to_come, schedule.target - len(counted))))
         each = (self._came_at - self._started) / sum(map(schedule.cost, new))
-        return max(each, each * ahead - (time.monotonic() - self._came_at))
+        if (expected := each * ahead - (time.monotonic() - self._came_at)) > each:
+            return expected
+        at_work = [state.to_go for state in self._worker_states() if state.state == BUSY and state.to_go is not None]
+        return max([each, *at_work])
 
     def _worker_states(self) -> tuple[WorkerState, ...]:
         if time.monotonic() - self._asked_at > 1.0:

@@ -96,6 +96,11 @@ class ModelWorker:
         work = engine.work
         return f"{self._doing}, {work.done}/{work.total} {work.what}, to go {duration(work.remaining())}".lstrip(", ")
 
+    def to_go(self) -> float | None:
+        """Seconds until what it is at is done, asked likewise; None where nothing can be said."""
+        engine = getattr(self, "engine", None)
+        return engine.work.remaining() if engine is not None and engine.work.total else None
+
     def describe(self) -> ModelInfo:
         architecture = self.loaded.architecture
         return ModelInfo(

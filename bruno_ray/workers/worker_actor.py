@@ -37,6 +37,9 @@ class WorkerState:
     doing: str = ""
     """What it is at, with counts and a time to go."""
 
+    to_go: float | None = None
+    """Seconds until that is done; None where nothing can be said."""
+
 
 @ray.remote(concurrency_groups={"control": 1})
 class WorkerActor:
@@ -84,4 +87,5 @@ class WorkerActor:
             "memory": psutil.Process().memory_info().rss,
             "gpu_memory": gpu_memory,
             "doing": getattr(getattr(self, "_worker", None), "progress", str)(),
+            "to_go": getattr(getattr(self, "_worker", None), "to_go", lambda: None)(),
         }
