@@ -27,6 +27,8 @@ WAIT_S = 30.0
 machine that computes at its limit."""
 
 PAUSE_S = 1.0
+MOST_PATIENCE = 4.0
+"""Times the usual time for a login; a machine that is at its limit needs more each time it is asked."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,7 @@ class Session:
                 break
             logger.info("instance %s does not answer yet: asking again", node.id)
             time.sleep(PAUSE_S)
-            patience *= 2  # one that is at its limit needs longer than usual for a login
+            patience = min(2 * patience, MOST_PATIENCE)
         tried = ", ".join(str(endpoint) for endpoint in node.instance.ssh_endpoints) or "it has no address yet"
         raise NodeError(f"instance {node.id} does not answer ({tried}): see `bruno-ray cluster status`, try again")
 

@@ -58,15 +58,15 @@ def test_a_machine_that_is_busy_is_asked_again_with_more_patience(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    waiting, patience = Waiting(sshd, pauses=2), []
+    waiting, patience = Waiting(sshd, pauses=4), []
     greets = probe.greets
     monkeypatch.setattr(sessions, "time", waiting)
     monkeypatch.setattr(probe, "greets", lambda endpoint, limit_s: patience.append(limit_s) or greets(endpoint))
     with caplog.at_level(logging.INFO):
         shell = session.shell(node)
-    assert shell.endpoint == sshd.endpoint and waiting.paused == 2
-    assert patience == [probe.GREETING_S, 2 * probe.GREETING_S, 4 * probe.GREETING_S]
-    assert caplog.text.count(f"instance {node.id} does not answer yet: asking again") == 2
+    assert shell.endpoint == sshd.endpoint and waiting.paused == 4
+    assert patience == [times * probe.GREETING_S for times in (1, 2, 4, 4, 4)]
+    assert caplog.text.count(f"instance {node.id} does not answer yet: asking again") == 4
 
 
 def test_who_only_looks_does_not_wait(
