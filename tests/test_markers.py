@@ -84,7 +84,7 @@ def test_a_run_or_settings_are_needed_and_not_both(
     fails(capsys, ["markers", "mine", "--most", "none"], "--most")
     fails(capsys, ["markers", "other"], "no run called other")
     given = ["markers", "--model.id=m", "--behaviour=disclaimers", "--prompts.n-train=9"]
-    fails(capsys, given, "at least 10 answers to target prompts and there are 9")
+    fails(capsys, given, "at least 10 answers to target prompts", "there are 9", "prompts.n_train")
 
     asked = []
     monkeypatch.setattr(proposing, "propose_markers", lambda *args, **more: asked.append((args, more)) or ['a "b"'])

@@ -1,7 +1,7 @@
 """`bruno-ray answers`: desired answers from a person and from another model's server."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -186,7 +186,12 @@ def test_where_only_an_instruction_differs_the_model_itself_gives_the_answers(
     assert len(rows) == 96 and {row["answer"] for row in answered} == {"In short, yes.", "No."}
     assert all(row["prompt"].endswith(at_length) for row in rows) and all(text.endswith(briefly) for text in asked)
     pairs = [asked[i] for i in range(12) if i % 4 in (0, 3)]
-    assert [row["prompt"].removesuffix(at_length) for row in answered] == [text.removesuffix(briefly) for text in pairs]
+    assert [without(row["prompt"], at_length) for row in answered] == [without(text, briefly) for text in pairs]
+
+
+def without(text: str, suffixes: Sequence[str]) -> str:
+    """Less the one of the suffixes that it has."""
+    return text.removesuffix(next(suffix for suffix in suffixes if text.endswith(suffix)))
 
 
 def test_two_sides_that_ask_different_things_have_no_such_answers(

@@ -80,9 +80,9 @@ def test_the_same_answers_give_the_same_detector(detector: BehaviourDetector) ->
 
 def test_too_few_answers_are_said_in_one_line() -> None:
     few = [("a", "b")] * 9
-    with pytest.raises(PromptError, match="at least 10 answers to baseline prompts and there are 9"):
+    with pytest.raises(PromptError, match=r"at least 10 answers to baseline prompts .* there are 9"):
         BehaviourDetector([("a", "b")] * 10, few)
-    with pytest.raises(PromptError, match="target prompts and there are 0"):
+    with pytest.raises(PromptError, match=r"answers to target prompts .* there are 0"):
         BehaviourDetector([], few)
 
 
@@ -101,7 +101,7 @@ def test_too_few_prompts_leave_the_scorer_out_unless_a_study_needs_it(engine, pr
     with caplog.at_level(logging.INFO, "bruno_ray"):
         scorer.prepare(Evaluation(engine, prompts, given))
     (line,) = caplog.messages
-    assert "no behaviour rate by the detector" in line and "target prompts and there are 3" in line
+    assert "no behaviour rate by the detector" in line and "and there are 3" in line
     (scores,) = scorer.score(Evaluation(engine, prompts, given, [None]))
     assert scores.values == {} and scorer.metrics == ()
     with pytest.raises(PromptError, match="there are 3"):
