@@ -232,11 +232,17 @@ def saved_folder(run: RunDirectory, trial: int) -> Path | None:
     return next((place for place in places if (place / "README.md").is_file()), None)
 
 
-def folder_to_fill(run: RunDirectory, number: int) -> Path | None:
-    """Where the selected trial is to be saved; None where the run has it already, and has measured it there."""
+def measured_folder(run: RunDirectory) -> Path | None:
+    """Where the selected trial was saved to, if it is still there and has been measured."""
     selected = run.read().selected
-    is_measured = selected is not None and selected.number == number and selected.saved is not None
-    if is_measured and (folder := saved_folder(run, number)) is not None:
+    return saved_folder(run, selected.number) if selected is not None and selected.saved is not None else None
+
+
+def folder_to_fill(run: RunDirectory, number: int) -> Path | None:
+    """Where that trial is to be saved; None where it is the selected one, and saved and measured already."""
+    selected = run.read().selected
+    is_selected = selected is not None and selected.number == number
+    if is_selected and (folder := measured_folder(run)) is not None:
         logger.info("trial %d is saved in %s already", number, folder)
         return None
     return free_model_folder(run, number)

@@ -93,21 +93,20 @@ def is_finished(run: RunDirectory, settings: Settings, done: int) -> bool:
     Args:
         done: trials of its study that count.
     """
-    from bruno_ray.pipeline.finishing import saved_folder
+    from bruno_ray.pipeline.finishing import measured_folder
 
     record = run.read()
-    selected = record.selected
     same = settings.selection == record.settings.selection and settings.scoring == record.settings.scoring
     if not (settings.selection.auto and same and done >= settings.study.n_trials):
         return False
-    if selected is None or selected.saved is None or (folder := saved_folder(run, selected.number)) is None:
+    if record.selected is None or (folder := measured_folder(run)) is None:
         return False
     from bruno_ray.pipeline import commands
 
     logger.info(
         "%s is finished: %d trials, trial %d is saved in %s; `bruno-ray resume %s --more N` adds trials,"
         " `bruno-ray save %s:N --to FOLDER` saves another one",
-        *(run.name, done, selected.number, folder, run.name, run.name),
+        *(run.name, done, record.selected.number, folder, run.name, run.name),
     )
     commands.report(run.path)
     return True

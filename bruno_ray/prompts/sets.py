@@ -143,9 +143,12 @@ def _load_side(side: str, given: PromptSet, settings: PromptSettings) -> PromptP
 def _show(name: str, source: str, parts: dict[str, list[Prompt]], notes: tuple[str, ...]) -> None:
     """One line per data set: how many prompts it gave to which part, what was inferred, and the first prompt."""
     counts = ", ".join(f"{len(prompts)} {part}" for part, prompts in parts.items())
-    noted = f" ({'; '.join(notes)})" if notes else ""
     first = excerpt(next(iter(parts.values()))[0].user)
-    logger.info("%s: %s from %s%s, the first %s", name, counts, source, noted, first)
+    logger.info("%s: %s from %s%s, the first %s", name, counts, source, _in_brackets(notes), first)
+
+
+def _in_brackets(notes: tuple[str, ...]) -> str:
+    return f" ({'; '.join(notes)})" if notes else ""
 
 
 def _load_part(
@@ -194,9 +197,9 @@ def _cut(
     questions in two ways have each question in the same part. Order within a part is that of the list.
     """
     if len(prompts) < len(shares):
-        noted = f" ({'; '.join(notes)})" if notes else ""
+        others = " and ".join(list(shares)[1:])
         raise PromptError(
-            f"{name} has only {len(prompts)} prompts{noted}, too few to take out {' and '.join(list(shares)[1:])};"
+            f"{name} has only {len(prompts)} prompts{_in_brackets(notes)}, too few to take out {others};"
             f" give more prompts, or set {name.rpartition('.')[0]}.{list(shares)[-1]}.source"
         )
 

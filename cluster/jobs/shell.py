@@ -43,8 +43,8 @@ class Shell:
     host_key_alias: str
 
     def ssh(self, *options: str) -> list[str]:
-        patience = ("-o", f"ConnectTimeout={CONNECT_TIMEOUT_S}")  # of an option that is given twice ssh takes the first
-        return ["ssh", *patience, *self.identity.options(self.host_key_alias), *options, "-p", str(self.endpoint.port)]
+        given = self.identity.options(self.host_key_alias, CONNECT_TIMEOUT_S)
+        return ["ssh", *given, *options, "-p", str(self.endpoint.port)]
 
     @property
     def target(self) -> str:

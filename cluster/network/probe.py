@@ -26,8 +26,8 @@ def runs_commands(endpoint: Endpoint, identity: SshIdentity, host_key_alias: str
     """Whether a command comes back from there; False is "not yet", and takes 12 s at most, times ``patience``."""
     if not greets(endpoint, patience * GREETING_S):
         return False
-    words = ["ssh", "-T", "-n", "-o", f"ConnectTimeout={math.ceil(patience * CONNECT_TIMEOUT_S)}"]
-    words += [*identity.options(host_key_alias), "-p", str(endpoint.port)]
+    options = identity.options(host_key_alias, math.ceil(patience * CONNECT_TIMEOUT_S))
+    words = ["ssh", "-T", "-n", *options, "-p", str(endpoint.port)]
     words += [f"{endpoint.user}@{endpoint.host}", f"echo {MARK}"]
     try:
         done = subprocess.run(words, capture_output=True, text=True, timeout=patience * COMMAND_S, errors="replace")

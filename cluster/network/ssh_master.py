@@ -78,7 +78,7 @@ class SshIdentity:
     accept_new: bool = True
     """Pin the host key at first contact; False for keys that somebody else has pinned."""
 
-    def options(self, host_key_alias: str) -> list[str]:
+    def options(self, host_key_alias: str, connect_timeout_s: int = CONNECT_TIMEOUT_S) -> list[str]:
         """ssh options; the host key is pinned under the alias at first contact and must not change afterwards."""
         pairs = {
             "IdentityFile": str(self.key),
@@ -88,7 +88,7 @@ class SshIdentity:
             "UserKnownHostsFile": str(self.known_hosts),
             "GlobalKnownHostsFile": "/dev/null",
             "HostKeyAlias": host_key_alias,
-            "ConnectTimeout": str(CONNECT_TIMEOUT_S),
+            "ConnectTimeout": str(connect_timeout_s),
             "ServerAliveInterval": str(ALIVE_INTERVAL_S),
             "ServerAliveCountMax": str(ALIVE_COUNT),
             "LogLevel": "ERROR",

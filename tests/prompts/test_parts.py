@@ -59,7 +59,10 @@ def test_several_wordings_take_turns_and_a_question_stays_one(empty_directory: P
     assert {user for user in everything if user.endswith(" At length.")} == {
         f"a {i} At length." for i in range(0, 30, 2)
     }
-    assert [prompt.kept_end for prompt in prompts.target.train if prompt.user.startswith("a 1 ")] in ([], [19])
+    assert {prompt.user[-prompt.kept_end :] for prompt in prompts.target.train} == {
+        " At length.",
+        " Say a lot, please.",
+    }
 
 
 def test_of_two_prefixes_the_longer_one_is_taken_off(empty_directory: Path) -> None:

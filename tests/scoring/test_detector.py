@@ -101,7 +101,11 @@ def test_too_few_prompts_leave_the_scorer_out_unless_a_study_needs_it(engine, pr
     with caplog.at_level(logging.INFO, "bruno_ray"):
         scorer.prepare(Evaluation(engine, prompts, given))
     (line,) = caplog.messages
-    assert "no behaviour rate by the detector" in line and "and there are 3" in line
+    assert (
+        "no behaviour rate by the detector" in line
+        and "answers to target prompts" in line
+        and "and there are 3" in line
+    )
     (scores,) = scorer.score(Evaluation(engine, prompts, given, [None]))
     assert scores.values == {} and scorer.metrics == ()
     with pytest.raises(PromptError, match="there are 3"):
