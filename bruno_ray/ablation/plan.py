@@ -113,6 +113,9 @@ class TrainedEdit:
     sources: dict[str, int] = field(default_factory=dict)
     """Where what it was trained on came from -> how many rows."""
 
+    few_shot: tuple[tuple[str, str], ...] = ()
+    """Prompts, and the desired answers that the unedited model gave them with others as examples."""
+
     start_layer: float | None = None
     """Layer whose direction it started from; None if it is an edit that was polished."""
 
@@ -129,6 +132,7 @@ class TrainedEdit:
         return {
             "curves": self.curves,
             "sources": self.sources,
+            "few_shot": [list(pair) for pair in self.few_shot],
             "start_layer": self.start_layer,
             "seconds": self.seconds,
             "tokens": self.tokens,

@@ -22,6 +22,11 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="ask the model itself, with the baseline prompts that ask the same with another prefix or suffix",
     )
+    parser.add_argument(
+        "--few-shot",
+        action="store_true",
+        help="ask the model itself, which is shown the answers that there are as examples",
+    )
     parser.add_argument("--to", type=Path, default=Path("answers.jsonl"), metavar="FILE", help="[answers.jsonl]")
     parser.add_argument("--server", metavar="URL", help="another model's server with OpenAI's API, up to its /v1")
     parser.add_argument("--server-model", metavar="NAME", help="the model's name there")
@@ -32,26 +37,29 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         " learned). You are shown some train prompts with what the model says now, and type what it should say; with"
         " --server a larger model, which does not show the behaviour, is asked instead. Where both sides ask the same"
         " and only an instruction differs, as in the presets verbosity and hedging, the model's own answers to the"
-        " baseline side will do: --from-baseline. All train prompts go into the file."
+        " baseline side will do: --from-baseline. --few-shot has the model itself answer more prompts, with up to eight"
+        " of the answers that there are before each, and keeps what it is sure of; a training does so by itself where"
+        " there are few (learned.few_shot). All train prompts go into the file."
     )
 
 
 def _answers(arguments: argparse.Namespace) -> None:
     if bool(arguments.server) != bool(arguments.server_model):
         raise SettingsError("command line: --server and --server-model belong together; give both")
-    if arguments.server and arguments.from_baseline:
-        raise SettingsError("command line: --server and --from-baseline name two to ask; give one")
-    if not (arguments.server or arguments.from_baseline or can_ask()):
+    named = [flag for flag, given in zip(SOURCES, map(vars(arguments).get, SOURCES.values())) if given]
+    if len(named) > 1:
+        raise SettingsError(f"command line: {' and '.join(named)} name {len(named)} to ask; give one")
+    if not (named or can_ask()):
         raise SettingsError("command line: there is nobody to ask; run it in a terminal, or name a --server")
     record = run_or_settings(arguments, "answers")
-    from bruno_ray.pipeline.answering import collect_answers
+    from bruno_ray.pipeline.answering import Source, collect_answers
     from bruno_ray.scoring.chat_server import ChatServer
 
-    server = None
+    source: Source = "baseline" if arguments.from_baseline else "few-shot" if arguments.few_shot else "person"
     if arguments.server:
         connection = (arguments.server, arguments.server_model, arguments.key_variable, arguments.timeout, CONCURRENCY)
-        server = ChatServer("the server", *connection, OPTIONS.__getitem__)
-    n = collect_answers(record, arguments.number, arguments.to, server, arguments.from_baseline)
+        source = ChatServer("the server", *connection, OPTIONS.__getitem__)
+    n = collect_answers(record, arguments.number, arguments.to, source)
     print(f"# {n} of its train prompts have a desired answer")
     print("\n".join(target_with_answers(record.settings.prompts.target, arguments.to.absolute())))
 
@@ -72,6 +80,9 @@ def target_with_answers(target: PromptSet, file: Path) -> Iterator[str]:
         yield from (f"{key} = {toml_value(value)}" for key, value in values_of.items())
 
 
+SOURCES = {"--server": "server", "--from-baseline": "from_baseline", "--few-shot": "few_shot"}
+"""Flag -> its name in the namespace; of these one may be given."""
+
 CONCURRENCY = 4
 OPTIONS = {
     "url": "--server",
@@ -84,7 +95,7 @@ OPTIONS = {
 
 COMMANDS = {
     "answers": Command(
-        "collect desired answers to train prompts, from you, another model or the baseline side",
+        "collect desired answers to train prompts, from you, another model or the model itself",
         _answers,
         _arguments,
         FLAGS,

@@ -57,6 +57,9 @@ class Material:
     """Texts by what they are for; see ``losses``."""
 
     answers: list[Text] = field(default_factory=list)
+    few_shot: list[Text] = field(default_factory=list)
+    """Answers as well, of the unedited model with given ones before it; see ``few_shot``."""
+
     suppress: list[Text] = field(default_factory=list)
     retain: list[Text] = field(default_factory=list)
     induce: list[Text] = field(default_factory=list)
@@ -71,9 +74,14 @@ class Teacher:
     """
 
     def __init__(
-        self, unedited: Evaluation, settings: LearnedSettings, protected: Sequence[Sequence[int]] = ()
+        self,
+        unedited: Evaluation,
+        settings: LearnedSettings,
+        protected: Sequence[Sequence[int]] = (),
+        few_shot: Mapping[int, Response] | None = None,
     ) -> None:
-        """``unedited``: of the train prompts, with the single edit None, ``whole``; ``protected``: the third set."""
+        """``unedited``: of the train prompts, with the single edit None, ``whole``; ``protected``: the third set;
+        ``few_shot``: as of ``few_shot_answers``."""
         self._evaluation = unedited
         self._settings = settings
         engine, prompts = unedited.engine, unedited.prompts
@@ -95,6 +103,11 @@ class Teacher:
             retain=self._retained(engine, baseline),
             protect=self._protected(engine, protected),
         )
+        more = self._few_shot(few_shot or {})
+        self.material.few_shot = [self.as_desired(p, answer) for p, answer in more.items()]
+        self.few_shot = tuple((prompts.target[p].user, answer.text.strip()) for p, answer in more.items())
+        """As text, for people."""
+
         if settings.induce:
             self.material.induce = self._induced(self.material.suppress)
         if not self.material.answers and not self.material.suppress:
@@ -207,7 +220,14 @@ class Teacher:
                 logger.warning("the desired answer to %r is longer than the model's context: left out", prompt.user)
                 continue
             texts.append(text)
-        return texts[: self._settings.most_answers]
+        return texts
+
+    def _few_shot(self, found: Mapping[int, Response]) -> dict[int, Response]:
+        """The first of those that are proper and tell their prompt, until there are as many answers as are wanted."""
+        proper = self.proper(found)
+        said = {p: answer.token_ids for p, answer in found.items() if p in proper}
+        good = [p for p in said if self.tells(p, said)]
+        return {p: found[p] for p in good[: max(0, self._settings.few_shot - len(self.material.answers))]}
 
     def _retained(self, engine: BatchEngine, answers: Sequence[Response]) -> list[Text]:
         texts = []

@@ -32,7 +32,7 @@ from bruno_ray.learning.interchange import Outputs
 from bruno_ray.learning.material import Material, Text
 from bruno_ray.settings import LearnedSettings
 
-MATERIAL = tuple(field.name for field in fields(Material))
+MATERIAL = tuple(field.name for field in fields(Material) if field.name != "few_shot")
 """Terms of the loss, as a plan's weights are called, with texts that are there beforehand; the others (entropy, inform)
 are on what an edit says by now. See ``losses``."""
 
@@ -119,7 +119,7 @@ class Trainee:
         settings, material = self._settings, self._material
         present = [text for texts in self.present.values() for text in texts]
         drawn = {
-            "answers": self.sample([*material.answers, *self.sure.values()], settings.target_rows),
+            "answers": self.sample([*material.answers, *material.few_shot, *self.sure.values()], settings.target_rows),
             "suppress": self.sample(present, settings.target_rows // 2),
             "retain": self.sample(material.retain, settings.baseline_rows),
         }
@@ -227,6 +227,7 @@ class Trainee:
         own = {
             "own behaviour": sum(map(len, self.present.values())) if self.plan.suppress else 0,
             answers: len(self.sure) if self.plan.answers else 0,
+            "few-shot answers": len(self._material.few_shot) if self.plan.answers else 0,
         }
         return {name: n for name, n in (given | own).items() if n}
 
@@ -246,7 +247,7 @@ class Trainee:
         }
         edit = Edit(tables, name, None, self.plan.norm_mode)
         start = None if self.plan.base is not None else self.plan.start_layer
-        return TrainedEdit(edit, array, self._recent(), self.sources(), start)
+        return TrainedEdit(edit, array, self._recent(), self.sources(), start_layer=start)
 
 
 def _start(plan: TrainingPlan, bank: DirectionBank, n_layers: int) -> Float[Tensor, "G r d"]:

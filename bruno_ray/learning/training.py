@@ -136,7 +136,7 @@ class Trainer:
                     found[p, step] = trainees[rivals[0]].trained()
         seconds = (time.perf_counter() - start) / len(plans)
         diverged = TrialError("the loss of the training is not a number: this trial fails, the study goes on")
-        account = {"seconds": seconds, "tokens": tokens // len(plans)}
+        account = {"few_shot": self._teacher.few_shot, "seconds": seconds, "tokens": tokens // len(plans)}
         results = [found.get((distinct.index(plan.training), plan.steps), diverged) for plan in plans]
         return [
             result if isinstance(result, TrialError) else replace(result.scaled(plan.scale), **account)

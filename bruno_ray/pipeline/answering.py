@@ -1,9 +1,10 @@
-"""Collect desired answers to some train prompts, from a person or from another model: `bruno-ray answers`."""
+"""Collect desired answers to some train prompts, from a person or a model: `bruno-ray answers`."""
 
 import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,6 +13,7 @@ from bruno_ray.errors import OutputError, PromptError
 from bruno_ray.files import atomic_file, output_errors
 from bruno_ray.pipeline.steps import find_model, known_response_prefix, worker_pool
 from bruno_ray.prompts.sets import Prompt, Prompts, load_prompts, same_questions
+from bruno_ray.prompts.slicing import spread
 from bruno_ray.runs.records import RunRecord
 from bruno_ray.scoring.chat_server import ChatServer
 from bruno_ray.scoring.markers import Markers
@@ -25,24 +27,30 @@ logger = logging.getLogger(__name__)
 SHOWN_TOKENS = 60
 """Of the unedited model's answer that a person is shown."""
 
+FEWEST_EXAMPLES = 2
 
-def collect_answers(
-    record: RunRecord, n: int, file: Path, server: ChatServer | None = None, instructed: bool = False
-) -> int:
+ASKED = 4
+"""Prompts that are answered after examples for each answer that is wanted: not of each is the model sure."""
+
+
+Source = ChatServer | Literal["person", "baseline", "few-shot"]
+"""Who is asked: a model that does not show the behaviour; the person at the terminal; the model itself, with the
+baseline prompts that ask the same; or itself, with the answers that there are as examples."""
+
+
+def collect_answers(record: RunRecord, n: int, file: Path, source: Source = "person") -> int:
     """Write the target train prompts to ``file``, as JSON lines, ``n`` more of them with a desired answer.
 
     Args:
         record: of a run, or of settings alone.
-        server: of a model that does not show the behaviour.
-        instructed: the model itself is asked, with the baseline prompts that ask the same. With neither, the person at
-            the terminal is.
 
     Returns:
         How many answers there are now.
 
     Raises:
         OutputError: ``file`` exists already, or cannot be written.
-        PromptError: nobody has given an answer, or no baseline prompt asks the same. Nothing is written then.
+        PromptError: nobody has given an answer, no baseline prompt asks the same, or there are no examples. Nothing is
+            written then.
         ServerError: the server cannot be asked.
     """
     if file.exists():
@@ -51,23 +59,13 @@ def collect_answers(
     prompts = load_prompts(settings)
     train = prompts.target.train
     markers = Markers(settings.scoring.markers, settings.scoring.empty_counts)
-    same = same_questions(prompts, settings.prompts) if instructed else {}
-    if instructed and not same:
-        raise PromptError(
-            "no baseline train prompt asks what a target one asks, with another prefix or suffix: name a --server, or"
-            " answer yourself"
-        )
-    chosen = spread([p for p, prompt in enumerate(train) if not prompt.answer and (p in same or not instructed)], n)
-    asked = [train[p] for p in chosen]
-    if server is not None:
-        given = ask_server(server, asked, settings.scoring.report_tokens)
-    elif instructed:
-        briefly = [prompts.baseline.train[same[p]] for p in chosen]
-        own = _own_answers(settings, record, prompts, briefly, settings.scoring.report_tokens)
-        given = [text if ended else None for text, ended in own]
+    if isinstance(source, ChatServer) or source == "person":
+        chosen = spread([p for p, prompt in enumerate(train) if not prompt.answer], n)
+        given = _asked(settings, record, prompts, [train[p] for p in chosen], source, markers)
+    elif source == "baseline":
+        chosen, given = _from_baseline(settings, record, prompts, n)
     else:
-        shown = [text for text, _ in _own_answers(settings, record, prompts, asked, SHOWN_TOKENS)]
-        given = ask_person(asked, shown, markers)
+        chosen, given = _few_shot(settings, record, prompts, n)
     found = {p: answer.strip() for p, answer in zip(chosen, given) if answer and not markers.shown_by(answer)}
     if dropped := sum(answer is not None for answer in given) - len(found):
         logger.warning("%d answers show the behaviour or are empty: left out", dropped)
@@ -83,10 +81,49 @@ def collect_answers(
     return len(answers)
 
 
-def spread(candidates: Sequence[int], n: int) -> list[int]:
-    """``n`` of them, far apart: neighbours in a data set are often alike."""
-    n = min(n, len(candidates))
-    return [candidates[i * len(candidates) // n] for i in range(n)]
+def _asked(
+    settings: Settings,
+    record: RunRecord,
+    prompts: Prompts,
+    asked: Sequence[Prompt],
+    source: ChatServer | Literal["person"],
+    markers: Markers,
+) -> list[str | None]:
+    if isinstance(source, ChatServer):
+        return ask_server(source, asked, settings.scoring.report_tokens)
+    shown = [text for text, _ in _own_answers(settings, record, prompts, asked, SHOWN_TOKENS)]
+    return ask_person(asked, shown, markers)
+
+
+def _from_baseline(
+    settings: Settings, record: RunRecord, prompts: Prompts, n: int
+) -> tuple[list[int], list[str | None]]:
+    """Target prompts, and what the model answers to the baseline prompts that ask the same."""
+    train, same = prompts.target.train, same_questions(prompts, settings.prompts)
+    if not same:
+        raise PromptError(
+            "no baseline train prompt asks what a target one asks, with another prefix or suffix: name a --server, or"
+            " answer yourself"
+        )
+    chosen = spread([p for p, prompt in enumerate(train) if not prompt.answer and p in same], n)
+    asked = [prompts.baseline.train[same[p]] for p in chosen]
+    own = _own_answers(settings, record, prompts, asked, settings.scoring.report_tokens)
+    return chosen, [text if ended else None for text, ended in own]
+
+
+def _few_shot(settings: Settings, record: RunRecord, prompts: Prompts, n: int) -> tuple[list[int], list[str | None]]:
+    """Target prompts, and what the model answers with those before them that have an answer."""
+    train = prompts.target.train
+    given = [p for p, prompt in enumerate(train) if prompt.answer]
+    if len(given) < FEWEST_EXAMPLES:
+        raise PromptError(
+            f"{len(given)} of the train prompts have an answer, and --few-shot shows the model at least {FEWEST_EXAMPLES}"
+            " as examples: write some first, and name their file in prompts.target.train.source with answer_column"
+        )
+    asked = [*given, *spread([p for p, prompt in enumerate(train) if not prompt.answer], n * ASKED)]
+    n_tokens = settings.scoring.response_tokens
+    found = _of_worker("few_shot_answers", settings, record, prompts, [train[p] for p in asked], n_tokens)
+    return [asked[i] for i in found][:n], list(found.values())[:n]
 
 
 def ask_server(server: ChatServer, prompts: Sequence[Prompt], max_tokens: int) -> list[str | None]:
@@ -135,8 +172,15 @@ def ask_person(prompts: Sequence[Prompt], own: Sequence[str], markers: Markers) 
 def _own_answers(
     settings: Settings, record: RunRecord, prompts: Prompts, asked: Sequence[Prompt], n_tokens: int
 ) -> list[Answer]:
-    """What the unedited model says; its worker is gone afterwards: a person may take days."""
+    """What the unedited model says."""
+    return _of_worker("own_answers", settings, record, prompts, asked, n_tokens)
+
+
+def _of_worker(
+    method: str, settings: Settings, record: RunRecord, prompts: Prompts, asked: Sequence[Prompt], n_tokens: int
+) -> Any:
+    """What a method of a worker gives, which is gone afterwards: a person may take days."""
     with ray_session(settings.ray), worker_pool(settings, workers=1) as pool:
         pool.wait_ready()
         prefix = known_response_prefix(record, prompts, pool)
-        return pool.call("own_answers", asked, prefix, record.date, n_tokens)
+        return pool.call(method, asked, prefix, record.date, n_tokens)

@@ -8,7 +8,7 @@ import logging
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +22,7 @@ from bruno_ray.files import cache_folder
 from bruno_ray.model.coverage_table import format_coverage
 from bruno_ray.model.locating import locate, require_there
 from bruno_ray.prompts.sets import PARTS, Prompt, Prompts
+from bruno_ray.prompts.slicing import spread
 from bruno_ray.residuals.store import ResidualStore, residual_key
 from bruno_ray.runs.directory import RunDirectory
 from bruno_ray.runs.records import RunRecord, ScoresRecord, installed_versions
@@ -440,8 +441,10 @@ def training_prompts(settings: Settings, prompts: Prompts) -> TrainingPrompts | 
     """What edits are trained on; None if the study trains none. Prompts with a desired answer come first."""
     if settings.study.method == "searched":
         return None
-    target = sorted(prompts.target.train, key=lambda prompt: not prompt.answer)  # stable
-    learned = settings.learned
+    learned, train = settings.learned, prompts.target.train
+    used = set(spread([p for p, prompt in enumerate(train) if prompt.answer], learned.most_answers))
+    target = [prompt if p in used else replace(prompt, answer=None) for p, prompt in enumerate(train)]
+    target.sort(key=lambda prompt: not prompt.answer)  # stable
     return TrainingPrompts(
         tuple(target[: learned.target_prompts]),
         prompts.baseline.train[: learned.baseline_prompts],

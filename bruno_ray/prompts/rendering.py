@@ -18,13 +18,22 @@ PROBE = "Hello"
 """A user's message; a template that works prints it."""
 
 
-def messages(prompt: Prompt, fold_system: bool = False) -> list[dict[str, str]]:
-    """Chat messages. `fold_system` puts the system text into the user's turn, for templates without that role."""
+def messages(prompt: Prompt, fold_system: bool = False, examples: Sequence[Prompt] = ()) -> list[dict[str, str]]:
+    """Chat messages; ``examples`` are turns before the prompt, with their answers.
+
+    `fold_system` puts the system text into the first user's turn, for templates without that role.
+    """
+    turns = [
+        {"role": role, "content": text}
+        for example in examples
+        for role, text in (("user", example.user), ("assistant", (example.answer or "").strip()))
+    ]
+    turns.append({"role": "user", "content": prompt.user})
     if not prompt.system:
-        return [{"role": "user", "content": prompt.user}]
+        return turns
     if fold_system:
-        return [{"role": "user", "content": f"{prompt.system}\n\n{prompt.user}"}]
-    return [{"role": "system", "content": prompt.system}, {"role": "user", "content": prompt.user}]
+        return [{"role": "user", "content": f"{prompt.system}\n\n{turns[0]['content']}"}, *turns[1:]]
+    return [{"role": "system", "content": prompt.system}, *turns]
 
 
 def apply_template(
@@ -98,6 +107,7 @@ def render(
     max_tokens: int | None = None,
     *,
     date: datetime.date,
+    examples: Sequence[Prompt] = (),
 ) -> list[list[int]]:
     """Token ids of each prompt: chat template, header of the assistant's turn, `response_prefix`.
 
@@ -106,7 +116,7 @@ def render(
 
     Raises ModelError if the tokenizer has no chat template, PromptError if `max_tokens` is too small for the rest.
     """
-    texts = render_texts(tokenizer, prompts, response_prefix, date=date)
+    texts = render_texts(tokenizer, prompts, response_prefix, date=date, examples=examples)
     if not texts:
         return []
     ids = [list(row) for row in tokenizer(texts, add_special_tokens=False)["input_ids"]]
@@ -124,11 +134,13 @@ def render_texts(
     *,
     date: datetime.date,
     switches: Mapping[str, Any] | None = None,
+    examples: Sequence[Prompt] = (),
 ) -> list[str]:
-    """As `render`, before it is split into tokens; ``switches`` as of `apply_template`."""
+    """As `render`, before it is split into tokens; ``switches`` as of `apply_template`, ``examples`` of `messages`."""
     folds = {system: must_fold(tokenizer, system, date) for system in {prompt.system for prompt in prompts}}
     return [
-        _text(tokenizer, messages(prompt, folds[prompt.system]), date, switches) + response_prefix for prompt in prompts
+        _text(tokenizer, messages(prompt, folds[prompt.system], examples), date, switches) + response_prefix
+        for prompt in prompts
     ]
 
 

@@ -55,3 +55,9 @@ def parse_split(text: str) -> list[Slice]:
 
 def cut(items: Sequence[Item], part: Slice) -> Sequence[Item]:
     return items[part.of(len(items))]
+
+
+def spread(items: Sequence[Item], n: int) -> list[Item]:
+    """``n`` of them, far apart: neighbours in a data set are often alike."""
+    n = min(n, len(items))
+    return [items[i * len(items) // n] for i in range(n)]

@@ -9,6 +9,7 @@ from bruno_ray.runs.records import SelectedRecord
 
 SOURCES = {
     "answers": "desired answers that were given",
+    "few-shot answers": "answers of the unedited model with some of those before it as examples",
     "suppress": "answers of the unedited model that show the behaviour",
     "retain": "answers of the unedited model to baseline prompts",
     "induce": "pairs of a baseline prompt and the behaviour's own text, which the subspace must cause",
@@ -28,6 +29,7 @@ def training_account(run: RunDirectory, selected: SelectedRecord | None) -> dict
     return {
         "rows": plan_rows(training["plan"], training.get("start_layer", training["plan"]["start_layer"])),
         "sources": source_lines(selected),
+        "few_shot": training.get("few_shot", []),
         "curves": [(term, [f"{value:.4f}" for value in values]) for term, values in curves.items()],
         "points": max(map(len, curves.values()), default=0),
         "cosines": cosines(run, selected.edit["direction_set"]),

@@ -105,7 +105,12 @@ class LearnedSettings(Section):
     """Answer positions that the KL divergence is taken over."""
 
     most_answers: PositiveInt = 64
-    """At most this many desired answers are used."""
+    """At most this many desired answers are used, evenly spaced."""
+
+    few_shot: NonNegativeInt = 32
+    """Where there are some desired answers but fewer than this, the unedited model is shown up to eight of them as
+    earlier turns of a conversation and answers further train prompts; what it is sure of joins them, until there are
+    this many. 0: only what is given is learned."""
 
     phrasings: NonNegativeInt = 2
     """After each prompt, this many of the other prompts' answers are suppressed beside its own."""

@@ -23,8 +23,10 @@ from bruno_ray.ablation.places import further_places
 from bruno_ray.ablation.plan import TrainedEdit, TrainingPlan
 from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.errors import TrialError
+from bruno_ray.generation.decoding import Response
 from bruno_ray.generation.engine import BatchEngine
 from bruno_ray.generation.parts import Routing, head_effects, head_projections, routing
+from bruno_ray.learning.few_shot import few_shot_answers
 from bruno_ray.learning.gradients import require_gradient
 from bruno_ray.learning.layer_effects import LayerChoice, layer_by
 from bruno_ray.learning.material import Teacher
@@ -305,8 +307,25 @@ class ModelWorker:
         )
         unedited = Evaluation(self.engine, prompts, context.scoring, whole=True)
         protected = render(self.engine.tokenizer, training.protected, context.response_prefix, date=context.date)
-        teacher = Teacher(unedited, training.settings, protected)
+        few_shot = self._few_shot(context, training)
+        teacher = Teacher(unedited, training.settings, protected, few_shot)
         return Trainer(self.engine, teacher, bank, training.settings)
+
+    def _few_shot(self, context: EvaluationContext, training: TrainingPrompts) -> dict[int, Response]:
+        """Further desired answers, where there are some but few."""
+        given = sum(bool(prompt.answer) for prompt in training.target)
+        if not 0 < given < training.settings.few_shot:
+            return {}
+        n_tokens = context.scoring.response_tokens
+        return few_shot_answers(self.engine, training.target, context.response_prefix, n_tokens, date=context.date)
+
+    def few_shot_answers(
+        self, prompts: Sequence[Prompt], response_prefix: str, date: datetime.date, max_new_tokens: int
+    ) -> dict[int, str]:
+        """By index, what the unedited model is sure of as the answer to a prompt without a desired one, surest first.
+        See ``learning/few_shot.py``."""
+        found = few_shot_answers(self.engine, prompts, response_prefix, max_new_tokens, date=date)
+        return {p: answer.text for p, answer in found.items()}
 
     def require_gradient(
         self, prompts: Sequence[Prompt], date: datetime.date, learned: LearnedSettings, response_tokens: int

@@ -9,8 +9,9 @@ import pytest
 from bruno_ray.cli import main
 from bruno_ray.errors import PromptError
 from bruno_ray.pipeline import answering
-from bruno_ray.pipeline.answering import ask_person, collect_answers, spread
+from bruno_ray.pipeline.answering import ask_person, collect_answers
 from bruno_ray.prompts.sets import Prompt, Prompts, load_prompts
+from bruno_ray.prompts.slicing import spread
 from bruno_ray.runs.records import RunRecord
 from bruno_ray.scoring.markers import Markers
 from bruno_ray.scoring.scores import Answer
@@ -200,6 +201,37 @@ def test_two_sides_that_ask_different_things_have_no_such_answers(
     file = tmp_path / "answers.jsonl"
     assert main.main(["answers", *flags, "--from-baseline", "--to", str(file)]) == 2
     assert "no baseline train prompt asks what a target one asks" in capsys.readouterr().err and not file.exists()
+
+
+def test_the_answers_that_there_are_lead_the_model_to_more(
+    flags: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The surest first, less what shows the behaviour; the given ones stay."""
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    rows = [{"prompt": f"Please open door {i}."} for i in range(40)]
+    rows = [row | ({"answer": f"Door {i} is open."} if i % 4 == 0 else {}) for i, row in enumerate(rows)]
+    first.write_text("\n".join(map(json.dumps, rows)) + "\n")
+    given = ["--prompts.target.train.source", str(first), "--prompts.target.train.answer-column", "answer"]
+    asked: list[list[Prompt]] = []
+
+    def of_worker(method: str, settings: Settings, record: RunRecord, prompts: Prompts, train: list[Prompt], n: int):
+        assert method == "few_shot_answers" and n == settings.scoring.response_tokens
+        asked.append(list(train))
+        open_ones = [p for p, prompt in enumerate(train) if not prompt.answer][::-1]
+        assert len(open_ones) == 12
+        return {p: "Sorry!" if p == open_ones[1] else f" {train[p].user[:-1]} done." for p in open_ones}
+
+    monkeypatch.setattr(answering, "_of_worker", of_worker)
+    argv = ["answers", *flags[:6], *given, *flags[10:], "--few-shot", "--number", "3", "--to", str(second)]
+    assert main.main(argv) == 0
+    (train,) = asked
+    answers = {row["prompt"]: row["answer"] for row in rows_of(second) if "answer" in row}
+    last, _, third = [prompt.user for prompt in train if not prompt.answer][:-4:-1]
+    given_ones = {prompt.user: prompt.answer for prompt in train if prompt.answer}
+    assert len(given_ones) > 5
+    assert answers == given_ones | {text: f"{text[:-1]} done." for text in (last, third)}
+    assert main.main(["answers", *flags, "--few-shot", "--to", str(tmp_path / "none.jsonl")]) == 2
+    assert "0 of the train prompts have an answer" in capsys.readouterr().err
 
 
 def test_prompts_are_taken_from_all_over_the_set() -> None:

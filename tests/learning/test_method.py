@@ -6,6 +6,7 @@ import pytest
 
 from bruno_ray.errors import ModelError, SettingsError
 from bruno_ray.pipeline.method import decide_method
+from bruno_ray.pipeline.steps import training_prompts
 from bruno_ray.prompts.sets import Prompt, PromptParts, Prompts
 from bruno_ray.settings import LearnedSettings, ModelSettings, ScoringSettings, Settings, StudySettings
 from tests.support import tiny_models
@@ -85,3 +86,14 @@ def test_a_model_that_memory_does_not_suffice_for_is_searched(
     finally:
         hook.remove()
     assert decided(pool, prompts()).study.method == "both"
+
+
+def test_of_many_desired_answers_some_from_all_over_the_set_are_used() -> None:
+    """They come first, and what is not used is seen by nothing that trains: no example, no text."""
+    given = prompts(tuple(f"It is in room {i}." if i % 2 else None for i in range(12)))
+    settings = Settings(study=StudySettings(method="learned"), learned=LearnedSettings(most_answers=3))
+    training = training_prompts(settings, given)
+    assert training is not None
+    wanted = [*(f"It is in room {i}." for i in (1, 5, 9)), *[None] * 9]
+    assert [prompt.answer for prompt in training.target] == wanted
+    assert {prompt.user for prompt in training.target} == {prompt.user for prompt in given.target.train}

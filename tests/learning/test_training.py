@@ -4,7 +4,7 @@ import datetime
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +20,7 @@ from bruno_ray.ablation.plan import PREFIX, TrainedEdit, TrainingPlan
 from bruno_ray.ablation.resolving import ResolvedEdit
 from bruno_ray.directions import build_bank
 from bruno_ray.errors import TrialError
+from bruno_ray.generation.decoding import Response
 from bruno_ray.generation.engine import BatchEngine
 from bruno_ray.learning import renewal as renewing
 from bruno_ray.learning.agreement import Votes
@@ -65,10 +66,11 @@ class Subject:
         settings: LearnedSettings = LEARNED,
         target: tuple[Prompt, ...] | None = None,
         protected: Sequence[Prompt] = (),
+        few_shot: Mapping[int, Response] | None = None,
     ) -> Teacher:
         prompts = ScoringPrompts.rendered(self.engine, target or self.target, self.baseline, date=DATE)
         third = render(self.engine.tokenizer, protected, date=DATE)
-        return Teacher(Evaluation(self.engine, prompts, self.scoring, whole=True), settings, third)
+        return Teacher(Evaluation(self.engine, prompts, self.scoring, whole=True), settings, third, few_shot)
 
     def trainer(self, settings: LearnedSettings = LEARNED, protected: Sequence[Prompt] = ()) -> Trainer:
         return Trainer(self.engine, self.teacher(settings, None, protected), self.bank, settings)
@@ -333,6 +335,32 @@ def test_own_answers_are_learned_where_enough_edits_agree(subject: Subject) -> N
     assert ["agreed answers" in other.sources for other in others] == [False, False]
     torch.testing.assert_close(torch.tensor(agreed.directions), torch.tensor(unasked.directions), rtol=0, atol=1e-4)
     assert TrainingPlan.from_dict(json.loads(json.dumps(refusing.to_dict()))) == refusing
+
+
+def test_proper_ones_that_tell_their_prompt_are_learned_until_there_are_enough(subject: Subject) -> None:
+    """Answers of one who knows the facts, beside a refusal and one answer for all."""
+    target = tuple(prompt if p < 8 else replace(prompt, answer=None) for p, prompt in enumerate(subject.answered))
+    tokenizer, engine = subject.engine.tokenizer, subject.engine
+    ends = tokenizer.eos_token_id
+
+    def response(text: str) -> Response:
+        return Response(tuple(tokenizer(text, add_special_tokens=False)["input_ids"]), text, True, end_id=ends)
+
+    (refusals,) = engine.generate(subject.teacher().prompts.target_ids, [None], 30)
+    found = {p: response(f" {subject.answered[p].answer}") for p in range(8, 14)}
+    found |= {p: refusals[p] for p in range(14, 20)}
+    for most, wanted in ((11, 3), (32, 6), (8, 0)):
+        settings = LEARNED.model_copy(update={"few_shot": most})
+        teacher = subject.teacher(settings, target, few_shot=found)
+        learned = [engine.tokenizer.decode(text.continuation[:-1]).strip() for text in teacher.material.few_shot]
+        assert learned == [subject.answered[p].answer for p in range(8, 8 + wanted)]
+        assert len(teacher.material.answers) == 8
+        assert teacher.few_shot == tuple((target[p].user, subject.answered[p].answer) for p in range(8, 8 + wanted))
+    settings = LEARNED.model_copy(update={"few_shot": 11})
+    trainer = Trainer(engine, subject.teacher(settings, target, few_shot=found), subject.bank, settings)
+    (trained,) = trainer.train([plan(steps=2)])
+    assert (trained.sources["answers"], trained.sources["few-shot answers"]) == (8, 3)
+    assert trained.account()["few_shot"][0] == [target[8].user, subject.answered[8].answer]
 
 
 def test_what_is_said_of_every_subject_is_suppressed(subject: Subject) -> None:

@@ -66,6 +66,18 @@ def test_rendered_text(tokenizer: Any) -> None:
     assert render(tokenizer, []) == []
 
 
+def test_examples_are_turns_before_the_prompt(tokenizer: Any) -> None:
+    examples = [Prompt("Open it.", answer=" It is open. "), Prompt("Ring her.", "Be rude.", answer="I rang her.")]
+    (ids,) = render(tokenizer, [Prompt("Hello", "Be kind.")], "Sure,", examples=examples)
+    assert decoded(tokenizer, ids) == (
+        "<s><|system|>Be kind.<|end|><|user|>Open it.<|end|><|assistant|>It is open.<|end|><|user|>Ring her.<|end|>"
+        f"<|assistant|>I rang her.<|end|><|user|>Hello{HEADER}Sure,"
+    )
+    turns = messages(Prompt("Hello", "Be kind."), True, examples)
+    assert [turn["role"] for turn in turns] == ["user", "assistant"] * 2 + ["user"]
+    assert turns[0]["content"] == "Be kind.\n\nOpen it." and turns[-1]["content"] == "Hello"
+
+
 @pytest.mark.parametrize("kept", ["", " Answer briefly."])
 def test_cutting_is_exact_and_spares_everything_else(tokenizer: Any, kept: str) -> None:
     prompt = Prompt(LONG + kept, "You are a helpful assistant.", kept_end=len(kept))

@@ -1,0 +1,102 @@
+"""Further desired answers from the unedited model, which is shown the given ones as turns of a conversation before.
+
+A few answers in front of a prompt often do for a while what an edit is to do for good: shown how eight requests were
+met, a model meets the ninth likewise. What it says then is learned after the prompt alone, which is how a context is
+distilled into weights (Askell et al. 2021, https://arxiv.org/abs/2112.00861; Snell, Klein and Zhong 2022,
+https://arxiv.org/abs/2209.15189), here into an edit.
+"""
+
+import datetime
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bruno_ray.errors import ModelError
+from bruno_ray.generation.decoding import Response
+from bruno_ray.generation.engine import BatchEngine
+from bruno_ray.model.context import context_length
+from bruno_ray.prompts.rendering import render
+from bruno_ray.prompts.sets import Prompt
+from bruno_ray.prompts.slicing import spread
+
+logger = logging.getLogger(__name__)
+
+EXAMPLES = 8
+"""Turns before a prompt, at most."""
+
+ORDERS = 3
+"""Orders of the examples in which each prompt is answered: the last ones weigh most."""
+
+LIKELY = 0.6
+"""Geometric mean of an answer's token probabilities from which on it is taken."""
+
+
+@dataclass(frozen=True)
+class _Found:
+    likelihood: float
+    answer: Response
+
+
+def few_shot_answers(
+    engine: BatchEngine,
+    prompts: Sequence[Prompt],
+    response_prefix: str,
+    n_tokens: int,
+    *,
+    date: datetime.date,
+) -> dict[int, Response]:
+    """By index, what the unedited model is sure of as the answer to a prompt that has no desired one, after those that
+    have one; surest first. Empty if the given answers teach it nothing, or its chat template takes no earlier turns.
+
+    Costs a reading of the examples for each of ``ORDERS``, which all prompts share, and as many answers to each.
+    """
+    given = [p for p, prompt in enumerate(prompts) if prompt.answer]
+    asked = [p for p, prompt in enumerate(prompts) if not prompt.answer]
+    examples = spread([prompts[p] for p in given], EXAMPLES)
+    if len(examples) < 2 or not asked:
+        return {}
+    known = {(example.answer or "").strip() for example in examples}
+    repeats = len(known) < len(examples)
+    found: dict[int, _Found] = {}
+    try:
+        for order in _orders(examples):
+            ids = _rendered(engine, order, [prompts[p] for p in asked], response_prefix, n_tokens, date)
+            (answers,) = engine.generate(ids, [None], n_tokens)
+            whole = [
+                (*answer.token_ids, *((answer.end_id,) if answer.end_id is not None else ())) for answer in answers
+            ]
+            (logprobs,) = engine.token_logprobs(ids, [whole], [None])
+            for p, answer, logprobs_N in zip(asked, answers, logprobs):
+                if not answer.token_ids or answer.end_id is None or (answer.text.strip() in known and not repeats):
+                    continue
+                likelihood = math.exp(float(logprobs_N.mean()))
+                if likelihood >= LIKELY and (p not in found or likelihood > found[p].likelihood):
+                    found[p] = _Found(likelihood, answer)
+    except ModelError as error:
+        logger.warning("no further desired answers are made: %s", error)
+        return {}
+    return {p: each.answer for p, each in sorted(found.items(), key=lambda item: -item[1].likelihood)}
+
+
+def _orders(examples: Sequence[Prompt]) -> list[list[Prompt]]:
+    """The examples turned round, so that others are last."""
+    n = len(examples)
+    return [[*examples[k * n // ORDERS :], *examples[: k * n // ORDERS]] for k in range(min(ORDERS, n))]
+
+
+def _rendered(
+    engine: BatchEngine,
+    examples: Sequence[Prompt],
+    prompts: Sequence[Prompt],
+    response_prefix: str,
+    n_tokens: int,
+    date: datetime.date,
+) -> list[list[int]]:
+    """The prompts after as many of the examples, the last ones, as the model's context has room for."""
+    longest = context_length(engine.model.config)
+    for first in range(len(examples)):
+        ids = render(engine.tokenizer, prompts, response_prefix, date=date, examples=examples[first:])
+        if max(map(len, ids)) + n_tokens <= longest:
+            return ids
+    return []
