@@ -117,8 +117,8 @@ def _few_shot(settings: Settings, record: RunRecord, prompts: Prompts, n: int) -
     given = [p for p, prompt in enumerate(train) if prompt.answer]
     if len(given) < FEWEST_EXAMPLES:
         raise PromptError(
-            f"{len(given)} of the train prompts have an answer, and --few-shot shows the model at least {FEWEST_EXAMPLES}"
-            " as examples: write some first, and name their file in prompts.target.train.source with answer_column"
+            f"{len(given)} of the train prompts have an answer, and --few-shot takes {FEWEST_EXAMPLES} or more as"
+            " examples: write some first, and name their file in prompts.target.train.source with answer_column"
         )
     asked = [*given, *spread([p for p, prompt in enumerate(train) if not prompt.answer], n * ASKED)]
     n_tokens = settings.scoring.response_tokens
