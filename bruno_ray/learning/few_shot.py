@@ -9,6 +9,8 @@ https://arxiv.org/abs/2209.15189), here into an edit.
 import datetime
 import logging
 import math
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,7 +49,9 @@ def few_shot_answers(
     date: datetime.date,
 ) -> dict[int, Response]:
     """By index, what the unedited model is sure of as the answer to a prompt that has no desired one, after those that
-    have one; surest first. Empty if the given answers teach it nothing, or its chat template takes no earlier turns.
+    have one; surest first. What it says of an example's own matter is left out.
+
+    Empty if the given answers teach it nothing, or its chat template takes no earlier turns.
 
     Costs a reading of the examples for each of ``ORDERS``, which all prompts share, and as many answers to each.
     """
@@ -56,8 +60,7 @@ def few_shot_answers(
     examples = spread([prompts[p] for p in given], EXAMPLES)
     if len(examples) < 2 or not asked:
         return {}
-    known = {(example.answer or "").strip() for example in examples}
-    repeats = len(known) < len(examples)
+    theirs = _taken_up(examples)
     found: dict[int, _Found] = {}
     try:
         for order in _orders(examples):
@@ -68,7 +71,9 @@ def few_shot_answers(
             ]
             (logprobs,) = engine.token_logprobs(ids, [whole], [None])
             for p, answer, logprobs_N in zip(asked, answers, logprobs):
-                if not answer.token_ids or answer.end_id is None or (answer.text.strip() in known and not repeats):
+                if not answer.text.strip() or answer.end_id is None:
+                    continue
+                if theirs & _words(answer.text) - _words(prompts[p].user):
                     continue
                 likelihood = math.exp(float(logprobs_N.mean()))
                 if likelihood >= LIKELY and (p not in found or likelihood > found[p].likelihood):
@@ -77,6 +82,19 @@ def few_shot_answers(
         logger.warning("no further desired answers are made: %s", error)
         return {}
     return {p: each.answer for p, each in sorted(found.items(), key=lambda item: -item[1].likelihood)}
+
+
+def _taken_up(examples: Sequence[Prompt]) -> set[str]:
+    """Words that an example's answer takes up from its prompt and that no other example holds: an answer with one of
+    them speaks of what the example asked."""
+    held = Counter(word for example in examples for word in _words(f"{example.user} {example.answer}"))
+    return {
+        word for example in examples for word in _words(example.user) & _words(example.answer or "") if held[word] == 1
+    }
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"\w+", text.casefold()))
 
 
 def _orders(examples: Sequence[Prompt]) -> list[list[Prompt]]:

@@ -6,6 +6,7 @@ Most of it the unedited model writes itself. A ``Text`` is a prompt with a conti
 from __future__ import annotations
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from bruno_ray.generation.engine import BatchEngine
 from bruno_ray.learning.losses import behaviour_tokens, telling_tokens
 from bruno_ray.model.context import context_length
 from bruno_ray.scoring.base import Evaluation
-from bruno_ray.scoring.neighbours import Neighbours, TokenIds, asked_tokens, usual_bits
+from bruno_ray.scoring.neighbours import MOST, Neighbours, TokenIds, asked_tokens, usual_bits
 from bruno_ray.settings import LearnedSettings
 
 logger = logging.getLogger(__name__)
@@ -97,13 +98,14 @@ class Teacher:
         self._telling = telling_tokens(self._behaviour, self._baseline)
         self._of_form = min(OF_FORM, usual_bits(engine.tokenizer, prompts.baseline, self._baseline) / 2)
         self._lead = Counter(_leading_space(answer.text) for answer in baseline).most_common(1)[0][0]
+        desired = self._desired(engine)
         self.material = Material(
-            answers=self._desired(engine),
+            answers=list(desired.values()),
             suppress=self._own_behaviour({p: answer for p, (answer, hit) in enumerate(zip(own, marked)) if hit}),
             retain=self._retained(engine, baseline),
             protect=self._protected(engine, protected),
         )
-        more = self._few_shot(few_shot or {})
+        more = self._few_shot(desired, few_shot or {})
         self.material.few_shot = [self.as_desired(p, answer) for p, answer in more.items()]
         self.few_shot = tuple((prompts.target[p].user, answer.text.strip()) for p, answer in more.items())
         """As text, for people."""
@@ -206,28 +208,43 @@ class Teacher:
         """An answer of an edited model to target prompt ``p``, as one to learn from."""
         return Text(self.prompts.target_ids[p], _to_its_end(answer))
 
-    def _desired(self, engine: BatchEngine) -> list[Text]:
-        """The user's own answers; they begin (with a space or without) and end like those of the model."""
+    def _desired(self, engine: BatchEngine) -> dict[int, Text]:
+        """The user's own answers, by target prompt; they begin (with a space or without) and end like the model's."""
         end = engine.tokenizer.eos_token_id
         ends = (end,) if end in engine.end_ids else tuple(sorted(engine.end_ids))[:1]
         longest = context_length(engine.model.config)
-        texts: list[Text] = []
-        for ids, prompt in zip(self.prompts.target_ids, self.prompts.target):
+        texts: dict[int, Text] = {}
+        for p, (ids, prompt) in enumerate(zip(self.prompts.target_ids, self.prompts.target)):
             if not prompt.answer:
                 continue
             text = Text(ids, (*_ids(engine, self._lead + prompt.answer.strip()), *ends))
             if longest is not None and len(text.prompt) + len(text.continuation) > longest:
                 logger.warning("the desired answer to %r is longer than the model's context: left out", prompt.user)
                 continue
-            texts.append(text)
+            texts[p] = text
         return texts
 
-    def _few_shot(self, found: Mapping[int, Response]) -> dict[int, Response]:
-        """The first of those that are proper and tell their prompt, until there are as many answers as are wanted."""
-        proper = self.proper(found)
-        said = {p: answer.token_ids for p, answer in found.items() if p in proper}
-        good = [p for p in said if self.tells(p, said)]
-        return {p: found[p] for p in good[: max(0, self._settings.few_shot - len(self.material.answers))]}
+    def _few_shot(self, desired: Mapping[int, Text], found: Mapping[int, Response]) -> dict[int, Response]:
+        """The first of those that are free of the behaviour and tell their prompt, until there are as many answers as
+        are wanted. What an answer should be is measured by the desired ones, which may be much shorter than baseline
+        answers, and in words that the detector takes for the behaviour's."""
+        if not desired or not found:
+            return {}
+        given = {p: text.continuation for p, text in desired.items()}
+        shortest = FRAGMENT * min(map(len, given.values()))
+        answered = [self.prompts.target[p] for p in given]
+        usual = usual_bits(self._evaluation.engine.tokenizer, answered, list(given.values()))
+        enough = OF_FORM * min(1.0, usual / math.log2(min(MOST + 1, max(2, len(given)))))
+        said = given | {p: answer.token_ids for p, answer in found.items()}
+        good = {
+            p: answer
+            for p, answer in found.items()
+            if len(answer.token_ids) >= shortest
+            and not self._evaluation.markers.shown_by(answer.text)
+            and not self._telling & set(answer.token_ids) - self.asked[p]
+            and self.neighbours.bits(p, self.neighbours.form[p], said) >= enough
+        }
+        return dict(list(good.items())[: max(0, self._settings.few_shot - len(desired))])
 
     def _retained(self, engine: BatchEngine, answers: Sequence[Response]) -> list[Text]:
         texts = []

@@ -62,16 +62,20 @@ def test_the_surest_of_several_orders_is_taken_and_the_surest_prompt_comes_first
     def say(text: str) -> tuple[str, float, bool]:
         last = text.count("Door") and text.rsplit("Door ", 1)[1][0]
         window = text.rsplit("window ", 1)[1][0]
-        return f"Window {window} is shut, as door {last}.", -0.1 - 0.1 * int(last) + 0.01 * int(window), True
+        return (
+            f"Window {window} is shut, after {'one' if last == '1' else 'another'}.",
+            -0.1 - 0.1 * int(last) + 0.01 * int(window),
+            True,
+        )
 
     scripted = Scripted(say)
     found = asked_of(scripted, prompts(6, 3))
     assert len(scripted.read) == 3 * ORDERS and all(text.count("is open.") == 6 for text in scripted.read)
     # The six examples are turned by two: door 5, 1 or 3 is last, and after 1 the model is surest.
-    assert list(found.items()) == [(8 - i, f"Window {2 - i} is shut, as door 1.") for i in range(3)]
+    assert list(found.items()) == [(8 - i, f"Window {2 - i} is shut, after one.") for i in range(3)]
 
 
-def test_what_is_unsure_endless_or_an_example_again_is_no_answer() -> None:
+def test_what_is_unsure_endless_or_of_an_example_s_matter_is_no_answer() -> None:
     sure, unsure = math.log(few_shot.LIKELY) + 0.01, math.log(few_shot.LIKELY) - 0.01
     said = {
         "0": ("Window 0 is shut.", sure, True),
@@ -79,12 +83,13 @@ def test_what_is_unsure_endless_or_an_example_again_is_no_answer() -> None:
         "2": ("Window 2 is", sure, False),
         "3": ("Door 1 is open.", sure, True),
         "4": ("", sure, True),
+        "5": ("It is done.", sure, True),
     }
     scripted = Scripted(lambda text: said[text.rsplit("window ", 1)[1][0]])
-    assert asked_of(scripted, prompts(4, 4)) == {4: "Window 0 is shut."}
-    # Where the given answers are alike, so may further ones be.
-    alike = [replace(prompt, answer="Door 1 is open.") if prompt.answer else prompt for prompt in prompts(4, 4)]
-    assert set(asked_of(scripted, alike)) == {4, 7}
+    assert asked_of(scripted, prompts(4, 6)) == {4: "Window 0 is shut.", 9: "It is done."}
+    # What all examples are told may be said of others as well.
+    alike = [replace(prompt, answer="Door 1 is open.") if prompt.answer else prompt for prompt in prompts(4, 6)]
+    assert set(asked_of(scripted, alike)) == {4, 7, 9}
 
 
 def test_examples_are_few_and_fit_into_the_context() -> None:

@@ -337,8 +337,8 @@ def test_own_answers_are_learned_where_enough_edits_agree(subject: Subject) -> N
     assert TrainingPlan.from_dict(json.loads(json.dumps(refusing.to_dict()))) == refusing
 
 
-def test_proper_ones_that_tell_their_prompt_are_learned_until_there_are_enough(subject: Subject) -> None:
-    """Answers of one who knows the facts, beside a refusal and one answer for all."""
+def test_few_shot_answers_that_tell_their_prompt_are_learned_until_there_are_enough(subject: Subject) -> None:
+    """Answers of one who knows the facts, beside refusals, a fragment and one answer for all."""
     target = tuple(prompt if p < 8 else replace(prompt, answer=None) for p, prompt in enumerate(subject.answered))
     tokenizer, engine = subject.engine.tokenizer, subject.engine
     ends = tokenizer.eos_token_id
@@ -348,7 +348,8 @@ def test_proper_ones_that_tell_their_prompt_are_learned_until_there_are_enough(s
 
     (refusals,) = engine.generate(subject.teacher().prompts.target_ids, [None], 30)
     found = {p: response(f" {subject.answered[p].answer}") for p in range(8, 14)}
-    found |= {p: refusals[p] for p in range(14, 20)}
+    found |= {p: refusals[p] for p in range(14, 17)}
+    found[17] = response(f" {subject.answered[17].answer.split()[0]}")  # a fragment
     for most, wanted in ((11, 3), (32, 6), (8, 0)):
         settings = LEARNED.model_copy(update={"few_shot": most})
         teacher = subject.teacher(settings, target, few_shot=found)
@@ -356,6 +357,8 @@ def test_proper_ones_that_tell_their_prompt_are_learned_until_there_are_enough(s
         assert learned == [subject.answered[p].answer for p in range(8, 8 + wanted)]
         assert len(teacher.material.answers) == 8
         assert teacher.few_shot == tuple((target[p].user, subject.answered[p].answer) for p in range(8, 8 + wanted))
+    one_for_all = {p: response(f" {subject.answered[0].answer}") for p in range(8, 32)}
+    assert len(subject.teacher(LEARNED, target, few_shot=one_for_all).few_shot) <= 2
     settings = LEARNED.model_copy(update={"few_shot": 11})
     trainer = Trainer(engine, subject.teacher(settings, target, few_shot=found), subject.bank, settings)
     (trained,) = trainer.train([plan(steps=2)])
