@@ -123,6 +123,21 @@ def test_the_kl_of_few_prompts_is_taken_with_that_of_the_search():
     )
 
 
+def test_the_bound_holds_for_the_kl_of_both():
+    """Of 20 prompts seven changed much, so that their mean was 0.139; over the search's 40 it was 0.056."""
+    edits = with_edit(trial(0, 0.0, 0.056), 0), with_edit(trial(1, 0.1, 0.05), 1), with_edit(trial(2, 0.0, 0.08), 2)
+    searched = [replace(each, counts={"behaviour_rate": (0, 40)}) for each in edits]
+    measured = [
+        replace(each, counts={"behaviour_rate": (0, 20)}, values=each.values | {"kl_divergence": kl})
+        for each, kl in zip(searched, (0.139, 0.05, 0.165))
+    ]
+    by_number = {each.number: each for each in searched}
+    assert auto_select(measured, 0.1).trial.number == 1
+    assert auto_select(measured, 0.1, searched=by_number).trial.number == 0  # 0.084; trial 2 has 0.108
+    with pytest.raises(StudyError, match=r"the lowest is 0.05 \(trial 1\)"):
+        auto_select(measured, 0.01, searched=by_number)
+
+
 def test_finalists_are_what_the_rule_takes_one_after_the_other():
     trials = [with_edit(trial(i, i / 20, 0.01), i) for i in range(5)]
     trials.append(with_edit(trial(5, 0.0, 0.01), 0))  # the first one's edit once more

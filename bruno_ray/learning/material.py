@@ -94,11 +94,14 @@ class Teacher:
         self._behaviour = [answer.token_ids for answer, hit in zip(own, marked) if hit]
         self._baseline = [answer.token_ids for answer in baseline]
         lengths = sorted(map(len, self._baseline))
-        self._shortest = FRAGMENT * lengths[len(lengths) // 20]
         self._telling = telling_tokens(self._behaviour, self._baseline)
         self._of_form = min(OF_FORM, usual_bits(engine.tokenizer, prompts.baseline, self._baseline) / 2)
         self._lead = Counter(_leading_space(answer.text) for answer in baseline).most_common(1)[0][0]
         desired = self._desired(engine)
+        desired_lengths = [len(text.continuation) - 1 for text in desired.values()]  # without what ends them
+        self._shortest = FRAGMENT * min([lengths[len(lengths) // 20], *desired_lengths])
+        given = [(prompts.target[p].user, prompts.target[p].answer or "") for p in desired]
+        self._asks_detector = not (given and any(unedited.reads_like_behaviour(given)))
         self.material = Material(
             answers=list(desired.values()),
             suppress=self._own_behaviour({p: answer for p, (answer, hit) in enumerate(zip(own, marked)) if hit}),
@@ -192,10 +195,12 @@ class Teacher:
 
     def proper(self, answers: Mapping[int, Response]) -> set[int]:
         """Target prompts whose answer is free of the behaviour: by markers, by likeness, and by the tokens that give it
-        away. A fragment, shorter than nearly all baseline answers, is no answer."""
-        like = self._evaluation.reads_like_behaviour(
-            [(self.prompts.target[p].user, answer.text) for p, answer in answers.items()]
-        )
+        away. A fragment, shorter than nearly all baseline answers and than any desired one, is no answer.
+
+        A detector that takes a desired answer for the behaviour is not asked: it was shown long answers.
+        """
+        pairs = [(self.prompts.target[p].user, answer.text) for p, answer in answers.items()]
+        like = self._evaluation.reads_like_behaviour(pairs) if self._asks_detector else [False] * len(pairs)
         return {
             p
             for (p, answer), similar in zip(answers.items(), like)
@@ -225,26 +230,18 @@ class Teacher:
         return texts
 
     def _few_shot(self, desired: Mapping[int, Text], found: Mapping[int, Response]) -> dict[int, Response]:
-        """The first of those that are free of the behaviour and tell their prompt, until there are as many answers as
-        are wanted. What an answer should be is measured by the desired ones, which may be much shorter than baseline
-        answers, and in words that the detector takes for the behaviour's."""
+        """The first of those that are proper and tell their prompt, until there are as many answers as are wanted.
+        Where desired answers are alike themselves, so may these be."""
         if not desired or not found:
             return {}
         given = {p: text.continuation for p, text in desired.items()}
-        shortest = FRAGMENT * min(map(len, given.values()))
         answered = [self.prompts.target[p] for p in given]
         usual = usual_bits(self._evaluation.engine.tokenizer, answered, list(given.values()))
         enough = OF_FORM * min(1.0, usual / math.log2(min(MOST + 1, max(2, len(given)))))
         said = given | {p: answer.token_ids for p, answer in found.items()}
-        good = {
-            p: answer
-            for p, answer in found.items()
-            if len(answer.token_ids) >= shortest
-            and not self._evaluation.markers.shown_by(answer.text)
-            and not self._telling & set(answer.token_ids) - self.asked[p]
-            and self.neighbours.bits(p, self.neighbours.form[p], said) >= enough
-        }
-        return dict(list(good.items())[: max(0, self._settings.few_shot - len(desired))])
+        proper = self.proper(found)
+        good = [p for p in found if p in proper and self.neighbours.bits(p, self.neighbours.form[p], said) >= enough]
+        return {p: found[p] for p in good[: max(0, self._settings.few_shot - len(desired))]}
 
     def _retained(self, engine: BatchEngine, answers: Sequence[Response]) -> list[Text]:
         texts = []

@@ -150,8 +150,8 @@ def auto_select(
     3. the lowest KL, and of equals the lowest number.
 
     Finalists are told apart by few prompts. With ``searched``, what the search found of each trial by number, the first
-    step is taken there once more, and the KL of the last one is that over the prompts of both: what ten prompts cannot
-    tell, the search's hundred may.
+    step is taken there once more, and the KL, for its bound and for the last step, is that over the prompts of both:
+    what ten prompts cannot tell, the search's hundred may.
 
     Where `confidence` was measured, which tells edits apart that these few prompts cannot, the first step keeps whoever
     is within a standard error. Otherwise a step keeps whoever is no more than one prompt worse than the best: half a
@@ -161,7 +161,8 @@ def auto_select(
         StudyError: no trial is complete, or none is under the bound (the message has the lowest KL there is).
         SettingsError: the study did not measure behaviour rate and KL.
     """
-    return _pick(_within(trials, max_kl), max_kl, objectives, searched=searched or {})
+    searched = searched or {}
+    return _pick(_within(trials, max_kl, searched), max_kl, objectives, searched=searched)
 
 
 def finalists(trials: Sequence[TrialRecord], max_kl: float, objectives: Sequence[str], most: int) -> list[TrialRecord]:
@@ -198,7 +199,9 @@ def looks_broken(trial: TrialRecord) -> str:
     )
 
 
-def _within(trials: Sequence[TrialRecord], max_kl: float) -> list[TrialRecord]:
+def _within(
+    trials: Sequence[TrialRecord], max_kl: float, searched: Mapping[int, TrialRecord] | None = None
+) -> list[TrialRecord]:
     complete = [trial for trial in trials if trial.state == "COMPLETE"]
     if not complete:
         raise StudyError("the study has no completed trial to select from: run it first")
@@ -207,12 +210,13 @@ def _within(trials: Sequence[TrialRecord], max_kl: float) -> list[TrialRecord]:
             raise SettingsError(
                 f"automatic selection needs the metric {name}: add it to scoring.scorers or pick a trial"
             )
-    under = [trial for trial in complete if trial.values[KL] <= max_kl]
+    kl = {trial.number: _kl(trial, (searched or {}).get(trial.number)) for trial in complete}
+    under = [trial for trial in complete if kl[trial.number] <= max_kl]
     if not under:
-        lowest = min(complete, key=lambda trial: trial.values[KL])
+        lowest = min(kl, key=kl.__getitem__)
         raise StudyError(
-            f"no trial has a KL divergence of at most {max_kl:g}: the lowest is {lowest.values[KL]:.4g} (trial"
-            f" {lowest.number}); raise selection.max_kl, run more trials, or pick a trial by its number"
+            f"no trial has a KL divergence of at most {max_kl:g}: the lowest is {kl[lowest]:.4g} (trial"
+            f" {lowest}); raise selection.max_kl, run more trials, or pick a trial by its number"
         )
     return under
 

@@ -4,7 +4,7 @@ import datetime
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -364,6 +364,27 @@ def test_few_shot_answers_that_tell_their_prompt_are_learned_until_there_are_eno
     (trained,) = trainer.train([plan(steps=2)])
     assert (trained.sources["answers"], trained.sources["few-shot answers"]) == (8, 3)
     assert trained.account()["few_shot"][0] == [target[8].user, subject.answered[8].answer]
+
+
+def test_an_answer_like_the_desired_ones_is_proper(subject: Subject) -> None:
+    """However short, and whatever a detector says that takes the desired ones themselves for the behaviour: it would
+    count against the starts that answer as they should, and what they say would be suppressed."""
+    tokenizer = subject.engine.tokenizer
+    briefly = [replace(prompt, answer=" ".join((prompt.answer or "").split()[-2:])) for prompt in subject.answered]
+    text = f" {briefly[20].answer}"
+    ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    said = {20: Response(ids, text, True, end_id=tokenizer.eos_token_id)}
+
+    def proper(target: Sequence[Prompt], detector: Callable[[str], bool]) -> bool:
+        prompts = ScoringPrompts.rendered(subject.engine, target, subject.baseline, date=DATE)
+        unedited = Evaluation(subject.engine, prompts, subject.scoring, whole=True)
+        vars(unedited)["reads_like_behaviour"] = lambda pairs: [detector(answer) for _, answer in pairs]
+        return 20 in Teacher(unedited, LEARNED).proper(said)
+
+    desired = [prompt if p < 8 else replace(prompt, answer=None) for p, prompt in enumerate(briefly)]
+    assert proper(desired, lambda answer: False) and not proper(subject.target, lambda answer: False)
+    assert proper(desired, lambda answer: True)
+    assert not proper(desired, lambda answer: answer == text), "a detector that clears the desired ones is asked"
 
 
 def test_what_is_said_of_every_subject_is_suppressed(subject: Subject) -> None:
