@@ -142,7 +142,7 @@ def trained_rows(loaded: LoadedModel, load: Load) -> list[dict[str, Any]]:
             retain[row] = replace(retain[row], unedited_NV=logits_NV[:-1].clone())
     layers, width = loaded.architecture.n_layers, loaded.architecture.d_model
     directions = torch.nn.functional.normalize(torch.randn(layers + 1, 1, width, generator=generator), dim=-1)
-    teacher: Any = SimpleNamespace(material=Material(suppress=suppress, retain=retain), asked=())
+    teacher: Any = SimpleNamespace(material=Material(suppress=suppress, retain=retain), asked=(), few_shot=())
     trainer = Trainer(engine, teacher, {"random": directions}, settings)
     rows: list[dict[str, Any]] = []
     for n in TRAININGS:

@@ -257,14 +257,14 @@ def test_where_no_finalist_keeps_to_the_bound_the_search_decides(
     """And without unseen prompts the finalists are measured on those of the search, at full length at least."""
     use_inline_pools(monkeypatch)
     settings = run.read().settings
-    strict = {"selection": settings.selection.model_copy(update={"max_kl": 0.1})}
+    strict = {"selection": settings.selection.model_copy(update={"max_kl": 0.08})}
     strict["prompts"] = settings.prompts.model_copy(update={"n_finalists": 0})
     run.update(settings=settings.model_copy(update=strict))
     commands.save(run.path, auto=True)
     record = run.read()
     assert record.selected.number == 1
     reason = record.selected.reason
-    assert reason.startswith("no finalist keeps to KL <= 0.1 when measured again; by the search: 1 of 3 trials")
+    assert reason.startswith("no finalist keeps to KL <= 0.08 when measured again; by the search: 1 of 3 trials")
     assert set(record.finalists) == {"0", "1", "2"}, "trial 3 was above the bound in the search"
     assert all("behaviour_rate_256" not in scores.values for scores in record.finalists.values())
 
