@@ -42,6 +42,11 @@ class Response:
     end_id: int | None = None
     """The token that ended it."""
 
+    @property
+    def to_its_end(self) -> tuple[int, ...]:
+        """Its tokens with the one that ends it, if it was ended."""
+        return self.token_ids if self.end_id is None else (*self.token_ids, self.end_id)
+
 
 class BufferedLayer(DynamicLayer):
     """Keys and values of one attention layer, in a buffer with room for the answer.

@@ -12,7 +12,6 @@ import math
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from bruno_ray.errors import ModelError
 from bruno_ray.generation.decoding import Response
@@ -32,12 +31,6 @@ ORDERS = 3
 
 LIKELY = 0.6
 """Geometric mean of an answer's token probabilities from which on it is taken."""
-
-
-@dataclass(frozen=True)
-class _Found:
-    likelihood: float
-    answer: Response
 
 
 def few_shot_answers(
@@ -61,27 +54,24 @@ def few_shot_answers(
     if len(examples) < 2 or not asked:
         return {}
     theirs = _taken_up(examples)
-    found: dict[int, _Found] = {}
+    found: dict[int, tuple[float, Response]] = {}
     try:
         for order in _orders(examples):
             ids = _rendered(engine, order, [prompts[p] for p in asked], response_prefix, n_tokens, date)
             (answers,) = engine.generate(ids, [None], n_tokens)
-            whole = [
-                (*answer.token_ids, *((answer.end_id,) if answer.end_id is not None else ())) for answer in answers
-            ]
-            (logprobs,) = engine.token_logprobs(ids, [whole], [None])
+            (logprobs,) = engine.token_logprobs(ids, [[answer.to_its_end for answer in answers]], [None])
             for p, answer, logprobs_N in zip(asked, answers, logprobs):
                 if not answer.text.strip() or answer.end_id is None:
                     continue
                 if theirs & _words(answer.text) - _words(prompts[p].user):
                     continue
                 likelihood = math.exp(float(logprobs_N.mean()))
-                if likelihood >= LIKELY and (p not in found or likelihood > found[p].likelihood):
-                    found[p] = _Found(likelihood, answer)
+                if likelihood >= LIKELY and (p not in found or likelihood > found[p][0]):
+                    found[p] = likelihood, answer
     except ModelError as error:
         logger.warning("no further desired answers are made: %s", error)
         return {}
-    return {p: each.answer for p, each in sorted(found.items(), key=lambda item: -item[1].likelihood)}
+    return {p: answer for p, (_, answer) in sorted(found.items(), key=lambda item: -item[1][0])}
 
 
 def _taken_up(examples: Sequence[Prompt]) -> set[str]:

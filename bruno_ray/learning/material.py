@@ -180,7 +180,7 @@ class Teacher:
         if not asked:
             return []
         (answers,) = engine.generate(asked, [None], self.response_tokens)
-        given = [(tuple(ids), _to_its_end(answer)) for ids, answer in zip(asked, answers)]
+        given = [(tuple(ids), answer.to_its_end) for ids, answer in zip(asked, answers)]
         given = [(ids, tokens) for ids, tokens in given if tokens]
         (logprobs,) = engine.token_logprobs([ids for ids, _ in given], [[tokens for _, tokens in given]], [None])
         return [Text(ids, tokens, unedited_N=found.clone()) for (ids, tokens), found in zip(given, logprobs)]
@@ -211,7 +211,7 @@ class Teacher:
 
     def as_desired(self, p: int, answer: Response) -> Text:
         """An answer of an edited model to target prompt ``p``, as one to learn from."""
-        return Text(self.prompts.target_ids[p], _to_its_end(answer))
+        return Text(self.prompts.target_ids[p], answer.to_its_end)
 
     def _desired(self, engine: BatchEngine) -> dict[int, Text]:
         """The user's own answers, by target prompt; they begin (with a space or without) and end like the model's."""
@@ -246,7 +246,7 @@ class Teacher:
     def _retained(self, engine: BatchEngine, answers: Sequence[Response]) -> list[Text]:
         texts = []
         for ids, answer in zip(self.prompts.baseline_ids, answers):
-            tokens = _to_its_end(answer)[: self._settings.retain_tokens]
+            tokens = answer.to_its_end[: self._settings.retain_tokens]
             if tokens:
                 texts.append(Text(ids, tokens))
         most = max((len(text.continuation) for text in texts), default=0)
@@ -257,11 +257,6 @@ class Teacher:
                 n = len(texts[row].continuation)
                 logits[row] = logits_NV[-n - 1 : -1].clone()  # a view would keep the whole batch's
         return [Text(text.prompt, text.continuation, unedited_NV=logits[i]) for i, text in enumerate(texts)]
-
-
-def _to_its_end(answer: Response) -> tuple[int, ...]:
-    """An answer's tokens with the one that ends it, if it was ended."""
-    return answer.token_ids if answer.end_id is None else (*answer.token_ids, answer.end_id)
 
 
 def _ids(engine: BatchEngine, text: str) -> list[int]:

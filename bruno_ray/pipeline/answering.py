@@ -11,6 +11,7 @@ from rich.markup import escape
 
 from bruno_ray.errors import OutputError, PromptError
 from bruno_ray.files import atomic_file, output_errors
+from bruno_ray.pipeline.method import FEWEST_ANSWERS
 from bruno_ray.pipeline.steps import find_model, known_response_prefix, worker_pool
 from bruno_ray.prompts.sets import Prompt, Prompts, load_prompts, same_questions
 from bruno_ray.prompts.slicing import spread
@@ -26,8 +27,6 @@ logger = logging.getLogger(__name__)
 
 SHOWN_TOKENS = 60
 """Of the unedited model's answer that a person is shown."""
-
-FEWEST_EXAMPLES = 2
 
 ASKED = 4
 """Prompts that are answered after examples for each answer that is wanted: not of each is the model sure."""
@@ -115,9 +114,9 @@ def _few_shot(settings: Settings, record: RunRecord, prompts: Prompts, n: int) -
     """Target prompts, and what the model answers with those before them that have an answer."""
     train = prompts.target.train
     given = [p for p, prompt in enumerate(train) if prompt.answer]
-    if len(given) < FEWEST_EXAMPLES:
+    if len(given) < FEWEST_ANSWERS:
         raise PromptError(
-            f"{len(given)} of the train prompts have an answer, and --few-shot takes {FEWEST_EXAMPLES} or more as"
+            f"{len(given)} of the train prompts have an answer, and --few-shot takes {FEWEST_ANSWERS} or more as"
             " examples: write some first, and name their file in prompts.target.train.source with answer_column"
         )
     asked = [*given, *spread([p for p, prompt in enumerate(train) if not prompt.answer], n * ASKED)]

@@ -270,9 +270,9 @@ def test_directions_are_orthonormal_strengths_bounded_and_layers_left_alone(subj
 @pytest.mark.parametrize("norm_mode", ["none", "pre", "full"])
 def test_a_trained_edit_is_baked_as_it_is_live(subject: Subject, norm_mode: str) -> None:
     """And its loss falls, whichever way norms are kept."""
-    (trained,) = subject.trainer().train([plan(norm_mode=norm_mode)])
+    (trained,) = subject.trainer().train([plan(norm_mode=norm_mode, steps=16)])
     assert trained.edit.norm_mode == norm_mode
-    assert trained.curves["suppress"][-1] < trained.curves["suppress"][0]
+    assert trained.curves["suppress"][-1] < 0.9 * trained.curves["suppress"][0]
     bank = {trained.edit.direction_set: torch.from_numpy(trained.directions)}
     ids = render(subject.engine.tokenizer, subject.target[:4], date=DATE)
     live = subject.engine.next_logits(ids, [subject.resolved(trained)])
