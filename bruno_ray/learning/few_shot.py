@@ -11,7 +11,7 @@ import logging
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from bruno_ray.errors import ModelError
 from bruno_ray.generation.decoding import Response
@@ -57,10 +57,13 @@ def few_shot_answers(
     found: dict[int, tuple[float, Response]] = {}
     try:
         for order in _orders(examples):
-            ids = _rendered(engine, order, [prompts[p] for p in asked], response_prefix, n_tokens, date)
+            rendered = _rendered(engine, order, {p: prompts[p] for p in asked}, response_prefix, n_tokens, date)
+            if not rendered:
+                continue
+            ids = list(rendered.values())
             (answers,) = engine.generate(ids, [None], n_tokens)
             (logprobs,) = engine.token_logprobs(ids, [[answer.to_its_end for answer in answers]], [None])
-            for p, answer, logprobs_N in zip(asked, answers, logprobs):
+            for p, answer, logprobs_N in zip(rendered, answers, logprobs):
                 if not answer.text.strip() or answer.end_id is None:
                     continue
                 if theirs & _words(answer.text) - _words(prompts[p].user):
@@ -96,15 +99,19 @@ def _orders(examples: Sequence[Prompt]) -> list[list[Prompt]]:
 def _rendered(
     engine: BatchEngine,
     examples: Sequence[Prompt],
-    prompts: Sequence[Prompt],
+    prompts: Mapping[int, Prompt],
     response_prefix: str,
     n_tokens: int,
     date: datetime.date,
-) -> list[list[int]]:
-    """The prompts after as many of the examples, the last ones, as the model's context has room for."""
+) -> dict[int, list[int]]:
+    """Each prompt after as many of the examples, the last ones, as the model's context has room for; without a prompt
+    that has room for none."""
     longest = context_length(engine.model.config)
+    left, found = dict(prompts), {}
     for first in range(len(examples)):
-        ids = render(engine.tokenizer, prompts, response_prefix, date=date, examples=examples[first:])
-        if max(map(len, ids)) + n_tokens <= longest:
-            return ids
-    return []
+        ids = render(engine.tokenizer, list(left.values()), response_prefix, date=date, examples=examples[first:])
+        found |= {p: each for p, each in zip(left, ids) if len(each) + n_tokens <= longest}
+        left = {p: prompt for p, prompt in left.items() if p not in found}
+        if not left:
+            break
+    return found

@@ -21,10 +21,11 @@ class LearnedSettings(Section):
     checkpoints: PositiveInt = 5
     """Trials of one training: its edit after all steps, after half of them, a quarter ..."""
 
-    scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0, 0.8, 0.65)
-    """Each of these edits is tried with its strengths multiplied by each of these. On a real model a training goes
-    further than it has to: four fifths of its edit may remove the behaviour as well, at three fifths of the KL
-    divergence."""
+    scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] | None = None
+    """Each of these edits is tried with its strengths multiplied by each of these. When not given, 1, 0.9 and 0.8 with
+    desired answers, 1, 0.8 and 0.65 without. On a real model a training goes further than it has to: with answers nine
+    tenths of its edit may remove the behaviour as well, at three quarters of the KL divergence, without answers four
+    fifths, at three fifths."""
 
     ranks: tuple[PositiveInt, ...] = (1,)
     """Directions of a trained subspace; several compete."""

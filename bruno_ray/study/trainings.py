@@ -38,6 +38,10 @@ seconds with these terms over those without)."""
 FIRST_SUPPRESS = 0.3
 """Weight of the suppression in the first steps of a training that has desired answers."""
 
+SCALES, SCALES_FROM_ANSWERS = (1.0, 0.8, 0.65), (1.0, 0.9, 0.8)
+"""What the strengths of an edit are multiplied by that was trained without desired answers, and with them, where the
+settings do not say it. With them an edit does just enough: four fifths of it leave much of the behaviour."""
+
 WAY_BACK = 3
 """A text that is trained on costs as much as so many that are read."""
 
@@ -168,7 +172,7 @@ class Trainings:
             learning_rate=learned.learning_rate,
             steps=steps,
             seed=self.settings.study.seed * 100_000 + self.point(trial.number),
-            scale=learned.scales[reduced],
+            scale=_scales(learned, self.has_answers)[reduced],
             rivals=rivals,
             heat=max(1, round(HEATS[0] * learned.steps)) if rivals else 0,
             base=base,
@@ -241,7 +245,12 @@ def _polishes_alone(learned: LearnedSettings, has_answers: bool, training: int) 
 def versions(learned: LearnedSettings) -> int:
     """Trials of one training. The whole one comes first, then shorter ones, then those of less strength: a study of few
     trials leaves out the last."""
-    return learned.checkpoints * len(learned.scales)
+    return learned.checkpoints * len(_scales(learned))
+
+
+def _scales(learned: LearnedSettings, has_answers: bool = False) -> tuple[float, ...]:
+    """What the strengths are multiplied by; as many with desired answers as without."""
+    return learned.scales or (SCALES_FROM_ANSWERS if has_answers else SCALES)
 
 
 def most_trials(settings: Settings) -> int:

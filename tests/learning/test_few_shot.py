@@ -100,6 +100,12 @@ def test_examples_are_few_and_fit_into_the_context() -> None:
     short = Scripted(lambda text: ("Shut.", 0.0, True), context=longest // 2)
     assert asked_of(short, prompts(30, 1)) == {30: "Shut."}
     assert all(0 < text.count("is open.") < EXAMPLES for text in short.read)
+    # A prompt that leaves less room has fewer of them, and takes none from the others.
+    mixed = Scripted(lambda text: ("Shut.", 0.0, True), context=longest + 10)
+    given = [*prompts(30, 1), Prompt("Shut window 1" + ", and its shutters" * 3 + ".")]
+    assert asked_of(mixed, given) == {30: "Shut.", 31: "Shut."}
+    counts = [(text.count("is open."), "shutters" in text) for text in mixed.read]
+    assert all(n < EXAMPLES if has_shutters else n == EXAMPLES for n, has_shutters in counts)
     tiny = Scripted(lambda text: ("Shut.", 0.0, True), context=12)
     assert asked_of(tiny, prompts(30, 1)) == {} and not tiny.read
 

@@ -165,6 +165,15 @@ def test_each_version_of_a_training_is_tried_with_less_strength_too(memory_folde
     assert TrainingPlan.from_dict(older) == plans[0], "plans of older studies are read"
 
 
+def test_from_desired_answers_less_strength_is_nearer_to_the_whole_edit(memory_folder: Path) -> None:  # noqa: F811
+    chosen = trainings(has_answers=True, scales=None, checkpoints=2)
+    with opened(memory_folder) as study:
+        drive(batch_study(study, chosen), chosen)
+        plans = [TrainingPlan.from_dict(t.user_attrs[PLAN]) for t in study.trials if PLAN in t.user_attrs]
+    assert [plan.scale for plan in plans] == [1.0, 1.0, 0.9, 0.9, 0.8, 0.8]
+    assert versions(LearnedSettings()) == versions(LearnedSettings(scales=(1.0, 0.9, 0.8))) == 15
+
+
 def test_half_of_a_study_is_searched_unless_it_is_told_otherwise() -> None:
     both = [Settings(study=StudySettings(method="both", n_trials=n)) for n in (4, 60, 1000)]
     assert [Trainings(each, SPACE[1], SPACE[2]).first for each in both] == [2, 30, 880]
