@@ -90,7 +90,7 @@ def _load_protected(name: str, given: DatasetSettings, settings: PromptSettings)
     """The prompts of a protected set, `n_train` at most."""
     key = f"prompts.protect.{name}"
     prompts, notes = _load_part(key, given, settings, settings.n_train + settings.n_train // 2)
-    prompts = prompts[: settings.n_train]
+    prompts = _some(prompts, settings.n_train, given)
     _show(key, given.source, {"protected": prompts}, notes)
     return tuple(prompts)
 
@@ -135,7 +135,7 @@ def _load_side(side: str, given: PromptSet, settings: PromptSettings) -> PromptP
         elif len(shares) > 1:
             parts |= _cut(name, prompts, shares, datasets[source], notes)
         else:
-            parts[source] = prompts[: wanted[source]]
+            parts[source] = _some(prompts, wanted[source], datasets[source])
         _show(name, datasets[source].source, {part: parts[part] for part in shares}, notes)
     return PromptParts(**{part: tuple(prompts) for part, prompts in parts.items()})
 
@@ -187,6 +187,13 @@ def _several(wordings: str | tuple[str, ...]) -> tuple[str, ...]:
     return (wordings,) if isinstance(wordings, str) else wordings
 
 
+def _some(prompts: list[Prompt], n: int, dataset: DatasetSettings) -> list[Prompt]:
+    """At most `n` of them, in their order: neighbours in a data set are often alike, so that its first ones may have
+    one form. Those with a desired answer come first; fewer of a set are among more of it."""
+    order = sorted(range(len(prompts)), key=lambda i: (prompts[i].answer is None, _rank(prompts[i], dataset)))
+    return [prompts[i] for i in sorted(order[:n])]
+
+
 def _cut(
     name: str, prompts: list[Prompt], shares: dict[str, int], dataset: DatasetSettings, notes: tuple[str, ...]
 ) -> dict[str, list[Prompt]]:
@@ -202,11 +209,7 @@ def _cut(
             f"{name} has only {len(prompts)} prompts{_in_brackets(notes)}, too few to take out {others};"
             f" give more prompts, or set {name.rpartition('.')[0]}.{list(shares)[-1]}.source"
         )
-
-    def rank(i: int) -> str:
-        return hashlib.sha256(_text_within(prompts[i], dataset).encode()).hexdigest()
-
-    order = sorted(range(len(prompts)), key=rank)
+    order = sorted(range(len(prompts)), key=lambda i: _rank(prompts[i], dataset))
     scale = min(1.0, len(prompts) / sum(shares.values()))
     parts, begin = {}, 0
     for part in reversed(shares):
@@ -215,6 +218,10 @@ def _cut(
         parts[part] = [prompts[i] for i in sorted(order[begin : begin + size])]
         begin += size
     return parts
+
+
+def _rank(prompt: Prompt, dataset: DatasetSettings) -> str:
+    return hashlib.sha256(_text_within(prompt, dataset).encode()).hexdigest()
 
 
 def same_questions(prompts: Prompts, settings: PromptSettings) -> dict[int, int]:

@@ -101,13 +101,14 @@ class PromptSettings(Section):
         return {name: {"source": each} if isinstance(each, str) else each for name, each in given.items()}
 
     n_train: PositiveInt = 400
-    """At most this many prompts per side for directions."""
+    """At most this many prompts per side for directions. A larger set gives some from all over it, those with a desired
+    answer first; its first rows are `split = "train[:400]"`."""
 
     n_validation: PositiveInt = 100
-    """At most this many prompts per side for scoring trials."""
+    """At most this many prompts per side for scoring trials, from all over the set."""
 
     n_test: PositiveInt = 100
-    """At most this many prompts per side for the report."""
+    """At most this many prompts per side for the report, the first ones."""
 
     n_finalists: NonNegativeInt = 40
     """At most this many prompts per side, unseen by the search, on which the best trials are measured again before

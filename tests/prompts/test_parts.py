@@ -1,5 +1,6 @@
 """Train, validation, test and finalists: without overlap, alike on both sides."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -117,6 +118,41 @@ def test_parts_of_their_own(empty_directory: Path) -> None:
                       "--prompts.target.test.split", "[10:]", "--prompts.n-test", "6")  # fmt: skip
     assert [prompt.user for prompt in more.target.test] == [f"a {i}" for i in range(10, 16)], "as without finalists"
     assert [prompt.user for prompt in more.target.finalists] == ["a 16", "a 17", "a 18"]
+
+
+def test_some_of_a_sorted_set_are_of_all_its_forms_and_those_with_answers_come_first(empty_directory: Path) -> None:
+    """Where each part has a file of its own; the first 24 of these prompts have one form."""
+    forms = ("Can you", "Please", "Would you", "How do I")
+    texts = [f"{form} {i}" for form in forms for i in range(30)]
+    rows = [{"prompt": text, "answer": "Done." if i in (3, 50, 119) else None} for i, text in enumerate(texts)]
+    train = empty_directory / "train.jsonl"
+    train.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
+    others = {
+        part: write_jsonl(empty_directory / f"{part}.jsonl", [f"{part} {i}" for i in range(90)]) for part in "abcde"
+    }
+    flags = ("--prompts.target.train.answer-column", "answer", "--prompts.protect", f"p={others['e']}")
+    for side, files in (("target", "ab"), ("baseline", "cd")):
+        for part, name in zip(("validation", "test"), files):
+            flags += (f"--prompts.{side}.{part}.source", others[name])
+    baseline = write_jsonl(empty_directory / "baseline.jsonl", [f"f {i}" for i in range(90)])
+
+    def some(n: int) -> Prompts:
+        numbers = (f"--prompts.n-{part}" for part in ("train", "validation", "test"))
+        return prompts_of(str(train), baseline, *flags, *(each for flag in numbers for each in (flag, str(n))))
+
+    few, more = some(24), some(48)
+    assert {prompt.user.rsplit(" ", 1)[0] for prompt in few.target.train} == {
+        "Can you",
+        "Please",
+        "Would you",
+        "How do I",
+    }
+    assert {texts[i] for i in (3, 50, 119)} <= users(few.target.train) < users(more.target.train)
+    order = [texts.index(prompt.user) for prompt in few.target.train]
+    assert order == sorted(order) and len(order) == 24
+    for part in (few.target.validation, few.protect["p"], few.baseline.train):
+        assert len(part) == 24 and max(int(prompt.user.split()[1]) for prompt in part) > 60
+    assert [prompt.user for prompt in few.target.test] == [f"b {i}" for i in range(24)], "the first ones"
 
 
 def test_finalists_are_half_as_many_as_the_test_prompts_at_most(empty_directory: Path) -> None:
