@@ -53,6 +53,7 @@ from bruno_ray.model.batching import (
     release_memory,
     run_with_backoff,
 )
+from bruno_ray.prompts.slicing import spread
 from bruno_ray.settings import LearnedSettings
 
 logger = logging.getLogger(__name__)
@@ -159,7 +160,7 @@ class Trainer:
 
     def _divergences(self, trainees: Sequence[Trainee]) -> list[float]:
         """KL from the unedited model by trainee, in nats per token of some of its answers to baseline prompts."""
-        texts = self._teacher.material.retain[: self._settings.baseline_rows]
+        texts = spread(self._teacher.material.retain, self._settings.baseline_rows)
         total = sum(len(text.continuation) for text in texts)
         running = range(len(trainees))
         rows: list[Row] = [(k, "retain", text, 1 / total) for k in running for text in texts]

@@ -23,6 +23,7 @@ from bruno_ray.errors import NoStudyError, OutputError, SettingsError
 from bruno_ray.files import expanded
 from bruno_ray.pipeline.choosing import study_of, trials_of
 from bruno_ray.prompts.sets import Prompts
+from bruno_ray.prompts.slicing import spread
 from bruno_ray.runs.lookup import find_trial
 from bruno_ray.settings import Settings
 from bruno_ray.study.selection import find_trial as trial_of
@@ -83,7 +84,7 @@ def effect_starts(
     if how == "off" or has_begun(settings, path):
         return []
     edit = literature_edit(sets, info.n_layers, info.components)
-    some = prompts.target.train[:EFFECT_PROMPTS], prompts.baseline.train[:EFFECT_PROMPTS]
+    some = spread(prompts.target.train, EFFECT_PROMPTS), spread(prompts.baseline.train, EFFECT_PROMPTS)
     found = pool.call("layer_by", *some, edit, how, with_context=True)
     origin = f"{LITERATURE}, layer {found['layer']} by {NAMES[how]}"
     logger.info(

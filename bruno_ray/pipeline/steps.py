@@ -211,7 +211,7 @@ def choose_parts(
             component, parts = "mlp", target_experts(*sides)
         else:
             directions = bank[direction_sets_of(bank)[0]].numpy()
-            some = [side.train[:HEAD_PROMPTS] for side in (prompts.target, prompts.baseline)]
+            some = [spread(side.train, HEAD_PROMPTS) for side in (prompts.target, prompts.baseline)]
             scores = pool.call("head_scores", how, *some, *prefix, directions)
             component, parts = "attention", chosen_heads(scores, search.heads_share)
         found[f"{name}:{how}"] = {component: parts}
@@ -237,7 +237,7 @@ def find_response_prefix(record: RunRecord, prompts: Prompts, pool: WorkerPool) 
     """`prompts.response_prefix`, or what all answers of the unedited model begin with."""
     if record.settings.prompts.response_prefix != "auto":
         return record.settings.prompts.response_prefix
-    some = [*prompts.target.train[:PREFIX_PROMPTS], *prompts.baseline.train[:PREFIX_PROMPTS]]
+    some = [*spread(prompts.target.train, PREFIX_PROMPTS), *spread(prompts.baseline.train, PREFIX_PROMPTS)]
     prefix = pool.call("response_prefix", some, record.date)
     if prefix:
         logger.info("every answer begins with %r: made part of the prompts", prefix)
@@ -256,7 +256,7 @@ def find_opening(record: RunRecord, prompts: Prompts, pool: WorkerPool) -> tuple
 
     Raises SettingsError if no baseline answer is without the behaviour.
     """
-    some = prompts.baseline.train[:OPENING_PROMPTS]
+    some = spread(prompts.baseline.train, OPENING_PROMPTS)
     tokens, text = pool.call("opening", some, record.response_prefix, record.date, record.settings.scoring)
     if not tokens:
         raise SettingsError(
@@ -438,18 +438,19 @@ READERS = {"detector", "text_classifier"}
 
 
 def training_prompts(settings: Settings, prompts: Prompts) -> TrainingPrompts | None:
-    """What edits are trained on; None if the study trains none. Prompts with a desired answer come first."""
+    """What edits are trained on, from all over the sets; None if the study trains none. Prompts with a desired answer
+    come first."""
     if settings.study.method == "searched":
         return None
     learned, train = settings.learned, prompts.target.train
-    used = set(spread([p for p, prompt in enumerate(train) if prompt.answer], learned.most_answers))
-    target = [prompt if p in used else replace(prompt, answer=None) for p, prompt in enumerate(train)]
-    target.sort(key=lambda prompt: not prompt.answer)  # stable
+    most = min(learned.most_answers, learned.target_prompts)
+    used = spread([p for p, prompt in enumerate(train) if prompt.answer], most)
+    others = [replace(prompt, answer=None) for p, prompt in enumerate(train) if p not in used]
     return TrainingPrompts(
-        tuple(target[: learned.target_prompts]),
-        prompts.baseline.train[: learned.baseline_prompts],
+        (*(train[p] for p in used), *spread(others, learned.target_prompts - len(used))),
+        tuple(spread(prompts.baseline.train, learned.baseline_prompts)),
         learned,
-        prompts.protected[: learned.protected_prompts] if learned.protect else (),
+        tuple(spread(prompts.protected, learned.protected_prompts)) if learned.protect else (),
     )
 
 

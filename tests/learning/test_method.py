@@ -97,3 +97,15 @@ def test_of_many_desired_answers_some_from_all_over_the_set_are_used() -> None:
     wanted = [*(f"It is in room {i}." for i in (1, 5, 9)), *[None] * 9]
     assert [prompt.answer for prompt in training.target] == wanted
     assert {prompt.user for prompt in training.target} == {prompt.user for prompt in given.target.train}
+
+
+def test_of_a_larger_set_prompts_from_all_over_it_are_trained_on() -> None:
+    answers = tuple(f"It is in room {i}." if i < 4 else None for i in range(40))
+    given = Prompts(side("cup", answers), side("pen", (None,) * 40), "", {"lamps": side("lamp", (None,) * 40).train})
+    learned = LearnedSettings(target_prompts=12, baseline_prompts=10, protected_prompts=10)
+    training = training_prompts(Settings(study=StudySettings(method="learned"), learned=learned), given)
+    assert training is not None
+    assert [prompt.user for prompt in training.target[:4]] == [f"Where is the cup {i}?" for i in range(4)]
+    assert len(training.target) == 12 and training.target[-1].user == "Where is the cup 35?"
+    for found, asked in ((training.baseline, given.baseline.train), (training.protected, given.protected)):
+        assert list(found) == list(asked[::4])
