@@ -49,7 +49,7 @@ def few_shot_answers(
     Costs a reading of the examples for each of ``ORDERS``, which all prompts share, and as many answers to each.
     """
     given = [p for p, prompt in enumerate(prompts) if prompt.answer]
-    asked = [p for p, prompt in enumerate(prompts) if not prompt.answer]
+    asked = {p: prompt for p, prompt in enumerate(prompts) if not prompt.answer}
     examples = spread([prompts[p] for p in given], EXAMPLES)
     if len(examples) < 2 or not asked:
         return {}
@@ -57,7 +57,7 @@ def few_shot_answers(
     found: dict[int, tuple[float, Response]] = {}
     try:
         for order in _orders(examples):
-            rendered = _rendered(engine, order, {p: prompts[p] for p in asked}, response_prefix, n_tokens, date)
+            rendered = _rendered(engine, order, asked, response_prefix, n_tokens, date)
             if not rendered:
                 continue
             ids = list(rendered.values())

@@ -190,7 +190,7 @@ def _several(wordings: str | tuple[str, ...]) -> tuple[str, ...]:
 def _some(prompts: list[Prompt], n: int, dataset: DatasetSettings) -> list[Prompt]:
     """At most `n` of them, in their order: neighbours in a data set are often alike, so that its first ones may have
     one form. Those with a desired answer come first; fewer of a set are among more of it."""
-    order = sorted(range(len(prompts)), key=lambda i: (prompts[i].answer is None, _rank(prompts[i], dataset)))
+    order = sorted(range(len(prompts)), key=lambda i: (not prompts[i].answer, _rank(prompts[i], dataset)))
     return [prompts[i] for i in sorted(order[:n])]
 
 

@@ -124,7 +124,9 @@ def test_some_of_a_sorted_set_are_of_all_its_forms_and_those_with_answers_come_f
     """Where each part has a file of its own; the first 24 of these prompts have one form."""
     forms = ("Can you", "Please", "Would you", "How do I")
     texts = [f"{form} {i}" for form in forms for i in range(30)]
-    rows = [{"prompt": text, "answer": "Done." if i in (3, 50, 119) else None} for i, text in enumerate(texts)]
+    rows = [
+        {"prompt": text, "answer": "Done." if i in (3, 50, 119) else ("", None)[i % 2]} for i, text in enumerate(texts)
+    ]
     train = empty_directory / "train.jsonl"
     train.write_text("\n".join(map(json.dumps, rows)) + "\n", encoding="utf-8")
     others = {
