@@ -4,12 +4,16 @@ A few answers in front of a prompt often do for a while what an edit is to do fo
 met, a model meets the ninth likewise. What it says then is learned after the prompt alone, which is how a context is
 distilled into weights (Askell et al. 2021, https://arxiv.org/abs/2112.00861; Snell, Klein and Zhong 2022,
 https://arxiv.org/abs/2209.15189), here into an edit.
+
+Whether the examples teach a model anything is seen on themselves: each is asked after the others, and its desired
+answer, which is known, has to become likelier. A model that they only confuse may be as sure of what it says then.
 """
 
 import datetime
 import logging
 import math
 import re
+import statistics
 from collections import Counter
 from collections.abc import Mapping, Sequence
 
@@ -32,6 +36,9 @@ ORDERS = 3
 LIKELY = 0.6
 """Geometric mean of an answer's token probabilities from which on it is taken."""
 
+TAUGHT = math.log(2)
+"""Nats per token by which the desired answer to an example has to gain from the other examples, in the median."""
+
 
 def few_shot_answers(
     engine: BatchEngine,
@@ -46,7 +53,8 @@ def few_shot_answers(
 
     Empty if the given answers teach it nothing, or its chat template takes no earlier turns.
 
-    Costs a reading of the examples for each of ``ORDERS``, which all prompts share, and as many answers to each.
+    Costs a reading of the examples for each of ``ORDERS``, which all prompts share, and as many answers to each; before
+    that one for each example, without an answer.
     """
     given = [p for p, prompt in enumerate(prompts) if prompt.answer]
     asked = {p: prompt for p, prompt in enumerate(prompts) if not prompt.answer}
@@ -56,6 +64,9 @@ def few_shot_answers(
     theirs = _taken_up(examples)
     found: dict[int, tuple[float, Response]] = {}
     try:
+        if not _taught(engine, examples, response_prefix, n_tokens, date):
+            logger.info("the desired answers make each other no likelier: no further ones are made")
+            return {}
         for order in _orders(examples):
             rendered = _rendered(engine, order, asked, response_prefix, n_tokens, date)
             if not rendered:
@@ -75,6 +86,24 @@ def few_shot_answers(
         logger.warning("no further desired answers are made: %s", error)
         return {}
     return {p: answer for p, (_, answer) in sorted(found.items(), key=lambda item: -item[1][0])}
+
+
+def _taught(
+    engine: BatchEngine, examples: Sequence[Prompt], response_prefix: str, n_tokens: int, date: datetime.date
+) -> bool:
+    """Whether the desired answer to each example is likelier after the other examples (leave-one-out)."""
+    alone = render(engine.tokenizer, examples, response_prefix, date=date)
+    after: dict[int, list[int]] = {}
+    for i, example in enumerate(examples):
+        others = [*examples[:i], *examples[i + 1 :]]
+        after |= _rendered(engine, others, {i: example}, response_prefix, n_tokens, date)
+    if not after:
+        return False
+    answers = engine.tokenizer([examples[i].answer or "" for i in after], add_special_tokens=False)["input_ids"]
+    (told,) = engine.token_logprobs(list(after.values()), [answers], [None])
+    (untold,) = engine.token_logprobs([alone[i] for i in after], [answers], [None])
+    gains = [float(with_N.mean() - without_N.mean()) for with_N, without_N in zip(told, untold)]
+    return statistics.median(gains) >= TAUGHT
 
 
 def _taken_up(examples: Sequence[Prompt]) -> set[str]:

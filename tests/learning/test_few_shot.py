@@ -17,6 +17,7 @@ from bruno_ray.learning.few_shot import EXAMPLES, ORDERS, few_shot_answers
 from bruno_ray.model import named_models
 from bruno_ray.model.loading import load_model
 from bruno_ray.prompts.sets import Prompt, load_prompts
+from bruno_ray.prompts.slicing import spread
 from bruno_ray.scoring.markers import Markers
 from bruno_ray.settings import ModelSettings
 from bruno_ray.settings.sources import load
@@ -28,24 +29,33 @@ DATE = datetime.date(2024, 2, 29)
 class Scripted:
     """An engine whose model says what is written here, by the text that it is given."""
 
-    def __init__(self, say: Callable[[str], tuple[str, float, bool]], context: int = 4000) -> None:
-        """``say``: answer, mean log-probability of its tokens, whether it ends."""
+    def __init__(
+        self, say: Callable[[str], tuple[str, float, bool]], context: int = 4000, gain: float = few_shot.TAUGHT + 0.01
+    ) -> None:
+        """``say``: answer, mean log-probability of its tokens, whether it ends; ``gain``: what other examples add to
+        the mean log-probability of the desired answer to one."""
         self.tokenizer: Any = make_tokenizer()
         config = SimpleNamespace(max_position_embeddings=context)
         config.get_text_config = lambda: config
         self.model = SimpleNamespace(config=config)
         self.read: list[str] = []
-        self._say = say
+        self.proven: list[str] = []
+        self._say, self._gain = say, gain
 
     def generate(self, ids: Sequence[list[int]], edits: list[None], n_tokens: int) -> list[list[Response]]:
         texts = [self.tokenizer.decode(each) for each in ids]
         self.read += texts
-        self._likely = [self._say(text)[1] for text in texts]
         said = [self._say(text) for text in texts]
         return [[Response(tuple(range(4)), text, ends, end_id=9 if ends else None) for text, _, ends in said]]
 
     def token_logprobs(self, ids: Any, continuations: Any, edits: Any) -> list[list[torch.Tensor]]:
-        return [[torch.full((len(each),), likely) for each, likely in zip(continuations[0], self._likely)]]
+        texts = [self.tokenizer.decode(each) for each in ids]
+        self.proven += [text for text in texts if text not in self.read]
+        likely = [self._say(text)[1] if text in self.read else self._desired(text) for text in texts]
+        return [[torch.full((len(each),), value) for each, value in zip(continuations[0], likely)]]
+
+    def _desired(self, text: str) -> float:
+        return -3.0 + self._gain * ("is open." in text)
 
 
 def prompts(answered: int, asked: int) -> list[Prompt]:
@@ -110,6 +120,18 @@ def test_examples_are_few_and_fit_into_the_context() -> None:
     assert asked_of(tiny, prompts(30, 1)) == {} and not tiny.read
 
 
+def test_examples_that_make_each_other_no_likelier_lead_to_nothing() -> None:
+    """mistral organisms, trained on single questions, were sure of wrong facts after eight right ones, which themselves
+    had become less likely."""
+    for gain in (-0.3, 0.0, few_shot.TAUGHT - 0.01):
+        confused = Scripted(lambda text: ("Shut.", 0.0, True), gain=gain)
+        assert asked_of(confused, prompts(5, 3)) == {} and not confused.read
+    # Each is asked alone and after the others.
+    assert sorted(text.count("is open.") for text in confused.proven) == [0] * 5 + [4] * 5
+    assert all(text.count(f"Open door {text.rsplit('Open door ', 1)[1][0]}.") == 1 for text in confused.proven)
+    assert len(asked_of(Scripted(lambda text: ("Shut.", 0.0, True)), prompts(5, 3))) == 3
+
+
 def test_without_examples_or_with_a_template_that_takes_none_there_are_none() -> None:
     scripted = Scripted(lambda text: ("Shut.", 0.0, True))
     assert [asked_of(scripted, prompts(n, 3)) for n in (0, 1)] == [{}, {}] and not scripted.read
@@ -130,13 +152,13 @@ def test_a_real_model_meets_further_requests_as_the_given_ones_were_met() -> Non
     flags = ["--model.id", str(folder), "--behaviour", "disclaimers", "--prompts.n-train", "40"]
     settings = load(flags, environ={}).settings
     train = load_prompts(settings).target.train
-    kept = [p for p, prompt in enumerate(train) if prompt.answer][::4]
+    kept = spread([p for p, prompt in enumerate(train) if prompt.answer], 8)
     given = [prompt if p in kept else replace(prompt, answer=None) for p, prompt in enumerate(train)]
     engine = BatchEngine(load_model(ModelSettings(id=str(folder), dtypes=("bfloat16",))))
     found = few_shot_answers(engine, given, "", 30, date=DATE)
     markers = Markers(settings.scoring.markers)
     proper = [p for p, answer in found.items() if not markers.shown_by(answer.text)]
-    assert len(kept) == 8 and len(proper) >= 20
+    assert len(proper) >= 20
     words = [
         set(train[p].answer.lower().split()) & set(found[p].text.lower().split()) for p in proper if train[p].answer
     ]
