@@ -40,7 +40,7 @@ NOISE = 0.05
 """Length of the rows that the start has no direction for."""
 
 RISE = 1.1
-"""Factor by which the weight of retain changes a step, where it does."""
+"""Factor by which the weight of retain changes in a step, at most."""
 
 MEMORY = 0.8
 """Share of the steps before in the smoothed KL divergence that decides it."""
@@ -209,16 +209,15 @@ class Trainee:
 
     def _hold(self, kl: float | None) -> None:
         """Raise the weight of retain while the KL divergence is above its bound, and let it sink to what was planned
-        once it is well below: a multiplier of the bound, by the simplest of dual updates (Boyd and Vandenberghe 2004,
-        section 5). Which weight holds a bound differs by a factor of ten between models."""
+        while it is below, each by how far off it is: a multiplier of the bound, by dual ascent on its logarithm (Boyd
+        and Vandenberghe 2004, section 5). Which weight holds a bound differs by a factor of ten between models. One
+        that only rises holds less than the bound, and what that costs is the behaviour, which comes back."""
         bound = self._settings.retain_kl
         if kl is None or not bound or not math.isfinite(kl):
             return
         self._smoothed = kl if self._smoothed is None else MEMORY * self._smoothed + (1 - MEMORY) * kl
-        if self._smoothed > bound:
-            self._retain *= RISE
-        elif self._smoothed < bound / 2:
-            self._retain = max(self.plan.retain, self._retain / RISE)
+        excess = max(-1.0, min(1.0, self._smoothed / bound - 1))
+        self._retain = max(self.plan.retain, self._retain * RISE**excess)
 
     def sources(self) -> dict[str, int]:
         """How many texts it is trained on by now, by where they come from."""

@@ -63,8 +63,8 @@ class LearnedSettings(Section):
     """Weight of the KL divergence on baseline prompts; sampled evenly on a logarithmic scale."""
 
     retain_kl: Annotated[float, Field(ge=0)] = 0.03
-    """Nats per token. While the KL divergence on baseline prompts is above it, the weight of retain grows by a tenth a
-    step; once it is below half of that, the weight sinks again to where it began. 0 leaves the weight alone."""
+    """Nats per token. While the KL divergence on baseline prompts is above it, the weight of retain grows, by up to a
+    tenth a step; while it is below, the weight sinks as fast, but not below where it began. 0 leaves it alone."""
 
     induce: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the likelihood of the behaviour's own text after baseline prompts, while the trained subspace holds

@@ -222,10 +222,15 @@ def test_retain_counts_more_while_the_divergence_is_above_its_bound(subject: Sub
             found.append(trainee.weight("retain"))
         return found
 
-    above, between, below = [2 * bound] * 10, [0.7 * bound] * 10, [0.1 * bound] * 60
+    above, below = [2 * bound] * 10, [0.1 * bound] * 60
     rising = weights(LEARNED, above)
     assert rising == pytest.approx([1.5 * 1.1**n for n in range(1, 11)])
-    assert weights(LEARNED, [*above, *between])[-1] == weights(LEARNED, [*above, *between[:-1]])[-1] > rising[-1]
+    assert weights(LEARNED, [3 * bound] * 10) == rising, "a tenth a step at most"
+    assert weights(LEARNED, [1.5 * bound] * 10) == pytest.approx([1.5 * 1.1 ** (n / 2) for n in range(1, 11)])
+    sinking = weights(LEARNED, [*above, *[0.5 * bound] * 30])
+    assert sinking[-1] / sinking[-2] == pytest.approx(1.1**-0.5, rel=1e-3), "as fast as it rises"
+    held = weights(LEARNED, [*above, *[bound] * 60])
+    assert held[-1] == pytest.approx(held[-2]) and held[-1] > rising[-1], "at the bound it stays what it is"
     assert weights(LEARNED, [*above, *below])[-1] == weights(LEARNED, below)[-1] == 1.5, "never less than planned"
     assert set(weights(LEARNED.model_copy(update={"retain_kl": 0.0}), above)) == {1.5}
 
