@@ -122,6 +122,11 @@ def _few_shot(settings: Settings, record: RunRecord, prompts: Prompts, n: int) -
     asked = [*given, *spread([p for p, prompt in enumerate(train) if not prompt.answer], n * ASKED)]
     n_tokens = settings.scoring.response_tokens
     found = _of_worker("few_shot_answers", settings, record, prompts, [train[p] for p in asked], n_tokens)
+    if not found:
+        raise PromptError(
+            f"{len(given)} answers as examples lead the model to none that it is sure of: nothing was written; write"
+            " more of them yourself, or name a --server"
+        )
     return [asked[i] for i in found][:n], list(found.values())[:n]
 
 

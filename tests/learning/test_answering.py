@@ -230,8 +230,12 @@ def test_the_answers_that_there_are_lead_the_model_to_more(
     given_ones = {prompt.user: prompt.answer for prompt in train if prompt.answer}
     assert len(given_ones) > 5
     assert answers == given_ones | {text: f"{text[:-1]} done." for text in (last, third)}
-    assert main.main(["answers", *flags, "--few-shot", "--to", str(tmp_path / "none.jsonl")]) == 2
+    none = tmp_path / "none.jsonl"
+    assert main.main(["answers", *flags, "--few-shot", "--to", str(none)]) == 2
     assert "0 of the train prompts have an answer" in capsys.readouterr().err
+    monkeypatch.setattr(answering, "_of_worker", lambda *given: {})
+    assert main.main([*argv[:-1], str(none)]) == 2 and not none.exists()
+    assert "10 answers as examples lead the model to none that it is sure of" in capsys.readouterr().err
 
 
 def test_prompts_are_taken_from_all_over_the_set() -> None:
