@@ -103,9 +103,7 @@ class Trainer:
         trainees = [Trainee(plan, *given, votes[p]) for plan, p in zip(starts, plan_of)]
         self._soften(trainees)
         ended: set[int] = set()
-        optimizer = torch.optim.Adam(
-            [{"params": trainee.parameters, "lr": trainee.plan.learning_rate} for trainee in trainees]
-        )
+        optimizer = torch.optim.Adam([group for trainee in trainees for group in trainee.parameter_groups])
         wanted = [{plan.steps for plan in plans if plan.training == each} for each in distinct]
         last = max(map(max, wanted))
         found: dict[tuple[int, int], TrainedEdit | TrialError] = {}

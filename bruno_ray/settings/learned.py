@@ -85,7 +85,8 @@ class LearnedSettings(Section):
     """At most this many prompts of that set are trained on."""
 
     learning_rate: PositiveFloat = 0.02
-    """Learning rate of Adam, for directions and strengths alike."""
+    """Learning rate of Adam, for strengths, and for directions of up to 576 coordinates; beyond, directions learn at
+    this times sqrt(576 / d_model), so that a step turns them no further."""
 
     max_strength: PositiveFloat = 1.5
     """Largest ablation strength of a trained edit."""

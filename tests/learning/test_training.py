@@ -27,7 +27,7 @@ from bruno_ray.learning.agreement import Votes
 from bruno_ray.learning.interchange import mean_outputs
 from bruno_ray.learning.material import Teacher, Text
 from bruno_ray.learning.renewal import Renewal
-from bruno_ray.learning.trainee import Trainee
+from bruno_ray.learning.trainee import Trainee, row_rate
 from bruno_ray.learning.training import FEW_TOKENS, START_KL, Trainer, _places, _starts
 from bruno_ray.model.batching import TokenBudget
 from bruno_ray.model.loading import load_model
@@ -254,6 +254,18 @@ def test_a_bound_is_held_that_the_planned_weight_does_not_hold(subject: Subject)
         for bound in (0.0, 0.001)
     )
     assert held.curves["retain"][-1] < 0.8 * free.curves["retain"][-1]
+
+
+def test_a_step_turns_directions_of_a_wide_model_no_further(subject: Subject) -> None:
+    steps = {d: row_rate(0.02, d) * math.sqrt(d) for d in (96, 576, 2304, 8192)}
+    assert steps[96] == pytest.approx(0.02 * math.sqrt(96)), "as it is given"
+    assert steps[576] == pytest.approx(steps[2304]) == pytest.approx(steps[8192]) == pytest.approx(0.48)
+    teacher = subject.teacher()
+    trainee = Trainee(plan(), subject.engine, subject.bank, teacher.material, LEARNED, Votes(1, teacher.asked))
+    groups = trainee.parameter_groups
+    assert [parameter for group in groups for parameter in group["params"]] == trainee.parameters
+    rate = plan().learning_rate
+    assert [group["lr"] for group in groups] == [row_rate(rate, trainee.rows_Grd.shape[-1]), rate]
 
 
 def test_half_of_the_starts_end_each_time_the_steps_have_doubled() -> None:
