@@ -120,10 +120,8 @@ class Trainee:
     def parameter_groups(self) -> list[dict[str, Any]]:
         """The same for an optimiser, each with its learning rate."""
         rate = self.plan.learning_rate
-        return [
-            {"params": [self.rows_Grd], "lr": row_rate(rate, self.rows_Grd.shape[-1])},
-            {"params": [self.strengths_LC], "lr": rate},
-        ]
+        rates = row_rate(rate, self.rows_Grd.shape[-1]), rate
+        return [{"params": [parameter], "lr": own} for parameter, own in zip(self.parameters, rates)]
 
     def draw(self) -> list[tuple[str, Text, float]]:
         """The rows of one step: (term, text, its share per token). Only the plan's seed decides which. Those of inform
